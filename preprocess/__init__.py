@@ -1,0 +1,22 @@
+"""Looks at every source image once and writes frames and keypoint densities into shards.
+
+In: a folder, a tar or the demo photographs. Out: a finished set of shards. Works without torch.
+"""
+
+from preprocess.build import BuildError, build
+from preprocess.decode import Rejected, decode
+from preprocess.densities import density_maps
+from preprocess.detectors import detector_settings
+from preprocess.redetect import redetect
+from preprocess.sources import open_source
+
+__all__ = [
+    "BuildError",
+    "Rejected",
+    "build",
+    "decode",
+    "density_maps",
+    "detector_settings",
+    "open_source",
+    "redetect",
+]

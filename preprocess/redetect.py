@@ -1,0 +1,56 @@
+"""Do it again and compare: a finished set and its source in, records whose maps differ out.
+
+Finds what checksums cannot: another OpenCV that detects otherwise, or sources that changed.
+"""
+
+import cv2
+import numpy as np
+
+from preprocess.decode import Rejected, decode
+from preprocess.densities import density_maps
+from preprocess.sources import Source, read
+from shards import Record, ShardSet, decode_frame
+
+
+def redetect(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
+    """What differs when the maps of `samples` records, spread evenly, are computed again.
+
+    Pixels come from `source`, or from the stored frame where detection ran on frames. The maps
+    must be equal to the last bit. Raises ValueError if the source is needed and not given.
+    """
+    settings = records.manifest.settings
+    if source is None and settings.detect_on == "source":
+        raise ValueError(
+            "redetect needs the pixels that detection ran on: give the source of these shards by "
+            "--source (sets built with --detect-on frame need none)"
+        )
+    entries = {entry.name: entry for entry in source.entries} if source else {}
+    problems = []
+    numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int))
+    for number in numbers.tolist():
+        record = records[number]
+        try:
+            if settings.detect_on == "frame" or source is None:
+                rgb = decode_frame(record.frame)
+            elif record.source in entries:
+                rgb = decode(read(source.kind, source.root, entries[record.source]))
+            else:
+                problems.append(f"record {record.key}: the source has no {record.source!r}")
+                continue
+        except Rejected as error:
+            problems.append(f"record {record.key}: {record.source!r} is now {error.reason}")
+            continue
+        again = density_maps(rgb, settings.detectors, settings.scales, settings.grid, settings.mark)
+        problems += _differences(record, again, records)
+    return problems
+
+
+def _differences(record: Record, again: np.ndarray, records: ShardSet) -> list[str]:
+    built_with = records.manifest.versions["opencv"]
+    note = "" if built_with == cv2.__version__ else f" (OpenCV {built_with}, {cv2.__version__} now)"
+    return [
+        f"record {record.key} ({record.source!r}): the {name} map differs in "
+        f"{np.count_nonzero(stored != new)} of {stored.size} cells{note}"
+        for name, stored, new in zip(records.manifest.detectors, record.maps, again, strict=True)
+        if not np.array_equal(stored, new)
+    ]

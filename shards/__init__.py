@@ -1,0 +1,29 @@
+"""The contract between building and training: records, manifest, shards. Imports no other room.
+
+In: a folder that a build wrote. Out: `ShardSet`, its records and its manifest, without torch.
+"""
+
+from shards.inspect import inspect_page
+from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
+from shards.reader import ShardSet
+from shards.record import Record, decode_frame, encode_frame
+from shards.verify import LEVELS, verify
+from shards.webdataset import ShardWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LEVELS",
+    "Detector",
+    "File",
+    "Ledger",
+    "Manifest",
+    "Record",
+    "Settings",
+    "ShardSet",
+    "ShardWriter",
+    "decode_frame",
+    "encode_frame",
+    "inspect_page",
+    "load",
+    "verify",
+]

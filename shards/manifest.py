@@ -1,0 +1,202 @@
+"""The manifest: the one JSON file that says what a set of shards is and that it is complete.
+
+In: settings, ledger, per-shard rows. Out: manifest.json, written last and atomically, and read
+back only if every byte is as written. FORMAT.md lists its fields.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+REJECTED = "rejected.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the set: its name (no folder), records it holds, bytes and sha256 (hex)."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where every input went: inputs = written + sum of rejected, by reason."""
+
+    inputs: int
+    written: int
+    rejected: dict[str, int]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the totals add up."""
+        return self.inputs == self.written + sum(self.rejected.values())
+
+    @property
+    def rejected_share(self) -> float:
+        """The share of inputs that was rejected, 0 to 1."""
+        return sum(self.rejected.values()) / max(1, self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A detector's name and every option it was made with, by OpenCV's own option names."""
+
+    name: str
+    options: dict[str, int | float | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that decides the bytes of a record, beside the inputs and the library versions.
+
+    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw. scales: sides in px
+    at which keypoints are detected; their densities are averaged. grid: cells a side of a map.
+    mark: what a keypoint covers (ring, disc, point). detect_on: source or frame. detectors: in the order
+    of the maps. shard_size: inputs a shard.
+    """
+
+    frame: int
+    quality: int
+    scales: tuple[int, ...]
+    grid: int
+    mark: str
+    detect_on: str
+    detectors: tuple[Detector, ...]
+    shard_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """manifest.json as an object; see FORMAT.md for each field."""
+
+    format_version: int
+    settings: Settings
+    source: dict[str, Any]  # kind, inputs, ignored, sha256 of the listing
+    classes: list[str]
+    versions: dict[str, str]
+    fingerprint: str
+    ledger: Ledger
+    shards: list[File]
+    index: File
+    rejected: File
+
+    @property
+    def count(self) -> int:
+        """Records in all shards."""
+        return self.ledger.written
+
+    @property
+    def detectors(self) -> list[str]:
+        """Detector names in the order of the maps."""
+        return [detector.name for detector in self.settings.detectors]
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """sha256 (hex) of `facts` as canonical JSON: equal facts, equal fingerprint."""
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that after any crash the file is whole, or as it was before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes, count: int) -> File:
+    """Write `data` to `path` atomically; returns its row: `count` records, size and sha256."""
+    write_atomically(path, data)
+    return File(path.name, count, len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(manifest: Manifest) -> bytes:
+    """The exact bytes of manifest.json: sorted keys, two-space indent, a checksum of the rest."""
+    content = asdict(manifest)
+    content["checksum"] = fingerprint(content)
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
+
+
+def load(folder: Path) -> Manifest:
+    """Read and check the manifest of the set in `folder`.
+
+    Raises ValueError, naming the file and what to do, if it is missing, damaged, of a newer
+    format, or if its totals do not add up.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: it is not a finished set of shards; "
+            f"build one with `kamim shards build SOURCE {folder}`"
+        ) from None
+    try:
+        content = json.loads(data)
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: it is not the JSON that a build writes") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this kamim reads version {FORMAT_VERSION}; "
+            f"install the kamim that wrote it (versions: {content.get('versions')})"
+        )
+    return _parse(path, data, content)
+
+
+def _parse(path: Path, data: bytes, content: dict[str, Any]) -> Manifest:
+    damaged = ValueError(f"{path} is damaged: its content does not match its checksum; rebuild it")
+    content.pop("checksum", None)
+    if set(content) != {field.name for field in fields(Manifest)}:
+        raise damaged
+    try:
+        settings = content["settings"]
+        settings["scales"] = tuple(settings["scales"])
+        settings["detectors"] = tuple(Detector(**row) for row in settings["detectors"])
+        manifest = Manifest(
+            **{
+                **content,
+                "settings": Settings(**settings),
+                "ledger": Ledger(**content["ledger"]),
+                "shards": [File(**row) for row in content["shards"]],
+                "index": File(**content["index"]),
+                "rejected": File(**content["rejected"]),
+            }
+        )
+        whole = to_json(manifest) == data
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise damaged from None
+    if not whole:
+        raise damaged
+    for file in [*manifest.shards, manifest.index, manifest.rejected]:
+        if Path(file.name).name != file.name or file.name in {"", ".", ".."}:
+            raise ValueError(f"{path} names the file {file.name!r}; names may hold no folder")
+    if not manifest.ledger.balanced or manifest.count != sum(s.count for s in manifest.shards):
+        raise ValueError(f"{path}: the ledger does not balance: {manifest.ledger}; rebuild the set")
+    return manifest

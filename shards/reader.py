@@ -1,0 +1,84 @@
+"""Open a finished set of shards and read any record of it by number, without scanning.
+
+In: the folder a build wrote. Out: its manifest, its index (memory-mapped) and its records.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards import manifest as _manifest
+from shards.manifest import INDEX, Manifest
+from shards.record import Record, key_of
+from shards.webdataset import INDEX_DTYPE, parse_record
+
+
+class ShardSet:
+    """The records 0..len-1 of the set in `folder`, in the order of its shards.
+
+    Opening costs the manifest and a memory map, whatever the size. Raises ValueError if the
+    manifest or the index is damaged or a shard is missing or has another size.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = _manifest.load(self.folder)
+        self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
+        self.shards = self.manifest.shards
+        self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
+        for shard in self.shards:
+            check_size(self.folder / shard.name, shard.bytes)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def locate(self, number: int) -> tuple[Path, NDArray[np.void]]:
+        """The shard's path and the index row of record `number`. Raises IndexError past the end."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of a set of {len(self)}")
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        return self.folder / self.shards[shard].name, self.index[number]
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`. Raises ValueError, naming shard and key, if it is damaged."""
+        path, row = self.locate(number)
+        with path.open("rb") as file:
+            file.seek(int(row["start"]))
+            data = file.read(int(row["bytes"]))
+        try:
+            record = parse_record(data)
+            if record.key != key_of(int(row["key"])):
+                raise ValueError(f"it is record {record.key} by its name")
+        except ValueError as error:
+            raise ValueError(f"{path}: record {key_of(int(row['key']))}: {error}") from None
+        return record
+
+
+def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
+    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises ValueError if it is wrong."""
+    path = folder / INDEX
+    check_size(path, manifest.index.bytes)
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
+        raise ValueError(
+            f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
+        )
+    return index  # type: ignore[no-any-return]
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise ValueError unless the file `path` exists and has `expected` bytes."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing, the manifest lists it; restore it or rebuild the set"
+        ) from None
+    if actual != expected:
+        raise ValueError(
+            f"{path} has {actual} bytes, the manifest says {expected}; restore it or rebuild"
+        )

@@ -1,0 +1,111 @@
+"""One record: a frame, its label, its source's size and its density maps, as named byte members.
+
+In: a Record. Out: (suffix, bytes) pairs in the order a shard stores them, and back again.
+The layout is FORMAT.md; tests/golden holds its bytes.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+KEY_DIGITS = 9
+JPEG, RAW = "jpg", "frame.npy"
+LABEL, META, MAPS = "cls", "json", "maps.npy"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a shard holds of one source image.
+
+    `frame` is the encoded square frame (a JPEG file or a .npy file), `maps` uint8 [D, G, G] with
+    density = value / 255, one map per detector in the manifest's order. `label` is -1 for none,
+    `height` and `width` are the source's in pixels, `source` is its name below the source's root.
+    """
+
+    key: str
+    frame: bytes
+    label: int
+    height: int
+    width: int
+    source: str
+    maps: NDArray[np.uint8]
+
+
+def key_of(index: int) -> str:
+    """The key of input number `index`: its decimal digits, zero-padded to nine."""
+    return f"{index:0{KEY_DIGITS}d}"
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """`array` as a .npy version 1.0 file: 128 header bytes for our shapes, then C-order data."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npy_array(data: bytes) -> NDArray[np.uint8]:
+    """The uint8 array of a .npy file. Raises ValueError for any other dtype, or for objects."""
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        raise ValueError("the .npy member does not hold a uint8 array")
+    return array
+
+
+def members(record: Record) -> list[tuple[str, bytes]]:
+    """The members of `record` in stored order: frame, maps, label, metadata."""
+    frame_suffix = RAW if record.frame.startswith(b"\x93NUMPY") else JPEG
+    meta = {"height": record.height, "source": record.source, "width": record.width}
+    return [
+        (frame_suffix, record.frame),
+        (MAPS, npy_bytes(record.maps)),
+        (LABEL, str(record.label).encode("ascii")),
+        (META, json.dumps(meta, sort_keys=True, separators=(",", ":")).encode("ascii")),
+    ]
+
+
+def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
+    """The record whose members are `parts` (suffix to bytes). Raises ValueError if one is wrong."""
+    frames = [suffix for suffix in (JPEG, RAW) if suffix in parts]
+    missing = {LABEL, META, MAPS} - set(parts)
+    if len(frames) != 1 or missing or len(parts) != 4:
+        raise ValueError(
+            f"record {key} has members {sorted(parts)}; the format wants {MAPS}, {LABEL}, {META} "
+            f"and one of {JPEG} or {RAW}"
+        )
+    try:
+        meta: dict[str, Any] = json.loads(parts[META])
+        height, width, source = meta["height"], meta["width"], meta["source"]
+        label = int(parts[LABEL])
+        maps = npy_array(parts[MAPS])
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"record {key} does not parse: {error}") from None
+    if not (isinstance(height, int) and isinstance(width, int) and isinstance(source, str)):
+        raise ValueError(f"record {key}: height and width must be integers and source a string")
+    return Record(key, parts[frames[0]], label, height, width, source, maps)
+
+
+def encode_frame(rgb: NDArray[np.uint8], quality: int) -> bytes:
+    """A uint8 RGB [F, F, 3] frame as a 4:2:0 JPEG of `quality` 1 to 100, or as .npy if it is 0."""
+    if quality == 0:
+        return npy_bytes(rgb)
+    encoded: bytes = simplejpeg.encode_jpeg(rgb, quality, "RGB", "420")
+    return encoded
+
+
+def decode_frame(frame: bytes) -> NDArray[np.uint8]:
+    """The uint8 RGB [F, F, 3] pixels of an encoded frame. Raises ValueError if it is damaged."""
+    if frame.startswith(b"\x93NUMPY"):
+        return npy_array(frame)
+    if not frame.endswith(b"\xff\xd9"):
+        raise ValueError("the JPEG frame does not end in an end-of-image marker")
+    pixels = cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if pixels is None:
+        raise ValueError("the frame is not a JPEG that decodes")
+    return pixels.astype(np.uint8, copy=False)

@@ -1,0 +1,123 @@
+"""Check a finished set of shards: its folder in, a list of what is wrong with it out.
+
+structure: manifest, ledger, files, sizes, index against every tar header. checksum: sha256 of
+every file. decode: every record parses and its frame decodes. Each level includes those before.
+(The fourth, redetect, needs detectors and lives in preprocess.)
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards import manifest as _manifest
+from shards.manifest import INDEX, REJECTED, File, Manifest
+from shards.reader import ShardSet, check_size, load_index
+from shards.record import Record, decode_frame, key_of
+from shards.webdataset import headers
+
+LEVELS = ("structure", "checksum", "decode")
+
+
+def verify(folder: Path | str, level: str = "checksum") -> list[str]:
+    """Everything wrong with the set in `folder`, a line each; empty if it is sound."""
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; there are {', '.join(LEVELS)}")
+    folder = Path(folder)
+    try:
+        manifest = _manifest.load(folder)
+        index = load_index(folder, manifest)
+    except ValueError as error:
+        return [str(error)]
+    problems = _structure(folder, manifest, index)
+    if level != "structure" and not problems:
+        problems += _checksum(folder, manifest)
+    if level == "decode" and not problems:
+        problems += _decode(folder)
+    return problems
+
+
+def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> list[str]:
+    problems = []
+    listed = {shard.name for shard in manifest.shards}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(".tmp") or (path.suffix == ".tar" and path.name not in listed):
+            problems.append(f"{path} is not in the manifest; move it out of the folder")
+    keys = index["key"].astype(np.int64)
+    if (np.diff(keys) <= 0).any():
+        problems.append(f"{folder / INDEX}: keys do not rise; records are doubled or out of order")
+    begin = 0
+    for shard in manifest.shards:
+        rows = index[begin : begin + shard.count]
+        begin += shard.count
+        try:
+            check_size(folder / shard.name, shard.bytes)
+            problems += _against_index(folder / shard.name, rows)
+        except ValueError as error:
+            problems.append(str(error))
+    try:
+        check_size(folder / REJECTED, manifest.rejected.bytes)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _against_index(path: Path, rows: NDArray[np.void]) -> list[str]:
+    """Whether the tar's headers are those of `rows`: four a record, at the places it says."""
+    found = list(headers(path))
+    if len(found) != 4 * len(rows):
+        return [f"{path} has {len(found)} members, {4 * len(rows)} belong to {len(rows)} records"]
+    for row, four in zip(rows, zip(*[iter(found)] * 4, strict=True), strict=True):
+        frame, maps = four[0], four[1]
+        wanted = (row["start"], row["frame"], row["frame_bytes"], row["maps"], row["maps_bytes"])
+        actual = (frame[1], frame[1] + 512, frame[2], maps[1] + 512, maps[2])
+        key = key_of(int(row["key"]))
+        if wanted != actual or any(name.partition(".")[0] != key for name, _, _ in four):
+            return [f"{path}: record {key} does not lie where {INDEX} says"]
+    return []
+
+
+def _checksum(folder: Path, manifest: Manifest) -> list[str]:
+    files: list[File] = [*manifest.shards, manifest.index, manifest.rejected]
+    problems = []
+    for file in files:
+        with (folder / file.name).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != file.sha256:
+            problems.append(
+                f"{folder / file.name} is damaged: its sha256 is {digest[:12]}..., the manifest "
+                f"says {file.sha256[:12]}...; restore it or rebuild the set"
+            )
+    return problems
+
+
+def _decode(folder: Path) -> list[str]:
+    records = ShardSet(folder)
+    problems = []
+    for number in range(len(records)):
+        try:
+            problem = _flaw(records[number], records.manifest)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problem:
+            path, _ = records.locate(number)
+            problems.append(f"{path}: record {records[number].key}: {problem}")
+    return problems
+
+
+def _flaw(record: Record, manifest: Manifest) -> str:
+    settings = manifest.settings
+    frame, maps = (settings.frame,) * 2 + (3,), (len(settings.detectors),) + (settings.grid,) * 2
+    try:
+        shape = decode_frame(record.frame).shape
+    except ValueError as error:
+        return str(error)
+    if shape != frame:
+        return f"the frame is {shape}, the settings say {frame}"
+    if record.maps.shape != maps:
+        return f"the maps are {record.maps.shape}, the settings say {maps}"
+    if not -1 <= record.label < max(1, len(manifest.classes)):
+        return f"label {record.label} is none of the {len(manifest.classes)} classes"
+    return ""

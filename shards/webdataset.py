@@ -1,0 +1,167 @@
+"""The WebDataset side of the format: records into a tar with an index, and back by offset.
+
+In: records in order. Out: a USTAR tar that depends on nothing but the records (no times, owners
+or hosts) and one index row a record, so that any record can be read without scanning.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.manifest import File, sync_folder
+from shards.record import JPEG, KEY_DIGITS, MAPS, RAW, Record, from_members, members
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("key", "<u8"),  # number of the input the record was made from
+        ("start", "<u8"),  # first byte of the record's first header in its tar
+        ("frame", "<u8"),  # first byte of the encoded frame
+        ("maps", "<u8"),  # first byte of the maps' .npy file
+        ("frame_bytes", "<u4"),
+        ("maps_bytes", "<u4"),
+        ("bytes", "<u4"),  # of the whole record: headers, members, padding
+        ("height", "<u4"),  # of the source, px
+        ("width", "<u4"),
+        ("label", "<i4"),
+    ]
+)
+
+
+def shard_name(number: int) -> str:
+    """The file name of shard `number`."""
+    return f"shard-{number:06d}.tar"
+
+
+class _Hashed(io.RawIOBase):
+    """A write-only stream that passes bytes on to `file` and hashes them on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.position = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.sha256.update(data)
+        self.position += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.position
+
+
+class ShardWriter:
+    """Writes one shard; it appears under its name, whole and synced, when the block ends.
+
+    If the block raises, nothing appears. After the block, `file` describes the shard and `index`
+    is its INDEX_DTYPE array.
+    """
+
+    file: File
+    index: NDArray[np.void]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.rows: list[tuple[int, ...]] = []
+
+    def __enter__(self) -> "ShardWriter":
+        self.raw = self.temporary.open("wb")
+        self.stream = _Hashed(self.raw)
+        self.tar = tarfile.open(fileobj=self.stream, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def add(self, record: Record) -> None:
+        """Append `record`; memory use stays at one record."""
+        start, at = self.tar.offset, {}
+        for suffix, data in members(record):
+            info = tarfile.TarInfo(f"{record.key}.{suffix}")
+            info.size, info.mode = len(data), 0o644
+            at[suffix] = (self.tar.offset + tarfile.BLOCKSIZE, len(data))
+            self.tar.addfile(info, io.BytesIO(data))
+        frame, maps = at.get(JPEG) or at[RAW], at[MAPS]
+        row = (int(record.key), start, frame[0], maps[0], frame[1], maps[1])
+        row += (self.tar.offset - start, record.height, record.width, record.label)
+        self.rows.append(row)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.tar.close()
+                self.raw.flush()
+                os.fsync(self.raw.fileno())
+                self.temporary.replace(self.path)
+                sync_folder(self.path.parent)
+        finally:
+            self.raw.close()
+            self.temporary.unlink(missing_ok=True)
+        if kind is None:
+            digest = self.stream.sha256.hexdigest()
+            self.index = np.array(self.rows, INDEX_DTYPE)
+            self.file = File(self.path.name, len(self.rows), self.stream.position, digest)
+
+
+def parse_record(data: bytes) -> Record:
+    """The record whose tar headers and members are `data`, as one slice of a shard.
+
+    Raises ValueError if the slice is not exactly one whole record: a member that is no regular
+    file, a foreign or repeated name, a wrong header checksum, or bytes missing.
+    """
+    parts: dict[str, bytes] = {}
+    keys = set()
+    at = 0
+    while at < len(data):
+        try:
+            info = tarfile.TarInfo.frombuf(
+                data[at : at + tarfile.BLOCKSIZE], "ascii", "surrogateescape"
+            )
+        except tarfile.TarError as error:
+            raise ValueError(f"no tar header at byte {at} of the record: {error}") from None
+        begin = at + tarfile.BLOCKSIZE
+        key, _, suffix = info.name.partition(".")
+        if not info.isreg() or not (key.isdecimal() and len(key) >= KEY_DIGITS) or suffix in parts:
+            raise ValueError(f"member {info.name!r} does not belong into a record")
+        if info.size < 0 or begin + info.size > len(data):
+            raise ValueError(f"member {info.name!r} reaches past the end of its record")
+        keys.add(key)
+        parts[suffix] = data[begin : begin + info.size]
+        at = begin + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if len(keys) != 1 or at != len(data):
+        raise ValueError(f"the slice holds parts of the records {sorted(keys)}, not one whole one")
+    return from_members(keys.pop(), parts)
+
+
+def headers(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(member name, first byte of its header, size of its data) through a shard, by seeking.
+
+    Raises ValueError, naming the place, where the tar is damaged or cut short.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while True:
+            file.seek(at)
+            header = file.read(tarfile.BLOCKSIZE)
+            if header == bytes(tarfile.BLOCKSIZE):
+                break
+            try:
+                info = tarfile.TarInfo.frombuf(header, "ascii", "surrogateescape")
+            except tarfile.TarError as error:
+                raise ValueError(f"{path}: no tar header at byte {at}: {error}") from None
+            yield info.name, at, info.size
+            at += tarfile.BLOCKSIZE + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if info.size < 0 or at > size:
+                raise ValueError(f"{path}: member {info.name!r} reaches past the end of the file")
+        rest = file.read()
+        if len(rest) < tarfile.BLOCKSIZE or any(rest):
+            raise ValueError(f"{path}: byte {at} is not the end of a whole tar")

@@ -1,0 +1,42 @@
+"""Densities into loss weights, in NumPy, for one image: what pages and tests look at.
+
+In: a uint8 map. Out: the density and the weight of each w_ps cell of an output crop.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def read_map(
+    density: NDArray[np.uint8], box: tuple[float, float, float, float], cells: int
+) -> NDArray[np.float64]:
+    """Mean density of each of `cells` x `cells` parts of a box, float64 [cells, cells], 0 to 1.
+
+    `density` is uint8 [G, G] over the unit square; `box` is (top, left, height, width) in it.
+    """
+    grid = density.shape[0]
+    integral = np.zeros((grid + 1, grid + 1))
+    integral[1:, 1:] = (density / 255).cumsum(axis=0).cumsum(axis=1)
+    top, left, height, width = box
+    rows = np.interp((top + height * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
+    columns = np.interp((left + width * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
+    corners = _between(_between(integral, rows).T, columns).T
+    area = (height * grid / cells) * (width * grid / cells)
+    return np.asarray(np.diff(np.diff(corners, axis=0), axis=1) / area)
+
+
+def _ruler(grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.arange(grid + 1), np.arange(grid + 1)
+
+
+def _between(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows of `values` at the fractional places `at`, linearly interpolated."""
+    low = np.minimum(at.astype(int), len(values) - 2)
+    part = (at - low)[:, None]
+    return np.asarray(values[low] * (1 - part) + values[low + 1] * part)
+
+
+def weights(density: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """exp(clip(density / T, -20, 20)) over its minimum, as published: at least 1."""
+    raw = np.exp(np.clip(density / temperature, -20, 20))
+    return np.asarray(raw / raw.min())
