@@ -8,17 +8,15 @@ import json
 import signal
 import sys
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 import preprocess
 import shards
 from preprocess.build import shard_size_for
-from preprocess.marks import MARKS
 from shards.manifest import REJECTED
 
 app = typer.Typer(
@@ -30,10 +28,10 @@ app = typer.Typer(
 shards_app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 
-Mark = StrEnum("Mark", list(MARKS))
-DetectOn = StrEnum("DetectOn", ["source", "frame"])
-OnError = StrEnum("OnError", ["quarantine", "fail"])
-Level = StrEnum("Level", [*shards.LEVELS, "redetect"])
+Mark = Literal["ring", "disc", "point"]
+DetectOn = Literal["source", "frame"]
+OnError = Literal["quarantine", "fail"]
+Level = Literal["structure", "checksum", "decode", "redetect"]
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a finished set of shards.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -60,17 +58,17 @@ def build(
         str, typer.Option(help="Sides in px to detect at; densities are averaged.")
     ] = "192,208,224",
     grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = 52,
-    mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = Mark.ring,
+    mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
     detect_on: Annotated[
         DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
-    ] = DetectOn.source,
+    ] = "source",
     shard_size: Annotated[
         int, typer.Option(help="Inputs a shard; 0: 1000, fewer for small sources.")
     ] = 0,
     jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
     on_error: Annotated[
         OnError, typer.Option(help="A bad input: list it and go on, or stop.")
-    ] = OnError.quarantine,
+    ] = "quarantine",
     max_rejected: Annotated[
         float, typer.Option(help="Share of bad inputs beyond which the exit status is 1.")
     ] = 0.01,
@@ -86,8 +84,8 @@ def build(
         quality=_between("--quality", quality, 0, 100),
         scales=_scales(scales),
         grid=_between("--grid", grid, 1, 255),
-        mark=mark.value,
-        detect_on=detect_on.value,
+        mark=mark,
+        detect_on=detect_on,
         detectors=_detectors(detector, detector_option or []),
         shard_size=_at_least("--shard-size", shard_size, 0),
     )
@@ -98,7 +96,7 @@ def build(
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:
         _log(f"{listed.ignored} files are not named as images and were ignored")
-    manifest = preprocess.build(listed, out, settings, jobs, on_error.value, max_rejected)
+    manifest = preprocess.build_shards(listed, out, settings, jobs, on_error, max_rejected)
     ledger = manifest.ledger
     if json_output:
         _print_json({"out": str(out), "fingerprint": manifest.fingerprint, **asdict(ledger)})
@@ -118,7 +116,7 @@ def verify(
     folder: Folder,
     level: Annotated[
         Level, typer.Option(help="How deep; each level includes those before it.")
-    ] = Level.checksum,
+    ] = "checksum",
     source: Annotated[
         str | None, typer.Option(help="The source they were built from, for redetect.")
     ] = None,
@@ -130,22 +128,22 @@ def verify(
     structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
     decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
     """
-    redetect = level == Level.redetect
-    problems = shards.verify(folder, shards.LEVELS[-1] if redetect else level.value)
+    redetect = level == "redetect"
+    problems = shards.verify_shards(folder, shards.LEVELS[-1] if redetect else level)
     if redetect and not problems:
         records = shards.ShardSet(folder)
         where = source or ("demo" if records.manifest.source["kind"] == "demo" else None)
         listed = preprocess.open_source(where) if where else None
-        problems = preprocess.redetect(records, listed, _at_least("--samples", samples, 1))
+        problems = preprocess.redetect_maps(records, listed, _at_least("--samples", samples, 1))
     if json_output:
-        _print_json({"folder": str(folder), "level": level.value, "problems": problems})
+        _print_json({"folder": str(folder), "level": level, "problems": problems})
     elif not problems:
         count = shards.load(folder).count
-        print(f"{folder}: {count} records are sound at level {level.value}")
+        print(f"{folder}: {count} records are sound at level {level}")
     for problem in [] if json_output else problems[:20]:
         print(problem)
     if problems:
-        raise preprocess.BuildError(f"{len(problems)} problems at level {level.value} in {folder}")
+        raise preprocess.BuildError(f"{len(problems)} problems at level {level} in {folder}")
 
 
 @shards_app.command()
@@ -227,9 +225,9 @@ def main() -> None:
     except typer.Exit as stop:
         status = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        status, line = 130, "stopped; what is finished is kept, the same command goes on"
+        status = 130
     except Terminated:
-        status, line = 143, "terminated; what is finished is kept, the same command goes on"
+        status = 143
     except (ValueError, preprocess.BuildError) as error:
         status, line = 2 if isinstance(error, ValueError) else 1, str(error)
         if debug:
@@ -242,6 +240,8 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # the command line's own usage errors have it
             raise
         status, line = 2, f"{error.format_message()} (see --help)"
+    if status in {130, 143}:  # some versions of typer turn Ctrl-C into a plain 130 themselves
+        line = "stopped; what is finished is kept, the same command goes on"
     if line:
         _log(f"kamim: {line}")
     sys.exit(status)

@@ -3,20 +3,21 @@
 In: a folder, a tar or the demo photographs. Out: a finished set of shards. Works without torch.
 """
 
-from preprocess.build import BuildError, build
-from preprocess.decode import Rejected, decode
+from preprocess.build import build_shards
+from preprocess.decode import Rejected, decode_image
 from preprocess.densities import density_maps
 from preprocess.detectors import detector_settings
-from preprocess.redetect import redetect
+from preprocess.redetect import redetect_maps
+from preprocess.shard import BuildError
 from preprocess.sources import open_source
 
 __all__ = [
     "BuildError",
     "Rejected",
-    "build",
-    "decode",
+    "build_shards",
+    "decode_image",
     "density_maps",
     "detector_settings",
     "open_source",
-    "redetect",
+    "redetect_maps",
 ]

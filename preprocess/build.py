@@ -37,7 +37,7 @@ def shard_size_for(inputs: int) -> int:
     return min(1000, max(32, inputs // 64))
 
 
-def build(
+def build_shards(
     source: Source,
     out: Path,
     settings: Settings,

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; the largest photo of ImageNet-1K has 24 million
 # Formats that only hold pixels: EPS and PDF run programs, SVG and the like fetch things.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO"]
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 END_OF_IMAGE = b"\xff\xd9"
 
 
@@ -27,7 +27,7 @@ class Rejected(Exception):
         self.reason, self.detail = reason, " ".join(detail.split())
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
+def decode_image(data: bytes) -> NDArray[np.uint8]:
     """The pixels of an image file as uint8 RGB [H, W, 3].
 
     Raises Rejected with reason `empty`, `not-an-image`, `too-large` (more than MAX_PIXELS, told
@@ -61,7 +61,7 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         return None
-    return None if pixels is None else pixels.astype(np.uint8, copy=False)
+    return None if pixels is None else pixels
 
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from preprocess.decode import Rejected, decode
+from preprocess.decode import Rejected, decode_image
 
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -83,11 +83,11 @@ def _window(number: int) -> tuple[float, float, float, float]:
 @lru_cache(maxsize=2)
 def _photograph(path: Path) -> NDArray[np.uint8]:
     try:
-        pixels = decode(path.read_bytes())
+        pixels = decode_image(path.read_bytes())
     except OSError as error:
         raise Rejected("unreadable", str(error)) from None
     scale = LONGEST / max(pixels.shape[:2])
     if scale < 1:
         small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return small.astype(np.uint8, copy=False)
+        return small
     return pixels

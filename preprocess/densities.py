@@ -38,7 +38,7 @@ def density_maps(
 
 def published_grey(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Grey as the published code's detectors see it: RGB pixels weighed as if they were BGR."""
-    return cv2.cvtColor(rgb, cv2.COLOR_BGR2GRAY).astype(np.uint8, copy=False)
+    return cv2.cvtColor(rgb, cv2.COLOR_BGR2GRAY)
 
 
 def grid_counts(bitmap: NDArray[np.uint8], grid: int) -> NDArray[np.int64]:
@@ -53,4 +53,5 @@ def grid_counts(bitmap: NDArray[np.uint8], grid: int) -> NDArray[np.int64]:
     following = np.minimum(whole + 1, side)
     rows = integral[whole] * (grid - part)[:, None] + integral[following] * part[:, None]
     corners = rows[:, whole] * (grid - part) + rows[:, following] * part
-    return np.diff(np.diff(corners, axis=0), axis=1)
+    counts: NDArray[np.int64] = np.diff(np.diff(corners, axis=0), axis=1)
+    return counts

@@ -33,7 +33,7 @@ def draw(points: NDArray[np.float32], height: int, width: int, kind: str) -> NDA
     plain = np.zeros((height, width), np.uint8)
     for x, y in np.rint(points * SUBPIXEL).astype(int).tolist():
         if kind == "disc":
-            cv2.circle(plain, (x, y), RADIUS * SUBPIXEL, 1, -1, cv2.LINE_AA, 4)
+            cv2.circle(plain, (x, y), RADIUS * SUBPIXEL, 255, -1, cv2.LINE_AA, 4)
         else:
             row, column = (y + SUBPIXEL // 2) // SUBPIXEL, (x + SUBPIXEL // 2) // SUBPIXEL
             if 0 <= row < height and 0 <= column < width:
@@ -64,7 +64,7 @@ def _dilate(sixteenths: NDArray[np.int32], height: int, width: int, kind: str) -
     bitmap[rows, columns] = 1
     middle = SUBPIXEL // 2
     # A dilation looks from each pixel at its neighbours, so the stencil is mirrored.
-    return cv2.dilate(bitmap, _stencils(kind)[middle, middle, ::-1, ::-1]).astype(np.uint8)
+    return cv2.dilate(bitmap, _stencils(kind)[middle, middle, ::-1, ::-1])
 
 
 def _stamp(sixteenths: NDArray[np.int32], height: int, width: int, kind: str) -> NDArray[np.uint8]:
@@ -88,8 +88,9 @@ def _stencils(kind: str) -> NDArray[np.uint8]:
     side = 2 * REACH + 1
     stencils = np.zeros((SUBPIXEL, SUBPIXEL, side, side), np.uint8)
     for phase_y, phase_x in np.ndindex(SUBPIXEL, SUBPIXEL):
-        centre = REACH + (np.array([phase_x, phase_y], np.float32) - SUBPIXEL / 2) / SUBPIXEL
-        stencils[phase_y, phase_x] = draw(centre[None] + 8, side + 16, side + 16, kind)[8:-8, 8:-8]
+        centre = np.array([[phase_x, phase_y]]) / SUBPIXEL - 0.5 + side
+        drawn = draw(centre.astype(np.float32), 2 * side + 1, 2 * side + 1, kind)
+        stencils[phase_y, phase_x] = drawn[side - REACH :, side - REACH :][:side, :side]
     return stencils
 
 

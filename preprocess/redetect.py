@@ -6,13 +6,13 @@ Finds what checksums cannot: another OpenCV that detects otherwise, or sources t
 import cv2
 import numpy as np
 
-from preprocess.decode import Rejected, decode
+from preprocess.decode import Rejected, decode_image
 from preprocess.densities import density_maps
 from preprocess.sources import Source, read
 from shards import Record, ShardSet, decode_frame
 
 
-def redetect(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
+def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
     """What differs when the maps of `samples` records, spread evenly, are computed again.
 
     Pixels come from `source`, or from the stored frame where detection ran on frames. The maps
@@ -33,7 +33,7 @@ def redetect(records: ShardSet, source: Source | None, samples: int = 64) -> lis
             if settings.detect_on == "frame" or source is None:
                 rgb = decode_frame(record.frame)
             elif record.source in entries:
-                rgb = decode(read(source.kind, source.root, entries[record.source]))
+                rgb = decode_image(read(source.kind, source.root, entries[record.source]))
             else:
                 problems.append(f"record {record.key}: the source has no {record.source!r}")
                 continue

@@ -4,6 +4,8 @@ The row (a JSON file, written last) is the commit marker: a shard without one is
 """
 
 import json
+import multiprocessing
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocess.decode import Rejected, decode
+from preprocess.decode import Rejected, decode_image
 from preprocess.densities import density_maps
 from preprocess.sources import Entry, read
 from shards import Record, Settings, ShardWriter, decode_frame, encode_frame
@@ -49,20 +51,23 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> int:
     Raises BuildError on the first rejected input if the job says so.
     """
     cv2.setNumThreads(1)  # jobs are the parallelism; nested threads only fight
+    if multiprocessing.current_process().name != "MainProcess":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     first = number * job.settings.shard_size
     rejected = []
     with ShardWriter(job.out / shard_name(number)) as writer:
         for index, entry in enumerate(entries, start=first):
             try:
-                rgb = decode(read(job.kind, job.root, entry))
+                rgb = decode_image(read(job.kind, job.root, entry))
             except Rejected as error:
                 if job.fail:
                     raise BuildError(
                         f"{entry.name!r} was rejected ({error.reason}: {error.detail}); repair or "
                         "remove it, or go on without it by --on-error quarantine"
                     ) from None
-                row = {"key": key_of(index), "source": entry.name}
-                rejected.append(row | {"reason": error.reason, "detail": error.detail})
+                facts = {"key": key_of(index), "source": entry.name}
+                facts |= {"reason": error.reason, "detail": error.detail}
+                rejected.append(facts)
                 continue
             frame, maps = describe(rgb, job.settings)
             height, width = rgb.shape[:2]
@@ -95,8 +100,8 @@ def squeeze(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     height, width = rgb.shape[:2]
     if height > side or width > side:
         smaller = (min(width, side), min(height, side))
-        rgb = cv2.resize(rgb, smaller, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+        rgb = cv2.resize(rgb, smaller, interpolation=cv2.INTER_AREA)
     if rgb.shape[:2] != (side, side):
         enlarged = cv2.resize(rgb, (side, side), interpolation=cv2.INTER_LINEAR)
-        rgb = enlarged.astype(np.uint8, copy=False)
+        rgb = enlarged
     return np.ascontiguousarray(rgb)

@@ -112,7 +112,7 @@ def _list_folder(root: Path) -> Source:
     home = os.path.realpath(root)
     children = sorted(os.scandir(root), key=lambda child: os.fsencode(child.name))
     folders = [child for child in children if child.is_dir() and not child.name.startswith(".")]
-    classes = []
+    classes: list[str] = []
     for folder in folders:
         if folder.is_symlink() and not _inside(folder.path, home):
             entries.append(Entry(folder.name, -1, 0, flaw="link"))
@@ -166,7 +166,7 @@ def _list_tar(path: Path) -> Source:
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
-                archive.members = []  # or tarfile keeps every header: 1 kB an image
+                archive.members = []  # type: ignore[attr-defined]  # 1 kB an image
                 if info.isdir() or not info.name.lower().endswith(SUFFIXES):
                     ignored += not info.isdir()
                     continue
@@ -179,9 +179,9 @@ def _list_tar(path: Path) -> Source:
             "once with gunzip or the like, so that images can be read in any order"
         ) from None
     found.sort()
-    folders = [entry.name.split("/")[:-1] for entry in found]
-    shared = len(os.path.commonprefix([min(folders), max(folders)])) if folders else 0
-    tops = [folder[shared] if len(folder) > shared else "" for folder in folders]
+    folders = [entry.name.rpartition("/")[0].strip("/") for entry in found]
+    shared = os.path.commonpath(folders) if found else ""
+    tops = [folder[len(shared) :].strip("/").partition("/")[0] for folder in folders]
     classes = sorted(set(tops) - {""})
     labels = {name: label for label, name in enumerate(classes)}
     entries = [

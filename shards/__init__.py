@@ -7,7 +7,7 @@ from shards.inspect import inspect_page
 from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
 from shards.reader import ShardSet
 from shards.record import Record, decode_frame, encode_frame
-from shards.verify import LEVELS, verify
+from shards.verify import LEVELS, verify_shards
 from shards.webdataset import ShardWriter
 
 __all__ = [
@@ -25,5 +25,5 @@ __all__ = [
     "encode_frame",
     "inspect_page",
     "load",
-    "verify",
+    "verify_shards",
 ]

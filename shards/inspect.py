@@ -6,7 +6,6 @@ name from the data is escaped.
 
 import base64
 import html
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,13 +17,14 @@ from shards.record import Record, decode_frame
 from shards.weights import read_map, weights
 
 CROP = 192  # px; the published crop, whose w_ps cells the weights are shown for
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;
-color:#1d2026;background:#fff}h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;
+padding:0 1rem;color:#1d2026;background:#fff}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 table{border-collapse:collapse}td,th{padding:.25rem .8rem .25rem 0;text-align:left;
 vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}
-.row{display:flex;gap:.75rem;margin:0 0 1rem;flex-wrap:wrap}figure{margin:0}
-img{width:208px;height:208px;display:block;border-radius:3px}
-figcaption{font-size:12px;color:#555;width:208px;overflow-wrap:anywhere}code{font-size:13px}
+.row{display:flex;gap:.6rem;margin:0 0 1rem}.wide{flex-wrap:wrap;gap:1.5rem}figure{margin:0}
+img{width:100%;display:block;border-radius:3px}.row>figure{flex:0 1 208px;min-width:0}
+figcaption{font-size:12px;color:#555;overflow-wrap:anywhere}code{font-size:13px}
 svg text{font:11px system-ui,sans-serif;fill:#555}"""
 
 
@@ -49,7 +49,7 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         _ledger(manifest),
         f"<h2>Weights at T = {temperature:g}, w_ps = {w_ps}</h2><p>Over {len(measured)} whole "
         f"frames of {cells} x {cells} cells. A weight is exp(density / T) over the frame's "
-        "smallest, so the least is 1.</p><div class=row>",
+        "smallest, so the least is 1.</p><div class='row wide'>",
     ]
     for row, name in enumerate(manifest.detectors):
         found = [weights(read_map(m[row], (0, 0, 1, 1), cells), temperature) for m in measured]
@@ -62,18 +62,14 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
     return "".join(parts) + "</html>\n"
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write the page to `path`."""
-    path.write_text(page, encoding="utf-8")
-
-
 def _text(value: object) -> str:
     """`value` as harmless HTML text; bytes that are no UTF-8 show as question marks."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
 def _spread(count: int, samples: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(samples, count)).astype(int)).tolist()
+    numbers = np.linspace(0, count - 1, min(samples, count)).astype(int)
+    return [int(number) for number in np.unique(numbers)]
 
 
 def _facts(manifest: Manifest) -> str:
@@ -120,14 +116,23 @@ def _histogram(name: str, values: NDArray[np.float64]) -> str:
         for i, s in enumerate(shares)
     )
     ticks = "".join(
-        f"<text x='{min(width - 18, width * f):.0f}' y='{height + 26}'>{np.exp(end * f):.3g}</text>"
-        for f in (0, 0.25, 0.5, 0.75, 1)
+        f"<text x='{width * f:.0f}' y='{height + 26}' text-anchor='{anchor}'>{np.exp(end * f):.3g}"
+        "</text>"
+        for f, anchor in (
+            (0, "start"),
+            (0.25, "middle"),
+            (0.5, "middle"),
+            (0.75, "middle"),
+            (1, "end"),
+        )
     )
     return (
-        f"<figure><svg width='{width}' height='{height + 32}' role='img' "
-        f"aria-label='weights of {_text(name)}'>{bars}{ticks}</svg><figcaption style='width:340px'>"
-        f"<b>{_text(name)}</b>: mean {values.mean():.2f}, median {np.median(values):.2f}, "
-        f"largest {values.max():.1f}; highest bar {shares.max():.0%} of cells</figcaption></figure>"
+        f"<figure style='flex:0 0 {width}px'>"
+        f"<svg width='{width}' height='{height + 32}' role='img' "
+        f"aria-label='weights of {_text(name)}'>{bars}{ticks}</svg><figcaption>"
+        f"<b>{_text(name)}</b>, share of cells by weight (log scale): mean {values.mean():.2f}, "
+        f"median {np.median(values):.2f}, largest {values.max():.1f}; highest bar "
+        f"{shares.max():.0%} of cells</figcaption></figure>"
     )
 
 

@@ -61,8 +61,8 @@ class Settings:
 
     frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw. scales: sides in px
     at which keypoints are detected; their densities are averaged. grid: cells a side of a map.
-    mark: what a keypoint covers (ring, disc, point). detect_on: source or frame. detectors: in the order
-    of the maps. shard_size: inputs a shard.
+    mark: what a keypoint covers (ring, disc, point). detect_on: source or frame. detectors: in
+    the order of the maps. shard_size: inputs a shard.
     """
 
     frame: int

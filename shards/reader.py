@@ -3,6 +3,7 @@
 In: the folder a build wrote. Out: its manifest, its index (memory-mapped) and its records.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +57,30 @@ class ShardSet:
 
 
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
-    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises ValueError if it is wrong."""
+    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises ValueError if it is wrong.
+
+    Its sha256 is checked first, 56 bytes a record: every later read trusts it.
+    """
     path = folder / INDEX
     check_size(path, manifest.index.bytes)
-    try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    check_sha256(path, manifest.index.sha256)
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
         raise ValueError(
             f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
         )
-    return index  # type: ignore[no-any-return]
+    return index
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise ValueError unless the content of `path` has the sha256 `expected` (hex)."""
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise ValueError(
+            f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
+            f"{expected[:12]}...; restore it or rebuild the set"
+        )
 
 
 def check_size(path: Path, expected: int) -> None:

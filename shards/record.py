@@ -52,8 +52,11 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def npy_array(data: bytes) -> NDArray[np.uint8]:
     """The uint8 array of a .npy file. Raises ValueError for any other dtype, or for objects."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+    try:
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # NumPy tokenizes the header: hostile bytes raise anything
+        raise ValueError(f"the .npy member is damaged: {error}") from None
+    if array.dtype != np.uint8:
         raise ValueError("the .npy member does not hold a uint8 array")
     return array
 
@@ -84,7 +87,7 @@ def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
         height, width, source = meta["height"], meta["width"], meta["source"]
         label = int(parts[LABEL])
         maps = npy_array(parts[MAPS])
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"record {key} does not parse: {error}") from None
     if not (isinstance(height, int) and isinstance(width, int) and isinstance(source, str)):
         raise ValueError(f"record {key}: height and width must be integers and source a string")
@@ -108,4 +111,4 @@ def decode_frame(frame: bytes) -> NDArray[np.uint8]:
     pixels = cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR_RGB)
     if pixels is None:
         raise ValueError("the frame is not a JPEG that decodes")
-    return pixels.astype(np.uint8, copy=False)
+    return pixels

@@ -5,22 +5,21 @@ every file. decode: every record parses and its frame decodes. Each level includ
 (The fourth, redetect, needs detectors and lives in preprocess.)
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import manifest as _manifest
-from shards.manifest import INDEX, REJECTED, File, Manifest
-from shards.reader import ShardSet, check_size, load_index
+from shards.manifest import INDEX, REJECTED, Manifest
+from shards.reader import ShardSet, check_sha256, check_size, load_index
 from shards.record import Record, decode_frame, key_of
 from shards.webdataset import headers
 
 LEVELS = ("structure", "checksum", "decode")
 
 
-def verify(folder: Path | str, level: str = "checksum") -> list[str]:
+def verify_shards(folder: Path | str, level: str = "checksum") -> list[str]:
     """Everything wrong with the set in `folder`, a line each; empty if it is sound."""
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; there are {', '.join(LEVELS)}")
@@ -79,16 +78,12 @@ def _against_index(path: Path, rows: NDArray[np.void]) -> list[str]:
 
 
 def _checksum(folder: Path, manifest: Manifest) -> list[str]:
-    files: list[File] = [*manifest.shards, manifest.index, manifest.rejected]
     problems = []
-    for file in files:
-        with (folder / file.name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != file.sha256:
-            problems.append(
-                f"{folder / file.name} is damaged: its sha256 is {digest[:12]}..., the manifest "
-                f"says {file.sha256[:12]}...; restore it or rebuild the set"
-            )
+    for file in [*manifest.shards, manifest.rejected]:  # the index was checked when it was loaded
+        try:
+            check_sha256(folder / file.name, file.sha256)
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -85,9 +85,9 @@ class ShardWriter:
             at[suffix] = (self.tar.offset + tarfile.BLOCKSIZE, len(data))
             self.tar.addfile(info, io.BytesIO(data))
         frame, maps = at.get(JPEG) or at[RAW], at[MAPS]
-        row = (int(record.key), start, frame[0], maps[0], frame[1], maps[1])
-        row += (self.tar.offset - start, record.height, record.width, record.label)
-        self.rows.append(row)
+        places = (int(record.key), start, frame[0], maps[0], frame[1], maps[1])
+        source = (record.height, record.width, record.label)
+        self.rows.append((*places, self.tar.offset - start, *source))
 
     def __exit__(
         self,

@@ -1,0 +1,65 @@
+"""Shared fixtures: real photographs where they are at hand, small sources made on the spot."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import preprocess
+import preprocess.sources
+import shards
+
+REPOSITORY = Path(__file__).parent.parent
+DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    """Paths of the 800 ImageNet photographs; skips, visibly, where they are absent."""
+    found = sorted((DATA / "imagenet-sample").glob("*/*.JPEG"))
+    if not found:
+        pytest.skip(f"no photographs under {DATA}; set KAMIM_DATA to the folder that has them")
+    return found
+
+
+@pytest.fixture(scope="session")
+def demo_images() -> list[np.ndarray]:
+    """The 312 demo images as uint8 RGB; they need no data of anybody's."""
+    source = preprocess.open_source("demo")
+    return [
+        preprocess.decode_image(preprocess.sources.read("demo", source.root, entry))
+        for entry in source.entries
+    ]
+
+
+@pytest.fixture
+def small_source(tmp_path: Path, demo_images: list[np.ndarray]) -> Path:
+    """A folder of 4 classes with 10 small JPEGs each, cut from the demo images."""
+    root = tmp_path / "source"
+    for number, image in enumerate(demo_images[::7][:40]):
+        path = root / f"class{number % 4}" / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), cv2.resize(image, (96, 80))[:, :, ::-1])
+    return root
+
+
+def settings(**changes: object) -> shards.Settings:
+    """Small, fast settings for builds in tests."""
+    plain = {
+        "frame": 64,
+        "quality": 90,
+        "scales": (64, 72),
+        "grid": 16,
+        "mark": "ring",
+        "detect_on": "source",
+        "detectors": (preprocess.detector_settings("fast"),),
+        "shard_size": 4,
+    }
+    return shards.Settings(**(plain | changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished set, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,0 +1,232 @@
+"""The build: same bytes whatever happens, a ledger that balances, refusals in one line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import contents, settings
+
+import preprocess
+import shards
+from preprocess import BuildError, build_shards, open_source
+from preprocess.build import shard_size_for
+from shards import ShardSet, verify_shards
+
+THREE = tuple(preprocess.detector_settings(name) for name in ("fast", "orb", "sift"))
+
+
+def test_records_are_what_the_sources_say(small_source, tmp_path):
+    manifest = build_shards(open_source(str(small_source)), tmp_path / "out", settings(), jobs=1)
+    records = ShardSet(tmp_path / "out")
+    assert len(records) == 40 == manifest.ledger.written
+    assert manifest.classes == ["class0", "class1", "class2", "class3"]
+    for number in range(40):
+        record = records[number]
+        assert record.source.startswith(f"class{record.label}/")
+        assert (record.height, record.width) == (80, 96)
+        assert record.maps.shape == (1, 16, 16)
+        assert shards.decode_frame(record.frame).shape == (64, 64, 3)
+    assert len({records[n].source for n in range(40)}) == 40
+    with pytest.raises(IndexError):
+        records[40]
+
+
+def test_the_same_bytes_for_any_number_of_jobs(small_source, tmp_path):
+    source = open_source(str(small_source))
+    for jobs in (1, 2, 3):
+        build_shards(source, tmp_path / str(jobs), settings(detectors=THREE), jobs)
+    one = contents(tmp_path / "1")
+    assert len(one) == 10 + 3
+    assert one == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+@pytest.mark.timeout(300)
+def test_the_same_bytes_after_20_kills(small_source, tmp_path):
+    """SIGKILL to the whole build at random moments, the same command again after each."""
+    build_shards(open_source(str(small_source)), tmp_path / "calm", settings(shard_size=2), 1)
+    command = [sys.executable, "-m", "kamim", "shards", "build", str(small_source)]
+    command += [str(tmp_path / "out"), "--frame", "64", "--scales", "64,72", "--grid", "16"]
+    command += ["--shard-size", "2", "--jobs", "2"]
+    rng, kills, midway = random.Random(0), 0, 0
+    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    while kills < 20:
+        process = subprocess.Popen(
+            command, start_new_session=True, stderr=subprocess.DEVNULL, env=slow
+        )
+        time.sleep(rng.uniform(0.3, 1.6))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        midway += 0 < len(list((tmp_path / "out").glob(".build/*[0-9].json"))) < 20
+        if (tmp_path / "out" / "manifest.json").exists():
+            assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+            for path in (tmp_path / "out").iterdir():  # finished early: begin again
+                path.unlink()
+    assert midway >= 5  # or the kills fell beside the work and proved nothing
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "40 inputs = 40 written + 0 rejected" in done.stdout
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert verify_shards(tmp_path / "out", "decode") == []
+
+
+def test_a_restart_does_only_what_is_missing(small_source, tmp_path, monkeypatch):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    written = []
+    real = preprocess.build.write_shard
+
+    def stopping(job, number, entries):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(number)
+        return real(job, number, entries)
+
+    monkeypatch.setattr(preprocess.build, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(source, out, settings(), jobs=1)
+    assert not (out / "manifest.json").exists()
+    (out / "shard-000001.tar").unlink()  # lost after its row was written
+    (out / "shard-000009.tar.123.tmp").write_bytes(b"left by a kill")
+    written.clear()
+    build_shards(source, out, settings(), jobs=1)
+    assert written == [1, 6, 7, 8, 9]
+    assert verify_shards(out, "decode") == []
+    written.clear()
+    assert build_shards(source, out, settings(), jobs=1).count == 40
+    assert written == []
+
+
+def test_rejected_inputs_are_listed_and_the_ledger_balances(small_source, tmp_path):
+    (small_source / "class0" / "empty.jpg").write_bytes(b"")
+    (small_source / "class1" / "text.jpg").write_text("no picture")
+    whole = (small_source / "class0" / "000.jpg").read_bytes()
+    (small_source / "class2" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (small_source / "class3" / "link.jpg").symlink_to("/etc/hostname")
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    (small_source / "class3" / "007.jpg").unlink()  # vanishes between listing and reading
+    with pytest.raises(BuildError, match=r"11.4% of the inputs were rejected, more than 1.0%"):
+        build_shards(source, out, settings(), jobs=2)
+    manifest = build_shards(source, out, settings(), jobs=2, max_rejected=0.2)
+    reasons = {"empty": 1, "not-an-image": 1, "truncated": 1, "link": 1, "vanished": 1}
+    assert manifest.ledger == shards.Ledger(44, 39, reasons)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert {line["source"]: line["reason"] for line in lines} == {
+        "class0/empty.jpg": "empty",
+        "class1/text.jpg": "not-an-image",
+        "class2/cut.jpg": "truncated",
+        "class3/007.jpg": "vanished",
+        "class3/link.jpg": "link",
+    }
+    assert verify_shards(out, "decode") == []
+
+
+def test_on_error_fail_stops_at_the_first_and_names_it(small_source, tmp_path):
+    (small_source / "class1" / "bad 'one'.jpg").write_bytes(b"x")
+    source = open_source(str(small_source))
+    with pytest.raises(BuildError, match=r"class1/bad 'one'.jpg.*not-an-image.*quarantine"):
+        build_shards(source, tmp_path / "out", settings(), 1, "fail")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_shard_whose_inputs_are_all_bad_is_empty_but_there(small_source, tmp_path):
+    for number in (0, 4, 8, 12):
+        (small_source / "class0" / f"{number:03d}.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    manifest = build_shards(open_source(str(small_source)), out, settings(), 1, max_rejected=1)
+    assert [shard.count for shard in manifest.shards] == [0] + [4] * 9
+    assert verify_shards(out, "decode") == []
+    assert ShardSet(out)[0].key == "000000004"
+
+
+def test_nothing_usable_publishes_nothing(tmp_path):
+    (tmp_path / "s" / "a").mkdir(parents=True)
+    (tmp_path / "s" / "a" / "x.jpg").write_bytes(b"")
+    with pytest.raises(BuildError, match="all 1 inputs were rejected"):
+        build_shards(open_source(str(tmp_path / "s")), tmp_path / "out", settings(), 1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_other_settings_or_inputs_are_refused_by_name(small_source, tmp_path):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    build_shards(source, out, settings(), 1)
+    before = contents(out)
+    for changed, words in [
+        (settings(frame=72), r"settings.frame is 64 there, 72 here"),
+        (settings(detectors=THREE), r"settings.detectors"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            build_shards(source, out, changed, 1)
+    (small_source / "class0" / "new.jpg").write_bytes(b"new")
+    with pytest.raises(ValueError, match=r"source.inputs is 40 there, 41 here"):
+        build_shards(open_source(str(small_source)), out, settings(), 1)
+    assert contents(out) == before
+
+
+def test_an_unfinished_build_is_refused_with_other_settings(small_source, tmp_path):
+    (small_source / "class3" / "zzz.jpg").write_bytes(b"")
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    with pytest.raises(BuildError):
+        build_shards(source, out, settings(), 1, "fail")
+    with pytest.raises(ValueError, match=r"settings.grid is 16 there, 20 here"):
+        build_shards(source, out, settings(grid=20), 1, "fail")
+
+
+def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
+    source, out = open_source(str(small_source)), tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
+        build_shards(source, out, settings(), 1)
+    with pytest.raises(ValueError, match="is a file"):
+        build_shards(source, out / "chapter.tex", settings(), 1)
+    assert contents(out) == {"chapter.tex": b"precious"}
+
+
+def test_two_builds_into_one_folder(small_source, tmp_path):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    with preprocess.build._claim(out), pytest.raises(ValueError, match="another build is writing"):
+        build_shards(source, out, settings(), 1)
+
+
+def test_raw_frames_and_detection_on_frames(small_source, tmp_path):
+    source = open_source(str(small_source))
+    chosen = settings(quality=0, detect_on="frame")
+    build_shards(source, tmp_path / "out", chosen, 2)
+    records = ShardSet(tmp_path / "out")
+    assert verify_shards(tmp_path / "out", "decode") == []
+    assert preprocess.redetect_maps(records, None) == []
+    rgb = shards.decode_frame(records[3].frame)
+    again = preprocess.density_maps(rgb, chosen.detectors, chosen.scales, 16, "ring")
+    np.testing.assert_array_equal(records[3].maps, again)
+
+
+def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):
+    source = open_source(str(small_source))
+    base = settings()
+    fewer = preprocess.detector_settings("fast", {"threshold": "60"})
+    means = []
+    for name, chosen in {
+        "ring": base,
+        "disc": replace(base, mark="disc"),
+        "point": replace(base, mark="point"),
+        "fewer": replace(base, detectors=(fewer,)),
+    }.items():
+        build_shards(source, tmp_path / name, chosen, 1)
+        records = ShardSet(tmp_path / name)
+        means.append(np.mean([records[n].maps.mean() for n in range(len(records))]))
+    ring, disc, point, few = means
+    assert disc > ring > point > 0
+    assert 0 < few < ring
+
+
+def test_shard_sizes_share_out_small_sources_and_stay_at_a_thousand():
+    assert [shard_size_for(n) for n in (1, 800, 50_000, 1_281_167)] == [32, 32, 781, 1000]

@@ -1,0 +1,136 @@
+"""The command line: one clear line for each mistake, exit statuses, JSON, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+KAMIM = [sys.executable, "-m", "kamim"]
+SMALL = ["--frame", "64", "--scales", "64,72", "--grid", "16", "--shard-size", "4"]
+
+
+def kamim(*arguments, **options):
+    return subprocess.run(
+        [*KAMIM, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--detector", "superpoint"], "unknown detector 'superpoint'; there are fast, orb, sift"),
+        (["--detector", "fast,fast"], "twice"),
+        (["--detector", ""], "unknown detector ''"),
+        (["--detector-option", "fast.treshold=3"], "no option 'treshold'; it has threshold"),
+        (["--detector-option", "fast.threshold=many"], "'many' is no int"),
+        (["--detector-option", "orb.nfeatures=9"], "not DETECTOR.OPTION=VALUE"),
+        (["--detector", "sift", "--detector-option", "sift.sigma=nan"], "finite"),
+        (["--frame", "0"], "--frame 0 is too small"),
+        (["--quality", "101"], "--quality 101 is out of range; give 0 to 100"),
+        (["--scales", "192,big"], "list of whole numbers"),
+        (["--scales", "5"], "--scales 5 is out of range"),
+        (["--grid", "0"], "--grid 0"),
+        (["--jobs", "-1"], "--jobs -1"),
+        (["--jobs", "two"], "--jobs"),
+        (["--max-rejected", "7"], "--max-rejected 7"),
+        (["--mark", "star"], "--mark"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, words, tmp_path):
+    done = kamim("shards", "build", "demo", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("kamim: ")
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_places_are_one_line_and_status_2(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    for arguments in (
+        ["build", tmp_path / "nowhere", tmp_path / "out"],
+        ["build", "demo", tmp_path / "full"],
+        ["verify", tmp_path / "full"],
+        ["inspect", tmp_path / "nowhere"],
+        ["unknown"],
+        ["build"],
+    ):
+        done = kamim("shards", *arguments)
+        status = 1 if arguments[0] == "verify" else 2
+        assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
+    out = tmp_path / "out"
+    done = kamim("shards", "build", small_source, out, *SMALL, "--json")
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert (result["inputs"], result["written"], result["rejected"]) == (40, 40, {})
+    again = kamim("shards", "build", small_source, out, *SMALL)
+    assert again.returncode == 0
+    assert "40 inputs = 40 written + 0 rejected" in again.stdout
+    for level in ("structure", "checksum", "decode"):
+        assert kamim("shards", "verify", out, "--level", level).returncode == 0
+    deep = kamim("shards", "verify", out, "--level", "redetect", "--source", small_source)
+    assert "40 records are sound at level redetect" in deep.stdout
+    assert kamim("shards", "verify", out, "--level", "redetect").returncode == 2
+    page = kamim("shards", "inspect", out, "--samples", "3")
+    assert page.stdout.strip() == str(out / "inspect.html")
+    assert kamim("shards", "inspect", out, "--w-ps", "7").returncode == 2
+    with (out / "shard-000002.tar").open("r+b") as file:
+        file.write(b"X")
+    bad = kamim("shards", "verify", out, "--json")
+    assert bad.returncode == 1
+    assert "shard-000002.tar" in json.loads(bad.stdout)["problems"][0]
+
+
+def test_too_many_rejected_is_status_1(small_source, tmp_path):
+    (small_source / "class0" / "empty.jpg").write_bytes(b"")
+    done = kamim("shards", "build", small_source, tmp_path / "out", *SMALL)
+    assert done.returncode == 1
+    assert "2.4% of the inputs were rejected" in done.stderr
+    accepted = kamim(
+        "shards", "build", small_source, tmp_path / "out", *SMALL, "--max-rejected", "0.1"
+    )
+    assert accepted.returncode == 0
+    assert "1 empty" in accepted.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_source, tmp_path):
+    out = tmp_path / "out"
+    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=slow, start_new_session=True
+    )
+    while not list(out.glob(".build/*[0-9].json")) and process.poll() is None:
+        time.sleep(0.01)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in log
+    assert "the same command goes on" in log.splitlines()[-1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0
+    assert kamim("shards", "verify", out, "--level", "decode").returncode == 0
+    assert not list(out.glob("*.tmp"))
+
+
+def test_help_says_what_each_option_is():
+    for arguments in ([], ["shards"], ["shards", "build"], ["shards", "verify"]):
+        done = kamim(*arguments, "--help")
+        assert done.returncode == 0
+        assert "Usage: kamim" in done.stdout

@@ -1,0 +1,154 @@
+"""Decoding: every common kind of image, as the field's loaders see it; bad ones by reason."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocess import Rejected, decode_image
+from preprocess.sources import Entry, read
+
+GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[0:200:2, 0:240:2], 90), axis=-1).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_photographs_decode_as_pillow_decodes_them(photos):
+    for path in photos[::16]:
+        np.testing.assert_array_equal(decode_image(path.read_bytes()), pillow(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "L", {}),
+        ("PNG", "1", {}),
+        ("PNG", "P", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "LA", {}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("WEBP", "RGBA", {}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+        ("PPM", "RGB", {}),
+    ],
+)
+def test_kinds_of_image(kind, mode, options):
+    data = encoded(Image.fromarray(GRADIENT).convert(mode), kind, **options)
+    pixels = decode_image(data)
+    assert pixels.shape == GRADIENT.shape
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, pillow(data))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 120 * 100).reshape(100, 120).astype(np.uint16)
+    pixels = decode_image(encoded(Image.fromarray(ramp), "PNG"))
+    np.testing.assert_array_equal(pixels, np.repeat((ramp >> 8)[:, :, None], 3, axis=2))
+
+
+def test_exif_orientation_is_ignored():
+    plain = Image.fromarray(GRADIENT)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    rotated = encoded(plain, "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode_image(rotated), decode_image(encoded(plain, "JPEG")))
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.fromarray(GRADIENT).convert("P"), Image.new("P", (120, 100), 3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode_image(data), decode_image(encoded(frames[0], "GIF")))
+
+
+def test_palette_with_transparency():
+    image = Image.fromarray(GRADIENT).convert("P")
+    pixels = decode_image(encoded(image, "PNG", transparency=bytes(range(256))))
+    np.testing.assert_array_equal(pixels, np.array(image.convert("RGB")))
+
+
+JPEG = encoded(Image.fromarray(GRADIENT), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello, this is text", "not-an-image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+         "not-an-image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
+        (JPEG[: len(JPEG) // 2], "truncated"),
+        (JPEG[:-1], "truncated"),
+        (JPEG[:-2], "truncated"),
+        (encoded(Image.fromarray(GRADIENT), "PNG")[:-60], "truncated"),
+    ],
+)  # fmt: skip
+def test_bad_bytes_are_rejected_with_their_reason(data, reason):
+    with pytest.raises(Rejected) as caught:
+        decode_image(data)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_no_truncation_gets_through_or_raises_anything_else(kind):
+    whole = encoded(Image.fromarray(GRADIENT), kind)
+    full = decode_image(whole)
+    for cut in np.unique(np.linspace(0, len(whole) - 1, 60).astype(int)):
+        try:
+            pixels = decode_image(whole[:cut])
+        except Rejected:
+            continue
+        np.testing.assert_array_equal(pixels, full)  # only padding or a trailer was cut
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
+def test_a_bomb_is_told_from_its_header(kind, monkeypatch):
+    monkeypatch.setattr("preprocess.decode.MAX_PIXELS", 10_000)
+    with pytest.raises(Rejected) as caught:
+        decode_image(encoded(Image.fromarray(GRADIENT), kind))
+    assert caught.value.reason == "too-large"
+
+
+def test_a_png_of_absurd_dimensions_costs_nothing():
+    data = bytearray(encoded(Image.fromarray(GRADIENT), "PNG"))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(Rejected) as caught:
+        decode_image(bytes(data))
+    assert caught.value.reason == "too-large"
+
+
+def test_a_file_that_changes_or_goes_is_rejected(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    entry = Entry("a.jpg", 0, len(JPEG))
+    assert read("folder", tmp_path, entry) == JPEG
+    reasons = []
+    for step in (
+        lambda: (tmp_path / "a.jpg").write_bytes(JPEG[:-5]),
+        lambda: (tmp_path / "a.jpg").write_bytes(JPEG + b"more"),
+        lambda: (tmp_path / "a.jpg").unlink(),
+        lambda: (tmp_path / "a.jpg").mkdir(),
+    ):
+        step()
+        with pytest.raises(Rejected) as caught:
+            read("folder", tmp_path, entry)
+        reasons.append(caught.value.reason)
+    assert reasons == ["changed", "changed", "vanished", "unreadable"]

@@ -1,0 +1,132 @@
+"""The format: golden bytes, round trips, and slices of a tar that must not be taken for records."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards import Record, ShardWriter
+from shards.record import decode_frame, encode_frame, from_members, members, npy_bytes
+from shards.webdataset import parse_record
+
+GOLDEN = Path(__file__).parent / "golden" / "two-records.tar"
+MAPS = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+RECORDS = [
+    Record("000000007", b"\xff\xd8 not a picture \xff\xd9", 3, 375, 500, "a/ünï 'x'.jpg", MAPS),
+    Record("000000009", b"\x93NUMPY not an array", -1, 1, 2**31, "b\udcff.png", MAPS[:, ::-1]),
+]
+
+
+def same(a: Record, b: Record) -> bool:
+    names = ("key", "frame", "label", "height", "width", "source")
+    return all(getattr(a, n) == getattr(b, n) for n in names) and np.array_equal(a.maps, b.maps)
+
+
+def write(path: Path, records: list[Record]) -> ShardWriter:
+    with ShardWriter(path) as writer:
+        for record in records:
+            writer.add(record)
+    return writer
+
+
+def test_golden_bytes(tmp_path):
+    """To change the format: raise FORMAT_VERSION, say so in FORMAT.md and CHANGELOG.md, then
+    replace the golden file by the one this test wrote."""
+    writer = write(tmp_path / "two.tar", RECORDS)
+    assert (tmp_path / "two.tar").read_bytes() == GOLDEN.read_bytes()
+    assert writer.file.bytes == GOLDEN.stat().st_size
+    assert writer.index["start"].tolist() == [0, 4096]
+
+
+def test_records_come_back_by_the_index(tmp_path):
+    writer = write(tmp_path / "two.tar", RECORDS)
+    data = (tmp_path / "two.tar").read_bytes()
+    for row, record in zip(writer.index, RECORDS, strict=True):
+        assert same(parse_record(data[row["start"] : row["start"] + row["bytes"]]), record)
+        assert data[row["frame"] : row["frame"] + row["frame_bytes"]] == record.frame
+        assert data[row["maps"] : row["maps"] + row["maps_bytes"]] == npy_bytes(record.maps)
+
+
+def test_a_tar_depends_on_its_records_alone(tmp_path):
+    with tarfile.open(GOLDEN) as archive:
+        for info in archive:
+            assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
+            assert info.isreg()
+
+
+@given(
+    st.binary(max_size=2000),
+    st.integers(-1, 2**31 - 1),
+    st.text(max_size=300),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_record_survives(frame, label, source, depth, grid, seed):
+    maps = np.random.default_rng(seed).integers(0, 256, (depth, grid, grid), dtype=np.uint8)
+    record = Record("123456789", frame, label, 5, 6, source, maps)
+    assert same(from_members(record.key, dict(members(record))), record)
+
+
+def test_what_is_not_one_whole_record_is_refused():
+    data = GOLDEN.read_bytes()
+    parse_record(data[:4096])
+    with pytest.raises(ValueError, match="not one whole"):
+        parse_record(data[:5120])
+    for begin, end in [(512, 4096), (0, 4095), (0, 1024), (0, 3072), (1024, 4096)]:
+        with pytest.raises(ValueError, match=r"record|header|member"):
+            parse_record(data[begin:end])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../000000007.cls", tarfile.REGTYPE),
+        ("/000000007.cls", tarfile.REGTYPE),
+        ("000000007.cls", tarfile.SYMTYPE),
+        ("000000007.pyd", tarfile.REGTYPE),
+        ("000000007.cls", tarfile.FIFOTYPE),
+    ],
+)
+def test_hostile_members_are_refused(name, kind):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for suffix, data in members(RECORDS[0])[:2]:
+            info = tarfile.TarInfo(f"000000007.{suffix}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+        end = archive.offset
+    with pytest.raises(ValueError, match=r"member"):
+        parse_record(buffer.getvalue()[:end])
+
+
+def test_pickles_in_npy_members_are_not_loaded():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    parts = dict(members(RECORDS[0])) | {"maps.npy": buffer.getvalue()}
+    with pytest.raises(ValueError, match="does not parse"):
+        from_members("000000007", parts)
+
+
+def test_frames_as_jpeg_and_raw():
+    rgb = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode_frame(encode_frame(rgb, 0)), rgb)
+    jpeg = encode_frame(rgb, 90)
+    assert decode_frame(jpeg).shape == rgb.shape
+    for damaged in (jpeg[:-10], b"", b"junk\xff\xd9", encode_frame(rgb, 0)[:-1]):
+        with pytest.raises(ValueError, match=r"frame|npy"):
+            decode_frame(damaged)
+
+
+def test_a_shard_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "x.tar") as writer:  # noqa: PT012
+        writer.add(RECORDS[0])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,164 @@
+"""verify: finds every kind of damage, at the level that says it does, and names the place."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import settings
+
+import preprocess
+from preprocess import build_shards, open_source, redetect_maps
+from shards import FORMAT_VERSION, LEVELS, ShardSet, load, verify_shards
+
+
+@pytest.fixture
+def built(small_source, tmp_path):
+    build_shards(open_source(str(small_source)), tmp_path / "built", settings(), 1)
+    return tmp_path / "built"
+
+
+def test_a_sound_set_has_no_problems(built):
+    for level in LEVELS:
+        assert verify_shards(built, level) == []
+    with pytest.raises(ValueError, match="structure, checksum, decode"):
+        verify_shards(built, "everything")
+
+
+def test_any_changed_byte_is_found(built):
+    """Every byte of the manifest, 150 others anywhere: checksum finds each one."""
+    rng = np.random.default_rng(0)
+    places = [("manifest.json", at) for at in range((built / "manifest.json").stat().st_size)]
+    for name in ["index.npy", *(f"shard-{n:06d}.tar" for n in range(10))]:
+        size = (built / name).stat().st_size
+        places += [(name, int(at)) for at in rng.integers(0, size, 14)]
+    for name, at in places:
+        path = built / name
+        data = bytearray(path.read_bytes())
+        before = data[at]
+        data[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+        try:
+            if name == "manifest.json":
+                with pytest.raises(ValueError, match=name):
+                    load(built)
+            else:
+                assert any(name in problem for problem in verify_shards(built)), (name, at)
+        finally:
+            data[at] = before
+            path.write_bytes(data)
+    assert verify_shards(built) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "shard-000003.tar").unlink(), "shard-000003.tar is missing"),
+        (lambda f: os.truncate(f / "shard-000003.tar", 5000), "has 5000 bytes"),
+        (lambda f: (f / "index.npy").unlink(), "index.npy is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "not a finished set"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "damaged"),
+        (lambda f: (f / "manifest.json").write_text("[1"), "damaged"),
+        (lambda f: (f / "rejected.jsonl").unlink(), "rejected.jsonl is missing"),
+        (lambda f: (f / "shard-000077.tar").write_bytes(b""), "not in the manifest"),
+        (lambda f: (f / "shard-000000.tar.1.tmp").write_bytes(b""), "not in the manifest"),
+    ],
+)
+def test_structure_finds(built, damage, words):
+    damage(built)
+    problems = verify_shards(built, "structure")
+    assert len(problems) == 1
+    assert words in problems[0]
+    assert "\n" not in problems[0]
+
+
+def test_swapped_shards_are_found_by_structure(built):
+    a, b = built / "shard-000001.tar", built / "shard-000002.tar"
+    data = a.read_bytes(), b.read_bytes()
+    a.write_bytes(data[1])
+    b.write_bytes(data[0])
+    assert verify_shards(built, "structure")
+
+
+def test_a_newer_format_is_refused_by_its_number(built):
+    text = (built / "manifest.json").read_text()
+    newer = text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
+    (built / "manifest.json").write_text(newer)
+    (problem,) = verify_shards(built)
+    assert "format version 99" in problem
+    assert f"version {FORMAT_VERSION}" in problem
+
+
+def resign(built, change):
+    """Change the manifest and give it a checksum that fits, as an attacker or a bug would."""
+    from shards.manifest import fingerprint
+
+    content = json.loads((built / "manifest.json").read_text())
+    content.pop("checksum")
+    change(content)
+    content["checksum"] = fingerprint(content)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (built / "manifest.json").write_text(text)
+
+
+def test_a_ledger_that_does_not_balance_is_refused(built):
+    resign(built, lambda content: content["ledger"].update(inputs=41))
+    assert "does not balance" in verify_shards(built)[0]
+
+
+def test_file_names_that_leave_the_folder_are_refused(built):
+    resign(built, lambda content: content["shards"][0].update(name="../../etc/passwd"))
+    assert "names may hold no folder" in verify_shards(built)[0]
+
+
+def test_decode_names_shard_and_key_of_a_bad_record(built):
+    """A record damaged before the checksums were made, as by a faulty build."""
+    from dataclasses import replace
+
+    from shards.manifest import to_json, write_file
+
+    records = ShardSet(built)
+    path, row = records.locate(17)
+    data = bytearray(path.read_bytes())
+    middle = int(row["frame"] + row["frame_bytes"] // 2)
+    data[int(row["frame"]) : middle] = bytes(middle - int(row["frame"]))
+    manifest = load(built)
+    shard = write_file(path, bytes(data), 4)
+    files = [shard if f.name == shard.name else f for f in manifest.shards]
+    (built / "manifest.json").write_bytes(to_json(replace(manifest, shards=files)))
+    assert verify_shards(built, "checksum") == []
+    (problem,) = verify_shards(built, "decode")
+    assert path.name in problem
+    assert "record 000000017" in problem
+
+
+def test_redetect_compares_with_the_source(built, small_source):
+    records, source = ShardSet(built), open_source(str(small_source))
+    assert redetect_maps(records, source, 40) == []
+    with pytest.raises(ValueError, match="--source"):
+        redetect_maps(records, None)
+    other = (small_source / "class1" / "001.jpg").read_bytes()
+    (small_source / "class0" / "000.jpg").write_bytes(other)
+    (small_source / "class2" / "002.jpg").unlink()
+    problems = redetect_maps(records, open_source(str(small_source)), 40)
+    assert len(problems) == 2
+    assert "class0/000.jpg" in problems[0]
+    assert "map differs in" in problems[0]
+    assert "the source has no 'class2/002.jpg'" in problems[1]
+
+
+def test_redetect_notices_another_detector(built, small_source, monkeypatch):
+    monkeypatch.setitem(preprocess.detectors.DEFAULTS["fast"], "threshold", 11)
+    records, source = ShardSet(built), open_source(str(small_source))
+    assert redetect_maps(records, source) == []  # the manifest's options count, not the defaults
+    from preprocess import detectors
+
+    real = detectors.detect
+    monkeypatch.setattr("preprocess.densities.detect", lambda d, g: real(d, g)[1:])
+    assert redetect_maps(records, source)
+
+
+def test_moving_a_set_changes_nothing(built, tmp_path):
+    shutil.move(built, tmp_path / "elsewhere")
+    assert verify_shards(tmp_path / "elsewhere", "decode") == []
