@@ -155,18 +155,21 @@ def _write_missing(source: Source, job: Job, jobs: int) -> None:
         for n in missing
     )
     pool = joblib.Parallel(n_jobs=min(jobs, len(missing) or 1), return_as="generator_unordered")
+    results = pool(tasks)
     try:
         pace = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log
         with tqdm(
             total=inputs, initial=seen, unit="img", desc="building", mininterval=pace
         ) as progress:
-            for count in pool(tasks):
+            for count in results:
                 progress.update(count)
     except joblib.externals.loky.process_executor.TerminatedWorkerError:
         raise BuildError(
             "a worker process died, perhaps for want of memory; finished shards are kept: run the "
             "same command again, with fewer --jobs if it happens again"
         ) from None
+    finally:
+        results.close()  # ends the workers' tasks when we were stopped in the middle
 
 
 def _publish(source: Source, job: Job, facts: dict[str, Any]) -> Manifest:

@@ -5,6 +5,7 @@ would give there: the mean of the marked share over detection at several scales.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -47,11 +48,16 @@ def grid_counts(bitmap: NDArray[np.uint8], grid: int) -> NDArray[np.int64]:
     `bitmap` is uint8 0 or 1 [S, S]; a full cell counts S**2. Cell edges that cut pixels share
     them: the integral image is linear between whole pixels, so reading it there is exact.
     """
-    side = bitmap.shape[0]
-    integral = cv2.integral(bitmap).astype(np.int64)
-    whole, part = np.divmod(np.arange(grid + 1) * side, grid)
-    following = np.minimum(whole + 1, side)
-    rows = integral[whole] * (grid - part)[:, None] + integral[following] * part[:, None]
-    corners = rows[:, whole] * (grid - part) + rows[:, following] * part
-    counts: NDArray[np.int64] = np.diff(np.diff(corners, axis=0), axis=1)
-    return counts
+    before, after, share = _edges(bitmap.shape[0], grid)
+    integral = cv2.integral(bitmap)
+    rows = integral[before] * (grid - share)[:, None] + integral[after] * share[:, None]
+    corners = rows[:, before] * (grid - share) + rows[:, after] * share
+    strips = corners[1:] - corners[:-1]
+    return strips[:, 1:] - strips[:, :-1]
+
+
+@lru_cache(maxsize=64)
+def _edges(side: int, grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The pixel edges before and after each cell edge, and how far it lies between, in 1/grid."""
+    before, share = np.divmod(np.arange(grid + 1) * side, grid)
+    return before, np.minimum(before + 1, side), share

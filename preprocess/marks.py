@@ -45,14 +45,13 @@ def mark(points: NDArray[np.float32], height: int, width: int, kind: str) -> NDA
     """The same bitmap as `draw`, fast. Measured for 1,500 FAST rings: 0.05 ms against 1.6 ms."""
     if len(points) == 0:
         return np.zeros((height, width), np.uint8)
-    far = np.array([width, height]) - 1 - BORDER
-    inner = ((points >= BORDER) & (points <= far)).all(axis=1)
-    centres = points[inner]
-    sixteenths = np.rint(centres * SUBPIXEL).astype(np.int32)
-    bitmap = (_dilate if not (sixteenths % SUBPIXEL).any() else _stamp)(
-        sixteenths, height, width, kind
-    )
-    if not inner.all():
+    x, y = points.T
+    inner = (x >= BORDER) & (x <= width - 1 - BORDER) & (y >= BORDER) & (y <= height - 1 - BORDER)
+    everywhere = bool(inner.all())
+    sixteenths = np.rint((points if everywhere else points[inner]) * SUBPIXEL).astype(np.int32)
+    paint = _stamp if (sixteenths & (SUBPIXEL - 1)).any() else _dilate
+    bitmap = paint(sixteenths, height, width, kind)
+    if not everywhere:
         bitmap |= draw(points[~inner], height, width, kind)
     return bitmap
 

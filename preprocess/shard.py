@@ -73,7 +73,8 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> int:
             height, width = rgb.shape[:2]
             writer.add(Record(key_of(index), frame, entry.label, height, width, entry.name, maps))
     row = {"file": asdict(writer.file), "index": writer.index.tolist(), "rejected": rejected}
-    write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"))
+    # A row that a power cut damages or loses only means that its shard is built again.
+    write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"), durable=False)
     return len(entries)
 
 
@@ -82,7 +83,7 @@ def read_row(work: Path, out: Path, number: int) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = json.loads(row_path(work, number).read_bytes())
         whole = (out / shard_name(number)).stat().st_size == row["file"]["bytes"]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return row if whole else None
 

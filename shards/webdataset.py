@@ -5,7 +5,6 @@ or hosts) and one index row a record, so that any record can be read without sca
 """
 
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.manifest import File, sync_folder
+from shards.manifest import File
 from shards.record import JPEG, KEY_DIGITS, MAPS, RAW, Record, from_members, members
 
 INDEX_DTYPE = np.dtype(
@@ -40,26 +39,24 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-class _Hashed(io.RawIOBase):
-    """A write-only stream that passes bytes on to `file` and hashes them on the way."""
+class _Hashed:
+    """Passes bytes on to `file`, hashes and counts them on the way."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256, self.position = file, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
         self.sha256.update(data)
         self.position += len(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.position
 
 
 class ShardWriter:
-    """Writes one shard; it appears under its name, whole and synced, when the block ends.
+    """Writes one shard; it appears under its name, whole, its bytes on disk, when the block ends.
 
-    If the block raises, nothing appears. After the block, `file` describes the shard and `index`
-    is its INDEX_DTYPE array.
+    Its name is on disk once the folder is synced, as writing the manifest does. If the block
+    raises, nothing appears. After the block, `file` describes the shard and `index` is its
+    INDEX_DTYPE array.
     """
 
     file: File
@@ -73,21 +70,22 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         self.raw = self.temporary.open("wb")
         self.stream = _Hashed(self.raw)
-        self.tar = tarfile.open(fileobj=self.stream, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
     def add(self, record: Record) -> None:
         """Append `record`; memory use stays at one record."""
-        start, at = self.tar.offset, {}
+        start, at = self.stream.position, {}
         for suffix, data in members(record):
             info = tarfile.TarInfo(f"{record.key}.{suffix}")
             info.size, info.mode = len(data), 0o644
-            at[suffix] = (self.tar.offset + tarfile.BLOCKSIZE, len(data))
-            self.tar.addfile(info, io.BytesIO(data))
+            self.stream.write(info.tobuf(tarfile.USTAR_FORMAT))
+            at[suffix] = (self.stream.position, len(data))
+            self.stream.write(data)
+            self.stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
         frame, maps = at.get(JPEG) or at[RAW], at[MAPS]
         places = (int(record.key), start, frame[0], maps[0], frame[1], maps[1])
         source = (record.height, record.width, record.label)
-        self.rows.append((*places, self.tar.offset - start, *source))
+        self.rows.append((*places, self.stream.position - start, *source))
 
     def __exit__(
         self,
@@ -97,11 +95,11 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                self.tar.close()
+                end = self.stream.position + 2 * tarfile.BLOCKSIZE
+                self.stream.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
                 self.raw.flush()
                 os.fsync(self.raw.fileno())
                 self.temporary.replace(self.path)
-                sync_folder(self.path.parent)
         finally:
             self.raw.close()
             self.temporary.unlink(missing_ok=True)

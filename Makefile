@@ -1,0 +1,66 @@
+# Each target makes the .venv it needs. `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+DATASET ?= demo
+DETECTOR ?= fast
+FORMAT ?= webdataset
+JOBS ?= 0
+comma := ,
+OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
+# The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
+SOURCE = $(if $(DATA),$(DATA),$(DATASET))
+
+.PHONY: help setup shards verify test test-slow check bench-build clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo 'make shards DATASET=demo|imagenet|folder|... DETECTOR=fast,orb,sift [DATA=folder or .tar]'
+	@echo '            [OUT=folder] [JOBS=n] [FLAGS="--frame 448 ..."; see kamim shards build --help]'
+
+setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
+
+shards: $(VENV)/core  ## Build shards: DATASET, DETECTOR, DATA, OUT, JOBS, FLAGS.
+	@if [ "$(FORMAT)" != webdataset ]; then \
+	  echo 'FORMAT=$(FORMAT) is unknown; there is webdataset' >&2; exit 2; fi
+	@if [ "$(DATASET)" != demo ] && [ -z "$(DATA)" ]; then \
+	  echo 'DATASET=$(DATASET) needs DATA=path, a folder or .tar of class folders' >&2; exit 2; fi
+	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" --detector "$(DETECTOR)" --jobs $(JOBS) $(FLAGS)
+
+verify: $(VENV)/core  ## Check shards: OUT.
+	@$(BIN)/kamim shards verify "$(OUT)"
+
+test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/test  ## Run the long tests too.
+	$(BIN)/python -m pytest -q -m 'slow or not slow'
+
+check: $(VENV)/test  ## Lint, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy shards preprocess bench kamim.py
+
+bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
+	$(BIN)/python -m bench.build "$(if $(DATA),$(DATA),demo)"
+
+clean:  ## Remove the virtual environment and caches; never shards.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'Python cannot make a virtual environment; type: apt-get install python3-venv' >&2; exit 2; }
+
+$(VENV)/core: pyproject.toml | $(VENV)/bin/python
+	@echo 'installing into $(VENV) ...' >&2
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/test: pyproject.toml | $(VENV)/core
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,test]'
+	@touch $@

@@ -1,0 +1,143 @@
+"""How fast shards are built, against the sum of their parts; run by `make bench-build`.
+
+In: a source of photographs. Out: a table and results/build.jsonl: each stage alone on one thread,
+whole builds by one and two jobs interleaved with them, and peak memory over 1x and 10x the images.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from bench.provenance import append
+from preprocess import build_shards, decode_image, detector_settings, open_source
+from preprocess.build import shard_size_for
+from preprocess.densities import grid_counts, published_grey
+from preprocess.detectors import detect
+from preprocess.marks import mark
+from preprocess.shard import squeeze
+from preprocess.sources import Source, read
+from shards import Settings, encode_frame
+
+SCALES = (192, 208, 224)
+REPEATS = 5
+
+
+def stage_ms(source: Source, name: str) -> dict[str, float]:
+    """Milliseconds an image of each stage alone, one thread, on every image of `source`."""
+    cv2.setNumThreads(1)
+    detector = detector_settings(name)
+    spent = dict.fromkeys(("decode", "frame", "encode", "resize", "detect", "mark", "grid"), 0.0)
+
+    def timed(stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = work(*arguments)
+        spent[stage] += time.perf_counter() - begin
+        return result
+
+    for entry in source.entries:
+        rgb = timed("decode", decode_image, read(source.kind, source.root, entry))
+        timed("encode", encode_frame, timed("frame", squeeze, rgb, 256), 90)
+        for side in SCALES:
+            grey = timed("resize", _resized_grey, rgb, side)
+            bitmap = timed(
+                "mark", mark, timed("detect", detect, detector, grey), side, side, "ring"
+            )
+            timed("grid", grid_counts, bitmap, 52)
+    return {stage: 1000 * seconds / len(source.entries) for stage, seconds in spent.items()}
+
+
+def _resized_grey(rgb: Any, side: int) -> Any:
+    return published_grey(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_LINEAR))
+
+
+def build_rate(source: Source, name: str, jobs: int) -> float:
+    """Images a second of one whole build with `jobs` processes, into a fresh folder."""
+    size = shard_size_for(len(source.entries))
+    settings = Settings(
+        256, 90, SCALES, 52, "ring", "source", (detector_settings(name),), shard_size=size
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        build_shards(source, Path(folder) / "out", settings, jobs, max_rejected=1)
+        return len(source.entries) / (time.perf_counter() - begin)
+
+
+def peak_megabytes(source: Source, copies: int) -> float:
+    """Peak resident memory of a process that builds `source` repeated `copies` times, one job."""
+
+    def work(pipe: Any) -> None:
+        build_rate(replace(source, entries=source.entries * copies), "fast", 1)
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=work, args=(send,))
+    process.start()
+    peak: float = receive.recv()
+    process.join()
+    return peak
+
+
+def main(where: str) -> list[dict[str, Any]]:
+    """Measure, print the table on stdout, append the rows; returns them."""
+    source = open_source(where)
+    rows: list[dict[str, Any]] = []
+    memory = [peak_megabytes(source, copies) for copies in (1, 10)]
+    for name in ("fast", "orb", "sift"):
+        build_rate(source, name, 2)  # warm-up: starts the workers and fills the page cache
+        stages, one, two = [], [], []
+        for _ in range(REPEATS):
+            stages.append(stage_ms(source, name))
+            one.append(build_rate(source, name, 1))
+            two.append(build_rate(source, name, 2))
+        parts = {s: statistics.median(run[s] for run in stages) for s in stages[0]}
+        ceilings = [2000 / sum(run.values()) for run in stages]
+        of_ceiling = [rate / ceiling for rate, ceiling in zip(two, ceilings, strict=True)]
+        scaling = [b / a for a, b in zip(one, two, strict=True)]
+        row = {
+            "bench": "build",
+            "detector": name,
+            "images": len(source.entries),
+            "n": REPEATS,
+            "stages_ms": {stage: round(ms, 3) for stage, ms in parts.items()},
+            "images_per_s_1_job": _spread(one),
+            "images_per_s_2_jobs": _spread(two),
+            "share_of_ceiling_2_jobs": _spread(of_ceiling),
+            "two_jobs_over_one": _spread(scaling),
+            "peak_mb": {"images x1": round(memory[0]), "images x10": round(memory[1])},
+        }
+        rows.append(row)
+        print(_table(row), flush=True)
+    print(f"peak memory of a job: {memory[0]:.0f} MB, over ten times the images {memory[1]:.0f} MB")
+    print(append("build", rows))
+    return rows
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    names = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in names.items()}
+
+
+def _table(row: dict[str, Any]) -> str:
+    stages = "  ".join(f"{stage} {ms:.2f}" for stage, ms in row["stages_ms"].items())
+    one, two = row["images_per_s_1_job"], row["images_per_s_2_jobs"]
+    share, scaling = row["share_of_ceiling_2_jobs"], row["two_jobs_over_one"]
+    return (
+        f"{row['detector']}: ms an image alone: {stages}\n"
+        f"  1 job {one['median']:.0f} img/s, 2 jobs {two['median']:.0f} img/s; "
+        f"2 jobs / 1 job {scaling['median']:.2f} ({scaling['min']:.2f} to {scaling['max']:.2f}); "
+        f"share of 2 cores / sum of stages {share['median']:.2f} ({share['min']:.2f} to "
+        f"{share['max']:.2f}), n = {row['n']}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "demo")
