@@ -34,7 +34,7 @@ WORK = ".build"
 
 def shard_size_for(inputs: int) -> int:
     """Inputs a shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
-    return min(1000, max(32, inputs // 64))
+    return min(1000, max(16, inputs // 64))
 
 
 def build_shards(

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -45,8 +46,15 @@ def key_of(index: int) -> str:
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
     """`array` as a .npy version 1.0 file: 128 header bytes for our shapes, then C-order data."""
+    return _npy_header(array.dtype, array.shape) + array.tobytes()
+
+
+@lru_cache(maxsize=64)
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+    descr = np.lib.format.dtype_to_descr(dtype)
+    facts = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, facts)
     return buffer.getvalue()
 
 

@@ -229,4 +229,4 @@ def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):
 
 
 def test_shard_sizes_share_out_small_sources_and_stay_at_a_thousand():
-    assert [shard_size_for(n) for n in (1, 800, 50_000, 1_281_167)] == [32, 32, 781, 1000]
+    assert [shard_size_for(n) for n in (1, 800, 50_000, 1_281_167)] == [16, 16, 781, 1000]
