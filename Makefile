@@ -8,18 +8,20 @@ DATASET ?= demo
 DETECTOR ?= fast
 FORMAT ?= webdataset
 JOBS ?= 0
+RECIPE ?= vit_base
 comma := ,
 OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify test test-slow check bench-build clean
+.PHONY: help setup shards verify pretrain test test-slow check bench-build clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|folder|... DETECTOR=fast,orb,sift [DATA=folder or .tar]'
 	@echo '            [OUT=folder] [JOBS=n] [FLAGS="--frame 448 ..."; see kamim shards build --help]'
+	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume auto ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
@@ -33,6 +35,10 @@ shards: $(VENV)/core  ## Build shards: DATASET, DETECTOR, DATA, OUT, JOBS, FLAGS
 verify: $(VENV)/core  ## Check shards: OUT.
 	@$(BIN)/kamim shards verify "$(OUT)"
 
+pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
+	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards' >&2; exit 2; fi
+	@$(BIN)/kamim pretrain "$(SHARDS)" --recipe "$(RECIPE)" $(FLAGS)
+
 test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
 	$(BIN)/python -m pytest -q
 
@@ -42,7 +48,7 @@ test-slow: $(VENV)/test  ## Run the long tests too.
 check: $(VENV)/test  ## Lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy shards preprocess bench kamim.py
+	$(BIN)/mypy shards preprocess train bench kamim.py
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m bench.build "$(if $(DATA),$(DATA),demo)"
@@ -61,6 +67,11 @@ $(VENV)/core: pyproject.toml | $(VENV)/bin/python
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-$(VENV)/test: pyproject.toml | $(VENV)/core
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,test]'
+$(VENV)/train: pyproject.toml | $(VENV)/core
+	@echo 'installing torch and timm into $(VENV) (about 6 GB, some minutes) ...' >&2
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train]'
+	@touch $@
+
+$(VENV)/test: pyproject.toml | $(VENV)/train
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,test]'
 	@touch $@

@@ -109,6 +109,7 @@ def test_too_many_rejected_is_status_1(small_source, tmp_path):
 def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_source, tmp_path):
     out = tmp_path / "out"
     slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    slow["SLOW_SECONDS"] = "0.2"
     command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=slow, start_new_session=True

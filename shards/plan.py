@@ -1,0 +1,141 @@
+"""The epoch plan: which sample, which crop and which flips, as pure functions of numbers.
+
+In: seed, epoch, sample index (or a step). Out: order, boxes, flips. Nothing here has state: any
+step of any epoch costs the same to reach, for any number of workers and processes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
+ORDER, CROP = 1, 2  # first part of every hash: what the number is for
+TRIES = 10  # torchvision's RandomResizedCrop
+
+
+def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:
+    """A 64-bit hash of the tuple of `parts`, element by element (splitmix64's finalizer, chained).
+
+    Neighbouring inputs give unrelated outputs; it is the only source of randomness here.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.asarray(golden)
+    with np.errstate(over="ignore"):  # wrapping at 2**64 is the point
+        for part in parts:
+            value = state + np.asarray(part).astype(np.uint64)
+            value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = (value ^ (value >> np.uint64(31))) + golden
+    return state
+
+
+def uniform(*parts: int | NDArray[np.integer]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each tuple of `parts`, 53 bits of it."""
+    return np.asarray((mix(*parts) >> np.uint64(11)) * 2.0**-53)
+
+
+def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
+    """The samples at `places` of an epoch's order: a permutation of 0..count-1, O(1) each.
+
+    A Feistel network permutes the smallest even power of two that holds `count`; what falls
+    beyond `count` is sent through again, at most four times on average.
+    """
+    half = np.uint64(max(1, math.ceil(max(1, count - 1).bit_length() / 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    values = np.asarray(places).astype(np.uint64)
+    epochs = np.broadcast_to(np.asarray(epoch), values.shape)
+    outside = np.ones(values.shape, bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & low
+        for number in range(ROUNDS):
+            keyed = mix(ORDER, seed, epochs[outside], number, right)
+            left, right = right, left ^ (keyed & low)
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(count)
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every step of a run trains on.
+
+    count: samples. batch: samples a step, over all processes. micro_steps: parts a step is cut
+    into. The orders of all epochs are one stream cut into batches, so that every batch is full
+    and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
+    as torchvision's. horizontal, vertical: probability of each flip.
+    """
+
+    count: int
+    batch: int
+    seed: int = 0
+    micro_steps: int = 1
+    area: tuple[float, float] = (0.67, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal: float = 0.5
+    vertical: float = 0.5
+
+    def steps(self, epochs: float) -> int:
+        """Whole steps in `epochs`."""
+        return int(epochs * self.count) // self.batch
+
+    def samples(
+        self, step: int, micro_step: int = 0, rank: int = 0, ranks: int = 1
+    ) -> tuple[Ints, Ints]:
+        """(epochs, sample indices) of one process's part of a step, int64 [part] each.
+
+        Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
+        either. Raises ValueError if they do not divide the batch.
+        """
+        part, rest = divmod(self.batch, self.micro_steps * ranks)
+        if rest or not part:
+            raise ValueError(
+                f"a batch of {self.batch} does not split into {self.micro_steps} micro-steps on "
+                f"{ranks} processes; choose a batch that is a multiple of "
+                f"{self.micro_steps * ranks}"
+            )
+        first = step * self.batch + (micro_step * ranks + rank) * part
+        epochs, places = np.divmod(first + np.arange(part, dtype=np.int64), self.count)
+        return epochs, shuffled(self.count, self.seed, epochs, places)
+
+    def boxes(
+        self, epochs: Ints, samples: Ints, heights: Ints, widths: Ints
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
+
+        Returns float32 [n, 4] (top, left, height, width in the unit square) and bool [n, 2]
+        (horizontal, vertical). The rule is torchvision's RandomResizedCrop.get_params: up to ten
+        draws of area and log-uniform ratio in whole source pixels, else its centred fallback.
+        """
+        draws = np.arange(2 * TRIES + 4)[:, None]
+        u = uniform(CROP, self.seed, epochs[None], samples[None], draws)
+        areas = (self.area[0] + (self.area[1] - self.area[0]) * u[:TRIES]) * heights * widths
+        low, high = np.log(self.ratio)
+        ratios = np.exp(low + (high - low) * u[TRIES : 2 * TRIES])
+        tall = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+        wide = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+        fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
+        first = fits.argmax(axis=0)[None]
+        tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
+        centred_tall = np.minimum(heights, np.rint(widths / self.ratio[0]).astype(np.int64))
+        centred_wide = np.minimum(widths, np.rint(heights * self.ratio[1]).astype(np.int64))
+        found = fits.any(axis=0)
+        tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
+        top = np.floor(u[-4] * (heights - tall + 1))
+        left = np.floor(u[-3] * (widths - wide + 1))
+        top = np.where(found, top, (heights - tall) // 2)
+        left = np.where(found, left, (widths - wide) // 2)
+        box = np.stack([top / heights, left / widths, tall / heights, wide / widths], axis=1)
+        flips = np.stack([u[-2] < self.horizontal, u[-1] < self.vertical], axis=1)
+        return box.astype(np.float32), flips
+
+    def parts(
+        self, first: int, last: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[int, Ints, Ints]]:
+        """(step, epochs, samples) of every micro-step of steps `first` to `last` - 1."""
+        for step in range(first, last):
+            for micro_step in range(self.micro_steps):
+                yield step, *self.samples(step, micro_step, rank, ranks)

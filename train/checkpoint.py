@@ -1,0 +1,54 @@
+"""Checkpoints: everything a run needs to go on, written atomically, read without unpickling.
+
+In: model, optimizer, step and what the run is. Out: RUN/checkpoints/step-00001234.pt, the newest
+few. Random state is not in them: it follows from (seed, epoch, sample) and (seed, step).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSION = 1
+KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint after `step` optimizer steps; drop all but the newest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"version": VERSION, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in [*sorted(folder.glob("step-*.pt"))[:-KEEP], *folder.glob("*.tmp")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
+    return max(folder.glob("step-*.pt"), default=None)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in `path`. Raises ValueError if it is no checkpoint of ours, or damaged.
+
+    Only tensors and plain values are read: a file that holds anything else is refused unread.
+    """
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # zip, pickle and torch each raise their own
+        detail = str(error).splitlines()[0][:160]
+        raise ValueError(f"{path} is no sound checkpoint and was not loaded: {detail}") from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise ValueError(f"{path} is not a checkpoint of version {VERSION} of kamim")
+    return state

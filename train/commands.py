@@ -1,0 +1,103 @@
+"""The commands of pretraining: `kamim pretrain`, `recipes` and `export`.
+
+In: what a user typed. Out: a run, a list, a file. torch is imported only when one of them runs.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer()
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a finished set of shards.")]
+
+
+@app.command()
+def pretrain(
+    folder: Folder,
+    recipe: Annotated[str, typer.Option(help="See `kamim recipes`; or any timm ViT.")] = "vit_base",
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Which of the shards' maps to use.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides order, crops, flips, masks, weights.")
+    ] = 0,
+    resume: Annotated[
+        Literal["no", "auto"], typer.Option(help="auto: go on from the newest checkpoint, if any.")
+    ] = "no",
+    epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's.")] = 0,
+    batch: Annotated[
+        int, typer.Option(min=0, help="Samples a step, over all processes; 0: recipe's.")
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Stop after so many, on the same schedule.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one a core.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option(help="A damaged record: stop, or skip and count.")
+    ] = "fail",
+    wandb: Annotated[str, typer.Option(help="Weights & Biases project to log to.")] = "",
+) -> None:
+    """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
+
+    SIGTERM saves and stops (exit status 143). Killed or stopped, --resume auto goes on with the
+    same losses as a run that was not.
+    """
+    from train.loop import Stopped, pretrain
+    from train.recipes import find_recipe
+    from train.setup import Run
+
+    chosen = find_recipe(recipe)
+    changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
+    changes |= {"batch": batch} if batch else {}
+    run = Run(
+        shards=folder,
+        out=out or Path("runs") / recipe,
+        recipe=replace(chosen, **changes),
+        seed=seed,
+        detector=detector,
+        device=device,
+        workers=workers,
+        resume=resume == "auto",
+        steps=steps,
+        save_every=save_every,
+        log_every=log_every,
+        skip_damaged=on_error == "skip",
+        wandb=wandb,
+    )
+    try:
+        pretrain(run)
+    except Stopped:
+        raise typer.Exit(143) from None
+    print(run.out)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes of `kamim pretrain` with what they set."""
+    from train.recipes import RECIPES
+
+    for name, make in RECIPES.items():
+        recipe = make()
+        weights = "plain SimMIM" if recipe.temperature is None else f"T {recipe.temperature:g}"
+        print(f"{name:24s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
+              f"batch {recipe.batch}, {weights}")  # fmt: skip
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Write the encoder of a checkpoint as safetensors that timm loads unchanged."""
+    from train.checkpoint import newest
+    from train.export import export
+
+    source = newest(checkpoint / "checkpoints") if checkpoint.is_dir() else checkpoint
+    if source is None:
+        raise ValueError(f"{checkpoint} holds no checkpoint; train first with `kamim pretrain`")
+    print(f"{target}: load it into {export(source, target)}")

@@ -1,0 +1,42 @@
+"""The encoder of a checkpoint as safetensors that timm loads unchanged.
+
+In: a checkpoint of ours. Out: a .safetensors file whose metadata says how to make the model.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from train import checkpoint
+from train.model import encoder_options
+
+
+def encoder_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's tensors of a loaded checkpoint, by timm's names."""
+    prefix = "encoder."
+    return {
+        name.removeprefix(prefix): tensor.contiguous()
+        for name, tensor in state["model"].items()
+        if name.startswith(prefix)
+    }
+
+
+def export(source: Path, target: Path) -> str:
+    """Write the encoder of checkpoint `source` to `target`; returns the line that loads it.
+
+    Raises ValueError if `source` is no checkpoint or `target` exists.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists; name another file or remove it")
+    state = checkpoint.load(source)
+    recipe = state["run"]["recipe"]
+    options = encoder_options(recipe["model"], recipe["size"], recipe["options"])
+    metadata = {"model": recipe["model"], "options": json.dumps(options), "format": "pt"}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    save_file(encoder_state(state), temporary, metadata)
+    temporary.replace(target)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"timm.create_model({recipe['model']!r}, {arguments})"

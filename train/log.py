@@ -1,0 +1,90 @@
+"""What a run says of itself: rows to metrics.jsonl, TensorBoard and W&B, a line to stderr.
+
+In: one row a step. Out: files in the run folder; a resumed run goes on in the same ones.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run, one a step, in order; a line that a kill cut short is left out."""
+    path = run / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Log:
+    """Writes a run's rows. Rows from `step` on, left by a run that was killed, are dropped."""
+
+    def __init__(self, run: Path, step: int, wandb_project: str = "", facts: Any = None) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(run) if row["step"] < step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        temporary = run / f"{METRICS}.tmp"
+        temporary.write_text(text)
+        temporary.replace(run / METRICS)
+        self.file = (run / METRICS).open("a", buffering=1)
+        from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
+
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.wandb = _wandb(wandb_project, run, facts) if wandb_project else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def rows(self, rows: list[dict[str, Any]], steps: int) -> None:
+        """Write the rows of some steps; the last may carry rates, and is shown."""
+        for row in rows:
+            self.file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, row["step"])
+            if self.wandb is not None:
+                self.wandb.log(row, step=row["step"])
+        say(line(rows[-1], steps))
+
+
+def line(row: dict[str, Any], steps: int) -> str:
+    """One readable line of a row."""
+    parts = [
+        f"step {row['step'] + 1}/{steps}",
+        f"epoch {row['epoch']:.2f}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"{row['images_per_s']:,.0f} img/s",
+        f"waiting {row['waiting']:.0%}",
+    ]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    return "  ".join(parts)
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _wandb(project: str, run: Path, facts: Any) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the package; type: pip install wandb") from None
+    # The run's own name as its id: a resumed run goes on with the same curves.
+    return wandb.init(project=project, id=run.name, resume="allow", dir=str(run), config=facts)

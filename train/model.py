@@ -1,0 +1,107 @@
+"""SimMIM on a timm backbone: images and a mask in, reconstructed images out.
+
+Equations and layout: arXiv 2111.09886 and microsoft/SimMIM models/simmim.py; the backbones are
+timm's own, so an exported encoder loads into timm unchanged.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+CELL = 32  # px of a mask cell, SimMIM's
+
+
+class SimMIM(nn.Module):
+    """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
+
+    `name` is a timm model name, `size` the image side in px, a multiple of CELL; `options` go to
+    timm.create_model.
+    """
+
+    def __init__(self, name: str, size: int, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        encoder = make_encoder(name, size, options)
+        self.is_swin = hasattr(encoder, "layers")
+        self.patch: int = encoder.patch_embed.patch_size[0]
+        self.stride = CELL if self.is_swin else self.patch
+        embed: int = encoder.patch_embed.proj.out_channels
+        self.encoder: Any = encoder
+        self.mask_token = nn.Parameter(torch.zeros(embed))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size=1),
+            nn.PixelShuffle(self.stride),
+        )
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Reconstructions [b, 3, S, S] of `images` [b, 3, S, S], normalised as they are.
+
+        `mask` is bool [b, S / 32, S / 32], True where the model does not see the image.
+        """
+        encode = self._swin if self.is_swin else self._vit
+        pixels: Tensor = self.decoder(encode(images, mask))
+        return pixels
+
+    def _vit(self, images: Tensor, mask: Tensor) -> Tensor:
+        encoder = self.encoder
+        tokens = encoder.patch_embed(images)
+        tokens = self._hide(tokens, self._cells(mask))
+        tokens = encoder.norm_pre(encoder._pos_embed(tokens))
+        tokens = encoder.norm(encoder.blocks(tokens))[:, encoder.num_prefix_tokens :]
+        side = images.shape[-1] // self.patch
+        return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+    def _swin(self, images: Tensor, mask: Tensor) -> Tensor:
+        encoder = self.encoder
+        tokens = encoder.patch_embed(images)  # [b, h, w, c]
+        hidden = self._hide(tokens.flatten(1, 2), self._cells(mask)).view_as(tokens)
+        return encoder.norm(encoder.layers(hidden)).permute(0, 3, 1, 2)
+
+    def _cells(self, mask: Tensor) -> Tensor:
+        """The mask on the patch grid, bool [b, patches]."""
+        times = CELL // self.patch
+        return mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1)
+
+    def _hide(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        return torch.where(hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+
+
+def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None) -> Any:
+    """The timm model `name` without a head at `size` px. Raises ValueError if it cannot serve."""
+    if size % CELL:
+        raise ValueError(f"crop size {size} is no multiple of the mask cell, {CELL} px; use 192")
+    if name not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
+        raise ValueError(f"timm has no model {name!r}; it has {near} ...")
+    try:
+        encoder: Any = timm.create_model(name, **encoder_options(name, size, options))
+    except TypeError:
+        raise ValueError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
+    known = hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
+    if not known or CELL % encoder.patch_embed.patch_size[0]:
+        raise ValueError(f"{name!r} is no ViT or Swin whose patches divide {CELL} px")
+    return encoder
+
+
+def encoder_options(
+    name: str, size: int, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The arguments that make timm build our encoder of `name` at `size` px."""
+    # Windows of 6 at 192 px, of 7 at 224: Swin's last stage is one window.
+    window = {"window_size": size // CELL} if "swin" in name else {}
+    return {"img_size": size, "num_classes": 0, **window, **(options or {})}
+
+
+def model_flops(model: nn.Module, size: int) -> float:
+    """Floating-point operations of forward and backward for one image: three times forward's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    image = torch.zeros(1, 3, size, size, device=device)
+    mask = torch.ones(1, size // CELL, size // CELL, dtype=torch.bool, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image, mask)
+    return 3.0 * counter.get_total_flops()
