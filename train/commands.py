@@ -40,6 +40,9 @@ def pretrain(
     on_error: Annotated[
         Literal["fail", "skip"], typer.Option(help="A damaged record: stop, or skip and count.")
     ] = "fail",
+    check: Annotated[
+        Literal["checksum", "size"], typer.Option(help="How to check the shards at the start.")
+    ] = "checksum",
     wandb: Annotated[str, typer.Option(help="Weights & Biases project to log to.")] = "",
 ) -> None:
     """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
@@ -67,6 +70,7 @@ def pretrain(
         save_every=save_every,
         log_every=log_every,
         skip_damaged=on_error == "skip",
+        checksum=check == "checksum",
         wandb=wandb,
     )
     try:

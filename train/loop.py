@@ -76,7 +76,7 @@ def pretrain(run: Run) -> None:
 
     # What to train on.
     records = ShardSet(run.shards)
-    detector = check(run, records.manifest)
+    detector = check(run, records.manifest, rank, ranks)
     micro_steps = count_micro_steps(recipe, ranks)
     plan = Plan(
         len(records), recipe.batch, run.seed, micro_steps, recipe.area, vertical=recipe.vertical

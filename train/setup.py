@@ -17,6 +17,7 @@ from torch import nn
 
 from shards import Manifest, ShardSet
 from shards.manifest import Detector
+from shards.verify import damaged_files
 from train import checkpoint
 from train.log import say
 from train.model import CELL
@@ -39,6 +40,7 @@ class Run:
     save_every: int = 500
     log_every: int = 20
     skip_damaged: bool = False
+    checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
     compile: bool = True  # on CUDA
     wandb: str = ""
 
@@ -71,8 +73,12 @@ def count_micro_steps(recipe: Recipe, ranks: int) -> int:
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def check(run: Run, manifest: Manifest) -> Detector | None:
-    """The detector to weigh by, or None for plain SimMIM; ValueError if the shards cannot serve."""
+def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | None:
+    """The detector to weigh by, or None for plain SimMIM.
+
+    Raises ValueError if the shards cannot serve the recipe, or are damaged.
+    """
+    detector = choose_detector(run, manifest)
     recipe, settings = run.recipe, manifest.settings
     if recipe.size % CELL:
         raise ValueError(
@@ -80,13 +86,22 @@ def check(run: Run, manifest: Manifest) -> Detector | None:
             f"use {recipe.size // CELL * CELL or CELL}"
         )
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
-    if smallest < 0.8 * recipe.size and int(os.environ.get("RANK", 0)) == 0:
+    if smallest < 0.8 * recipe.size and rank == 0:
         better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
         say(
             f"warning: frames of {settings.frame} px are enlarged for crops of {recipe.size} px "
             f"(the smallest box has {smallest:.0f} px); sources that have more deserve shards "
             f"built with --frame {better}"
         )
+    damage = damaged_files(run.shards, manifest, rank, ranks) if run.checksum else []
+    if damage:
+        raise ValueError(damage[0])
+    return detector
+
+
+def choose_detector(run: Run, manifest: Manifest) -> Detector | None:
+    """The detector whose maps the recipe weighs by; ValueError if none of them can serve."""
+    recipe, settings = run.recipe, manifest.settings
     if recipe.temperature is None:
         return None
     names = manifest.detectors

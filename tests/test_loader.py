@@ -1,0 +1,200 @@
+"""The loader: the plan's records, whatever the threads; damage named; memory bounded."""
+
+import gc
+import os
+import threading
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import settings
+
+import preprocess
+from preprocess import build_shards, open_source
+from shards import ShardSet, decode_frame
+from shards.loader import Loader
+from shards.manifest import to_json, write_file
+from shards.plan import Plan
+from shards.webdataset import INDEX_DTYPE
+
+
+@pytest.fixture
+def records(small_source, tmp_path):
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb", "sift"))
+    chosen = settings(detectors=detectors, scales=(96,))
+    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
+    return ShardSet(tmp_path / "shards")
+
+
+def copied(loader):
+    """The batches of a loader, kept: the loader reuses its arrays."""
+    return [type(batch)(batch.step, *(np.array(a) for a in batch[1:])) for batch in loader]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("wanted", [None, ["sift"], ["sift", "fast"], []])
+def test_batches_are_the_plans_records(records, workers, wanted):
+    plan = Plan(40, 12, seed=3)
+    loader = Loader(records, plan, 1, 9, detectors=wanted, workers=workers)
+    batches = copied(loader)
+    assert [batch.step for batch in batches] == list(range(1, 9))
+    names = records.manifest.detectors
+    rows = [names.index(name) for name in (names if wanted is None else wanted)]
+    for batch in batches:
+        epochs, samples = plan.samples(batch.step)
+        np.testing.assert_array_equal(batch.samples, samples)
+        np.testing.assert_array_equal(batch.epochs, epochs)
+        for place, number in enumerate(samples.tolist()):
+            record = records[number]
+            # Two builds of libjpeg-turbo; both decode exactly.
+            np.testing.assert_array_equal(batch.frames[place], decode_frame(record.frame))
+            np.testing.assert_array_equal(batch.maps[place], record.maps[rows])
+            assert batch.labels[place] == record.label
+        size = np.full(len(samples), 80), np.full(len(samples), 96)
+        boxes, flips = plan.boxes(epochs, samples, *size)
+        np.testing.assert_array_equal(batch.boxes, boxes)
+        np.testing.assert_array_equal(batch.flips, flips)
+
+
+def test_raw_frames(small_source, tmp_path):
+    source = open_source(str(small_source))
+    build_shards(source, tmp_path / "raw", settings(quality=0), 1)
+    records = ShardSet(tmp_path / "raw")
+    (batch,) = copied(Loader(records, Plan(40, 40), 0, 1))
+    for place, number in enumerate(batch.samples.tolist()):
+        np.testing.assert_array_equal(batch.frames[place], decode_frame(records[number].frame))
+
+
+def test_ranks_and_micro_steps_share_out_the_same_step(records):
+    whole = copied(Loader(records, Plan(40, 24), 0, 4))
+    plan = Plan(40, 24, micro_steps=3)
+    parts = [copied(Loader(records, plan, 0, 4, rank=rank, ranks=2)) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        pieces = [parts[rank][step * 3 + micro] for micro in range(3) for rank in range(2)]
+        for field in ("frames", "maps", "labels", "samples", "boxes", "flips"):
+            joined = np.concatenate([getattr(piece, field) for piece in pieces])
+            np.testing.assert_array_equal(joined, getattr(batch, field))
+
+
+def test_starting_late_is_starting_there(records):
+    plan = Plan(40, 8, seed=2)
+    late = copied(Loader(records, plan, 7, 9))
+    for a, b in zip(copied(Loader(records, plan, 0, 9))[7:], late, strict=True):
+        for x, y in zip(a[1:], b[1:], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.timeout(60)
+def test_no_thread_or_file_is_left_behind(records):
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in Loader(records, Plan(40, 8), 0, 50, workers=3):
+        break  # the consumer leaves in the middle
+    with pytest.raises(RuntimeError, match="consumer"):  # noqa: PT012
+        for _ in Loader(records, Plan(40, 8), 0, 50, workers=3):
+            raise RuntimeError("consumer")
+    gc.collect()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_memory_is_the_prefetch_whatever_the_length(records):
+    batch_bytes = 20 * (64 * 64 * 3 + 16 * 16 * 3)
+    peaks = []
+    for steps in (10, 150):
+        loader = Loader(records, Plan(40, 20), 0, steps, workers=2, prefetch=3)
+        tracemalloc.start()
+        assert sum(len(batch.frames) for batch in loader) == steps * 20
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(a.nbytes + b.nbytes for a, b in loader.buffers) == 4 * batch_bytes
+    assert peaks[1] < peaks[0] + 100_000
+    assert max(peaks) < 2 * 3 * batch_bytes
+
+
+def damage(records, number, place, data):
+    """Overwrite bytes of a record and sign the set again, so that only decoding can tell."""
+    path, row = records.locate(number)
+    content = bytearray(path.read_bytes())
+    at = int(row[place])
+    content[at : at + len(data)] = data
+    file = write_file(path, bytes(content), 4)
+    shards = [file if s.name == file.name else s for s in records.manifest.shards]
+    (records.folder / "manifest.json").write_bytes(
+        to_json(replace(records.manifest, shards=shards))
+    )
+    return path.name
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("place", ["frame", "maps"])
+def test_a_damaged_record_is_named_or_skipped_and_counted(records, place):
+    name = damage(records, 17, place, b"\0" * 60)
+    damaged = ShardSet(records.folder)
+    with pytest.raises(ValueError, match=rf"{name}: record 000000017 has .*--on-error skip"):
+        list(Loader(damaged, Plan(40, 8), 0, 5))
+    loader = Loader(damaged, Plan(40, 8), 0, 5, skip=True)
+    samples = np.concatenate([batch.samples.copy() for batch in loader])
+    assert loader.damaged == {17}
+    assert sorted(samples.tolist()) == sorted([*range(17), 18, *range(18, 40)])
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_that_shrinks_while_training_is_named(records):
+    path, _ = records.locate(30)
+    with pytest.raises(ValueError, match=rf"{path.name}: record .* is cut short"):  # noqa: PT012
+        for batch in Loader(records, Plan(40, 8), 0, 5000):
+            if batch.step == 3:
+                os.truncate(path, 600)
+
+
+def test_what_does_not_fit_is_refused_before_the_first_batch(records):
+    with pytest.raises(ValueError, match=r"no maps of 'surf', only of fast, orb, sift"):
+        Loader(records, Plan(40, 8), 0, 1, detectors=["surf"])
+    with pytest.raises(ValueError, match="the plan is for 41 samples, the set has 40"):
+        Loader(records, Plan(41, 8), 0, 1)
+
+
+def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
+    """1,281 shards of 1,000 records: open, plan and give the first indices; a subprocess's peak."""
+    import subprocess
+    import sys
+
+    index = np.zeros(1_281_000, INDEX_DTYPE)
+    index["key"] = np.arange(len(index))
+    index["height"], index["width"] = 375, 500
+    from shards.record import npy_bytes
+
+    folder = tmp_path / "large"
+    folder.mkdir()
+    shard = replace(records.manifest.shards[0], count=1000, bytes=0)
+    shards = [replace(shard, name=f"shard-{n:06d}.tar") for n in range(1281)]
+    for file in shards:
+        (folder / file.name).touch()
+    ledger = replace(records.manifest.ledger, inputs=len(index), written=len(index))
+    manifest = replace(
+        records.manifest,
+        shards=shards,
+        ledger=ledger,
+        index=write_file(folder / "index.npy", npy_bytes(index), len(index)),
+    )
+    (folder / "manifest.json").write_bytes(to_json(manifest))
+    code = f"""if True:
+        import time
+        import numpy, shards
+        from shards.plan import Plan
+        begin = time.perf_counter()
+        records = shards.ShardSet({str(folder)!r})
+        plan = Plan(len(records), 2048)
+        epochs, samples = plan.samples(600)
+        rows = records.index[samples]
+        plan.boxes(epochs, samples, rows["height"], rows["width"])
+        seconds = time.perf_counter() - begin
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        print(seconds, status["VmHWM"].split()[0])  # this program's own peak, in kB
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, kilobytes = map(float, done.stdout.split())
+    assert seconds < 2
+    assert kilobytes < 300_000

@@ -1,0 +1,145 @@
+"""The plan: permutations, boxes and flips as pure functions, the same for any split."""
+
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.plan import Plan, shuffled, uniform
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 2**20))
+def test_an_epoch_holds_every_sample_exactly_once(count, seed, epoch):
+    order = shuffled(count, seed, epoch, np.arange(count))
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_orders_differ_and_leave_no_sample_near_its_place():
+    orders = [shuffled(5000, seed, epoch, np.arange(5000)) for seed in (0, 1) for epoch in (0, 1)]
+    for a in range(4):
+        for b in range(a):
+            assert (orders[a] == orders[b]).mean() < 0.005
+        correlation = np.corrcoef(orders[a], np.arange(5000))[0, 1]
+        assert abs(correlation) < 0.06  # 4 standard deviations
+        steps = np.diff(orders[a])
+        assert abs(np.corrcoef(steps[1:], steps[:-1])[0, 1] + 0.5) < 0.06  # as random orders have
+
+
+def test_places_of_an_order_are_evenly_used():
+    """Where sample 0 lands over many epochs: chi-square against uniform."""
+    landed = np.array([int(np.flatnonzero(shuffled(16, 7, e, np.arange(16)) == 0)[0])
+                       for e in range(3200)])  # fmt: skip
+    counts = np.bincount(landed, minlength=16)
+    assert ((counts - 200) ** 2 / 200).sum() < 37.7  # 15 degrees of freedom, p = 0.001
+
+
+def test_uniform_numbers_are_uniform_and_unrelated():
+    numbers = uniform(3, np.arange(200_000))
+    assert 0 <= numbers.min() <= numbers.max() < 1
+    counts = np.bincount((numbers * 100).astype(int), minlength=100)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 149  # 99 degrees of freedom, p = 0.001
+    for other in (uniform(4, np.arange(200_000)), np.roll(numbers, 1)):
+        assert abs(np.corrcoef(numbers, other)[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize(("ranks", "micro_steps"), [(1, 1), (2, 1), (1, 4), (4, 3)])
+def test_a_step_is_the_same_batch_for_any_split(ranks, micro_steps):
+    whole = Plan(1000, 48, seed=5)
+    split = Plan(1000, 48, seed=5, micro_steps=micro_steps)
+    for step in (0, 20, 21, 10_000):
+        epochs, samples = whole.samples(step)
+        parts = [split.samples(step, m, r, ranks) for m in range(micro_steps) for r in range(ranks)]
+        assert len({len(part[0]) for part in parts}) == 1  # equal on every rank
+        np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), epochs)
+        np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), samples)
+
+
+def test_every_sample_comes_once_an_epoch_across_batches_that_straddle():
+    plan = Plan(101, 8, seed=1)
+    seen = [plan.samples(step) for step in range(plan.steps(8))]
+    epochs, samples = (np.concatenate(x) for x in zip(*seen, strict=True))
+    for epoch in range(8):
+        assert sorted(samples[epochs == epoch].tolist()) == list(range(101))
+
+
+def test_splits_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="multiple of 3"):
+        Plan(100, 8).samples(0, ranks=3)
+
+
+def test_a_billion_samples_cost_nothing_to_resume_in():
+    plan = Plan(1_000_000_007, 2048)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    epochs, samples = plan.samples(40_000_000)
+    plan.boxes(epochs, samples, np.full(2048, 375), np.full(2048, 500))
+    assert time.perf_counter() - begin < 0.5
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert samples.max() < 1_000_000_007
+    assert len(set(samples.tolist())) == 2048
+
+
+def rule(u, height, width, area=(0.67, 1.0), ratio=(3 / 4, 4 / 3)):
+    """torchvision's RandomResizedCrop.get_params, one image at a time, fed with our numbers."""
+    import math
+
+    for attempt in range(10):
+        target = height * width * (area[0] + (area[1] - area[0]) * u[attempt])
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        aspect = math.exp(low + (high - low) * u[10 + attempt])
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[-4] * (height - h + 1)), int(u[-3] * (width - w + 1)), h, w
+    if width / height < min(ratio):
+        w, h = width, round(width / min(ratio))
+    elif width / height > max(ratio):
+        w, h = round(height * max(ratio)), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 99), st.integers(0, 10**9))
+def test_boxes_follow_torchvisions_rule(height, width, epoch, sample):
+    plan = Plan(2**30, 1, seed=9)
+    samples = np.arange(sample, sample + 20)
+    epochs = np.full(20, epoch)
+    boxes, flips = plan.boxes(epochs, samples, np.full(20, height), np.full(20, width))
+    for number, box, flip in zip(samples, boxes, flips, strict=True):
+        u = uniform(2, 9, epoch, int(number), np.arange(24))
+        expected = np.array(rule(u, height, width)) / [height, width, height, width]
+        np.testing.assert_allclose(box, expected, atol=1e-6)
+        assert flip.tolist() == [u[-2] < 0.5, u[-1] < 0.5]
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    torch = pytest.importorskip("torch")
+    v2 = pytest.importorskip("torchvision.transforms")
+    torch.manual_seed(0)
+    image = torch.zeros(3, 375, 500)
+    theirs = np.array([v2.RandomResizedCrop.get_params(image, [0.67, 1.0], [3 / 4, 4 / 3])
+                       for _ in range(4000)])  # fmt: skip
+    size = np.full(4000, 375), np.full(4000, 500)
+    boxes, _ = Plan(4000, 1).boxes(np.zeros(4000, int), np.arange(4000), *size)
+    ours = boxes * [375, 500, 375, 500]
+    for column in range(4):  # two-sample Kolmogorov-Smirnov, p = 0.001 is 0.0436
+        places = np.sort(np.concatenate([ours[:, column], theirs[:, column]]))
+        a = np.searchsorted(np.sort(ours[:, column] + 1e-3), places + 2e-3) / 4000
+        b = np.searchsorted(np.sort(theirs[:, column] + 1e-3), places + 2e-3) / 4000
+        assert np.abs(a - b).max() < 0.0436
+
+
+def test_options_of_the_plan():
+    zeros = np.zeros(500, int)
+    size = np.full(500, 300), np.full(500, 200)
+    plan = Plan(500, 1, area=(1.0, 1.0), ratio=(2 / 3, 2 / 3), horizontal=0.0, vertical=1.0)
+    boxes, flips = plan.boxes(zeros, np.arange(500), *size)
+    np.testing.assert_allclose(boxes, np.tile([0, 0, 1, 1], (500, 1)), atol=1e-6)
+    assert not flips[:, 0].any()
+    assert flips[:, 1].all()

@@ -1,0 +1,262 @@
+"""Pretraining as a user runs it: determinism, kills, processes, refusals, export, pictures."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import settings
+
+import preprocess
+from preprocess import build_shards, open_source
+
+torch = pytest.importorskip("torch")
+import timm  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from train import checkpoint  # noqa: E402
+from train.export import export  # noqa: E402
+from train.log import read_metrics  # noqa: E402
+from train.loop import pretrain  # noqa: E402
+from train.model import encoder_options  # noqa: E402
+from train.recipes import find_recipe, simmim  # noqa: E402
+from train.setup import Run  # noqa: E402
+
+TINY = replace(
+    find_recipe("small"),
+    options={"embed_dim": 32, "depth": 2, "num_heads": 2},
+    batch=8,
+    epochs=3,
+    warmup=0.5,
+)
+
+
+@pytest.fixture
+def shards(small_source, tmp_path):
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
+    chosen = settings(frame=120, detectors=detectors, scales=(96,))
+    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
+    return tmp_path / "shards"
+
+
+def losses(out):
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]
+
+
+def run(shards, out, recipe=TINY, **changes):
+    changes = {"detector": "fast", "device": "cpu", "log_every": 4} | changes
+    pretrain(Run(shards=shards, out=out, recipe=recipe, **changes))
+    return losses(out)
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_last_bit(shards, tmp_path):
+    first = run(shards, tmp_path / "a", workers=1)
+    assert len(first) == 15
+    assert run(shards, tmp_path / "b", workers=2) == first
+    assert run(shards, tmp_path / "c", seed=1) != first
+
+
+def test_stopping_between_steps_and_going_on_changes_nothing(shards, tmp_path):
+    whole = run(shards, tmp_path / "whole")
+    for stop in (4, 9):
+        run(shards, tmp_path / "parts", steps=stop, save_every=2, resume=True)
+    assert run(shards, tmp_path / "parts", resume=True) == whole
+    a = checkpoint.load(checkpoint.newest(tmp_path / "whole" / "checkpoints"))
+    b = checkpoint.load(checkpoint.newest(tmp_path / "parts" / "checkpoints"))
+    assert a["step"] == b["step"] == 15
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def command(shards, out, *flags):
+    chosen = ["--recipe", "small", "--batch", "8", "--epochs", "4", "--detector", "fast"]
+    chosen += ["--device", "cpu", "--log-every", "1", "--save-every", "3", "--out", str(out)]
+    return [sys.executable, "-m", "kamim", "pretrain", str(shards), *chosen, *flags]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shards, tmp_path):
+    flags = ["--workers", workers, "--resume", "auto"]
+    subprocess.run(command(shards, tmp_path / "calm", *flags), check=True, capture_output=True)
+    rng, out = random.Random(int(workers)), tmp_path / "killed"
+    for _ in range(2):
+        process = subprocess.Popen(command(shards, out, *flags), stderr=subprocess.DEVNULL)
+        rows = len(read_metrics(out))
+        goal = rows + rng.randint(1, 5)
+        while len(read_metrics(out)) < goal and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(shards, out, *flags), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(out)
+    assert losses(out) == losses(tmp_path / "calm")
+    assert len(losses(out)) == 20
+
+
+@pytest.mark.timeout(120)
+def test_sigterm_saves_and_says_how_to_go_on(shards, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(shards, out, "--epochs", "400"), stderr=subprocess.PIPE, text=True
+    )
+    while len(read_metrics(out)) < 4 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 143, log
+    assert "Traceback" not in log
+    assert "go on with --resume auto" in log
+    newest = checkpoint.newest(out / "checkpoints")
+    assert checkpoint.load(newest)["step"] == len(read_metrics(out))
+    assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_train_on_the_same_batches_as_one(shards, tmp_path):
+    one = command(shards, tmp_path / "one")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = [sys.executable, *launcher, *command(shards, tmp_path / "two")[1:]]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for line in (one, two):
+        done = subprocess.run(line, capture_output=True, text=True, env=quiet)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+    assert len(losses(tmp_path / "two")) == 20
+
+
+def test_accumulation_gives_the_gradients_of_one_large_batch(shards, tmp_path):
+    whole = run(shards, tmp_path / "whole")
+    parts = run(shards, tmp_path / "parts", recipe=replace(TINY, micro_batch=2))
+    assert parts == pytest.approx(whole, rel=1e-4)
+    norms = [[row["grad_norm"] for row in read_metrics(tmp_path / name)]
+             for name in ("whole", "parts")]  # fmt: skip
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5)  # later ones drift by rounding
+
+
+def test_plain_simmim_and_a_temperature_without_end_agree(shards, tmp_path):
+    plain = run(shards, tmp_path / "plain", recipe=simmim(TINY))
+    flat = run(shards, tmp_path / "flat", recipe=replace(TINY, temperature=1e9))
+    weighted = run(shards, tmp_path / "weighted")
+    assert flat == plain
+    assert weighted[0] > plain[0]
+
+
+def test_the_end_of_a_run_leaves_pictures_metrics_and_a_model_for_timm(shards, tmp_path):
+    out = tmp_path / "run"
+    run(shards, out)
+    import cv2
+
+    for name in ("loss.png", "reconstructions.png"):
+        picture = cv2.imread(str(out / name))
+        assert min(picture.shape[:2]) > 200
+        assert picture.std() > 5
+    last = read_metrics(out)[-1]
+    assert {"epoch", "loss", "lr", "grad_norm", "mean_weight", "images_per_s", "waiting"} <= set(
+        last
+    )
+    assert list((out / "tensorboard").glob("events*"))
+    assert json.loads((out / "run.json").read_text())["detector"] == "fast"
+
+    target = tmp_path / "encoder.safetensors"
+    source = checkpoint.newest(out / "checkpoints")
+    assert "timm.create_model('vit_tiny_patch16_224', img_size=96" in export(source, target)
+    encoder = timm.create_model(TINY.model, **encoder_options(TINY.model, TINY.size, TINY.options))
+    encoder.load_state_dict(load_file(target), strict=True)
+    from train.model import SimMIM
+
+    model = SimMIM(TINY.model, TINY.size, TINY.options)
+    model.load_state_dict(checkpoint.load(source)["model"])
+    image = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = model.encoder.eval().forward_features(image)
+        assert torch.equal(encoder.eval().forward_features(image), expected)
+        seen = model.eval()._vit(image, torch.zeros(2, 3, 3, dtype=torch.bool))
+        torch.testing.assert_close(seen.flatten(2).transpose(1, 2), expected[:, 1:])
+    with pytest.raises(ValueError, match="exists"):
+        export(source, target)
+
+
+def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_path, capsys):
+    cases = [
+        ({"detector": "sift"}, TINY, "no maps of 'sift', only of fast, orb"),
+        ({"detector": None}, TINY, "maps of fast, orb; choose one"),
+        ({}, replace(TINY, size=100), "100 is no multiple of the mask cell"),
+        ({}, replace(TINY, size=160), r"maps of 16 cells a side cannot serve 20 weight cells"),
+        ({}, replace(TINY, w_ps=7), "w_ps 7 does not divide"),
+        ({}, replace(TINY, batch=10_000), "make no batch of 10000"),
+        ({}, replace(TINY, model="vit_giant_patch3_1"), "timm has no model"),
+        ({"device": "cuda:9"}, TINY, "no CUDA device"),
+    ]
+    for changes, recipe, words in cases:
+        if changes.get("device") and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=words):
+            run(shards, tmp_path / "out", recipe=recipe, **changes)
+        assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    run(shards, tmp_path / "enlarged", recipe=replace(TINY, size=128, w_ps=16, epochs=0.3))
+    assert "warning: frames of 120 px are enlarged for crops of 128 px" in capsys.readouterr().err
+
+
+def test_damaged_shards_are_refused_before_the_first_step(shards, tmp_path):
+    path = shards / "shard-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-000003.tar is damaged"):
+        run(shards, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"shard-000003.tar is missing"):
+        run(shards, tmp_path / "out")
+    text = (shards / "manifest.json").read_text()
+    (shards / "manifest.json").write_text(
+        text.replace('"format_version": 1', '"format_version": 2')
+    )
+    with pytest.raises(ValueError, match="format version 2, this kamim reads version 1"):
+        run(shards, tmp_path / "out")
+
+
+def test_a_run_goes_on_only_as_itself(shards, tmp_path):
+    run(shards, tmp_path / "out", steps=4)
+    with pytest.raises(ValueError, match=r"holds a run already \(to step 4\).*--resume auto"):
+        run(shards, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"recipe.peak was 0.0015, is 0.1"):
+        run(shards, tmp_path / "out", recipe=replace(TINY, peak=0.1), resume=True)
+    with pytest.raises(ValueError, match=r"seed was 0, is 1"):
+        run(shards, tmp_path / "out", seed=1, resume=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/kamim-was-here",)
+
+
+def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"version": 1, "step": 1, "model": Evil()}, path)
+    with pytest.raises(ValueError, match="no sound checkpoint"):
+        checkpoint.load(path)
+    assert not os.path.exists("/tmp/kamim-was-here")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no sound checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):
+    """A record whose damage was there when the shards were signed."""
+    from test_loader import damage
+
+    from shards import ShardSet
+
+    damage(ShardSet(shards), 17, "frame", b"\0" * 60)
+    with pytest.raises(ValueError, match="record 000000017 has a frame"):
+        run(shards, tmp_path / "out")
+    run(shards, tmp_path / "skipped", skip_damaged=True)
+    assert read_metrics(tmp_path / "skipped")[-1]["damaged"] == 1

@@ -1,0 +1,151 @@
+"""Model, masks, loss and schedule against the published formulas."""
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from train.loss import block_masks, masked_l1  # noqa: E402
+from train.model import SimMIM, make_encoder, model_flops  # noqa: E402
+from train.recipes import BACKBONES, RECIPES, find_recipe, simmim  # noqa: E402
+from train.schedule import learning_rate  # noqa: E402
+
+SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+CPU = torch.device("cpu")
+
+
+def published_loss(x, x_hat, weights, mask):
+    """KAMIM vit.py, with every factor at full size, one image after the other."""
+    side = x.shape[-1]
+    total, hidden = 0.0, 0.0
+    for image, output, weight, cells in zip(x, x_hat, weights, mask, strict=True):
+        w = np.kron(weight, np.ones((side // weight.shape[-1],) * 2))
+        m = np.kron(cells, np.ones((side // cells.shape[-1],) * 2))
+        total += (np.abs(image * w - output * w) * m).sum()
+        hidden += m.sum()
+    return total / (hidden + 1e-5) / 3
+
+
+def simmim_loss(x, x_rec, mask, patch_size):
+    """microsoft/SimMIM models/simmim.py's formula in torch, at full size."""
+    mask = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    mask = mask.unsqueeze(1).contiguous()
+    recon = torch.nn.functional.l1_loss(x, x_rec, reduction="none")
+    return (recon * mask).sum() / (mask.sum() + 1e-5) / 3
+
+
+@pytest.mark.parametrize("w_ps", [8, 16, 32])
+def test_the_loss_equals_the_published_formula(w_ps):
+    x, x_hat = torch.randn(3, 3, 96, 96), torch.randn(3, 3, 96, 96)
+    weights = 1 + torch.rand(3, 96 // w_ps, 96 // w_ps) * 50
+    mask = block_masks(0, 0, 3, 3, 0.6, CPU)
+    expected = published_loss(*(t.double().numpy() for t in (x, x_hat, weights, mask)))
+    assert masked_l1(x_hat, x, mask, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_one_are_simmims_loss_bit_for_bit():
+    x, x_hat = torch.randn(5, 3, 192, 192), torch.randn(5, 3, 192, 192)
+    mask = block_masks(3, 4, 5, 6, 0.6, CPU)
+    plain = masked_l1(x_hat, x, mask)
+    assert torch.equal(masked_l1(x_hat, x, mask, torch.ones(5, 24, 24)), plain)
+    assert torch.equal(simmim_loss(x, x_hat, mask.float(), 32), plain)
+
+
+def test_w_ps_8_differs_inside_a_token_and_32_does_not():
+    """The gradient at the pixels of one 16-px token shows the weights."""
+    x = torch.zeros(1, 3, 96, 96)
+    mask = torch.ones(1, 3, 3, dtype=torch.bool)
+    for w_ps, distinct in ((8, 4), (16, 1), (32, 1)):
+        output = torch.ones(1, 3, 96, 96, requires_grad=True)
+        cells = 96 // w_ps
+        weights = torch.arange(1.0, cells * cells + 1).view(1, cells, cells)
+        masked_l1(output, x, mask, weights).backward()
+        assert len(output.grad[0, 0, :16, :16].unique()) == distinct
+
+
+def test_masks_hide_22_of_36_and_30_of_49_cells_evenly():
+    masks = block_masks(0, 1, 4000, 6, 0.6, CPU)
+    assert (masks.sum((1, 2)) == 22).all()
+    assert (block_masks(0, 1, 9, 7, 0.6, CPU).sum((1, 2)) == 30).all()
+    share = masks.float().mean(0)
+    assert (share - 22 / 36).abs().max() < 4 * math.sqrt(0.61 * 0.39 / 4000)
+    assert torch.equal(masks, block_masks(0, 1, 4000, 6, 0.6, CPU))
+    for seed, step in ((0, 2), (1, 1)):
+        assert not torch.equal(masks, block_masks(seed, step, 4000, 6, 0.6, CPU))
+
+
+def test_the_schedule_is_timms_cosine_with_warm_up():
+    """timm's CosineLRScheduler, t_initial of all steps, warm-up inside, as the paper uses it."""
+    timm_scheduler = pytest.importorskip("timm.scheduler")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=8e-4)
+    scheduler = timm_scheduler.CosineLRScheduler(
+        optimizer, t_initial=1000, lr_min=1e-5, warmup_t=100, warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    for step in range(0, 1000, 7):
+        scheduler.step_update(step)
+        ours = learning_rate(step, 1000, 100, 8e-4, 1e-5, 1e-6)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("size", [192, 224])
+def test_hidden_pixels_do_not_reach_the_model(name, size):
+    """Changing what is hidden changes nothing; changing what is seen changes the output."""
+    torch.manual_seed(0)
+    options = SMALL if "vit" in name else {"embed_dim": 24, "depths": (1, 1, 1, 1)}
+    model = SimMIM(name, size, options).eval()
+    torch.nn.init.normal_(model.mask_token)
+    images, mask = torch.randn(2, 3, size, size), block_masks(0, 0, 2, size // 32, 0.6, CPU)
+    hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    with torch.no_grad():
+        output = model(images, mask)
+        assert output.shape == images.shape
+        torch.testing.assert_close(model(images + 9 * hidden, mask), output)
+        assert (model(images + 9 * ~hidden, mask) - output).abs().max() > 1e-4
+        assert (model(images, ~mask) - output).abs().max() > 1e-4
+
+
+def test_recipes_are_the_published_ones():
+    assert set(BACKBONES) <= set(RECIPES)
+    base = find_recipe("vit_base")
+    assert (base.peak, base.batch, base.epochs, base.warmup) == (8e-4, 2048, 100, 10)
+    assert (base.temperature, base.w_ps, base.mask_ratio, base.clip) == (0.25, 8, 0.6, 1.0)
+    assert find_recipe("vit_base_simmim") == simmim(base)
+    assert find_recipe("vit_large_patch16_224").model == "vit_large_patch16_224"
+    with pytest.raises(ValueError, match="unknown recipe 'resnet'"):
+        find_recipe("resnet")
+
+
+def test_every_recipes_encoder_can_be_made_and_counts_its_operations():
+    for name in ("vit_tiny", "swin_tiny_224", "small"):
+        recipe = find_recipe(name)
+        model = SimMIM(recipe.model, recipe.size, recipe.options)
+        flops = model_flops(model, recipe.size)
+        parameters = (
+            sum(p.numel() for p in model.encoder.blocks.parameters()) if "vit" in name else 0
+        )
+        tokens = (recipe.size // 16) ** 2 + 1
+        assert flops > 6 * parameters * tokens
+    for name, words in (("resnet50", "img_size|ViT"), ("vit_enormous", "no model")):
+        with pytest.raises(ValueError, match=words):
+            make_encoder(name, 192)
+    with pytest.raises(ValueError, match="no multiple of the mask cell"):
+        make_encoder("vit_tiny_patch16_224", 200)
+
+
+def test_two_images_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    model = SimMIM("vit_tiny_patch16_224", 96, {"embed_dim": 96, "depth": 3, "num_heads": 3})
+    images = torch.nn.functional.interpolate(torch.randn(2, 3, 6, 6), 96, mode="bilinear")
+    mask = block_masks(0, 0, 2, 3, 0.6, CPU)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    first = masked_l1(model(images, mask), images, mask).item()
+    for _ in range(300):
+        loss = masked_l1(model(images, mask), images, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.25 * first
