@@ -14,7 +14,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain test test-slow check bench-build clean
+.PHONY: help setup shards verify pretrain test test-slow check bench-build bench-loader bench-step clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,12 @@ check: $(VENV)/test  ## Lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy shards preprocess train bench kamim.py
+
+bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
+	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"
+
+bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
+	$(BIN)/python -m bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m bench.build "$(if $(DATA),$(DATA),demo)"

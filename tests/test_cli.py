@@ -112,7 +112,13 @@ def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_so
     slow["SLOW_SECONDS"] = "0.2"
     command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=slow, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=slow,
+        start_new_session=True,
+        # A shell's background job, as this test may be in, is born deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not list(out.glob(".build/*[0-9].json")) and process.poll() is None:
         time.sleep(0.01)

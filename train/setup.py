@@ -78,13 +78,13 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
 
     Raises ValueError if the shards cannot serve the recipe, or are damaged.
     """
-    detector = choose_detector(run, manifest)
     recipe, settings = run.recipe, manifest.settings
     if recipe.size % CELL:
         raise ValueError(
             f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
             f"use {recipe.size // CELL * CELL or CELL}"
         )
+    detector = choose_detector(run, manifest)
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
     if smallest < 0.8 * recipe.size and rank == 0:
         better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
