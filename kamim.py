@@ -4,6 +4,7 @@ Results go to stdout (JSON with --json), logs and progress to stderr. Exit statu
 asked for was done, 1 it was not, 2 the request itself was wrong, 130 or 143 it was stopped.
 """
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -37,6 +38,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     signal.signal(signal.SIGTERM, _terminate)
+    # When workers are ended in the middle, joblib's resource tracker may warn of semaphores that
+    # are gone already; nothing is left behind, and it would be the last thing a user reads.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     status, line = 1, ""
     try:
         status = app(arguments, prog_name="kamim", standalone_mode=False) or 0

@@ -190,6 +190,7 @@ def _publish(source: Source, job: Job, facts: dict[str, Any]) -> Manifest:
     ledger = Ledger(inputs, len(index), reasons)
     manifest = Manifest(
         format_version=_manifest.FORMAT_VERSION,
+        container="webdataset",
         settings=job.settings,
         source=source.description(),
         classes=source.classes,

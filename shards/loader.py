@@ -45,6 +45,20 @@ class Batch(NamedTuple):
     flips: NDArray[np.bool_]
 
 
+def wanted_rows(records: ShardSet, plan: Plan, detectors: list[str] | None) -> list[int]:
+    """Which of the set's maps `detectors` are (None: all). ValueError if one is not there."""
+    if plan.count != len(records):
+        raise ValueError(f"the plan is for {plan.count} samples, the set has {len(records)}")
+    known = records.manifest.detectors
+    for name in detectors or []:
+        if name not in known:
+            raise ValueError(
+                f"{records.folder} has no maps of {name!r}, only of {', '.join(known)}; "
+                f"build it with --detector {name}"
+            )
+    return list(range(len(known))) if detectors is None else [known.index(d) for d in detectors]
+
+
 class Loader:
     """Iterates over the batches of steps `first` to `last` - 1 of `plan`, for one process.
 
@@ -69,22 +83,12 @@ class Loader:
         skip: bool = False,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
-        if plan.count != len(records):
-            raise ValueError(f"the plan is for {plan.count} samples, the set has {len(records)}")
-        known = records.manifest.detectors
-        wanted = known if detectors is None else detectors
-        for name in wanted:
-            if name not in known:
-                raise ValueError(
-                    f"{records.folder} has no maps of {name!r}, only of {', '.join(known)}; "
-                    f"build it with --detector {name}"
-                )
+        self.rows = wanted_rows(records, plan, detectors)
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()
         paths = [str(records.folder / shard.name) for shard in records.shards]
         self.open = lru_cache(OPEN_FILES)(lambda shard: _Shard(paths[shard]))
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
-        self.rows = [known.index(name) for name in wanted]
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
         settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
@@ -93,7 +97,7 @@ class Loader:
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
         self.buffers = [(allocate(frames), allocate(maps)) for _ in range(prefetch + 1)]
         self.raw = settings.quality == 0
-        grid = (len(known), settings.grid, settings.grid)
+        grid = (len(settings.detectors), settings.grid, settings.grid)
         self.map_header = npy_bytes(np.zeros(grid, np.uint8))[: -int(np.prod(grid))]
         self.cells = settings.grid**2 if self.rows else 0
         self.depth = max(self.rows, default=0) + 1  # maps to read: up to the last one wanted

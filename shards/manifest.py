@@ -80,6 +80,7 @@ class Manifest:
     """manifest.json as an object; see FORMAT.md for each field."""
 
     format_version: int
+    container: str  # webdataset or ffcv
     settings: Settings
     source: dict[str, Any]  # kind, inputs, ignored, sha256 of the listing
     classes: list[str]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shards import manifest as _manifest
 from shards.manifest import INDEX, Manifest
-from shards.record import Record, key_of
+from shards.record import Record, key_of, npy_bytes
 from shards.webdataset import INDEX_DTYPE, parse_record
 
 
@@ -22,9 +22,9 @@ class ShardSet:
     manifest or the index is damaged or a shard is missing or has another size.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest: Manifest = _manifest.load(self.folder)
+        self.manifest: Manifest = manifest or _manifest.load(self.folder)
         self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
         self.shards = self.manifest.shards
         self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
@@ -47,6 +47,8 @@ class ShardSet:
         with path.open("rb") as file:
             file.seek(int(row["start"]))
             data = file.read(int(row["bytes"]))
+        if self.manifest.container == "ffcv":
+            return self._of_regions(data, row)
         try:
             record = parse_record(data)
             if record.key != key_of(int(row["key"])):
@@ -54,6 +56,22 @@ class ShardSet:
         except ValueError as error:
             raise ValueError(f"{path}: record {key_of(int(row['key']))}: {error}") from None
         return record
+
+    def _of_regions(self, data: bytes, row: NDArray[np.void]) -> Record:
+        """A record of a .beton: its frame and its maps without names; the index has the rest."""
+        settings = self.manifest.settings
+        size = int(row["frame_bytes"])
+        shape = (len(settings.detectors), settings.grid, settings.grid)
+        key = key_of(int(row["key"]))
+        if len(data) != size + int(row["maps_bytes"]) or row["maps_bytes"] != np.prod(shape):
+            raise ValueError(f"{self.folder / self.shards[0].name}: record {key} is cut short")
+        maps = np.frombuffer(data, np.uint8, offset=size).reshape(shape)
+        frame = data[:size]
+        if settings.quality == 0:
+            pixels = np.frombuffer(frame, np.uint8)
+            frame = npy_bytes(pixels.reshape(settings.frame, settings.frame, 3))
+        label, height, width = (int(row[name]) for name in ("label", "height", "width"))
+        return Record(key, frame, label, height, width, "", maps)
 
 
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
@@ -74,13 +92,18 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError unless the content of `path` has the sha256 `expected` (hex)."""
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = sha256_of(path)
     if actual != expected:
         raise ValueError(
             f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
             f"{expected[:12]}...; restore it or rebuild the set"
         )
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import manifest as _manifest
+from shards.beton import check_tables
 from shards.manifest import INDEX, REJECTED, Manifest
 from shards.reader import ShardSet, check_sha256, check_size, load_index
 from shards.record import Record, decode_frame, key_of
@@ -54,7 +55,10 @@ def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> lis
         begin += shard.count
         try:
             check_size(folder / shard.name, shard.bytes)
-            problems += _against_index(folder / shard.name, rows)
+            if manifest.container == "webdataset":
+                problems += _against_index(folder / shard.name, rows)
+            else:
+                problems += _beton_against_index(folder / shard.name, manifest, rows)
         except ValueError as error:
             problems.append(str(error))
     try:
@@ -77,6 +81,13 @@ def _against_index(path: Path, rows: NDArray[np.void]) -> list[str]:
         if wanted != actual or any(name.partition(".")[0] != key for name, _, _ in four):
             return [f"{path}: record {key} does not lie where {INDEX} says"]
     return []
+
+
+def _beton_against_index(path: Path, manifest: Manifest, rows: NDArray[np.void]) -> list[str]:
+    settings = manifest.settings
+    maps = (len(settings.detectors), settings.grid, settings.grid)
+    flaw = check_tables(path, rows, settings.frame, maps, settings.quality == 0)
+    return [flaw] if flaw else []
 
 
 def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:

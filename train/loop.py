@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shards import ShardSet
 from shards.crops import border_share, crop_frames, crop_maps, loss_weights, pinned, to_device
+from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.manifest import Detector
 from shards.plan import Plan
@@ -108,18 +109,16 @@ def pretrain(run: Run) -> None:
         describe(run, records, facts, model, total, micro_steps, ranks, device)
 
     # The stream of batches.
-    loader = Loader(
-        records,
-        plan,
-        first,
-        last,
-        rank=rank,
-        ranks=ranks,
-        detectors=[detector.name] if detector else [],
-        workers=run.workers,
-        skip=run.skip_damaged,
-        allocate=pinned if device.type == "cuda" else None,
-    )
+    names = [detector.name] if detector else []
+    common: dict[str, Any] = {"rank": rank, "ranks": ranks, "detectors": names}
+    common["workers"] = run.workers
+    loader: Loader | FfcvLoader
+    if records.manifest.container == "ffcv":
+        loader = FfcvLoader(records, plan, first, last, **common)
+    else:
+        allocate = pinned if device.type == "cuda" else None
+        skip = run.skip_damaged
+        loader = Loader(records, plan, first, last, skip=skip, allocate=allocate, **common)
     batches = to_device(loader, device)
     part = recipe.batch // (ranks * micro_steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

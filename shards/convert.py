@@ -1,0 +1,99 @@
+"""Finished WebDataset shards into an FFCV set: a folder in, a folder out, record by record.
+
+The .beton appears only when it is whole and every record of it, read back, equals its source.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from shards import manifest as _manifest
+from shards.beton import BETON, write_beton
+from shards.manifest import INDEX, MANIFEST, REJECTED, Manifest
+from shards.reader import ShardSet, sha256_of
+from shards.record import Record, decode_frame, npy_bytes
+
+
+def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
+    """Write the set in `folder` as an FFCV set into `out`; returns its manifest.
+
+    frames: `jpeg` copies the JPEG bytes, `raw` stores pixels. A finished `out` of the same source
+    is left as it is; what a killed conversion left is done again. Raises ValueError, naming shard
+    and key, at a damaged record, and if `out` holds anything else.
+    """
+    source = ShardSet(folder)
+    settings = source.manifest.settings
+    if source.manifest.container != "webdataset":
+        raise ValueError(f"{folder} is an FFCV set already; convert WebDataset shards")
+    if frames == "jpeg" and settings.quality == 0:
+        raise ValueError(f"{folder} holds raw frames; convert it with --frames raw")
+    raw = frames == "raw"
+    facts = {"from": source.manifest.fingerprint, "frames": frames, "container": "ffcv"}
+    fingerprint = _manifest.fingerprint(facts)
+    finished = _finished(out, fingerprint)
+    if finished:
+        return finished
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f"{BETON}.tmp"
+    try:
+        records = _all(source, "converting")
+        index = write_beton(temporary, records, len(source), settings.frame, raw)
+        manifest = replace(
+            source.manifest,
+            container="ffcv",
+            settings=replace(settings, quality=0) if raw else settings,
+            fingerprint=fingerprint,
+            shards=[_manifest.File(BETON, len(source), temporary.stat().st_size, "")],
+            index=_manifest.write_file(out / INDEX, npy_bytes(index), len(index)),
+            rejected=_manifest.write_file(
+                out / REJECTED,
+                (folder / REJECTED).read_bytes(),
+                source.manifest.rejected.count,
+            ),
+        )
+        digest = sha256_of(temporary)
+        temporary.replace(out / BETON)
+    finally:
+        temporary.unlink(missing_ok=True)
+    manifest = replace(manifest, shards=[replace(manifest.shards[0], sha256=digest)])
+    _compare(source, ShardSet(out, manifest), raw)
+    _manifest.write_atomically(out / MANIFEST, _manifest.to_json(manifest))
+    return manifest
+
+
+def _finished(out: Path, fingerprint: str) -> Manifest | None:
+    """The finished conversion in `out`, None if there is room for one, else ValueError."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder for the FFCV set")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if MANIFEST in names:
+        manifest = _manifest.load(out)
+        if manifest.fingerprint != fingerprint:
+            raise ValueError(f"{out} holds another set; name a new folder")
+        return manifest
+    others = names - {BETON, f"{BETON}.tmp", INDEX, REJECTED}
+    if others:
+        raise ValueError(f"{out} holds something else ({min(others)}); name a new or empty folder")
+    return None
+
+
+def _all(records: ShardSet, title: str) -> Iterator[Record]:
+    for number in tqdm(range(len(records)), desc=title, unit="img"):
+        yield records[number]
+
+
+def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:
+    for number, record in enumerate(_all(source, "verifying")):
+        twin = copy[number]
+        same = (
+            np.array_equal(decode_frame(record.frame), decode_frame(twin.frame))
+            if raw
+            else record.frame == twin.frame
+        )
+        facts = ("key", "label", "height", "width")
+        same = same and all(getattr(record, f) == getattr(twin, f) for f in facts)
+        if not same or not np.array_equal(record.maps, twin.maps):
+            raise ValueError(f"record {record.key} reads back otherwise; the disk may be at fault")
