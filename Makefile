@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 DATASET ?= demo
 DETECTOR ?= fast
 FORMAT ?= webdataset
+FRAMES ?= jpeg
 JOBS ?= 0
 RECIPE ?= vit_base
 comma := ,
@@ -14,7 +15,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain test test-slow check bench-build bench-loader bench-step clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench-build bench-loader bench-step bench-ffcv clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,11 +27,12 @@ help:  ## Show this list.
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
 shards: $(VENV)/core  ## Build shards: DATASET, DETECTOR, DATA, OUT, JOBS, FLAGS.
-	@if [ "$(FORMAT)" != webdataset ]; then \
-	  echo 'FORMAT=$(FORMAT) is unknown; there is webdataset' >&2; exit 2; fi
+	@if [ "$(FORMAT)" != webdataset ] && [ "$(FORMAT)" != ffcv ]; then \
+	  echo 'FORMAT=$(FORMAT) is unknown; there are webdataset and ffcv' >&2; exit 2; fi
 	@if [ "$(DATASET)" != demo ] && [ -z "$(DATA)" ]; then \
 	  echo 'DATASET=$(DATASET) needs DATA=path, a folder or .tar of class folders' >&2; exit 2; fi
 	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" --detector "$(DETECTOR)" --jobs $(JOBS) $(FLAGS)
+	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
 
 verify: $(VENV)/core  ## Check shards: OUT.
 	@$(BIN)/kamim shards verify "$(OUT)"
@@ -38,6 +40,11 @@ verify: $(VENV)/core  ## Check shards: OUT.
 pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
 	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards' >&2; exit 2; fi
 	@$(BIN)/kamim pretrain "$(SHARDS)" --recipe "$(RECIPE)" $(FLAGS)
+
+ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
+
+doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
+	@$(BIN)/kamim doctor
 
 test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
 	$(BIN)/python -m pytest -q
@@ -52,6 +59,9 @@ check: $(VENV)/test  ## Lint, formatting and types.
 
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"
+
+bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it comes: DATA.
+	$(BIN)/python -m bench.ffcv "$(if $(DATA),$(DATA),demo)"
 
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
 	$(BIN)/python -m bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
@@ -78,6 +88,19 @@ $(VENV)/train: pyproject.toml | $(VENV)/core
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train]'
 	@touch $@
 
+# FFCV is source only and asks for opencv-python, a second cv2: hence --no-deps.
+FFCV_PACKAGES := libopencv-dev libturbojpeg0-dev pkg-config g++
+$(VENV)/ffcv: pyproject.toml | $(VENV)/train
+	@if ! dpkg -s $(FFCV_PACKAGES) >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq $(FFCV_PACKAGES) >/dev/null; \
+	  elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo apt-get install -y -qq $(FFCV_PACKAGES) >/dev/null; \
+	  else echo 'FFCV needs system packages; type: sudo apt-get install $(FFCV_PACKAGES)' >&2; exit 2; fi; fi
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,ffcv]'
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps ffcv==1.0.2
+	@touch $@
+
+# Where FFCV cannot be installed, its tests skip, visibly, and the others run.
 $(VENV)/test: pyproject.toml | $(VENV)/train
+	@$(MAKE) --no-print-directory ffcv || true
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,test]'
 	@touch $@

@@ -25,6 +25,15 @@ app.add_typer(preprocess.commands.app, name="shards")
 app.add_typer(train.commands.app)
 
 
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing for what, and what to type."""
+    from bench.doctor import examine
+
+    for part, state, hint in examine():
+        print(f"{part:20s} {state}{f'; type: {hint}' if hint else ''}")
+
+
 class Terminated(BaseException):
     """SIGTERM arrived."""
 

@@ -14,6 +14,7 @@ import typer
 import preprocess
 import shards
 from preprocess.build import shard_size_for
+from shards.convert import convert_to_ffcv
 from shards.manifest import REJECTED
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
@@ -118,6 +119,8 @@ def verify(
     problems = shards.verify_shards(folder, shards.LEVELS[-1] if redetect else level)
     if redetect and not problems:
         records = shards.ShardSet(folder)
+        if records.manifest.container != "webdataset":
+            raise ValueError(f"{folder} holds no source names; redetect the set it was made from")
         where = source or ("demo" if records.manifest.source["kind"] == "demo" else None)
         listed = preprocess.open_source(where) if where else None
         problems = preprocess.redetect_maps(records, listed, at_least("--samples", samples, 1))
@@ -148,6 +151,27 @@ def inspect(
     path = page or folder / "inspect.html"
     path.write_text(text, encoding="utf-8")
     print(path)
+
+
+@app.command()
+def convert(
+    folder: Folder,
+    to: Annotated[Literal["ffcv"], typer.Option(help="The container to write.")] = "ffcv",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the set; FOLDER-ffcv or FOLDER-ffcv-raw.")
+    ] = None,
+    frames: Annotated[
+        Literal["jpeg", "raw"], typer.Option(help="Copy the JPEG bytes, or store pixels.")
+    ] = "jpeg",
+) -> None:
+    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
+
+    Needs no FFCV; training on the result does.
+    """
+    suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
+    target = out or folder.with_name(folder.name + suffix)
+    manifest = convert_to_ffcv(folder, target, frames)
+    print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
 
 
 def _detectors(names: str, assignments: list[str]) -> tuple[shards.Detector, ...]:

@@ -3,6 +3,7 @@
 The .beton appears only when it is whole and every record of it, read back, equals its source.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,8 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
 
 
 def _all(records: ShardSet, title: str) -> Iterator[Record]:
-    for number in tqdm(range(len(records)), desc=title, unit="img"):
+    pace = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log
+    for number in tqdm(range(len(records)), desc=title, unit="img", mininterval=pace):
         yield records[number]
 
 

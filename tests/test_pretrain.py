@@ -260,3 +260,27 @@ def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):
         run(shards, tmp_path / "out")
     run(shards, tmp_path / "skipped", skip_damaged=True)
     assert read_metrics(tmp_path / "skipped")[-1]["damaged"] == 1
+
+
+def test_weights_and_biases_gets_every_row(shards, tmp_path, monkeypatch):
+    """A stand-in for the package: what it is told, and that it is closed."""
+    import types
+
+    told = []
+    fake = types.SimpleNamespace(
+        init=lambda **facts: (
+            told.append(facts)
+            or types.SimpleNamespace(
+                log=lambda row, step: told.append(row), finish=lambda: told.append("finished")
+            )
+        )
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    found = run(shards, tmp_path / "named", wandb="project")
+    assert told[0]["project"] == "project"
+    assert told[0]["id"] == "named"
+    assert [row["loss"] for row in told[1:-1]] == found
+    assert told[-1] == "finished"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        run(shards, tmp_path / "other", wandb="project")

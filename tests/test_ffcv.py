@@ -1,0 +1,270 @@
+"""FFCV sets: the same records, the same batches, damage found, nothing left hanging."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import simplejpeg
+from conftest import contents, settings
+
+import preprocess
+from preprocess import build_shards, open_source
+from shards import ShardSet, decode_frame, load, verify_shards
+from shards import beton as layout
+from shards.convert import convert_to_ffcv
+from shards.loader import Loader
+from shards.manifest import to_json, write_file
+from shards.plan import Plan
+
+
+@pytest.fixture
+def built(small_source, tmp_path):
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
+    chosen = settings(frame=120, detectors=detectors, scales=(96,))
+    build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
+    return tmp_path / "built"
+
+
+@pytest.fixture(params=["jpeg", "raw"])
+def converted(request, built, tmp_path):
+    convert_to_ffcv(built, tmp_path / request.param, request.param)
+    return tmp_path / request.param
+
+
+def test_every_record_is_the_sources(built, converted):
+    source, copy = ShardSet(built), ShardSet(converted)
+    assert len(copy) == len(source) == 40
+    for number in range(40):
+        a, b = source[number], copy[number]
+        assert (a.key, a.label, a.height, a.width) == (b.key, b.label, b.height, b.width)
+        np.testing.assert_array_equal(a.maps, b.maps)
+        np.testing.assert_array_equal(decode_frame(a.frame), decode_frame(b.frame))
+        assert converted.name == "raw" or a.frame == b.frame
+    for level in ("structure", "checksum", "decode"):
+        assert verify_shards(converted, level) == []
+
+
+def test_converting_twice_gives_the_same_bytes_and_a_finished_set_stays(built, converted, tmp_path):
+    convert_to_ffcv(built, tmp_path / "again", converted.name)
+    assert contents(tmp_path / "again") == contents(converted)
+    before = (converted / layout.BETON).stat().st_mtime_ns
+    convert_to_ffcv(built, converted, converted.name)
+    assert (converted / layout.BETON).stat().st_mtime_ns == before
+
+
+def test_refusals(built, converted, tmp_path):
+    other = "raw" if converted.name == "jpeg" else "jpeg"
+    with pytest.raises(ValueError, match="holds another set"):
+        convert_to_ffcv(built, converted, other)
+    with pytest.raises(ValueError, match="FFCV set already"):
+        convert_to_ffcv(converted, tmp_path / "x", "jpeg")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"something else \(thesis.tex\)"):
+        convert_to_ffcv(built, tmp_path / "full", "jpeg")
+
+
+def test_a_bad_record_stops_the_conversion_by_name(built, tmp_path):
+    from test_loader import damage
+
+    damage(ShardSet(built), 17, "frame", b"\0" * 400)
+    with pytest.raises(ValueError, match="frame"):
+        convert_to_ffcv(built, tmp_path / "out", "raw")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_any_changed_byte_and_any_cut_is_found(converted):
+    path = converted / layout.BETON
+    rng = np.random.default_rng(0)
+    data = bytearray(path.read_bytes())
+    for at in [0, 9, 30, 5000, len(data) - 1, *rng.integers(0, len(data), 25)]:
+        before = data[at]
+        data[at] ^= 1
+        path.write_bytes(data)
+        assert any(layout.BETON in problem for problem in verify_shards(converted)), at
+        data[at] = before
+    path.write_bytes(data[:-1])
+    assert "bytes, the manifest says" in verify_shards(converted, "structure")[0]
+    with pytest.raises(ValueError, match="bytes, the manifest says"):
+        ShardSet(converted)
+
+
+def test_tables_that_do_not_fit_the_index_are_found_by_structure(converted):
+    """Signed anew, so that no checksum tells."""
+    path, manifest = converted / layout.BETON, load(converted)
+    data = bytearray(path.read_bytes())
+    row = layout.HEADER.itemsize + 4 * layout.DESCRIPTOR.itemsize + 7 * layout.ROW.itemsize
+    data[row + 24] ^= 1  # the label of record 7
+    file = write_file(path, bytes(data), 40)
+    (converted / "manifest.json").write_bytes(to_json(replace(manifest, shards=[file])))
+    (problem,) = verify_shards(converted, "structure")
+    assert "header or metadata are not those of its index" in problem
+
+
+ffcv = pytest.importorskip("ffcv", reason="FFCV is not installed: make ffcv")
+torch = pytest.importorskip("torch")
+from shards.ffcv_loader import FfcvLoader  # noqa: E402
+
+
+def copied(loader):
+    return [type(batch)(batch.step, *(np.array(a) for a in batch[1:])) for batch in loader]
+
+
+def test_our_layout_is_ffcvs_own(converted):
+    from ffcv import types
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.reader import Reader
+
+    for ours, theirs in ((layout.HEADER, types.HeaderType), (layout.DESCRIPTOR, types.FieldDescType),
+                         (layout.REGION, types.ALLOC_TABLE_TYPE)):  # fmt: skip
+        assert ours.itemsize == theirs.itemsize
+        assert [ours.fields[n][1] for n in ours.names] == [
+            theirs.fields[n][1] for n in theirs.names
+        ]
+    handlers = [RGBImageField(), NDArrayField(np.dtype("u1"), (2, 16, 16)), IntField(), IntField()]
+    row = types.get_metadata_type(handlers)
+    assert row.itemsize == layout.ROW.itemsize
+    assert [row.fields[n][1] for n in row.names] == [0, 16, 24, 32]
+    reader = Reader(str(converted / layout.BETON))
+    assert reader.field_names == ["frame", "maps", "label", "index"]
+    assert reader.handlers["maps"].shape == (2, 16, 16)
+    descriptors = reader.field_descriptors["arguments"]
+    for handler, arguments in zip(handlers, descriptors, strict=True):
+        assert handler.to_binary()[0].tobytes() == arguments.tobytes()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("wanted", [None, ["orb"], []])
+def test_the_same_batches_as_from_webdataset(built, converted, wanted):
+    source, copy = ShardSet(built), ShardSet(converted)
+    plan = Plan(40, 12, seed=3, micro_steps=2)
+    ours = copied(Loader(source, plan, 2, 12, detectors=wanted))
+    theirs = copied(FfcvLoader(copy, plan, 2, 12, detectors=wanted, workers=2))
+    assert len(ours) == len(theirs) == 20
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.step == b.step
+        for field in ("labels", "samples", "epochs", "boxes", "flips"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+        if wanted != []:
+            np.testing.assert_array_equal(a.maps, b.maps)
+        for place, number in enumerate(a.samples.tolist()):
+            expected = a.frames[place]
+            if converted.name == "jpeg":  # FFCV decodes with the fast DCT: that, and no more
+                frame = source[number].frame
+                expected = simplejpeg.decode_jpeg(frame, "RGB", fastdct=True)
+                difference = np.abs(expected.astype(int) - a.frames[place])
+                assert difference.max() <= 16
+                assert difference.mean() < 1
+            np.testing.assert_array_equal(b.frames[place], expected)
+
+
+@pytest.mark.timeout(120)
+def test_pretraining_gives_the_same_losses_where_the_frames_are_equal(small_source, tmp_path):
+    from test_pretrain import run
+
+    detectors = (preprocess.detector_settings("fast"),)
+    chosen = settings(frame=120, detectors=detectors, scales=(96,), quality=0)
+    build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
+    convert_to_ffcv(tmp_path / "built", tmp_path / "ffcv", "raw")
+    losses = run(tmp_path / "built", tmp_path / "a")
+    assert run(tmp_path / "ffcv", tmp_path / "b") == losses
+    run(tmp_path / "ffcv", tmp_path / "c", steps=7, resume=True)
+    assert run(tmp_path / "ffcv", tmp_path / "c", resume=True) == losses
+
+
+@pytest.mark.timeout(60)
+def test_a_dead_pipeline_thread_is_noticed(built, tmp_path, monkeypatch):
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    convert_to_ffcv(built, tmp_path / "raw", "raw")
+    real, calls = EpochIterator.run_pipeline, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise SystemExit  # silently ends the thread
+        return real(self, *arguments)
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", failing)
+    with pytest.raises(ValueError, match="thread died"):
+        list(FfcvLoader(ShardSet(tmp_path / "raw"), Plan(40, 8), 0, 50))
+
+
+SCRIPT = """
+import sys
+from shards import ShardSet
+from shards.ffcv_loader import FfcvLoader
+from shards.plan import Plan
+records = ShardSet(sys.argv[1])
+for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
+    if batch.step == 3:
+        print("running", flush=True)
+        {then}
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ["interrupt", "terminate", "exception"])
+def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
+    convert_to_ffcv(built, tmp_path / "raw", "raw")
+    before = set(os.listdir("/dev/shm"))
+    code = SCRIPT.format(then="raise RuntimeError('consumer')" if how == "exception" else "pass")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "raw")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "running\n"
+    time.sleep(0.3)
+    if how == "interrupt":
+        process.send_signal(signal.SIGINT)
+    elif how == "terminate":
+        process.terminate()
+    assert process.wait(timeout=20) != 0
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.timeout(120)
+def test_a_truncated_beton_is_one_line(built, tmp_path):
+    convert_to_ffcv(built, tmp_path / "raw", "raw")
+    path = tmp_path / "raw" / layout.BETON
+    os.truncate(path, path.stat().st_size // 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "kamim", "pretrain", str(tmp_path / "raw"), "--recipe", "small"],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "bytes, the manifest says" in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_a_conversion_killed_at_any_moment_is_done_again(built, tmp_path):
+    convert_to_ffcv(built, tmp_path / "calm", "raw")
+    command = [sys.executable, "-m", "kamim", "shards", "convert", str(built), "--frames", "raw"]
+    command += ["--out", str(tmp_path / "killed")]
+    for number in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.25 + 0.12 * number)
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "40 records" in done.stdout
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+
+
+def test_one_cv2_and_a_doctor_that_says_so():
+    from bench.doctor import examine
+
+    rows = {part: (state, hint) for part, state, hint in examine()}
+    assert rows["FFCV"][0] == "1.0.2"
+    assert rows["OpenCV"][1] == ""
+    assert rows["OpenCV"][0].endswith("(headless)")
