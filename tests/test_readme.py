@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
-STAMPS = ("core", "train", "test")
+STAMPS = ("core", "train", "ffcv", "test")
 DEVELOP = ["make check", "make test"]
 
 
@@ -125,6 +125,8 @@ def test_make_says_what_is_missing(clone):
         done = run(command, clone)
         assert done.returncode == 2
         assert words in done.stderr
+    done = run("make shards DETECTOR=fast FORMAT=ffcv FRAMES=raw", clone)
+    assert "data/demo-fast-ffcv-raw: 312 records" in done.stdout, done.stderr
     listing = run("make help", clone).stdout
     for target in ("setup", "shards", "pretrain", "test", "check", "bench-build"):
         assert re.search(rf"^{target} ", listing, re.M)
