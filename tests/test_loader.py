@@ -88,6 +88,7 @@ def test_starting_late_is_starting_there(records):
 
 @pytest.mark.timeout(60)
 def test_no_thread_or_file_is_left_behind(records):
+    gc.collect()
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in Loader(records, Plan(40, 8), 0, 50, workers=3):
         break  # the consumer leaves in the middle
@@ -95,8 +96,8 @@ def test_no_thread_or_file_is_left_behind(records):
         for _ in Loader(records, Plan(40, 8), 0, 50, workers=3):
             raise RuntimeError("consumer")
     gc.collect()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_memory_is_the_prefetch_whatever_the_length(records):

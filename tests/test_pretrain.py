@@ -101,18 +101,22 @@ def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shar
 
 
 @pytest.mark.timeout(120)
-def test_sigterm_saves_and_says_how_to_go_on(shards, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, shards, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(shards, out, "--epochs", "400"), stderr=subprocess.PIPE, text=True
+        command(shards, out, "--epochs", "400"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while len(read_metrics(out)) < 4 and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, log = process.communicate(timeout=60)
-    assert process.returncode == 143, log
+    assert process.returncode == 128 + number, log
     assert "Traceback" not in log
-    assert "go on with --resume auto" in log
+    assert "go on with --resume auto" in log.splitlines()[-1]
     newest = checkpoint.newest(out / "checkpoints")
     assert checkpoint.load(newest)["step"] == len(read_metrics(out))
     assert not list((out / "checkpoints").glob("*.tmp"))
@@ -157,6 +161,9 @@ def test_the_end_of_a_run_leaves_pictures_metrics_and_a_model_for_timm(shards, t
         picture = cv2.imread(str(out / name))
         assert min(picture.shape[:2]) > 200
         assert picture.std() > 5
+    (out / "reconstructions.png").unlink()  # as if it had been killed before it drew
+    run(shards, out, resume=True)
+    assert (out / "reconstructions.png").exists()
     last = read_metrics(out)[-1]
     assert {"epoch", "loss", "lr", "grad_norm", "mean_weight", "images_per_s", "waiting"} <= set(
         last

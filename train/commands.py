@@ -47,8 +47,8 @@ def pretrain(
 ) -> None:
     """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
 
-    SIGTERM saves and stops (exit status 143). Killed or stopped, --resume auto goes on with the
-    same losses as a run that was not.
+    SIGTERM or Ctrl-C saves and stops (exit status 143 or 130). Killed or stopped, --resume auto
+    goes on with the same losses as a run that was not.
     """
     from train.loop import Stopped, pretrain
     from train.recipes import find_recipe
@@ -75,8 +75,8 @@ def pretrain(
     )
     try:
         pretrain(run)
-    except Stopped:
-        raise typer.Exit(143) from None
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.args[0]) from None
     print(run.out)
 
 

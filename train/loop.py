@@ -46,7 +46,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 class Stopped(Exception):
-    """SIGTERM arrived; the run was saved and can be resumed."""
+    """A signal (its number is the argument) arrived; the run was saved and can be resumed."""
 
 
 def prepare(
@@ -69,7 +69,7 @@ def pretrain(run: Run) -> None:
     """Train; returns when all steps are done.
 
     Raises ValueError, before the first step, if shards, recipe and what is in `out` do not fit
-    together, and Stopped after a SIGTERM.
+    together, and Stopped, after saving, on SIGTERM or a first Ctrl-C.
     """
     recipe = run.recipe
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -109,18 +109,9 @@ def pretrain(run: Run) -> None:
         describe(run, records, facts, model, total, micro_steps, ranks, device)
 
     # The stream of batches.
-    names = [detector.name] if detector else []
-    common: dict[str, Any] = {"rank": rank, "ranks": ranks, "detectors": names}
-    common["workers"] = run.workers
-    loader: Loader | FfcvLoader
-    if records.manifest.container == "ffcv":
-        loader = FfcvLoader(records, plan, first, last, **common)
-    else:
-        allocate = pinned if device.type == "cuda" else None
-        skip = run.skip_damaged
-        loader = Loader(records, plan, first, last, skip=skip, allocate=allocate, **common)
+    loader = open_loader(run, records, plan, (first, last), (rank, ranks), detector, device)
     batches = to_device(loader, device)
-    part = recipe.batch // (ranks * micro_steps)
+    part, cells = recipe.batch // (ranks * micro_steps), recipe.size // CELL
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = _Stop()
     log = Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext()
@@ -133,9 +124,7 @@ def pretrain(run: Run) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            masks = block_masks(
-                run.seed, step, recipe.batch, recipe.size // CELL, recipe.mask_ratio, device
-            )
+            masks = block_masks(run.seed, step, recipe.batch, cells, recipe.mask_ratio, device)
             sums = torch.zeros(2, device=device)  # loss, mean weight
             for micro_step in range(micro_steps):
                 asked = time.perf_counter()
@@ -180,14 +169,37 @@ def pretrain(run: Run) -> None:
                 if rank == 0:
                     say(f"stopped after step {step + 1}; saved {path}; go on with --resume auto")
                 batches.close()
-                raise Stopped
+                raise Stopped(stop.wished)
 
-    if rank == 0 and first < last == total:
+    # Pictures of the last step's first images, whether this process trained on them or not.
+    if rank == 0 and last == total:
         draw_loss(run.out)
+        loader = open_loader(run, records, plan, (total - 1, total), (0, ranks), detector, device)
+        _, tensors = next(to_device(loader, device))
+        images, weights = prepare(tensors, recipe, detector)
+        masks = block_masks(run.seed, total - 1, recipe.batch, cells, recipe.mask_ratio, device)
         with torch.no_grad(), autocast:
-            draw_reconstructions(run.out, model, images, mask, weights, MEAN, STD)
+            draw_reconstructions(run.out, model, images, masks[:part], weights, MEAN, STD)
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def open_loader(
+    run: Run,
+    records: ShardSet,
+    plan: Plan,
+    steps: tuple[int, int],
+    place: tuple[int, int],
+    detector: Detector | None,
+    device: torch.device,
+) -> Loader | FfcvLoader:
+    """The loader of the set's container, for `steps` (first, end) and `place` (rank, ranks)."""
+    common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": run.workers}
+    common["detectors"] = [detector.name] if detector else []
+    if records.manifest.container == "ffcv":
+        return FfcvLoader(records, plan, *steps, **common)
+    allocate = pinned if device.type == "cuda" else None
+    return Loader(records, plan, *steps, skip=run.skip_damaged, allocate=allocate, **common)
 
 
 def _rows(
@@ -211,21 +223,25 @@ def _rows(
 
 
 class _Stop:
-    """SIGTERM as a wish: asked for between steps, and agreed on by all processes."""
+    """SIGTERM and Ctrl-C as a wish: asked for between steps, and agreed on by all processes."""
 
     def __init__(self) -> None:
-        self.wished = False
-        signal.signal(signal.SIGTERM, self._wish)
+        self.wished = 0  # the signal's number
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._wish)
 
     def _wish(self, number: int, frame: FrameType | None) -> None:
-        self.wished = True
+        self.wished = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     def agreed(self, step: int, every: int, ranks: int, device: torch.device) -> bool:
         """Whether to stop after `step`. With several processes it costs a sync, every so often."""
         if ranks == 1:
-            return self.wished
+            return bool(self.wished)
         if (step + 1) % every:
             return False
-        wish = torch.tensor(float(self.wished), device=device)
+        wish = torch.tensor(self.wished, device=device)
         dist.all_reduce(wish, dist.ReduceOp.MAX)
-        return bool(wish.item())
+        self.wished = int(wish.item())
+        return bool(self.wished)
