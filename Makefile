@@ -89,6 +89,7 @@ $(VENV)/train: pyproject.toml | $(VENV)/core
 	@touch $@
 
 # FFCV is source only and asks for opencv-python, a second cv2: hence --no-deps.
+export DEBIAN_FRONTEND := noninteractive
 FFCV_PACKAGES := libopencv-dev libturbojpeg0-dev pkg-config g++
 $(VENV)/ffcv: pyproject.toml | $(VENV)/train
 	@if ! dpkg -s $(FFCV_PACKAGES) >/dev/null 2>&1; then \

@@ -64,6 +64,8 @@ def _opencv() -> Row:
         for name in ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")
         if _installed(name)
     ]
+    if not _installed("opencv-python-headless"):
+        return "OpenCV", f"not the headless wheel: {wheels}", "pip install opencv-python-headless"
     state = f"{importlib.metadata.version('opencv-python-headless')} (headless)"
     if not wheels:
         return "OpenCV", state, ""

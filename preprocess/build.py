@@ -154,7 +154,11 @@ def _write_missing(source: Source, job: Job, jobs: int) -> None:
         joblib.delayed(write_shard)(job, n, source.entries[n * size : n * size + size])
         for n in missing
     )
-    pool = joblib.Parallel(n_jobs=min(jobs, len(missing) or 1), return_as="generator_unordered")
+    pool = joblib.Parallel(
+        n_jobs=min(jobs, len(missing) or 1),
+        return_as="generator_unordered",
+        temp_folder=str(job.work),  # or a killed build leaves folders in shared memory for good
+    )
     results = pool(tasks)
     try:
         pace = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log

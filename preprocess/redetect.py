@@ -24,7 +24,8 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
             "redetect needs the pixels that detection ran on: give the source of these shards by "
             "--source (sets built with --detect-on frame need none)"
         )
-    entries = {entry.name: entry for entry in source.entries} if source else {}
+    listed = source.entries if source else []
+    by_name = {entry.name: entry for entry in listed}
     problems = []
     numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int))
     for number in numbers.tolist():
@@ -32,11 +33,15 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
         try:
             if settings.detect_on == "frame" or source is None:
                 rgb = decode_frame(record.frame)
-            elif record.source in entries:
-                rgb = decode_image(read(source.kind, source.root, entries[record.source]))
             else:
-                problems.append(f"record {record.key}: the source has no {record.source!r}")
-                continue
+                # By its place in the listing first: a tar may hold one name twice.
+                index = int(record.key)
+                same = index < len(listed) and listed[index].name == record.source
+                entry = listed[index] if same else by_name.get(record.source)
+                if entry is None:
+                    problems.append(f"record {record.key}: the source has no {record.source!r}")
+                    continue
+                rgb = decode_image(read(source.kind, source.root, entry))
         except Rejected as error:
             problems.append(f"record {record.key}: {record.source!r} is now {error.reason}")
             continue

@@ -18,6 +18,11 @@ from preprocess.decode import Rejected
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_BYTES = 1 << 30
+FLAWS = {
+    "link": "it leads out of the source; build from the folder it leads to, or copy the file in",
+    "not-a-file": "it is a folder, pipe, socket, device, link or sparse member",
+    "unreadable": "its facts could not be read when the source was listed",
+}
 
 
 class Entry(NamedTuple):
@@ -83,7 +88,7 @@ def read(kind: str, root: Path, entry: Entry) -> bytes:
     too-large or changed.
     """
     if entry.flaw:
-        raise Rejected(entry.flaw)
+        raise Rejected(entry.flaw, FLAWS[entry.flaw])
     if kind == "demo":
         return demo.read(root, entry.name)
     if entry.size > MAX_BYTES:

@@ -83,6 +83,8 @@ class Loader:
         skip: bool = False,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
+        if records.manifest.container != "webdataset":
+            raise ValueError(f"{records.folder} is an FFCV set; load it by shards.ffcv_loader")
         self.rows = wanted_rows(records, plan, detectors)
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()

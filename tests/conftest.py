@@ -10,6 +10,8 @@ import pytest
 import preprocess
 import preprocess.sources
 import shards
+from preprocess import build_shards, open_source
+from shards.convert import convert_to_ffcv
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -63,3 +65,17 @@ def settings(**changes: object) -> shards.Settings:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a finished set, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def built(small_source, tmp_path):
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
+    chosen = settings(frame=120, detectors=detectors, scales=(96,))
+    build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
+    return tmp_path / "built"
+
+
+@pytest.fixture(params=["jpeg", "raw"])
+def converted(request, built, tmp_path):
+    convert_to_ffcv(built, tmp_path / request.param, request.param)
+    return tmp_path / request.param

@@ -55,7 +55,7 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
     command = [sys.executable, "-m", "kamim", "shards", "build", str(small_source)]
     command += [str(tmp_path / "out"), "--frame", "64", "--scales", "64,72", "--grid", "16"]
     command += ["--shard-size", "2", "--jobs", "2"]
-    rng, kills, midway = random.Random(0), 0, 0
+    rng, kills, midway, pids = random.Random(0), 0, 0, list[str]()
     slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
     while kills < 20:
         process = subprocess.Popen(
@@ -66,11 +66,13 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
+        pids.append(str(process.pid))
         midway += 0 < len(list((tmp_path / "out").glob(".build/*[0-9].json"))) < 20
         if (tmp_path / "out" / "manifest.json").exists():
             assert contents(tmp_path / "out") == contents(tmp_path / "calm")
             for path in (tmp_path / "out").iterdir():  # finished early: begin again
                 path.unlink()
+    assert not [name for name in os.listdir("/dev/shm") if any(pid in name for pid in pids)]
     assert midway >= 5  # or the kills fell beside the work and proved nothing
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "40 inputs = 40 written + 0 rejected" in done.stdout

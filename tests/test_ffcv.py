@@ -1,11 +1,10 @@
-"""FFCV sets: the same records, the same batches, damage found, nothing left hanging."""
+"""FFCV sets through FFCV: the same batches, nothing left hanging, nothing left behind."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,98 +13,11 @@ from conftest import contents, settings
 
 import preprocess
 from preprocess import build_shards, open_source
-from shards import ShardSet, decode_frame, load, verify_shards
+from shards import ShardSet
 from shards import beton as layout
 from shards.convert import convert_to_ffcv
 from shards.loader import Loader
-from shards.manifest import to_json, write_file
 from shards.plan import Plan
-
-
-@pytest.fixture
-def built(small_source, tmp_path):
-    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
-    chosen = settings(frame=120, detectors=detectors, scales=(96,))
-    build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
-    return tmp_path / "built"
-
-
-@pytest.fixture(params=["jpeg", "raw"])
-def converted(request, built, tmp_path):
-    convert_to_ffcv(built, tmp_path / request.param, request.param)
-    return tmp_path / request.param
-
-
-def test_every_record_is_the_sources(built, converted):
-    source, copy = ShardSet(built), ShardSet(converted)
-    assert len(copy) == len(source) == 40
-    for number in range(40):
-        a, b = source[number], copy[number]
-        assert (a.key, a.label, a.height, a.width) == (b.key, b.label, b.height, b.width)
-        np.testing.assert_array_equal(a.maps, b.maps)
-        np.testing.assert_array_equal(decode_frame(a.frame), decode_frame(b.frame))
-        assert converted.name == "raw" or a.frame == b.frame
-    for level in ("structure", "checksum", "decode"):
-        assert verify_shards(converted, level) == []
-
-
-def test_converting_twice_gives_the_same_bytes_and_a_finished_set_stays(built, converted, tmp_path):
-    convert_to_ffcv(built, tmp_path / "again", converted.name)
-    assert contents(tmp_path / "again") == contents(converted)
-    before = (converted / layout.BETON).stat().st_mtime_ns
-    convert_to_ffcv(built, converted, converted.name)
-    assert (converted / layout.BETON).stat().st_mtime_ns == before
-
-
-def test_refusals(built, converted, tmp_path):
-    other = "raw" if converted.name == "jpeg" else "jpeg"
-    with pytest.raises(ValueError, match="holds another set"):
-        convert_to_ffcv(built, converted, other)
-    with pytest.raises(ValueError, match="FFCV set already"):
-        convert_to_ffcv(converted, tmp_path / "x", "jpeg")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"something else \(thesis.tex\)"):
-        convert_to_ffcv(built, tmp_path / "full", "jpeg")
-
-
-def test_a_bad_record_stops_the_conversion_by_name(built, tmp_path):
-    from test_loader import damage
-
-    damage(ShardSet(built), 17, "frame", b"\0" * 400)
-    with pytest.raises(ValueError, match="frame"):
-        convert_to_ffcv(built, tmp_path / "out", "raw")
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    assert not list((tmp_path / "out").glob("*.tmp"))
-
-
-def test_any_changed_byte_and_any_cut_is_found(converted):
-    path = converted / layout.BETON
-    rng = np.random.default_rng(0)
-    data = bytearray(path.read_bytes())
-    for at in [0, 9, 30, 5000, len(data) - 1, *rng.integers(0, len(data), 25)]:
-        before = data[at]
-        data[at] ^= 1
-        path.write_bytes(data)
-        assert any(layout.BETON in problem for problem in verify_shards(converted)), at
-        data[at] = before
-    path.write_bytes(data[:-1])
-    assert "bytes, the manifest says" in verify_shards(converted, "structure")[0]
-    with pytest.raises(ValueError, match="bytes, the manifest says"):
-        ShardSet(converted)
-
-
-def test_tables_that_do_not_fit_the_index_are_found_by_structure(converted):
-    """Signed anew, so that no checksum tells."""
-    path, manifest = converted / layout.BETON, load(converted)
-    data = bytearray(path.read_bytes())
-    row = layout.HEADER.itemsize + 4 * layout.DESCRIPTOR.itemsize + 7 * layout.ROW.itemsize
-    data[row + 24] ^= 1  # the label of record 7
-    file = write_file(path, bytes(data), 40)
-    (converted / "manifest.json").write_bytes(to_json(replace(manifest, shards=[file])))
-    (problem,) = verify_shards(converted, "structure")
-    assert "header or metadata are not those of its index" in problem
-
 
 ffcv = pytest.importorskip("ffcv", reason="FFCV is not installed: make ffcv")
 torch = pytest.importorskip("torch")
@@ -213,7 +125,7 @@ for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
 @pytest.mark.parametrize("how", ["interrupt", "terminate", "exception"])
 def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
-    before = set(os.listdir("/dev/shm"))
+    before = set(os.listdir("/dev/shm"))  # builds beside this test put joblib's there
     code = SCRIPT.format(then="raise RuntimeError('consumer')" if how == "exception" else "pass")
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "raw")],
@@ -223,13 +135,15 @@ def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "running\n"
+    pid = str(process.pid)
     time.sleep(0.3)
     if how == "interrupt":
         process.send_signal(signal.SIGINT)
     elif how == "terminate":
         process.terminate()
     assert process.wait(timeout=20) != 0
-    assert set(os.listdir("/dev/shm")) <= before
+    mine = {name for name in os.listdir("/dev/shm") if "joblib" not in name or pid in name}
+    assert mine <= before
 
 
 @pytest.mark.timeout(120)

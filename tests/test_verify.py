@@ -148,6 +148,19 @@ def test_redetect_compares_with_the_source(built, small_source):
     assert "the source has no 'class2/002.jpg'" in problems[1]
 
 
+def test_redetect_tells_apart_two_members_of_one_name(small_source, tmp_path):
+    from test_sources import make_tar
+
+    images = [path.read_bytes() for path in sorted(small_source.rglob("*.jpg"))[:4]]
+    make_tar(tmp_path / "twice.tar", [("t/a/x.jpg", data) for data in images[:3]])
+    source = open_source(str(tmp_path / "twice.tar"))
+    build_shards(source, tmp_path / "out", settings(), 1)
+    records = ShardSet(tmp_path / "out")
+    assert [records[n].source for n in range(3)] == ["t/a/x.jpg"] * 3
+    assert len({records[n].frame for n in range(3)}) == 3
+    assert redetect_maps(records, source) == []
+
+
 def test_redetect_notices_another_detector(built, small_source, monkeypatch):
     monkeypatch.setitem(preprocess.detectors.DEFAULTS["fast"], "threshold", 11)
     records, source = ShardSet(built), open_source(str(small_source))

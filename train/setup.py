@@ -84,6 +84,8 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
             f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
             f"use {recipe.size // CELL * CELL or CELL}"
         )
+    if run.skip_damaged and manifest.container == "ffcv":
+        raise ValueError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     detector = choose_detector(run, manifest)
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
     if smallest < 0.8 * recipe.size and rank == 0:
