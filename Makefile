@@ -15,7 +15,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench-build bench-loader bench-step bench-ffcv clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench-build bench-loader bench-step bench-ffcv readme clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ check: $(VENV)/test  ## Lint, formatting and types.
 
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"
+
+readme: $(VENV)/core  ## Render the README's measured table from bench/results.
+	$(BIN)/python -m bench.readme
 
 bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it comes: DATA.
 	$(BIN)/python -m bench.ffcv "$(if $(DATA),$(DATA),demo)"

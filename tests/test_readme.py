@@ -95,6 +95,12 @@ def test_the_first_command_comes_by_line_25():
     assert README.splitlines().index("$ make shards DATASET=demo DETECTOR=fast") < 25
 
 
+def test_the_measured_numbers_are_those_of_the_results():
+    from bench.readme import renewed
+
+    assert renewed(README) == README
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (REPOSITORY / target).exists(), target

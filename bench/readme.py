@@ -1,0 +1,75 @@
+"""The README's measured table, rendered from results/*.jsonl; run by `make readme`.
+
+In: the newest line of each result. Out: README.md with the text between its two markers renewed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.provenance import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+
+Row = tuple[str, dict[str, float], int]
+
+
+def newest(name: str) -> list[dict[str, Any]]:
+    """The lines of the newest run in results/`name`.jsonl: the last of each detector, if any."""
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return list({row.get("detector"): row for row in rows}.values())
+
+
+def render() -> str:
+    """The table and the circumstances of its numbers, as Markdown."""
+    rows: list[Row] = []
+    for row in newest("build"):
+        name = row["detector"].upper()
+        share, scaling = row["share_of_ceiling_2_jobs"], row["two_jobs_over_one"]
+        rows.append(
+            (f"build, {name}: 2 jobs / (2 cores / sum of the stages alone)", share, row["n"])
+        )
+        rows.append((f"build, {name}: 2 jobs / 1 job", scaling, row["n"]))
+    (loader,), (ffcv,) = newest("loader"), newest("ffcv")
+    for title, key in {
+        "loader / (cores x one thread that only decodes)": "loader / (cores x decode alone)",
+        "loader with maps / without": "with maps / without",
+        "loader's threads / a DataLoader's processes": "threads / processes",
+        "training step, weighted / unweighted": "weighted step / unweighted",
+    }.items():
+        rows.append((title, loader[key], loader["n"]))
+    for title, key in {
+        "FFCV, our square JPEG frames / its own RandomResizedCrop": (
+            "square JPEG / RandomResizedCrop"
+        ),
+        "FFCV, raw frames / JPEG frames": "raw / JPEG",
+        "FFCV JPEG with maps / without": "JPEG with maps / without",
+        "FFCV, first batch at 90 % of an epoch / at 0 % (time)": "first batch at 90 % / at 0 %",
+    }.items():
+        rows.append((title, ffcv[key], ffcv["n"]))
+    lines = ["| ratio within one run | median | least to most | n |", "|---|---|---|---|"]
+    lines += [
+        f"| {title} | {v['median']:.2f} | {v['min']:.2f} to {v['max']:.2f} | {n} |"
+        for title, v, n in rows
+    ]
+    versions = ", ".join(f"{name} {value}" for name, value in ffcv["versions"].items())
+    dates = sorted({row["date"] for row in [*newest("build"), loader, ffcv]})
+    origin = (
+        f"{ffcv['images']} ImageNet photos, {ffcv['cores']} cores of an {ffcv['cpu']}, Python "
+        f"{ffcv['python']}, {versions}; {' and '.join(dates)}. Raw lines with their commits: "
+        "bench/results."
+    )
+    return "\n".join([*lines, "", origin, ""])
+
+
+def renewed(text: str) -> str:
+    """`text` of a README with the part between the markers rendered anew."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + render() + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text()))
