@@ -96,6 +96,7 @@ def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shar
         process.wait()
     done = subprocess.run(command(shards, out, *flags), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(out)
+    assert "going on after step" in done.stderr
     assert losses(out) == losses(tmp_path / "calm")
     assert len(losses(out)) == 20
 

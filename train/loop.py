@@ -107,6 +107,8 @@ def pretrain(run: Run) -> None:
     forward: Any = torch.compile(parallel) if run.compile and device.type == "cuda" else parallel
     if rank == 0:
         describe(run, records, facts, model, total, micro_steps, ranks, device)
+        if first:
+            say(f"going on after step {first}")
 
     # The stream of batches.
     loader = open_loader(run, records, plan, (first, last), (rank, ranks), detector, device)
