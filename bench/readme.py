@@ -57,9 +57,9 @@ def render() -> str:
     versions = ", ".join(f"{name} {value}" for name, value in ffcv["versions"].items())
     dates = sorted({row["date"] for row in [*newest("build"), loader, ffcv]})
     origin = (
-        f"{ffcv['images']} ImageNet photos (twice each in builds), {ffcv['cores']} cores of an {ffcv['cpu']}, Python "
-        f"{ffcv['python']}, {versions}; {' and '.join(dates)}. Raw lines with their commits: "
-        "bench/results."
+        f"{ffcv['images']} ImageNet photos (twice each in builds), {ffcv['cores']} cores of an "
+        f"{ffcv['cpu']}, Python {ffcv['python']}, {versions}; "
+        f"{' and '.join(dates)}. Raw lines with their commits: bench/results."
     )
     return "\n".join([*lines, "", origin, ""])
 
