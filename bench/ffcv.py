@@ -25,8 +25,9 @@ from ffcv.writer import DatasetWriter
 from bench.provenance import append
 from preprocess import build_shards, decode_image, detector_settings, open_source
 from preprocess.build import shard_size_for
+from preprocess.defaults import default_settings
 from preprocess.sources import Source, read
-from shards import Settings, ShardSet
+from shards import ShardSet
 from shards.convert import convert_to_ffcv
 from shards.ffcv_loader import FfcvLoader
 from shards.plan import Plan
@@ -111,8 +112,7 @@ def main(where: str) -> None:
         folder = Path(name)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(count)
-        settings = Settings(256, 90, (192, 208, 224), 52, "ring", "source", detectors, size)
-        build_shards(source, folder / "shards", settings)
+        build_shards(source, folder / "shards", default_settings(detectors, size))
         for frames in ("jpeg", "raw"):
             convert_to_ffcv(folder / "shards", folder / frames, frames)
         fields = {"image": RGBImageField("jpg", jpeg_quality=90), "label": IntField()}

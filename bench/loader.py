@@ -22,7 +22,8 @@ import torch
 from bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.build import shard_size_for
-from shards import Settings, ShardSet, decode_frame
+from preprocess.defaults import default_settings
+from shards import ShardSet, decode_frame
 from shards.crops import to_device
 from shards.loader import Loader
 from shards.plan import Plan
@@ -30,6 +31,7 @@ from train.loop import prepare
 from train.loss import block_masks, masked_l1
 from train.model import CELL, SimMIM
 from train.recipes import find_recipe
+from train.setup import find_visible
 
 REPEATS = 9
 BATCH = 200
@@ -91,13 +93,13 @@ def step_seconds(records: ShardSet, repeats: int) -> tuple[list[float], list[flo
     loader = Loader(records, Plan(len(records), batch), 0, 1)
     _, tensors = next(to_device(loader, device))
     mask = block_masks(0, 0, batch, recipe.size // CELL, recipe.mask_ratio, device)
+    detector = records.manifest.settings.detectors[0]
+    weighing = find_visible(recipe, records.manifest, detector, device)
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 2):
-        for taken, detector in zip(
-            times, (records.manifest.settings.detectors[0], None), strict=True
-        ):
+        for taken, visible in zip(times, (weighing, None), strict=True):
             begin = time.perf_counter()
-            images, weights = prepare(tensors, recipe, detector)
+            images, weights = prepare(tensors, recipe, visible)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 reconstruction = model(images, mask)
             masked_l1(reconstruction, images, mask, weights).backward()
@@ -115,9 +117,8 @@ def main(where: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(where)
         detectors = (detector_settings("fast"),)
-        scales = (192, 208, 224)
         size = shard_size_for(len(source.entries))
-        settings = Settings(256, 90, scales, 52, "ring", "source", detectors, size)
+        settings = default_settings(detectors, size)
         build_shards(source, Path(folder) / "shards", settings)
         records = ShardSet(Path(folder) / "shards")
         row = measure(records)

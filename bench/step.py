@@ -20,7 +20,8 @@ from torch import Tensor
 from bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.build import shard_size_for
-from shards import Settings, ShardSet
+from preprocess.defaults import default_settings
+from shards import ShardSet
 from shards.crops import pinned, to_device
 from shards.loader import Loader
 from shards.plan import Plan
@@ -28,7 +29,7 @@ from train.loop import PEAK_FLOPS, prepare
 from train.loss import block_masks, masked_l1
 from train.model import CELL, SimMIM, model_flops
 from train.recipes import find_recipe
-from train.setup import device_name, find_device
+from train.setup import device_name, find_device, find_visible
 
 WARM, STEPS, REPEATS = 8, 40, 5
 
@@ -38,6 +39,7 @@ def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> d
     recipe = replace(find_recipe(name), batch=batch)
     cuda = device.type == "cuda"
     detector = records.manifest.settings.detectors[0]
+    visible = find_visible(recipe, records.manifest, detector, device)
     torch.manual_seed(0)
     model = SimMIM(recipe.model, recipe.size, recipe.options).to(device)
     forward: Any = torch.compile(model) if cuda else model
@@ -52,7 +54,7 @@ def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> d
             tensors = next(batches)
             waited += time.perf_counter() - asked
             mask = block_masks(0, step, batch, recipe.size // CELL, recipe.mask_ratio, device)
-            images, weights = prepare(tensors, recipe, detector)
+            images, weights = prepare(tensors, recipe, visible)
             with autocast:
                 reconstruction = forward(images, mask)
             masked_l1(reconstruction, images, mask, weights).backward()
@@ -106,7 +108,7 @@ def main(where: str, names: list[str], batch: int) -> None:
         source = open_source(where)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(len(source.entries))
-        settings = Settings(256, 90, (192, 208, 224), 52, "ring", "source", detectors, size)
+        settings = default_settings(detectors, size)
         build_shards(source, Path(folder) / "shards", settings)
         records = ShardSet(Path(folder) / "shards")
         rows = [measure(records, name, device, batch) for name in names]

@@ -5,19 +5,27 @@ In: a folder, a tar or the demo photographs. Out: a finished set of shards. Work
 
 from preprocess.build import build_shards
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import density_maps
+from preprocess.densities import bank_of, density_maps
 from preprocess.detectors import detector_settings
+from preprocess.fidelity import measure_fidelity, storage
+from preprocess.pictures import draw_fidelity, write_picture
 from preprocess.redetect import redetect_maps
 from preprocess.shard import BuildError
-from preprocess.sources import open_source
+from preprocess.sources import Source, open_source
 
 __all__ = [
     "BuildError",
     "Rejected",
+    "Source",
+    "bank_of",
     "build_shards",
     "decode_image",
     "density_maps",
     "detector_settings",
+    "draw_fidelity",
+    "measure_fidelity",
     "open_source",
     "redetect_maps",
+    "storage",
+    "write_picture",
 ]

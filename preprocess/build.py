@@ -4,10 +4,9 @@ Shards are tasks for joblib; each publishes itself. What is finished survives an
 does only what is missing, and the manifest, written last, says that all is there.
 """
 
-import fcntl
 import json
 import shutil
-import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +18,6 @@ import joblib
 import numpy as np
 import PIL
 import simplejpeg
-from tqdm import tqdm
 
 from preprocess.shard import BuildError, Job, read_row, write_shard
 from preprocess.sources import Source
@@ -27,7 +25,9 @@ from shards import File, Ledger, Manifest, Settings
 from shards import manifest as _manifest
 from shards.manifest import INDEX, MANIFEST, REJECTED, write_atomically
 from shards.record import npy_bytes
+from shards.verify import damaged_files
 from shards.webdataset import INDEX_DTYPE
+from shards.writing import alone, progress
 
 WORK = ".build"
 
@@ -44,20 +44,26 @@ def build_shards(
     jobs: int = 0,
     on_error: str = "quarantine",
     max_rejected: float = 0.01,
+    reuse: Path | None = None,
 ) -> Manifest:
     """Write `source` into shards under `out` by `jobs` processes (0: one a core), or finish that.
 
-    Returns the manifest. Raises ValueError if `out` holds anything else or other settings or
-    inputs, BuildError if an input is rejected and on_error is `fail`, if no input could be used,
-    or, after a complete build, if more than the share `max_rejected` of inputs was rejected.
+    The finished set `reuse` of the same source gives its frames, and the maps it shares, so that
+    nothing is encoded or detected twice; the bytes are those of a build without it. Returns the
+    manifest. Raises ValueError if `out` holds anything else or other settings or inputs, BuildError
+    if an input is rejected and on_error is `fail`, if no input could be used, or, after a complete
+    build, if more than the share `max_rejected` of inputs was rejected.
     """
     facts = _facts(source, settings)
     complete = _check_folder(out, facts)
     if complete is None:
+        if reuse:
+            _check_reuse(reuse, facts)
         with _claim(out) as work:
             write_atomically(work / "plan.json", json.dumps(facts).encode("ascii"))
             root, fail = source.root.resolve(), on_error == "fail"
-            job = Job(settings, source.kind, root, out.resolve(), work.resolve(), fail)
+            folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
+            job = Job(settings, source.kind, root, *folders, fail)
             _write_missing(source, job, jobs or joblib.cpu_count())
             complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up
@@ -81,6 +87,7 @@ def _facts(source: Source, settings: Settings) -> dict[str, Any]:
             "opencv": cv2.__version__,
             "pillow": PIL.__version__,
             "simplejpeg": simplejpeg.__version__,
+            **({"zlib": zlib.ZLIB_RUNTIME_VERSION} if settings.bank else {}),
         },
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
@@ -94,13 +101,7 @@ def _check_folder(out: Path, facts: dict[str, Any]) -> Manifest | None:
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
         finished = _manifest.load(out)
-        there = {
-            "format_version": finished.format_version,
-            "settings": json.loads(json.dumps(asdict(finished.settings))),
-            "source": finished.source,
-            "versions": {name: finished.versions.get(name) for name in facts["versions"]},
-        }
-        _compare(out, there, facts)
+        _compare(out, _facts_of(finished), facts)
         return finished
     plan = out / WORK / "plan.json"
     if plan.is_file():
@@ -109,6 +110,32 @@ def _check_folder(out: Path, facts: dict[str, Any]) -> Manifest | None:
         some = ", ".join(sorted(names)[:3])
         raise ValueError(f"{out} holds something else ({some}); name a new or empty folder")
     return None
+
+
+def _facts_of(finished: Manifest) -> dict[str, Any]:
+    """What _facts said when the finished set was built."""
+    return {
+        "format_version": finished.format_version,
+        "settings": json.loads(json.dumps(asdict(finished.settings))),
+        "source": finished.source,
+        "versions": finished.versions,
+    }
+
+
+def _check_reuse(reuse: Path, facts: dict[str, Any]) -> None:
+    """ValueError unless the set in `reuse` is sound and has the frames that `facts` ask for."""
+    finished = _manifest.load(reuse)
+    if finished.container != "webdataset":
+        raise ValueError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
+    there, asked = _facts_of(finished), {**facts, "settings": {}, "versions": {}}
+    for name in ("frame", "quality"):
+        asked["settings"][name] = facts["settings"][name]
+    for name in finished.versions:
+        asked["versions"][name] = facts["versions"].get(name, finished.versions[name])
+    _compare(reuse, there, asked)
+    damage = damaged_files(reuse, finished)
+    if damage:
+        raise ValueError(damage[0])
 
 
 def _compare(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -130,11 +157,7 @@ def _claim(out: Path) -> Iterator[Path]:
     """The build's work folder, held by this process alone; it goes when the build is finished."""
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another build is writing into {out}; wait for it") from None
+    with alone(out, work / "lock"):
         for stale in [*out.glob("*.tmp"), *work.glob("*.tmp")]:
             stale.unlink(missing_ok=True)
         yield work
@@ -161,12 +184,9 @@ def _write_missing(source: Source, job: Job, jobs: int) -> None:
     )
     results = pool(tasks)
     try:
-        pace = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log
-        with tqdm(
-            total=inputs, initial=seen, unit="img", desc="building", mininterval=pace
-        ) as progress:
+        with progress("building", inputs, initial=seen) as bar:
             for count in results:
-                progress.update(count)
+                bar.update(count)
     except joblib.externals.loky.process_executor.TerminatedWorkerError:
         raise BuildError(
             "a worker process died, perhaps for want of memory; finished shards are kept: run the "
@@ -206,7 +226,8 @@ def _publish(source: Source, job: Job, facts: dict[str, Any]) -> Manifest:
         rejected=_manifest.write_file(
             job.out / REJECTED, "".join(rejected).encode("ascii"), len(rejected)
         ),
+        fidelity={},
     )
     assert ledger.balanced
-    write_atomically(job.out / MANIFEST, _manifest.to_json(manifest))
+    _manifest.write(job.out, manifest)
     return manifest

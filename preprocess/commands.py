@@ -1,10 +1,8 @@
-"""The commands of `kamim shards`: thin wrappers that check words and print results.
+"""`kamim shards build`, a thin wrapper that checks words and prints the result.
 
 In: what a user typed. Out: results on stdout, notes on stderr; ValueError names a bad argument.
 """
 
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +12,8 @@ import typer
 import preprocess
 import shards
 from preprocess.build import shard_size_for
-from shards.convert import convert_to_ffcv
+from preprocess.words import Json, at_least, between, print_json, say
+from shards.bank import BANK_CELL
 from shards.manifest import REJECTED
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
@@ -22,10 +21,6 @@ app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 Mark = Literal["ring", "disc", "point"]
 DetectOn = Literal["source", "frame"]
 OnError = Literal["quarantine", "fail"]
-Level = Literal["structure", "checksum", "decode", "redetect"]
-
-Folder = Annotated[Path, typer.Argument(help="Folder of a finished set of shards.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.command()
@@ -41,10 +36,19 @@ def build(
         int, typer.Option(help="Side of the stored square, px. At least crop / sqrt(area).")
     ] = 256,
     quality: Annotated[int, typer.Option(help="JPEG quality of frames, 1 to 100; 0: raw.")] = 90,
-    scales: Annotated[
-        str, typer.Option(help="Sides in px to detect at; densities are averaged.")
-    ] = "192,208,224",
-    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = 52,
+    crop: Annotated[
+        int, typer.Option(help="Side of the training crops that densities are for, px.")
+    ] = 192,
+    area: Annotated[
+        float, typer.Option(help="Least share of the source that such a crop shows.")
+    ] = 0.67,
+    map_crops: Annotated[
+        int, typer.Option(help="Random crops that a map averages over, beside the whole.")
+    ] = 3,
+    bank: Annotated[
+        int, typer.Option(help="Crops an image to store with their exact densities.")
+    ] = 0,
+    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = 48,
     mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
     detect_on: Annotated[
         DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
@@ -59,6 +63,10 @@ def build(
     max_rejected: Annotated[
         float, typer.Option(help="Share of bad inputs beyond which the exit status is 1.")
     ] = 0.01,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(help="A finished set of this source, to copy frames and equal maps from."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Write frames and keypoint densities of every image of SOURCE into shards under OUT.
@@ -69,7 +77,10 @@ def build(
     settings = shards.Settings(
         frame=at_least("--frame", frame, 16),
         quality=between("--quality", quality, 0, 100),
-        scales=_scales(scales),
+        crop=_crop(crop),
+        area=(between("--area", area, 0.01, 1), 1.0),
+        map_crops=between("--map-crops", map_crops, 0, 64),
+        bank=between("--bank", bank, 0, 255),
         grid=between("--grid", grid, 1, 255),
         mark=mark,
         detect_on=detect_on,
@@ -83,7 +94,7 @@ def build(
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
-    manifest = preprocess.build_shards(listed, out, settings, jobs, on_error, max_rejected)
+    manifest = preprocess.build_shards(listed, out, settings, jobs, on_error, max_rejected, reuse)
     ledger = manifest.ledger
     if json_output:
         print_json({"out": str(out), "fingerprint": manifest.fingerprint, **asdict(ledger)})
@@ -96,82 +107,6 @@ def build(
     )
     if ledger.rejected:
         say(f"the rejected inputs and their reasons are in {out / REJECTED}")
-
-
-@app.command()
-def verify(
-    folder: Folder,
-    level: Annotated[
-        Level, typer.Option(help="How deep; each level includes those before it.")
-    ] = "checksum",
-    source: Annotated[
-        str | None, typer.Option(help="The source they were built from, for redetect.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Records that redetect compares.")] = 64,
-    json_output: Json = False,
-) -> None:
-    """Check a finished set of shards; exit status 1 if anything is wrong.
-
-    structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
-    decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
-    """
-    redetect = level == "redetect"
-    problems = shards.verify_shards(folder, shards.LEVELS[-1] if redetect else level)
-    if redetect and not problems:
-        records = shards.ShardSet(folder)
-        if records.manifest.container != "webdataset":
-            raise ValueError(f"{folder} holds no source names; redetect the set it was made from")
-        where = source or ("demo" if records.manifest.source["kind"] == "demo" else None)
-        listed = preprocess.open_source(where) if where else None
-        problems = preprocess.redetect_maps(records, listed, at_least("--samples", samples, 1))
-    if json_output:
-        print_json({"folder": str(folder), "level": level, "problems": problems})
-    elif not problems:
-        count = shards.load(folder).count
-        print(f"{folder}: {count} records are sound at level {level}")
-    for problem in [] if json_output else problems[:20]:
-        print(problem)
-    if problems:
-        raise preprocess.BuildError(f"{len(problems)} problems at level {level} in {folder}")
-
-
-@app.command()
-def inspect(
-    folder: Folder,
-    page: Annotated[
-        Path | None, typer.Option(help="Where to write the page; FOLDER/inspect.html by default.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Frames to show.")] = 24,
-    temperature: Annotated[float, typer.Option(help="T of the weights.")] = 0.25,
-    w_ps: Annotated[int, typer.Option(help="Side of a weight cell of a 192-px crop, px.")] = 8,
-) -> None:
-    """Write one HTML page: frames with their heat maps, weight histograms and the ledger."""
-    records = shards.ShardSet(folder)
-    text = shards.inspect_page(records, temperature, w_ps, at_least("--samples", samples, 1))
-    path = page or folder / "inspect.html"
-    path.write_text(text, encoding="utf-8")
-    print(path)
-
-
-@app.command()
-def convert(
-    folder: Folder,
-    to: Annotated[Literal["ffcv"], typer.Option(help="The container to write.")] = "ffcv",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the set; FOLDER-ffcv or FOLDER-ffcv-raw.")
-    ] = None,
-    frames: Annotated[
-        Literal["jpeg", "raw"], typer.Option(help="Copy the JPEG bytes, or store pixels.")
-    ] = "jpeg",
-) -> None:
-    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
-
-    Needs no FFCV; training on the result does.
-    """
-    suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
-    target = out or folder.with_name(folder.name + suffix)
-    manifest = convert_to_ffcv(folder, target, frames)
-    print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
 
 
 def _detectors(names: str, assignments: list[str]) -> tuple[shards.Detector, ...]:
@@ -190,35 +125,8 @@ def _detectors(names: str, assignments: list[str]) -> tuple[shards.Detector, ...
     return tuple(preprocess.detector_settings(name, chosen) for name, chosen in options.items())
 
 
-def _scales(text: str) -> tuple[int, ...]:
-    try:
-        scales = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--scales {text!r} is not a list of whole numbers like 192,208") from None
-    for scale in scales:
-        between("--scales", scale, 16, 4096)
-    return scales
-
-
-def at_least(option: str, value: int, least: int) -> int:
-    """`value`, or ValueError if it is below `least`."""
-    if value < least:
-        raise ValueError(f"{option} {value} is too small; give at least {least}")
-    return value
-
-
-def between(option: str, value: float, least: float, most: float) -> int:
-    """`value`, or ValueError if it is not a number from `least` to `most`."""
-    if not least <= value <= most:
-        raise ValueError(f"{option} {value} is out of range; give {least} to {most}")
-    return int(value)
-
-
-def print_json(result: object) -> None:
-    """`result` on stdout for machines."""
-    print(json.dumps(result, indent=2, sort_keys=True))
-
-
-def say(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr)
+def _crop(side: int) -> int:
+    if side % BANK_CELL:
+        nearest = max(BANK_CELL, round(side / BANK_CELL) * BANK_CELL)
+        raise ValueError(f"--crop {side} is no multiple of {BANK_CELL}; give {nearest}")
+    return between("--crop", side, 32, 1024)

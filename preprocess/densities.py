@@ -1,11 +1,12 @@
-"""Density maps: the pixels of a source in, one uint8 map per detector out.
+"""Density maps and the bank: the pixels of a source in, uint8 densities of each detector out.
 
 A map estimates, on a fixed grid of the unit square, the density that detection on a random crop
-would give there: the mean of the marked share over detection at several scales.
+would give there, from a few views of the source. The bank is that density itself, on stored crops.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,51 +14,146 @@ from numpy.typing import NDArray
 
 from preprocess.detectors import detect
 from preprocess.marks import mark
-from shards import Detector
+from shards import Bank, Detector, Settings
+from shards.bank import BANK_CELL
+from shards.plan import BANK, VIEW, crop_boxes
+from shards.visibility import visible
+
+Image = NDArray[np.uint8]  # RGB [H, W, 3]
+Floats = NDArray[np.float64]
+
+SEED = 0  # of the boxes of views and banks; a training run has its own
+FLOOR = 0.2  # views' worth of sight below which a map cell has nothing to go by, and is 0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A box of the source (top, left, height, width, px), squeezed to `rows` x `columns` px."""
+
+    box: tuple[int, int, int, int]
+    rows: int
+    columns: int
 
 
 def density_maps(
-    rgb: NDArray[np.uint8],
-    detectors: Sequence[Detector],
-    scales: Sequence[int],
-    grid: int,
-    kind: str,
-) -> NDArray[np.uint8]:
-    """Maps of `rgb` (uint8 [H, W, 3]) as uint8 [detectors, grid, grid], density = value / 255.
+    rgb: Image, number: int, settings: Settings, size: tuple[int, int] | None = None
+) -> Image:
+    """Maps of input `number` as uint8 [detectors, grid, grid], density = value / 255.
 
-    At each scale the image is squeezed to that square by INTER_LINEAR without antialias, as the
-    published loader does with its crops; small images are enlarged.
+    `rgb` is its pixels, or its frame's, then with the `size` (height, width) of its source. The
+    mean over views of the marked share of each cell, by how much of it each view sees: crops do
+    not show all, and no detector finds all near an edge.
     """
-    total = np.zeros((len(detectors), grid, grid))
-    for scale in scales:
-        grey = published_grey(cv2.resize(rgb, (scale, scale), interpolation=cv2.INTER_LINEAR))
-        for row, detector in enumerate(detectors):
-            bitmap = mark(detect(detector, grey), scale, scale, kind)
-            total[row] += grid_counts(bitmap, grid) / (scale * scale)
-    return np.rint(total * (255 / len(scales))).astype(np.uint8)
+    grid, (height, width) = settings.grid, rgb.shape[:2]
+    edges = np.arange(grid + 1) / grid
+    marked = np.zeros((len(settings.detectors), grid, grid))
+    seen = np.zeros_like(marked)
+    for planned in map_views(number, size or (height, width), settings):
+        view = _on(planned, size, (height, width)) if size else planned
+        top, left, tall, wide = view.box
+        grey = published_grey(squeezed(rgb, view))
+        y = np.clip((edges * height - top) * (view.rows / tall), 0, view.rows)
+        x = np.clip((edges * width - left) * (view.columns / wide), 0, view.columns)
+        cell = height * view.rows / (grid * tall), width * view.columns / (grid * wide)  # px
+        for row, detector in enumerate(settings.detectors):
+            keypoints = detect(detector, grey, settings.crop)
+            bitmap = mark(keypoints, view.rows, view.columns, settings.mark)
+            marked[row] += cell_sums(bitmap, y, x) / (cell[0] * cell[1])
+            down = _line_sums(visible(detector, view.rows, settings.mark), y) / cell[0]
+            across = _line_sums(visible(detector, view.columns, settings.mark), x) / cell[1]
+            seen[row] += down[:, None] * across
+    density = np.where(seen > FLOOR, marked / np.maximum(seen, FLOOR), 0)
+    return np.rint(np.minimum(density, 1) * 255).astype(np.uint8)
 
 
-def published_grey(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def map_views(number: int, size: tuple[int, int], settings: Settings) -> list[View]:
+    """What the map of input `number` is made from: the whole source, squeezed as a random crop
+    squeezes it, and settings.map_crops random crops, all of the training distribution.
+    """
+    boxes, _ = _boxes(VIEW, number, settings.map_crops + 1, size, settings)
+    side, (height, width) = settings.crop, size
+    _, _, tall, wide = boxes[0]
+    whole = View((0, 0, height, width), round(side * height / tall), round(side * width / wide))
+    return [whole, *(View(box, side, side) for box in boxes[1:])]
+
+
+def bank_of(rgb: Image, number: int, settings: Settings) -> Bank:
+    """The bank of input `number`: the published recipe on settings.bank crops of its pixels.
+
+    Crop, resize by INTER_LINEAR without antialias, flip, detect, draw rings, count marked pixels a
+    BANK_CELL (KAMIM For GPUs/utils/dataset_loaders.py); `rgb` must be the source, not the frame.
+    """
+    side, cells = settings.crop, settings.crop // BANK_CELL
+    height, width = rgb.shape[:2]
+    boxes, flips = _boxes(BANK, number, settings.bank, (height, width), settings)
+    counts = np.empty((settings.bank, len(settings.detectors), cells, cells), np.uint8)
+    for slot, box in enumerate(boxes):
+        crop = squeezed(rgb, View(box, side, side))
+        crop = crop[:: -1 if flips[slot, 1] else 1, :: -1 if flips[slot, 0] else 1]
+        grey = published_grey(np.ascontiguousarray(crop))
+        for row, detector in enumerate(settings.detectors):
+            counts[slot, row] = crop_counts(detector, grey, settings.mark)
+    return Bank(np.array(boxes, np.uint32), flips.astype(np.uint8), counts)
+
+
+def crop_counts(detector: Detector, grey: Image, kind: str) -> Image:
+    """Marked pixels of each BANK_CELL of a square crop, uint8 [cells, cells], from its grey."""
+    side = len(grey)
+    bitmap = mark(detect(detector, grey, side), side, side, kind)
+    cells = side // BANK_CELL
+    counts = bitmap.reshape(cells, BANK_CELL, cells, BANK_CELL).sum(axis=(1, 3), dtype=np.uint8)
+    return np.asarray(counts)
+
+
+def published_grey(rgb: Image) -> Image:
     """Grey as the published code's detectors see it: RGB pixels weighed as if they were BGR."""
     return cv2.cvtColor(rgb, cv2.COLOR_BGR2GRAY)
 
 
-def grid_counts(bitmap: NDArray[np.uint8], grid: int) -> NDArray[np.int64]:
-    """Marked area of each grid cell, int64 [grid, grid], in 1 / grid**2 pixels: exact integers.
+def cell_sums(bitmap: Image, y: Floats, x: Floats) -> Floats:
+    """Marked area between neighbouring `y` and `x` (px), float64 [len(y) - 1, len(x) - 1].
 
-    `bitmap` is uint8 0 or 1 [S, S]; a full cell counts S**2. Cell edges that cut pixels share
-    them: the integral image is linear between whole pixels, so reading it there is exact.
+    The integral image is linear between whole pixels, so reading it at edges that cut pixels is
+    exact. No matrix product: the bytes must not depend on a BLAS.
     """
-    before, after, share = _edges(bitmap.shape[0], grid)
     integral = cv2.integral(bitmap)
-    rows = integral[before] * (grid - share)[:, None] + integral[after] * share[:, None]
-    corners = rows[:, before] * (grid - share) + rows[:, after] * share
+    corners = _between(_between(integral, y).T, x).T
     strips = corners[1:] - corners[:-1]
-    return strips[:, 1:] - strips[:, :-1]
+    return np.asarray(strips[:, 1:] - strips[:, :-1])
 
 
-@lru_cache(maxsize=64)
-def _edges(side: int, grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The pixel edges before and after each cell edge, and how far it lies between, in 1/grid."""
-    before, share = np.divmod(np.arange(grid + 1) * side, grid)
-    return before, np.minimum(before + 1, side), share
+def _line_sums(values: Floats, at: Floats) -> Floats:
+    """Sums of `values` (one a pixel) between neighbouring `at`."""
+    return np.diff(_between(np.concatenate([[0.0], np.cumsum(values)]), at))
+
+
+def _between(values: NDArray[Any], at: Floats) -> Floats:
+    """Rows of `values` at the fractional places `at`, linearly interpolated."""
+    low = np.minimum(at.astype(np.int64), len(values) - 2)
+    part = at - low
+    part = part.reshape(-1, *[1] * (values.ndim - 1))
+    return np.asarray(values[low] * (1 - part) + values[low + 1] * part)
+
+
+def _on(view: View, source: tuple[int, int], frame: tuple[int, int]) -> View:
+    """A view of the source as the nearest whole pixels of its frame."""
+    down, across = frame[0] / source[0], frame[1] / source[1]
+    top, left, tall, wide = view.box
+    box = round(top * down), round(left * across), round(tall * down), round(wide * across)
+    return View(box, view.rows, view.columns)
+
+
+def squeezed(rgb: Image, view: View) -> Image:
+    """The pixels of a view, by INTER_LINEAR without antialias, as the published loader does."""
+    top, left, tall, wide = view.box
+    part = rgb[top : top + tall, left : left + wide]
+    return cv2.resize(part, (view.columns, view.rows), interpolation=cv2.INTER_LINEAR)
+
+
+def _boxes(
+    purpose: int, number: int, count: int, size: tuple[int, int], settings: Settings
+) -> tuple[Sequence[tuple[int, int, int, int]], NDArray[np.bool_]]:
+    epochs, same = np.arange(count), np.full(count, number)
+    sizes = np.full(count, size[0]), np.full(count, size[1])
+    boxes, flips = crop_boxes(purpose, SEED, epochs, same, *sizes, settings.area)
+    return [(top, left, tall, wide) for top, left, tall, wide in boxes.tolist()], flips

@@ -83,9 +83,25 @@ def _make(name: str, options: tuple[tuple[str, Option], ...]) -> Any:
     return create(**dict(options))
 
 
-def detect(detector: Detector, grey: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Keypoint centres of `grey` (uint8 [H, W]) as float32 [N, 2], (x, y) from pixel centres."""
-    keypoints = _make(detector.name, tuple(detector.options.items())).detect(grey)
+def detect(detector: Detector, grey: NDArray[np.uint8], crop: int = 0) -> NDArray[np.float32]:
+    """Keypoint centres of `grey` (uint8 [H, W]) as float32 [N, 2], (x, y) from pixel centres.
+
+    A detector that keeps its best so many points (ORB 500) keeps as many an area as it would on a
+    `crop` x `crop` px crop; 0: as many as its option says, whatever the size.
+    """
+    keypoints = _make(detector.name, tuple(_budgeted(detector, grey.shape, crop).items())).detect(
+        grey
+    )
     if not keypoints:
         return np.zeros((0, 2), np.float32)
     return np.asarray(cv2.KeyPoint_convert(keypoints), np.float32)
+
+
+def _budgeted(detector: Detector, shape: tuple[int, ...], crop: int) -> dict[str, Option]:
+    """The options with the point budget of a crop, in proportion to the area inside margins."""
+    options, budget = detector.options, detector.options.get("nfeatures", 0)
+    if not budget or not crop or shape == (crop, crop):
+        return options
+    margin = 2 * int(options["edgeThreshold"]) if detector.name == "orb" else 0
+    inside = max(1, shape[0] - margin) * max(1, shape[1] - margin) / max(1, crop - margin) ** 2
+    return {**options, "nfeatures": max(1, round(budget * inside))}

@@ -68,14 +68,15 @@ def _dilate(sixteenths: NDArray[np.int32], height: int, width: int, kind: str) -
 
 def _stamp(sixteenths: NDArray[np.int32], height: int, width: int, kind: str) -> NDArray[np.uint8]:
     """Marks at 1/16 px: each centre's phase picks a stencil, all are scattered at once."""
-    padded_width = width + 2 * REACH
+    # In steps, so that few widths share the tables of offsets.
+    padded_width = -(-(width + 2 * REACH) // 64) * 64
     columns, rows = ((sixteenths + SUBPIXEL // 2) // SUBPIXEL).T
     phase_x, phase_y = ((sixteenths + SUBPIXEL // 2) % SUBPIXEL).T
     corners = rows * padded_width + columns
     offsets = _offsets(kind, padded_width)[phase_y, phase_x]
     padded = np.zeros((height + 2 * REACH) * padded_width, np.uint8)
     padded[(corners[:, None] + offsets).ravel()] = 1
-    return padded.reshape(-1, padded_width)[REACH:-REACH, REACH:-REACH].copy()
+    return padded.reshape(-1, padded_width)[REACH:-REACH, REACH : REACH + width].copy()
 
 
 @lru_cache(maxsize=len(MARKS))

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import density_maps
+from preprocess.densities import bank_of, density_maps
 from preprocess.sources import Source, read
 from shards import Record, ShardSet, decode_frame
 
@@ -45,8 +45,11 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
         except Rejected as error:
             problems.append(f"record {record.key}: {record.source!r} is now {error.reason}")
             continue
-        again = density_maps(rgb, settings.detectors, settings.scales, settings.grid, settings.mark)
+        size = (record.height, record.width) if settings.detect_on == "frame" else None
+        again = density_maps(rgb, int(record.key), settings, size)
         problems += _differences(record, again, records)
+        if record.bank and not record.bank.equals(bank_of(rgb, int(record.key), settings)):
+            problems.append(f"record {record.key} ({record.source!r}): the bank differs")
     return problems
 
 

@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import density_maps
+from preprocess.densities import bank_of, density_maps
 from preprocess.sources import Entry, read
-from shards import Record, Settings, ShardWriter, decode_frame, encode_frame
+from shards import Record, Settings, ShardSet, ShardWriter, decode_frame, encode_frame
 from shards.manifest import write_atomically
 from shards.record import key_of
 from shards.webdataset import shard_name
@@ -37,6 +38,7 @@ class Job:
     root: Path
     out: Path
     work: Path
+    reuse: Path | None  # a finished set of the same source, to copy frames and maps from
     fail: bool  # stop at the first input that is rejected
 
 
@@ -69,9 +71,8 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> int:
                 facts |= {"reason": error.reason, "detail": error.detail}
                 rejected.append(facts)
                 continue
-            frame, maps = describe(rgb, job.settings)
-            height, width = rgb.shape[:2]
-            writer.add(Record(key_of(index), frame, entry.label, height, width, entry.name, maps))
+            old = _old_record(job.reuse, index) if job.reuse else None
+            writer.add(describe(rgb, index, entry, job.settings, old))
     row = {"file": asdict(writer.file), "index": writer.index.tolist(), "rejected": rejected}
     # A row that a power cut damages or loses only means that its shard is built again.
     write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"), durable=False)
@@ -88,12 +89,59 @@ def read_row(work: Path, out: Path, number: int) -> dict[str, Any] | None:
     return row if whole else None
 
 
-def describe(rgb: NDArray[np.uint8], settings: Settings) -> tuple[bytes, NDArray[np.uint8]]:
-    """The encoded frame and the maps (uint8 [D, G, G]) of one image, uint8 RGB [H, W, 3]."""
-    frame = encode_frame(squeeze(rgb, settings.frame), settings.quality)
-    seen = decode_frame(frame) if settings.detect_on == "frame" else rgb
-    maps = density_maps(seen, settings.detectors, settings.scales, settings.grid, settings.mark)
-    return frame, maps
+def describe(
+    rgb: NDArray[np.uint8],
+    index: int,
+    entry: Entry,
+    settings: Settings,
+    old: tuple[Record, Settings] | None = None,
+) -> Record:
+    """The record of input number `index`, `entry`, with pixels `rgb` (uint8 RGB [H, W, 3]).
+
+    Frame and maps of the `old` record are taken over where its settings give the same.
+    """
+    height, width = rgb.shape[:2]
+    frame = old[0].frame if old else encode_frame(squeeze(rgb, settings.frame), settings.quality)
+    known = _known_maps(old, settings) if old else {}
+    missing = tuple(d for d in settings.detectors if d.name not in known)
+    maps = np.empty((len(settings.detectors), settings.grid, settings.grid), np.uint8)
+    if missing:
+        wanted = replace(settings, detectors=missing)
+        if settings.detect_on == "frame":
+            new = density_maps(decode_frame(frame), index, wanted, (height, width))
+        else:
+            new = density_maps(rgb, index, wanted)
+        known |= {d.name: map_ for d, map_ in zip(missing, new, strict=True)}
+    for row, detector in enumerate(settings.detectors):
+        maps[row] = known[detector.name]
+    bank = bank_of(rgb, index, settings) if settings.bank else None
+    return Record(key_of(index), frame, entry.label, height, width, entry.name, maps, bank)
+
+
+def _known_maps(old: tuple[Record, Settings], settings: Settings) -> dict[str, NDArray[np.uint8]]:
+    """The maps of `old`, by detector, that a build with `settings` would make again."""
+    record, before = old
+    same = ("frame", "quality", "crop", "area", "map_crops", "grid", "mark", "detect_on")
+    if any(getattr(before, name) != getattr(settings, name) for name in same):
+        return {}
+    pairs = zip(before.detectors, record.maps, strict=True)
+    return {d.name: map_ for d, map_ in pairs if d in settings.detectors}
+
+
+def _old_record(folder: Path, index: int) -> tuple[Record, Settings] | None:
+    """Record number `index` of the finished set in `folder` with its settings, if it is there."""
+    records = _open(folder)
+    keys = records.index["key"]
+    number = int(np.searchsorted(keys, index))
+    if number == len(keys) or keys[number] != index:
+        return None
+    return records[number], records.manifest.settings
+
+
+@lru_cache(maxsize=1)
+def _open(folder: Path) -> ShardSet:
+    """Opened once a worker: its index is hashed then."""
+    return ShardSet(folder)
 
 
 def squeeze(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

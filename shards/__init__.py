@@ -3,6 +3,7 @@
 In: a folder that a build wrote. Out: `ShardSet`, its records and its manifest, without torch.
 """
 
+from shards.bank import Bank
 from shards.inspect import inspect_page
 from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
 from shards.reader import ShardSet
@@ -13,6 +14,7 @@ from shards.webdataset import ShardWriter
 __all__ = [
     "FORMAT_VERSION",
     "LEVELS",
+    "Bank",
     "Detector",
     "File",
     "Ledger",

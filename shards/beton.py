@@ -8,104 +8,146 @@ JPEG bytes as they are, needs no compiler, and cannot hang as FFCV's writer does
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.bank import BANK_CELL, plain_row_bytes, plain_rows
+from shards.manifest import Manifest
 from shards.record import Record, decode_frame
 from shards.webdataset import INDEX_DTYPE
 
 BETON = "records.beton"
 PAGE = 1 << 23  # bytes, FFCV's default
 JPG, RAW = 0, 1
+ARRAYS = ("maps", "bank")
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")]
 )
 DESCRIPTOR = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
-# Aligned as FFCV aligns it: 13 bytes of image, 3 of padding, then 8 each.
-ROW = np.dtype(
-    {
-        "names": ["frame", "maps", "label", "index"],
-        "formats": [IMAGE, "<u8", "<i8", "<i8"],
-        "offsets": [0, 16, 24, 32],
-        "itemsize": 40,
-    }
-)
 REGION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-TYPES = {"frame": 2, "maps": 4, "label": 1, "index": 1}  # FFCV's RGBImage, NDArray, Int
+TYPES = {"frame": 2, "maps": 4, "bank": 4, "label": 1, "index": 1}  # RGBImage, NDArray, Int
 
 
-def _descriptors(maps: tuple[int, ...]) -> bytes:
-    rows = np.zeros(len(TYPES), DESCRIPTOR)
-    for row, (name, kind) in zip(rows, TYPES.items(), strict=True):
-        row["type"] = kind
-        row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the records of a .beton look like: side of the frames in px, whether they are raw,
+    shape of the maps [D, G, G] and of the bank's rows [K, bytes], (0, 0) for none.
+    """
+
+    side: int
+    raw: bool
+    maps: tuple[int, ...]
+    bank: tuple[int, ...]
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields in their order."""
+        return [name for name in TYPES if name != "bank" or self.bank[0]]
+
+    @property
+    def row(self) -> np.dtype[np.void]:
+        """A metadata row, aligned as FFCV does it: 13 bytes of image, 3 of padding, then 8 each."""
+        numbers = [(name, "<u8" if name in ARRAYS else "<i8") for name in self.fields[1:]]
+        offsets = [0, *(16 + 8 * place for place in range(len(numbers)))]
+        return np.dtype(
+            {
+                "names": self.fields,
+                "formats": [IMAGE, *(kind for _, kind in numbers)],
+                "offsets": offsets,
+                "itemsize": 16 + 8 * len(numbers),
+            }
+        )
+
+
+def layout_of(manifest: Manifest) -> Layout:
+    """The layout of the FFCV set that `manifest` describes."""
+    settings = manifest.settings
+    detectors, cells = len(settings.detectors), settings.crop // BANK_CELL
+    maps = (detectors, settings.grid, settings.grid)
+    bank = (settings.bank, plain_row_bytes(detectors, cells)) if settings.bank else (0, 0)
+    return Layout(settings.frame, settings.quality == 0, maps, bank)
+
+
+def _descriptors(layout: Layout) -> bytes:
+    rows = np.zeros(len(layout.fields), DESCRIPTOR)
     dtype = json.dumps(np.dtype(np.uint8).descr).encode("ascii")
-    shape = np.zeros(33, "<u8")  # 32 dimensions, then the length of the dtype's text
-    shape[: len(maps)], shape[32] = maps, len(dtype)
-    arguments = shape.tobytes() + dtype
-    rows[1]["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
+    for row, name in zip(rows, layout.fields, strict=True):
+        row["type"] = TYPES[name]
+        row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+        if name in ARRAYS:
+            dimensions = layout.maps if name == "maps" else layout.bank
+            shape = np.zeros(33, "<u8")  # 32 dimensions, then the length of the dtype's text
+            shape[: len(dimensions)], shape[32] = dimensions, len(dtype)
+            arguments = shape.tobytes() + dtype
+            row["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
     return rows.tobytes()
 
 
-def tables(
-    index: NDArray[np.void], side: int, maps: tuple[int, ...], raw: bool
-) -> tuple[bytes, bytes, int]:
+def tables(index: NDArray[np.void], layout: Layout) -> tuple[bytes, bytes, int]:
     """(all bytes before the first page, all bytes after the last, where the latter begin).
 
     They follow from the set's index alone, so a file can be checked against them to the last bit.
     """
     count = len(index)
-    rows = np.zeros(count, ROW)
-    rows["frame"]["mode"] = RAW if raw else JPG
-    rows["frame"]["width"] = rows["frame"]["height"] = side
-    rows["frame"]["pointer"], rows["maps"] = index["frame"], index["maps"]
+    rows = np.zeros(count, layout.row)
+    rows["frame"]["mode"] = RAW if layout.raw else JPG
+    rows["frame"]["width"] = rows["frame"]["height"] = layout.side
     rows["label"], rows["index"] = index["label"], np.arange(count)
-    regions = np.zeros((count, 2), REGION)
+    places = {"frame": index["frame"], "maps": index["maps"]}
+    places["bank"] = index["maps"] + index["maps_bytes"]
+    parts = ["frame", *(name for name in ARRAYS if name in layout.fields)]
+    regions = np.zeros((count, len(parts)), REGION)
     regions["sample"] = np.arange(count)[:, None]
-    regions["pointer"] = np.stack([index["frame"], index["maps"]], axis=1)
-    regions["size"] = np.stack([index["frame_bytes"], index["maps_bytes"]], axis=1)
-    end = int((index["maps"] + index["maps_bytes"]).max())
+    for column, name in enumerate(parts):
+        if name == "frame":
+            rows["frame"]["pointer"] = places[name]
+        else:
+            rows[name] = places[name]
+        regions["pointer"][:, column] = places[name]
+        regions["size"][:, column] = index[f"{name}_bytes"]
+    end = int((regions["pointer"] + regions["size"]).max())
     table = -(-end // PAGE) * PAGE
-    header = np.array([(2, len(TYPES), PAGE, count, table)], HEADER)
-    before = header.tobytes() + _descriptors(maps) + rows.tobytes()
+    header = np.array([(2, len(layout.fields), PAGE, count, table)], HEADER)
+    before = header.tobytes() + _descriptors(layout) + rows.tobytes()
     return before, regions.tobytes(), table
 
 
-def first_page(count: int) -> int:
+def first_page(count: int, layout: Layout) -> int:
     """Where the data of `count` records begin."""
-    size = HEADER.itemsize + len(TYPES) * DESCRIPTOR.itemsize + count * ROW.itemsize
+    size = HEADER.itemsize + len(layout.fields) * DESCRIPTOR.itemsize + count * layout.row.itemsize
     return -(-size // PAGE) * PAGE
 
 
 def write_beton(
-    path: Path, records: Iterable[Record], count: int, side: int, raw: bool
+    path: Path, records: Iterable[Record], count: int, layout: Layout
 ) -> NDArray[np.void]:
     """Write `count` records to `path` and sync it; returns their index, INDEX_DTYPE [count].
 
-    Frames are copied as JPEG bytes, or decoded where `raw`. Places in the index are the file's.
-    Raises ValueError if a record's frame is larger than a page.
+    Frames are copied as JPEG bytes, or decoded where the layout is raw. Places in the index are
+    the file's. Raises ValueError if a record is larger than a page.
     """
     index = np.zeros(count, INDEX_DTYPE)
-    at, shape = first_page(count), (0,)
+    at = first_page(count, layout)
     with path.open("wb") as file:
         for number, record in enumerate(records):
-            frame = decode_frame(record.frame).tobytes() if raw else record.frame
-            shape = record.maps.shape
-            size = len(frame) + record.maps.nbytes
+            frame = decode_frame(record.frame).tobytes() if layout.raw else record.frame
+            maps = record.maps.tobytes()
+            bank = plain_rows(record.bank).tobytes() if record.bank else b""
+            size = len(frame) + len(maps) + len(bank)
             if size > PAGE:
                 raise ValueError(f"record {record.key} has {size} bytes, more than FFCV's page")
             if at // PAGE != (at + size - 1) // PAGE:
                 at = -(-at // PAGE) * PAGE
             file.seek(at)
-            file.write(frame)
-            file.write(record.maps.tobytes())
-            places = (int(record.key), at, at, at + len(frame), len(frame), record.maps.nbytes)
+            file.write(frame + maps + bank)
+            places = (int(record.key), at, at, at + len(frame), len(frame), len(maps), len(bank))
             index[number] = (*places, size, record.height, record.width, record.label)
             at += size
-        before, after, table = tables(index, side, shape, raw)
+        before, after, table = tables(index, layout)
         file.seek(table)
         file.write(after)
         file.seek(0)
@@ -115,11 +157,9 @@ def write_beton(
     return index
 
 
-def check_tables(
-    path: Path, index: NDArray[np.void], side: int, maps: tuple[int, ...], raw: bool
-) -> str:
+def check_tables(path: Path, index: NDArray[np.void], layout: Layout) -> str:
     """What is wrong with the tables of the .beton at `path`, or nothing."""
-    before, after, table = tables(index, side, maps, raw)
+    before, after, table = tables(index, layout)
     with path.open("rb") as file:
         head = file.read(len(before))
         file.seek(table)

@@ -3,19 +3,19 @@
 The .beton appears only when it is whole and every record of it, read back, equals its source.
 """
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from shards import manifest as _manifest
-from shards.beton import BETON, write_beton
+from shards.beton import BETON, layout_of, write_beton
 from shards.manifest import INDEX, MANIFEST, REJECTED, Manifest
 from shards.reader import ShardSet, sha256_of
-from shards.record import Record, decode_frame, npy_bytes
+from shards.record import decode_frame, npy_bytes
+from shards.writing import alone, progress
+
+LOCK = ".lock"
 
 
 def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
@@ -38,30 +38,27 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     if finished:
         return finished
     out.mkdir(parents=True, exist_ok=True)
+    manifest = replace(
+        source.manifest,
+        container="ffcv",
+        settings=replace(settings, quality=0) if raw else settings,
+        fingerprint=fingerprint,
+    )
     temporary = out / f"{BETON}.tmp"
-    try:
-        records = _all(source, "converting")
-        index = write_beton(temporary, records, len(source), settings.frame, raw)
+    with alone(out, out / LOCK):
+        records = progress("converting", len(source), map(source.__getitem__, range(len(source))))
+        index = write_beton(temporary, records, len(source), layout_of(manifest))
+        size, digest = temporary.stat().st_size, sha256_of(temporary)
+        rejected, rows = (folder / REJECTED).read_bytes(), source.manifest.rejected.count
         manifest = replace(
-            source.manifest,
-            container="ffcv",
-            settings=replace(settings, quality=0) if raw else settings,
-            fingerprint=fingerprint,
-            shards=[_manifest.File(BETON, len(source), temporary.stat().st_size, "")],
+            manifest,
+            shards=[_manifest.File(BETON, len(source), size, digest)],
             index=_manifest.write_file(out / INDEX, npy_bytes(index), len(index)),
-            rejected=_manifest.write_file(
-                out / REJECTED,
-                (folder / REJECTED).read_bytes(),
-                source.manifest.rejected.count,
-            ),
+            rejected=_manifest.write_file(out / REJECTED, rejected, rows),
         )
-        digest = sha256_of(temporary)
         temporary.replace(out / BETON)
-    finally:
-        temporary.unlink(missing_ok=True)
-    manifest = replace(manifest, shards=[replace(manifest.shards[0], sha256=digest)])
-    _compare(source, ShardSet(out, manifest), raw)
-    _manifest.write_atomically(out / MANIFEST, _manifest.to_json(manifest))
+        _compare(source, ShardSet(out, manifest), raw)
+        _manifest.write(out, manifest)
     return manifest
 
 
@@ -75,21 +72,15 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
         if manifest.fingerprint != fingerprint:
             raise ValueError(f"{out} holds another set; name a new folder")
         return manifest
-    others = names - {BETON, f"{BETON}.tmp", INDEX, REJECTED}
+    others = names - {BETON, f"{BETON}.tmp", INDEX, REJECTED, LOCK}
     if others:
         raise ValueError(f"{out} holds something else ({min(others)}); name a new or empty folder")
     return None
 
 
-def _all(records: ShardSet, title: str) -> Iterator[Record]:
-    pace = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log
-    for number in tqdm(range(len(records)), desc=title, unit="img", mininterval=pace):
-        yield records[number]
-
-
 def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:
-    for number, record in enumerate(_all(source, "verifying")):
-        twin = copy[number]
+    for number in progress("verifying", len(source), range(len(source))):
+        record, twin = source[number], copy[number]
         same = (
             np.array_equal(decode_frame(record.frame), decode_frame(twin.frame))
             if raw
@@ -97,5 +88,7 @@ def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:
         )
         facts = ("key", "label", "height", "width")
         same = same and all(getattr(record, f) == getattr(twin, f) for f in facts)
+        if record.bank and twin.bank:
+            same = same and record.bank.equals(twin.bank)
         if not same or not np.array_equal(record.maps, twin.maps):
             raise ValueError(f"record {record.key} reads back otherwise; the disk may be at fault")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.loader import Batch
-from shards.manifest import Detector
+from shards.bank import BANK_CELL
+from shards.batch import Batch
 
 
 def crop_frames(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
@@ -38,13 +38,13 @@ def crop_frames(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tens
 
 
 def crop_maps(
-    maps: Tensor, boxes: Tensor, flips: Tensor, cells: int, border: float = 0.0
+    maps: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
 ) -> Tensor:
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
     `maps` is uint8 [b, G, G]. The mean over a part is exact: map cells count by their overlap.
-    `border` is the share of the crop's side along its edge in which the detector finds nothing
-    (border_share); parts within it are zero, those it cuts are reduced in proportion.
+    `visible` [cells] is the share of its marks that the detector finds at each distance from the
+    crop's edge (shards.visibility.visible_cells), as flips leave it.
     """
     grid = maps.shape[-1]
     lower = torch.arange(grid, device=maps.device, dtype=torch.float32)
@@ -54,21 +54,21 @@ def crop_maps(
         at = (boxes[:, axis, None] + boxes[:, axis + 2, None] * edges) * grid
         low, high = at[:, :-1, None], at[:, 1:, None]
         overlap = torch.clamp(torch.minimum(high, lower + 1) - torch.maximum(low, lower), min=0)
-        inner = torch.clamp(torch.minimum(edges[1:], 1 - edges[:-1]) * cells - border * cells, 0, 1)
-        share = overlap / (high - low) * inner[:, None]
+        share = overlap / (high - low)
+        if visible is not None:
+            share = share * visible[:, None]
         shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
     rows, columns = shares
     return rows @ (maps.float() / 255) @ columns.transpose(1, 2)
 
 
-def border_share(detector: Detector, crop: int) -> float:
-    """Share of a `crop` px crop's side, along each edge, that `detector` leaves without marks.
+def pool_counts(counts: Tensor, cells: int) -> Tensor:
+    """Density of each of cells x cells parts of a stored crop, float32 [b, cells, cells].
 
-    ORB finds nothing within edgeThreshold px (31) of a crop's edge; its rings reach 4 px back.
+    `counts` is uint8 [b, c, c] of a bank, as flipped; exact. `cells` must divide c.
     """
-    if detector.name != "orb":
-        return 0.0
-    return max(0.0, detector.options["edgeThreshold"] - 4) / crop
+    part = counts.shape[-1] // cells
+    return F.avg_pool2d(counts[:, None].float(), part)[:, 0] / BANK_CELL**2
 
 
 def loss_weights(

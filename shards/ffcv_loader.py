@@ -13,9 +13,10 @@ from typing import Any
 import joblib
 import numpy as np
 
+from shards.bank import BANK_CELL, of_plain_rows
+from shards.batch import Batch, planned, wanted_rows
 from shards.beton import BETON
-from shards.loader import Batch, wanted_rows
-from shards.plan import Plan
+from shards.plan import Plan, unit_boxes
 from shards.reader import ShardSet
 
 HINT = "type: make ffcv, or see `kamim doctor`"
@@ -38,6 +39,7 @@ class FfcvLoader:
         rank: int = 0,
         ranks: int = 1,
         detectors: list[str] | None = None,
+        bank: bool = False,
         workers: int = 0,
         prefetch: int = 3,
     ) -> None:
@@ -50,11 +52,16 @@ class FfcvLoader:
             raise ValueError(
                 f"{records.folder} is an FFCV set and FFCV is not usable ({error}); {HINT}"
             ) from None
-        self.rows = wanted_rows(records, plan, detectors)
+        self.rows = wanted_rows(records, plan, detectors, bank)
+        self.bank = bank
         self.records, self.plan, self.damaged = records, plan, set[int]()
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.size = len(plan.samples(first, 0, rank, ranks)[0])
-        maps = [NDArrayDecoder()] if self.rows else None
+        settings = records.manifest.settings
+        self.shape = len(settings.detectors), settings.crop // BANK_CELL
+        arrays = {"maps": [NDArrayDecoder()] if self.rows and not bank else None}
+        if settings.bank:
+            arrays["bank"] = [NDArrayDecoder()] if bank else None
         self.loader = ffcv.loader.Loader(
             str(records.folder / BETON),
             batch_size=self.size,
@@ -62,7 +69,7 @@ class FfcvLoader:
             batches_ahead=prefetch,
             pipelines={
                 "frame": [SimpleRGBImageDecoder()],
-                "maps": maps,
+                **arrays,
                 "label": [IntDecoder()],
                 "index": [IntDecoder()],
             },
@@ -70,27 +77,37 @@ class FfcvLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of one endless FFCV epoch: its buffers are allocated, and touched, once."""
-        planned: deque[tuple[int, Any, Any]] = deque()
-        running = self._start(planned)
+        planned_parts: deque[tuple[int, Any, Any]] = deque()
+        running = self._start(planned_parts)
         try:
             for _ in range((self.last - self.first) * self.plan.micro_steps):
-                frames, *maps, labels, numbers = self._next(running)
-                step, epochs, samples = planned.popleft()
-                assert np.array_equal(numbers.ravel(), samples)
-                chosen = maps[0] if maps else np.empty((self.size, 0, 0, 0), np.uint8)
-                if self.rows != list(range(chosen.shape[1])):
-                    chosen = chosen[:, self.rows]
-                rows = self.records.index[samples]
-                sizes = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-                boxes, flips = self.plan.boxes(epochs, samples, *sizes)
-                label = labels.ravel()
-                yield Batch(step, frames, chosen, label, samples, epochs, boxes, flips)
+                frames, *arrays, _, numbers = self._next(running)
+                part = planned_parts.popleft()
+                assert np.array_equal(numbers.ravel(), part[2])
+                yield self._batch(part, frames, arrays)
         finally:
             running.close()
             running.join(timeout=10)
 
-    def _start(self, planned: deque[tuple[int, Any, Any]]) -> Any:
-        """FFCV's thread, running on the plan's order; what it has taken is noted in `planned`."""
+    def _batch(self, part: tuple[int, Any, Any], frames: Any, arrays: list[Any]) -> Batch:
+        """FFCV's outputs as a Batch; with the bank, the plan's slot of each sample."""
+        empty = np.empty((self.size, 0, 0, 0), np.uint8)
+        maps = arrays[0] if arrays and not self.bank else empty
+        if self.rows != list(range(maps.shape[1])) and not self.bank:
+            maps = maps[:, self.rows]
+        batch, rows = planned(self.records, self.plan, part, (frames, maps, empty))
+        if not self.bank:
+            return batch
+        (bank,), (_, epochs, samples) = arrays, part
+        slots = self.plan.slots(epochs, samples, bank.shape[1])
+        chosen = of_plain_rows(bank[np.arange(self.size), slots], *self.shape)
+        size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        boxes = unit_boxes(chosen.boxes.astype(np.int64), *size)
+        counts = chosen.counts[:, self.rows]
+        return batch._replace(boxes=boxes, flips=chosen.flips.astype(bool), counts=counts)
+
+    def _start(self, taken: deque[tuple[int, Any, Any]]) -> Any:
+        """FFCV's thread, running on the plan's order; what it has taken is noted in `taken`."""
         from ffcv.loader.epoch_iterator import EpochIterator
 
         class Stream(EpochIterator):  # type: ignore[misc]
@@ -101,7 +118,7 @@ class FfcvLoader:
 
         def order() -> Iterator[Any]:
             for part in self.plan.parts(self.first, self.last, self.rank, self.ranks):
-                planned.append(part)
+                taken.append(part)
                 yield part[2].astype(np.uint64)
 
         running = Stream(self.loader, np.empty(0, np.uint64))

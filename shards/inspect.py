@@ -81,8 +81,11 @@ def _facts(manifest: Manifest) -> str:
         f"{size / max(1, manifest.count):,.0f} bytes a record",
         "classes": f"{len(manifest.classes):,}",
         "frame": f"{settings.frame} px, {frame}",
-        "maps": f"{settings.grid} x {settings.grid}, mean of detection on the "
-        f"{settings.detect_on} at {', '.join(map(str, settings.scales))} px, {settings.mark} marks",
+        "maps": f"{settings.grid} x {settings.grid}, {settings.mark} marks detected on the "
+        f"{settings.detect_on}: the whole and {settings.map_crops} random crops, for training "
+        f"crops of {settings.crop} px",
+        "bank": f"{settings.bank} stored crops an image" if settings.bank else "none",
+        "fidelity": _fidelity(manifest),
         "detectors": "; ".join(
             f"{d.name} ({', '.join(f'{k} {v}' for k, v in d.options.items())})"
             for d in settings.detectors
@@ -92,6 +95,19 @@ def _facts(manifest: Manifest) -> str:
     }
     rows = "".join(f"<tr><th>{name}<td>{_text(value)}" for name, value in facts.items())
     return f"<table>{rows}</table>"
+
+
+def _fidelity(manifest: Manifest) -> str:
+    found = manifest.fidelity
+    if not found:
+        return "not measured yet: kamim shards fidelity"
+    errors = "; ".join(
+        f"{name} {what}: correlation {e['correlation']:.3f}, {e['wrong']:.1%} of the weight on the "
+        f"wrong cell"
+        for name, of_detector in found["detectors"].items()
+        for what, e in of_detector.items()
+    )
+    return f"{errors}; against detection on crops, T {found['temperature']}, w_ps {found['w_ps']}"
 
 
 def _ledger(manifest: Manifest) -> str:

@@ -11,59 +11,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from shards.bank import BANK_CELL, read_slot
+from shards.batch import Batch, planned, wanted_rows
 from shards.plan import Plan
 from shards.reader import ShardSet
 from shards.record import key_of, npy_bytes
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256
-PLACES = ("start", "frame", "frame_bytes", "maps")  # the index fields a read needs
-
-
-class Batch(NamedTuple):
-    """One process's part of a step, or of a micro-step, in arrays that the loader reuses.
-
-    step; frames uint8 [b, F, F, 3] RGB; maps uint8 [b, D, G, G] for the chosen detectors; labels,
-    samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit square);
-    flips bool [b, 2] (horizontal, vertical).
-    """
-
-    step: int
-    frames: NDArray[np.uint8]
-    maps: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    samples: NDArray[np.int64]
-    epochs: NDArray[np.int64]
-    boxes: NDArray[np.float32]
-    flips: NDArray[np.bool_]
-
-
-def wanted_rows(records: ShardSet, plan: Plan, detectors: list[str] | None) -> list[int]:
-    """Which of the set's maps `detectors` are (None: all). ValueError if one is not there."""
-    if plan.count != len(records):
-        raise ValueError(f"the plan is for {plan.count} samples, the set has {len(records)}")
-    known = records.manifest.detectors
-    for name in detectors or []:
-        if name not in known:
-            raise ValueError(
-                f"{records.folder} has no maps of {name!r}, only of {', '.join(known)}; "
-                f"build it with --detector {name}"
-            )
-    return list(range(len(known))) if detectors is None else [known.index(d) for d in detectors]
+# The index fields that a read needs.
+PLACES = ("start", "frame", "frame_bytes", "maps", "maps_bytes", "bank_bytes", "height", "width")
 
 
 class Loader:
     """Iterates over the batches of steps `first` to `last` - 1 of `plan`, for one process.
 
     A batch's arrays stay as they are until the next batch is asked for. `detectors` names the
-    maps wanted, in order; none reads no maps. `allocate(shape)` gives a uint8 buffer (pinned,
+    maps wanted, in order; none reads no maps. With `bank`, crops are those stored, their slots
+    the plan's, and counts come in place of maps. `allocate(shape)` gives a uint8 buffer (pinned,
     say). Memory: prefetch + 1 batches. With `skip`, a record that does not decode is replaced by
     the next sample and noted in `damaged`; otherwise it raises ValueError, naming shard and key.
     """
@@ -78,6 +50,7 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         detectors: list[str] | None = None,
+        bank: bool = False,
         workers: int = 0,
         prefetch: int = 3,
         skip: bool = False,
@@ -85,7 +58,8 @@ class Loader:
     ) -> None:
         if records.manifest.container != "webdataset":
             raise ValueError(f"{records.folder} is an FFCV set; load it by shards.ffcv_loader")
-        self.rows = wanted_rows(records, plan, detectors)
+        self.rows = wanted_rows(records, plan, detectors, bank)
+        self.slots = records.manifest.settings.bank if bank else 0
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()
         paths = [str(records.folder / shard.name) for shard in records.shards]
@@ -95,13 +69,17 @@ class Loader:
         settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
         frames = (size, settings.frame, settings.frame, 3)
-        maps = (size, len(self.rows), settings.grid, settings.grid)
+        self.bank_cells = settings.crop // BANK_CELL
+        maps = (size, 0 if bank else len(self.rows), settings.grid, settings.grid)
+        counts = (size, len(self.rows) if bank else 0, self.bank_cells, self.bank_cells)
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
-        self.buffers = [(allocate(frames), allocate(maps)) for _ in range(prefetch + 1)]
+        shapes = (frames, maps, counts)
+        self.buffers = [tuple(allocate(shape) for shape in shapes) for _ in range(prefetch + 1)]
         self.raw = settings.quality == 0
         grid = (len(settings.detectors), settings.grid, settings.grid)
         self.map_header = npy_bytes(np.zeros(grid, np.uint8))[: -int(np.prod(grid))]
-        self.cells = settings.grid**2 if self.rows else 0
+        self.detectors = len(settings.detectors)
+        self.cells = settings.grid**2 if self.rows and not bank else 0
         self.depth = max(self.rows, default=0) + 1  # maps to read: up to the last one wanted
         self.frame_header = npy_bytes(np.zeros(frames[1:], np.uint8))[: -int(np.prod(frames[1:]))]
 
@@ -111,12 +89,12 @@ class Loader:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         waiting: deque[tuple[Batch, list[Future[None]], Any]] = deque()
         try:
-            for step, epochs, samples in islice(parts, self.prefetch):
-                waiting.append(self._start(pool, free.popleft(), step, epochs, samples))
+            for part in islice(parts, self.prefetch):
+                waiting.append(self._start(pool, free.popleft(), part))
             while waiting:
                 batch, tasks, buffer = waiting.popleft()
-                for step, epochs, samples in islice(parts, 1):
-                    waiting.append(self._start(pool, free.popleft(), step, epochs, samples))
+                for part in islice(parts, 1):
+                    waiting.append(self._start(pool, free.popleft(), part))
                 for task in tasks:
                     task.result()
                 yield batch
@@ -125,21 +103,12 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(
-        self,
-        pool: ThreadPoolExecutor,
-        buffer: tuple[NDArray[np.uint8], NDArray[np.uint8]],
-        step: int,
-        epochs: NDArray[np.int64],
-        samples: NDArray[np.int64],
+        self, pool: ThreadPoolExecutor, buffer: tuple[Any, ...], part: tuple[int, Any, Any]
     ) -> tuple[Batch, list[Future[None]], Any]:
         """Plan a batch and hand its samples to the threads, in chunks."""
-        frames, maps = buffer
-        rows = self.records.index[samples]
-        size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        boxes, flips = self.plan.boxes(epochs, samples, *size)
-        labels = rows["label"].astype(np.int64)
-        batch = Batch(step, frames, maps, labels, samples, epochs, boxes, flips)
-        chunks = range(0, len(samples), CHUNK)
+        frames, maps, counts = buffer
+        batch, _ = planned(self.records, self.plan, part, (frames, maps, counts))
+        chunks = range(0, len(batch.samples), CHUNK)
         return batch, [pool.submit(self._fill, batch, at) for at in chunks], buffer
 
     def _fill(self, batch: Batch, begin: int) -> None:
@@ -148,6 +117,8 @@ class Loader:
         rows = self.records.index[samples]
         shards = np.searchsorted(self.records.ends, samples, side="right").tolist()
         fields = [rows[name].tolist() for name in PLACES]
+        slots = batch.epochs[begin : begin + CHUNK], samples, max(1, self.slots)
+        fields.append(self.plan.slots(*slots).tolist())
         for place, (shard, *where) in enumerate(zip(shards, *fields, strict=True), start=begin):
             problem = self._read(shard, where, batch, place)
             if problem:
@@ -167,15 +138,20 @@ class Loader:
             number = (number + 1) % len(self.records)
             _, row = self.records.locate(number)
             shard = int(np.searchsorted(self.records.ends, number, side="right"))
-            problem = self._read(shard, [int(row[name]) for name in PLACES], batch, place)
-            # The box stays: it is a crop of the unit square, of any sample.
+            slot = self.plan.slots(batch.epochs[[place]], np.array([number]), max(1, self.slots))
+            where = [*(int(row[name]) for name in PLACES), int(slot[0])]
+            problem = self._read(shard, where, batch, place)
+            # The plan's box stays: it is a crop of the unit square, of any sample.
             batch.samples[place], batch.labels[place] = number, row["label"]
 
     def _read(self, shard: int, where: Sequence[int], batch: Batch, place: int) -> str:
-        """Put the record at `where` (PLACES) into its place. Returns what is wrong with it."""
-        start, frame, frame_bytes, maps = where
-        cells = self.cells
-        end = maps + len(self.map_header) + cells * self.depth if cells else frame + frame_bytes
+        """Put the record at `where` (PLACES, slot) into its place. Returns what is wrong."""
+        start, frame, frame_bytes, maps, maps_bytes, bank_bytes, height, width, slot = where
+        cells, end = self.cells, frame + frame_bytes
+        if cells:
+            end = maps + len(self.map_header) + cells * self.depth
+        elif self.slots:
+            end = maps + maps_bytes + bank_bytes
         file = self.open(shard)  # held here: the cache may let go of it under our read
         data = os.pread(file.descriptor, end - start, start)
         if len(data) != end - start:
@@ -188,6 +164,17 @@ class Loader:
             for column, row in enumerate(self.rows):
                 density = np.frombuffer(data, np.uint8, cells, begin + row * cells)
                 batch.maps[place, column].reshape(-1)[:] = density
+        elif self.slots:
+            try:
+                at = maps - start + maps_bytes
+                crop, found = read_slot(data, at, slot, self.detectors, self.rows, self.bank_cells)
+            except ValueError as error:
+                return f"has {error}"
+            sides = (height, width, height, width)
+            batch.boxes[place] = [px / side for px, side in zip(crop["box"], sides, strict=True)]
+            batch.flips[place] = crop["flips"]
+            for column, counts in enumerate(found):
+                batch.counts[place, column] = counts
         begin = frame - start
         return self._decode(memoryview(data)[begin : begin + frame_bytes], batch.frames[place])
 

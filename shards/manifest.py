@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 REJECTED = "rejected.jsonl"
@@ -59,15 +59,20 @@ class Detector:
 class Settings:
     """All that decides the bytes of a record, beside the inputs and the library versions.
 
-    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw. scales: sides in px
-    at which keypoints are detected; their densities are averaged. grid: cells a side of a map.
-    mark: what a keypoint covers (ring, disc, point). detect_on: source or frame. detectors: in
-    the order of the maps. shard_size: inputs a shard.
+    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw. crop: side in px of
+    the training crops that densities are for; area: their least and most share of the source.
+    map_crops: random crops a map averages over, beside the whole. bank: crops an image that are
+    stored with their exact counts. grid: cells a side of a map. mark: what a keypoint covers (ring,
+    disc, point). detect_on: source or frame. detectors: in the order of the maps. shard_size:
+    inputs a shard.
     """
 
     frame: int
     quality: int
-    scales: tuple[int, ...]
+    crop: int
+    area: tuple[float, float]
+    map_crops: int
+    bank: int
     grid: int
     mark: str
     detect_on: str
@@ -90,6 +95,7 @@ class Manifest:
     shards: list[File]
     index: File
     rejected: File
+    fidelity: dict[str, Any]  # what `kamim shards fidelity` last measured; empty until then
 
     @property
     def count(self) -> int:
@@ -149,6 +155,11 @@ def to_json(manifest: Manifest) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
 
 
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into `folder`, or put it in place of the one there."""
+    write_atomically(folder / MANIFEST, to_json(manifest))
+
+
 def load(folder: Path) -> Manifest:
     """Read and check the manifest of the set in `folder`.
 
@@ -183,7 +194,7 @@ def _parse(path: Path, data: bytes, content: dict[str, Any]) -> Manifest:
         raise damaged
     try:
         settings = content["settings"]
-        settings["scales"] = tuple(settings["scales"])
+        settings["area"] = tuple(settings["area"])
         settings["detectors"] = tuple(Detector(**row) for row in settings["detectors"])
         manifest = Manifest(
             **{

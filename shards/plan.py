@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
-ORDER, CROP = 1, 2  # first part of every hash: what the number is for
+# First part of every hash: what the number is for (3 is train's masks).
+ORDER, CROP, SLOT, BANK, VIEW, TRIAL = 1, 2, 4, 5, 6, 7
 TRIES = 10  # torchvision's RandomResizedCrop
+# The published crop: area, ratio in source pixels, probability of either flip.
+AREA, RATIO, FLIPS = (0.67, 1.0), (3 / 4, 4 / 3), (0.5, 0.5)
 
 
 def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:
@@ -59,6 +62,51 @@ def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
     return values.astype(np.int64)
 
 
+def crop_boxes(
+    purpose: int,
+    seed: int,
+    epochs: Ints,
+    samples: Ints,
+    heights: Ints,
+    widths: Ints,
+    area: tuple[float, float] = AREA,
+    ratio: tuple[float, float] = RATIO,
+    flips: tuple[float, float] = FLIPS,
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
+
+    Returns int64 [n, 4] (top, left, height, width in source pixels) and bool [n, 2] (horizontal,
+    vertical, with the probabilities `flips`). The rule is torchvision's
+    RandomResizedCrop.get_params: up to ten draws of `area` and log-uniform `ratio` in whole source
+    pixels, else its centred fallback. `purpose` keeps training, bank and maps apart.
+    """
+    draws = np.arange(2 * TRIES + 4)[:, None]
+    u = uniform(purpose, seed, epochs[None], samples[None], draws)
+    areas = (area[0] + (area[1] - area[0]) * u[:TRIES]) * heights * widths
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * u[TRIES : 2 * TRIES])
+    tall = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    wide = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
+    first = fits.argmax(axis=0)[None]
+    tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
+    centred_tall = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
+    centred_wide = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
+    found = fits.any(axis=0)
+    tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
+    top = np.floor(u[-4] * (heights - tall + 1)).astype(np.int64)
+    left = np.floor(u[-3] * (widths - wide + 1)).astype(np.int64)
+    top = np.where(found, top, (heights - tall) // 2)
+    left = np.where(found, left, (widths - wide) // 2)
+    turned = np.stack([u[-2] < flips[0], u[-1] < flips[1]], axis=1)
+    return np.stack([top, left, tall, wide], axis=1), turned
+
+
+def unit_boxes(boxes: Ints, heights: Ints, widths: Ints) -> NDArray[np.float32]:
+    """`boxes` of source pixels, int64 [n, 4], in the unit square: float32 [n, 4]."""
+    return (boxes / np.stack([heights, widths, heights, widths], axis=1)).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What every step of a run trains on.
@@ -73,10 +121,10 @@ class Plan:
     batch: int
     seed: int = 0
     micro_steps: int = 1
-    area: tuple[float, float] = (0.67, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    horizontal: float = 0.5
-    vertical: float = 0.5
+    area: tuple[float, float] = AREA
+    ratio: tuple[float, float] = RATIO
+    horizontal: float = FLIPS[0]
+    vertical: float = FLIPS[1]
 
     def steps(self, epochs: float) -> int:
         """Whole steps in `epochs`."""
@@ -107,30 +155,18 @@ class Plan:
         """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
 
         Returns float32 [n, 4] (top, left, height, width in the unit square) and bool [n, 2]
-        (horizontal, vertical). The rule is torchvision's RandomResizedCrop.get_params: up to ten
-        draws of area and log-uniform ratio in whole source pixels, else its centred fallback.
+        (horizontal, vertical), by the rule of crop_boxes.
         """
-        draws = np.arange(2 * TRIES + 4)[:, None]
-        u = uniform(CROP, self.seed, epochs[None], samples[None], draws)
-        areas = (self.area[0] + (self.area[1] - self.area[0]) * u[:TRIES]) * heights * widths
-        low, high = np.log(self.ratio)
-        ratios = np.exp(low + (high - low) * u[TRIES : 2 * TRIES])
-        tall = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-        wide = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
-        fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
-        first = fits.argmax(axis=0)[None]
-        tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
-        centred_tall = np.minimum(heights, np.rint(widths / self.ratio[0]).astype(np.int64))
-        centred_wide = np.minimum(widths, np.rint(heights * self.ratio[1]).astype(np.int64))
-        found = fits.any(axis=0)
-        tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
-        top = np.floor(u[-4] * (heights - tall + 1))
-        left = np.floor(u[-3] * (widths - wide + 1))
-        top = np.where(found, top, (heights - tall) // 2)
-        left = np.where(found, left, (widths - wide) // 2)
-        box = np.stack([top / heights, left / widths, tall / heights, wide / widths], axis=1)
-        flips = np.stack([u[-2] < self.horizontal, u[-1] < self.vertical], axis=1)
-        return box.astype(np.float32), flips
+        size, flips = (heights, widths), (self.horizontal, self.vertical)
+        boxes, turned = crop_boxes(
+            CROP, self.seed, epochs, samples, *size, self.area, self.ratio, flips
+        )
+        return unit_boxes(boxes, *size), turned
+
+    def slots(self, epochs: Ints, samples: Ints, count: int) -> Ints:
+        """Which of `count` stored crops each sample shows: all of them in turn, epoch by epoch."""
+        begin = mix(SLOT, self.seed, samples) % np.uint64(count)
+        return (epochs + begin.astype(np.int64)) % count
 
     def parts(
         self, first: int, last: int, rank: int = 0, ranks: int = 1

@@ -4,12 +4,14 @@ In: the folder a build wrote. Out: its manifest, its index (memory-mapped) and i
 """
 
 import hashlib
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import manifest as _manifest
+from shards.bank import BANK_CELL, of_plain_rows, plain_row_bytes
 from shards.manifest import INDEX, Manifest
 from shards.record import Record, key_of, npy_bytes
 from shards.webdataset import INDEX_DTYPE, parse_record
@@ -60,24 +62,28 @@ class ShardSet:
     def _of_regions(self, data: bytes, row: NDArray[np.void]) -> Record:
         """A record of a .beton: its frame and its maps without names; the index has the rest."""
         settings = self.manifest.settings
-        size = int(row["frame_bytes"])
-        shape = (len(settings.detectors), settings.grid, settings.grid)
+        detectors, cells = len(settings.detectors), settings.crop // BANK_CELL
+        size, maps_size, bank_size = (int(row[f"{n}_bytes"]) for n in ("frame", "maps", "bank"))
+        shape = (detectors, settings.grid, settings.grid)
+        slots = settings.bank * plain_row_bytes(detectors, cells)
         key = key_of(int(row["key"]))
-        if len(data) != size + int(row["maps_bytes"]) or row["maps_bytes"] != np.prod(shape):
+        if len(data) != size + maps_size + slots or (maps_size, bank_size) != (prod(shape), slots):
             raise ValueError(f"{self.folder / self.shards[0].name}: record {key} is cut short")
-        maps = np.frombuffer(data, np.uint8, offset=size).reshape(shape)
+        maps = np.frombuffer(data, np.uint8, maps_size, size).reshape(shape)
+        rows = np.frombuffer(data, np.uint8, offset=size + maps_size).reshape(settings.bank, -1)
+        bank = of_plain_rows(rows, detectors, cells) if settings.bank else None
         frame = data[:size]
         if settings.quality == 0:
             pixels = np.frombuffer(frame, np.uint8)
             frame = npy_bytes(pixels.reshape(settings.frame, settings.frame, 3))
         label, height, width = (int(row[name]) for name in ("label", "height", "width"))
-        return Record(key, frame, label, height, width, "", maps)
+        return Record(key, frame, label, height, width, "", maps, bank)
 
 
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     """The set's index, INDEX_DTYPE [records], memory-mapped. Raises ValueError if it is wrong.
 
-    Its sha256 is checked first, 56 bytes a record: every later read trusts it.
+    Its sha256 is checked first, 60 bytes a record: every later read trusts it.
     """
     path = folder / INDEX
     check_size(path, manifest.index.bytes)

@@ -1,4 +1,4 @@
-"""One record: a frame, its label, its source's size and its density maps, as named byte members.
+"""One record: frame, label, source's size, density maps and bank, as named byte members.
 
 In: a Record. Out: (suffix, bytes) pairs in the order a shard stores them, and back again.
 The layout is FORMAT.md; tests/golden holds its bytes.
@@ -16,6 +16,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from shards.bank import Bank, deflated, inflated
+
 KEY_DIGITS = 9
 JPEG, RAW = "jpg", "frame.npy"
 LABEL, META, MAPS = "cls", "json", "maps.npy"
@@ -28,6 +30,7 @@ class Record:
     `frame` is the encoded square frame (a JPEG file or a .npy file), `maps` uint8 [D, G, G] with
     density = value / 255, one map per detector in the manifest's order. `label` is -1 for none,
     `height` and `width` are the source's in pixels, `source` is its name below the source's root.
+    `bank` holds stored crops with their exact counts, if the set has them.
     """
 
     key: str
@@ -37,6 +40,7 @@ class Record:
     width: int
     source: str
     maps: NDArray[np.uint8]
+    bank: Bank | None = None
 
 
 def key_of(index: int) -> str:
@@ -58,8 +62,16 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+def npy_size(array: NDArray[Any]) -> int:
+    """len(npy_bytes(array))."""
+    return len(_npy_header(array.dtype, array.shape)) + array.nbytes
+
+
 def npy_array(data: bytes) -> NDArray[np.uint8]:
-    """The uint8 array of a .npy file. Raises ValueError for any other dtype, or for objects."""
+    """The uint8 array of a .npy file; what may follow it is left alone.
+
+    Raises ValueError for any other dtype, or for objects.
+    """
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy tokenizes the header: hostile bytes raise anything
@@ -70,12 +82,12 @@ def npy_array(data: bytes) -> NDArray[np.uint8]:
 
 
 def members(record: Record) -> list[tuple[str, bytes]]:
-    """The members of `record` in stored order: frame, maps, label, metadata."""
+    """The members of `record` in stored order: frame, maps with bank, label, metadata."""
     frame_suffix = RAW if record.frame.startswith(b"\x93NUMPY") else JPEG
     meta = {"height": record.height, "source": record.source, "width": record.width}
     return [
         (frame_suffix, record.frame),
-        (MAPS, npy_bytes(record.maps)),
+        (MAPS, npy_bytes(record.maps) + (deflated(record.bank) if record.bank else b"")),
         (LABEL, str(record.label).encode("ascii")),
         (META, json.dumps(meta, sort_keys=True, separators=(",", ":")).encode("ascii")),
     ]
@@ -95,11 +107,13 @@ def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
         height, width, source = meta["height"], meta["width"], meta["source"]
         label = int(parts[LABEL])
         maps = npy_array(parts[MAPS])
+        rest = parts[MAPS][npy_size(maps) :]
+        bank = inflated(rest) if rest else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"record {key} does not parse: {error}") from None
     if not (isinstance(height, int) and isinstance(width, int) and isinstance(source, str)):
         raise ValueError(f"record {key}: height and width must be integers and source a string")
-    return Record(key, parts[frames[0]], label, height, width, source, maps)
+    return Record(key, parts[frames[0]], label, height, width, source, maps, bank)
 
 
 def encode_frame(rgb: NDArray[np.uint8], quality: int) -> bytes:

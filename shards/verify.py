@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import manifest as _manifest
-from shards.beton import check_tables
-from shards.manifest import INDEX, REJECTED, Manifest
+from shards.bank import BANK_CELL
+from shards.beton import check_tables, layout_of
+from shards.manifest import INDEX, REJECTED, Manifest, Settings
 from shards.reader import ShardSet, check_sha256, check_size, load_index
 from shards.record import Record, decode_frame, key_of
 from shards.webdataset import headers
@@ -75,7 +76,8 @@ def _against_index(path: Path, rows: NDArray[np.void]) -> list[str]:
         return [f"{path} has {len(found)} members, {4 * len(rows)} belong to {len(rows)} records"]
     for row, four in zip(rows, zip(*[iter(found)] * 4, strict=True), strict=True):
         frame, maps = four[0], four[1]
-        wanted = (row["start"], row["frame"], row["frame_bytes"], row["maps"], row["maps_bytes"])
+        size = row["maps_bytes"] + row["bank_bytes"]
+        wanted = (row["start"], row["frame"], row["frame_bytes"], row["maps"], size)
         actual = (frame[1], frame[1] + 512, frame[2], maps[1] + 512, maps[2])
         key = key_of(int(row["key"]))
         if wanted != actual or any(name.partition(".")[0] != key for name, _, _ in four):
@@ -84,9 +86,7 @@ def _against_index(path: Path, rows: NDArray[np.void]) -> list[str]:
 
 
 def _beton_against_index(path: Path, manifest: Manifest, rows: NDArray[np.void]) -> list[str]:
-    settings = manifest.settings
-    maps = (len(settings.detectors), settings.grid, settings.grid)
-    flaw = check_tables(path, rows, settings.frame, maps, settings.quality == 0)
+    flaw = check_tables(path, rows, layout_of(manifest))
     return [flaw] if flaw else []
 
 
@@ -136,6 +136,23 @@ def _flaw(record: Record, manifest: Manifest) -> str:
         return f"the frame is {shape}, the settings say {frame}"
     if record.maps.shape != maps:
         return f"the maps are {record.maps.shape}, the settings say {maps}"
+    flaw = _flaw_of_bank(record, settings)
+    if flaw:
+        return flaw
     if not -1 <= record.label < max(1, len(manifest.classes)):
         return f"label {record.label} is none of the {len(manifest.classes)} classes"
     return ""
+
+
+def _flaw_of_bank(record: Record, settings: Settings) -> str:
+    bank, cells = record.bank, settings.crop // BANK_CELL
+    if bank is None or not settings.bank:
+        return "" if bank is None and not settings.bank else "bank and settings do not agree"
+    shape = (settings.bank, len(settings.detectors), cells, cells)
+    if bank.counts.shape != shape:
+        return f"the bank is {bank.counts.shape}, the settings say {shape}"
+    top, left, height, width = bank.boxes.astype(np.int64).T
+    outside = (top + height > record.height) | (left + width > record.width)
+    if (outside | (height < 1) | (width < 1)).any() or bank.flips.max() > 1:
+        return "the bank has a box that is not inside its source"
+    return "the bank counts more than a cell holds" if bank.counts.max() > BANK_CELL**2 else ""

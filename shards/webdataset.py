@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.manifest import File
-from shards.record import JPEG, KEY_DIGITS, MAPS, RAW, Record, from_members, members
+from shards.record import JPEG, KEY_DIGITS, MAPS, RAW, Record, from_members, members, npy_size
 
 INDEX_DTYPE = np.dtype(
     [
@@ -26,6 +26,7 @@ INDEX_DTYPE = np.dtype(
         ("maps", "<u8"),  # first byte of the maps' .npy file
         ("frame_bytes", "<u4"),
         ("maps_bytes", "<u4"),
+        ("bank_bytes", "<u4"),  # of the bank, which follows the maps; 0: there is none
         ("bytes", "<u4"),  # of the whole record: headers, members, padding
         ("height", "<u4"),  # of the source, px
         ("width", "<u4"),
@@ -83,7 +84,9 @@ class ShardWriter:
             self.stream.write(data)
             self.stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
         frame, maps = at.get(JPEG) or at[RAW], at[MAPS]
-        places = (int(record.key), start, frame[0], maps[0], frame[1], maps[1])
+        maps_bytes = npy_size(record.maps)
+        sizes = (frame[1], maps_bytes, maps[1] - maps_bytes)
+        places = (int(record.key), start, frame[0], maps[0], *sizes)
         source = (record.height, record.width, record.label)
         self.rows.append((*places, self.stream.position - start, *source))
 

@@ -8,11 +8,15 @@ from numpy.typing import NDArray
 
 
 def read_map(
-    density: NDArray[np.uint8], box: tuple[float, float, float, float], cells: int
+    density: NDArray[np.uint8],
+    box: tuple[float, float, float, float],
+    cells: int,
+    visible: NDArray[np.float64] | float = 1.0,
 ) -> NDArray[np.float64]:
     """Mean density of each of `cells` x `cells` parts of a box, float64 [cells, cells], 0 to 1.
 
-    `density` is uint8 [G, G] over the unit square; `box` is (top, left, height, width) in it.
+    `density` is uint8 [G, G] over the unit square; `box` is (top, left, height, width) in it;
+    `visible` is float64 [cells] of shards.visibility.visible_cells.
     """
     grid = density.shape[0]
     integral = np.zeros((grid + 1, grid + 1))
@@ -22,7 +26,9 @@ def read_map(
     columns = np.interp((left + width * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
     corners = _between(_between(integral, rows).T, columns).T
     area = (height * grid / cells) * (width * grid / cells)
-    return np.asarray(np.diff(np.diff(corners, axis=0), axis=1) / area)
+    return np.asarray(
+        np.diff(np.diff(corners, axis=0), axis=1) / area * np.multiply.outer(visible, visible)
+    )
 
 
 def _ruler(grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

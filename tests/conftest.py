@@ -58,7 +58,10 @@ def settings(**changes: object) -> shards.Settings:
     plain = {
         "frame": 64,
         "quality": 90,
-        "scales": (64, 72),
+        "crop": 64,
+        "area": (0.67, 1.0),
+        "map_crops": 1,
+        "bank": 0,
         "grid": 16,
         "mark": "ring",
         "detect_on": "source",
@@ -76,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def built(small_source, tmp_path):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
-    chosen = settings(frame=120, detectors=detectors, scales=(96,))
+    chosen = settings(frame=120, detectors=detectors, crop=96, bank=2)
     build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
     return tmp_path / "built"
 

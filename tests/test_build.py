@@ -53,7 +53,17 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
     """SIGKILL to the whole build at random moments, the same command again after each."""
     build_shards(open_source(str(small_source)), tmp_path / "calm", settings(shard_size=2), 1)
     command = [sys.executable, "-m", "kamim", "shards", "build", str(small_source)]
-    command += [str(tmp_path / "out"), "--frame", "64", "--scales", "64,72", "--grid", "16"]
+    command += [
+        str(tmp_path / "out"),
+        "--frame",
+        "64",
+        "--crop",
+        "64",
+        "--map-crops",
+        "1",
+        "--grid",
+        "16",
+    ]
     command += ["--shard-size", "2", "--jobs", "2"]
     rng, kills, midway, pids = random.Random(0), 0, 0, list[str]()
     slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}

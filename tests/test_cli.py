@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 KAMIM = [sys.executable, "-m", "kamim"]
-SMALL = ["--frame", "64", "--scales", "64,72", "--grid", "16", "--shard-size", "4"]
+SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
 
 
 def kamim(*arguments, **options):

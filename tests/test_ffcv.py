@@ -80,7 +80,7 @@ def test_pretraining_gives_the_same_losses_where_the_frames_are_equal(small_sour
     from test_pretrain import run
 
     detectors = (preprocess.detector_settings("fast"),)
-    chosen = settings(frame=120, detectors=detectors, scales=(96,), quality=0)
+    chosen = settings(frame=120, detectors=detectors, crop=96, quality=0)
     build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
     convert_to_ffcv(tmp_path / "built", tmp_path / "ffcv", "raw")
     losses = run(tmp_path / "built", tmp_path / "a")

@@ -22,7 +22,7 @@ from shards.webdataset import INDEX_DTYPE
 @pytest.fixture
 def records(small_source, tmp_path):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb", "sift"))
-    chosen = settings(detectors=detectors, scales=(96,))
+    chosen = settings(detectors=detectors, crop=96)
     build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
     return ShardSet(tmp_path / "shards")
 

@@ -39,7 +39,7 @@ TINY = replace(
 @pytest.fixture
 def shards(small_source, tmp_path):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
-    chosen = settings(frame=120, detectors=detectors, scales=(96,))
+    chosen = settings(frame=120, detectors=detectors, crop=96)
     build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
     return tmp_path / "shards"
 

@@ -20,6 +20,9 @@ def pretrain(
     recipe: Annotated[str, typer.Option(help="See `kamim recipes`; or any timm ViT.")] = "vit_base",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
     detector: Annotated[str | None, typer.Option(help="Which of the shards' maps to use.")] = None,
+    bank: Annotated[
+        bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
+    ] = False,
     seed: Annotated[
         int, typer.Option(min=0, help="Decides order, crops, flips, masks, weights.")
     ] = 0,
@@ -63,6 +66,7 @@ def pretrain(
         recipe=replace(chosen, **changes),
         seed=seed,
         detector=detector,
+        bank=bank,
         device=device,
         workers=workers,
         resume=resume == "auto",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shards import ShardSet
-from shards.crops import border_share, crop_frames, crop_maps, loss_weights, pinned, to_device
+from shards.crops import crop_frames, crop_maps, loss_weights, pinned, pool_counts, to_device
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.manifest import Detector
@@ -36,6 +36,7 @@ from train.setup import (
     describe,
     device_name,
     find_device,
+    find_visible,
     parameter_groups,
     restore,
     run_facts,
@@ -50,18 +51,24 @@ class Stopped(Exception):
 
 
 def prepare(
-    tensors: dict[str, Tensor], recipe: Recipe, detector: Detector | None
+    tensors: dict[str, Tensor], recipe: Recipe, visible: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalised crops [b, 3, S, S] and their weights [b, c, c], on the tensors' device."""
+    """Normalised crops [b, 3, S, S] and their weights [b, c, c], on the tensors' device.
+
+    `visible` is what find_visible gives: with None there are no weights.
+    """
     boxes, flips = tensors["boxes"], tensors["flips"]
     crops = crop_frames(tensors["frames"], boxes, flips, recipe.size)
     mean = crops.new_tensor(MEAN).view(3, 1, 1) * 255
     std = crops.new_tensor(STD).view(3, 1, 1) * 255
     images = (crops - mean) / std
-    if detector is None or recipe.temperature is None:
+    if visible is None or recipe.temperature is None:
         return images, None
-    border = border_share(detector, recipe.size)
-    density = crop_maps(tensors["maps"][:, 0], boxes, flips, recipe.size // recipe.w_ps, border)
+    cells = recipe.size // recipe.w_ps
+    if tensors["counts"].shape[1]:
+        density = pool_counts(tensors["counts"][:, 0], cells)
+    else:
+        density = crop_maps(tensors["maps"][:, 0], boxes, flips, cells, visible)
     return images, loss_weights(density, recipe.temperature, recipe.normalise)
 
 
@@ -92,6 +99,7 @@ def pretrain(run: Run) -> None:
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
     last = min(run.steps or total, total)
     facts = run_facts(run, records.manifest, detector)
+    visible = find_visible(recipe, records.manifest, detector, device)
 
     # The model, and where it left off.
     torch.manual_seed(run.seed)
@@ -133,7 +141,7 @@ def pretrain(run: Run) -> None:
                 batch, tensors = next(batches)
                 waited += time.perf_counter() - asked
                 assert batch.step == step
-                images, weights = prepare(tensors, recipe, detector)
+                images, weights = prepare(tensors, recipe, visible)
                 begin = (micro_step * ranks + rank) * part
                 mask = masks[begin : begin + part]
                 # Gradients are averaged over processes once, in the last micro-step.
@@ -178,7 +186,7 @@ def pretrain(run: Run) -> None:
         draw_loss(run.out)
         loader = open_loader(run, records, plan, (total - 1, total), (0, ranks), detector, device)
         _, tensors = next(to_device(loader, device))
-        images, weights = prepare(tensors, recipe, detector)
+        images, weights = prepare(tensors, recipe, visible)
         masks = block_masks(run.seed, total - 1, recipe.batch, cells, recipe.mask_ratio, device)
         with torch.no_grad(), autocast:
             draw_reconstructions(run.out, model, images, masks[:part], weights, MEAN, STD)
@@ -197,7 +205,7 @@ def open_loader(
 ) -> Loader | FfcvLoader:
     """The loader of the set's container, for `steps` (first, end) and `place` (rank, ranks)."""
     common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": run.workers}
-    common["detectors"] = [detector.name] if detector else []
+    common |= {"detectors": [detector.name] if detector else [], "bank": run.bank}
     if records.manifest.container == "ffcv":
         return FfcvLoader(records, plan, *steps, **common)
     allocate = pinned if device.type == "cuda" else None

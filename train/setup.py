@@ -13,11 +13,14 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shards import Manifest, ShardSet
+from shards import Manifest, Settings, ShardSet
+from shards.bank import BANK_CELL
 from shards.manifest import Detector
+from shards.plan import FLIPS
 from shards.verify import damaged_files
+from shards.visibility import visible_cells
 from train import checkpoint
 from train.log import say
 from train.model import CELL
@@ -33,6 +36,7 @@ class Run:
     recipe: Recipe
     seed: int = 0
     detector: str | None = None  # None: the only one in the shards
+    bank: bool = False  # stored crops with their exact counts, not new crops read off maps
     device: str = "auto"
     workers: int = 0
     resume: bool = False
@@ -86,6 +90,8 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
         )
     if run.skip_damaged and manifest.container == "ffcv":
         raise ValueError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
+    if run.bank:
+        check_bank(run, settings)
     detector = choose_detector(run, manifest)
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
     if smallest < 0.8 * recipe.size and rank == 0:
@@ -118,12 +124,42 @@ def choose_detector(run: Run, manifest: Manifest) -> Detector | None:
     cells, rest = divmod(recipe.size, recipe.w_ps)
     if rest:
         raise ValueError(f"w_ps {recipe.w_ps} does not divide the crop size {recipe.size}")
-    if settings.grid < cells:
+    if settings.grid < cells and not run.bank:
         raise ValueError(
             f"maps of {settings.grid} cells a side cannot serve {cells} weight cells (crop "
             f"{recipe.size}, w_ps {recipe.w_ps}); build with --grid {2 * cells} or raise w_ps"
         )
     return settings.detectors[names.index(name)]
+
+
+def check_bank(run: Run, settings: Settings) -> None:
+    """ValueError unless the bank's crops are those of the recipe."""
+    recipe = run.recipe
+    if not settings.bank:
+        raise ValueError(
+            f"{run.shards} has no bank; add one by `kamim shards build SOURCE NEW --bank 4 --reuse "
+            f"{run.shards}`, or train on the maps"
+        )
+    stored = {"size": settings.crop, "area": tuple(settings.area), "vertical": FLIPS[1]}
+    for name, value in stored.items():
+        if getattr(recipe, name) != value:
+            raise ValueError(
+                f"the bank's crops have {name} {value}, the recipe's {getattr(recipe, name)}; "
+                "build a bank for it (--crop, --area), or train on the maps"
+            )
+    if recipe.w_ps % BANK_CELL:
+        raise ValueError(f"w_ps {recipe.w_ps} is no multiple of the bank's {BANK_CELL} px")
+
+
+def find_visible(
+    recipe: Recipe, manifest: Manifest, detector: Detector | None, device: torch.device
+) -> Tensor | None:
+    """What `detector` finds of its marks by distance from a crop's edge, float32 [cells]."""
+    if detector is None:
+        return None
+    settings, cells = manifest.settings, recipe.size // recipe.w_ps
+    share = visible_cells(detector, settings.crop, cells, settings.mark)
+    return torch.from_numpy(share).float().to(device)
 
 
 def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[str, Any]:
@@ -134,6 +170,7 @@ def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[s
         "recipe": recipe,
         "seed": run.seed,
         "detector": name,
+        "bank": run.bank,
         "shards": manifest.fingerprint,
     }
 
@@ -151,7 +188,16 @@ def describe(
     """Say, and write into run.json, what is about to happen, with the sums a reader can check."""
     recipe, name = run.recipe, facts["detector"]
     parameters = sum(p.numel() for p in model.parameters())
-    weights = f"{name} weights at T = {recipe.temperature}" if name else "no weights (SimMIM)"
+    source = "stored crops" if run.bank else "maps"
+    weights = (
+        f"{name} weights from {source} at T = {recipe.temperature}"
+        if name
+        else "no weights (SimMIM)"
+    )
+    crop = records.manifest.settings.crop
+    if name and crop != recipe.size:
+        say(f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
+            f"shards built with --crop {recipe.size} are nearer to detection on them")  # fmt: skip
     say(
         f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
         f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
