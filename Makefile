@@ -15,7 +15,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench-build bench-loader bench-step bench-ffcv readme clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench-build bench-fidelity bench-loader bench-step bench-ffcv readme clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it 
 
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
 	$(BIN)/python -m bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
+
+bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
+	$(BIN)/python -m bench.fidelity "$(if $(DATA),$(DATA),demo)"
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m bench.build "$(if $(DATA),$(DATA),demo)"

@@ -12,7 +12,8 @@ from typing import NoReturn
 
 import typer
 
-import preprocess.set_commands
+import preprocess.commands
+import preprocess.set_commands  # adds its commands to the same app
 import train.commands
 
 app = typer.Typer(
@@ -21,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-app.add_typer(preprocess.set_commands.app, name="shards")
+app.add_typer(preprocess.commands.app, name="shards")
 app.add_typer(train.commands.app)
 
 

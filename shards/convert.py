@@ -3,6 +3,7 @@
 The .beton appears only when it is whole and every record of it, read back, equals its source.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         fingerprint=fingerprint,
     )
     temporary = out / f"{BETON}.tmp"
-    with alone(out, out / LOCK):
+    with alone(out, out / LOCK), ExitStack() as tidy:
+        tidy.callback(temporary.unlink, missing_ok=True)
         records = progress("converting", len(source), map(source.__getitem__, range(len(source))))
         index = write_beton(temporary, records, len(source), layout_of(manifest))
         size, digest = temporary.stat().st_size, sha256_of(temporary)

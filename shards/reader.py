@@ -70,8 +70,10 @@ class ShardSet:
         if len(data) != size + maps_size + slots or (maps_size, bank_size) != (prod(shape), slots):
             raise ValueError(f"{self.folder / self.shards[0].name}: record {key} is cut short")
         maps = np.frombuffer(data, np.uint8, maps_size, size).reshape(shape)
-        rows = np.frombuffer(data, np.uint8, offset=size + maps_size).reshape(settings.bank, -1)
-        bank = of_plain_rows(rows, detectors, cells) if settings.bank else None
+        bank = None
+        if slots:
+            rows = np.frombuffer(data, np.uint8, offset=size + maps_size)
+            bank = of_plain_rows(rows.reshape(settings.bank, -1), detectors, cells)
         frame = data[:size]
         if settings.quality == 0:
             pixels = np.frombuffer(frame, np.uint8)

@@ -27,23 +27,59 @@ def resized(rgb: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(rgb, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
-def overlaps(cells: int, side: int) -> np.ndarray:
-    """Length of pixel j of `side` inside cell i of `cells`, in pixels, by going over both."""
-    out = np.zeros((cells, side))
-    for i in range(cells):
-        for j in range(side):
-            low, high = max(i * side / cells, j), min((i + 1) * side / cells, j + 1)
-            out[i, j] = max(0.0, high - low)
-    return out
+# Shares of its rings that a detector finds by distance (px) from an edge; see docs/decisions.md.
+SEEN = {
+    "fast": ([0, 1, 2, 3, 4, 5, 6], [0.50, 0.71, 0.79, 0.87, 0.92, 0.97, 1]),
+    "orb": ([26, 27, 34, 48], [0, 0.15, 0.87, 1]),
+    "sift": (
+        [0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 30],
+        [0.22, 0.35, 0.47, 0.59, 0.69, 0.79, 0.86, 0.93, 0.95, 0.975, 1],
+    ),
+}
 
 
-def density_map(rgb: np.ndarray, name: str, scales: tuple[int, ...], grid: int) -> np.ndarray:
-    """Mean over `scales` of the marked share of each grid cell, float64 [grid, grid]."""
-    maps = []
-    for side in scales:
-        share = overlaps(grid, side) / (side / grid)
-        maps.append(share @ rings(resized(rgb, side), name) @ share.T)
-    return np.mean(maps, axis=0)
+def seen(name: str, side: int) -> np.ndarray:
+    """What `name` sees at each pixel between two edges, by going over them."""
+    return np.array([np.interp(min(i, side - 1 - i), *SEEN[name]) for i in range(side)])
+
+
+def back(view: np.ndarray, box: tuple[int, int, int, int], height: int, width: int, grid: int):
+    """Sum of a view's pixels in each cell of a grid over the whole source, in cells."""
+
+    def shares(cells: int, begin: float, length: float, whole: float, side: int) -> np.ndarray:
+        out = np.zeros((cells, side))
+        for i in range(cells):
+            for j in range(side):
+                low = max(i / cells, (begin + j * length / side) / whole)
+                high = min((i + 1) / cells, (begin + (j + 1) * length / side) / whole)
+                out[i, j] = max(0.0, high - low) * cells
+        return out
+
+    top, left, tall, wide = box
+    rows = shares(grid, top, tall, height, view.shape[0])
+    return rows @ view @ shares(grid, left, wide, width, view.shape[1]).T
+
+
+def density_map(rgb: np.ndarray, name: str, views: list, grid: int, make) -> np.ndarray:
+    """Marks of all views over what they see, for each grid cell; `views`: (box, rows, columns)."""
+    height, width = rgb.shape[:2]
+    marked, visible = np.zeros((grid, grid)), np.zeros((grid, grid))
+    for box, rows, columns in views:
+        top, left, tall, wide = box
+        part = rgb[top : top + tall, left : left + wide]
+        view = cv2.resize(part, (columns, rows), interpolation=cv2.INTER_LINEAR)
+        painted = paint(view, make(rows, columns).detect(view))
+        marked += back(painted, box, height, width, grid)
+        share = np.outer(seen(name, rows), seen(name, columns))
+        visible += back(share, box, height, width, grid)
+    return np.where(visible > 0.2, np.minimum(1, marked / np.maximum(visible, 0.2)), 0)
+
+
+def paint(rgb: np.ndarray, keypoints: list) -> np.ndarray:
+    """Pixels that rings round `keypoints` cover."""
+    return np.sign(
+        cv2.drawKeypoints(np.zeros_like(rgb), keypoints, None, color=(255, 0, 0))[..., 0]
+    )
 
 
 def random_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -8,10 +8,11 @@ from conftest import contents
 
 from shards import ShardSet, decode_frame, load, verify_shards
 from shards import beton as layout
-from shards.convert import convert_to_ffcv
+from shards.convert import LOCK, convert_to_ffcv
 from shards.loader import Loader
 from shards.manifest import to_json, write_file
 from shards.plan import Plan
+from shards.writing import alone
 
 
 def test_every_record_is_the_sources(built, converted):
@@ -21,6 +22,7 @@ def test_every_record_is_the_sources(built, converted):
         a, b = source[number], copy[number]
         assert (a.key, a.label, a.height, a.width) == (b.key, b.label, b.height, b.width)
         np.testing.assert_array_equal(a.maps, b.maps)
+        assert a.bank.equals(b.bank)
         np.testing.assert_array_equal(decode_frame(a.frame), decode_frame(b.frame))
         assert converted.name == "raw" or a.frame == b.frame
     for level in ("structure", "checksum", "decode"):
@@ -57,6 +59,17 @@ def test_the_plain_loader_and_skipping_refuse_an_ffcv_set(converted, tmp_path):
         run(converted, tmp_path / "run", skip_damaged=True)
 
 
+def test_one_conversion_at_a_time(built, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        alone(tmp_path / "out", tmp_path / "out" / LOCK),
+        pytest.raises(ValueError, match="another process is writing into"),
+    ):
+        convert_to_ffcv(built, tmp_path / "out", "jpeg")
+    convert_to_ffcv(built, tmp_path / "out", "jpeg")
+    assert verify_shards(tmp_path / "out", "decode") == []
+
+
 def test_a_bad_record_stops_the_conversion_by_name(built, tmp_path):
     from test_loader import damage
 
@@ -87,8 +100,9 @@ def test_tables_that_do_not_fit_the_index_are_found_by_structure(converted):
     """Signed anew, so that no checksum tells."""
     path, manifest = converted / layout.BETON, load(converted)
     data = bytearray(path.read_bytes())
-    row = layout.HEADER.itemsize + 4 * layout.DESCRIPTOR.itemsize + 7 * layout.ROW.itemsize
-    data[row + 24] ^= 1  # the label of record 7
+    mine = layout.layout_of(manifest)
+    rows = layout.HEADER.itemsize + len(mine.fields) * layout.DESCRIPTOR.itemsize
+    data[rows + 7 * mine.row.itemsize + mine.row.fields["label"][1]] ^= 1  # of record 7
     file = write_file(path, bytes(data), 40)
     (converted / "manifest.json").write_bytes(to_json(replace(manifest, shards=[file])))
     (problem,) = verify_shards(converted, "structure")

@@ -19,6 +19,7 @@ import shards
 from preprocess import BuildError, build_shards, open_source
 from preprocess.build import shard_size_for
 from shards import ShardSet, verify_shards
+from shards.convert import convert_to_ffcv
 
 THREE = tuple(preprocess.detector_settings(name) for name in ("fast", "orb", "sift"))
 
@@ -206,7 +207,10 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
 
 def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
-    with preprocess.build._claim(out), pytest.raises(ValueError, match="another build is writing"):
+    with (
+        preprocess.build._claim(out),
+        pytest.raises(ValueError, match="another process is"),
+    ):
         build_shards(source, out, settings(), 1)
 
 
@@ -218,8 +222,64 @@ def test_raw_frames_and_detection_on_frames(small_source, tmp_path):
     assert verify_shards(tmp_path / "out", "decode") == []
     assert preprocess.redetect_maps(records, None) == []
     rgb = shards.decode_frame(records[3].frame)
-    again = preprocess.density_maps(rgb, chosen.detectors, chosen.scales, 16, "ring")
+    again = preprocess.density_maps(rgb, 3, chosen, (records[3].height, records[3].width))
     np.testing.assert_array_equal(records[3].maps, again)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        {},
+        {"bank": 1},
+        {"map_crops": 2},
+        {"detectors": (preprocess.detector_settings("orb"),), "bank": 2, "shard_size": 7},
+    ],
+)
+def test_adding_to_a_finished_set_gives_the_bytes_of_a_fresh_build(before, small_source, tmp_path):
+    """Frames and shared maps are copied, not made again; bad inputs are listed again."""
+    (small_source / "class1" / "zz.jpg").write_bytes(b"not a picture")
+    source = open_source(str(small_source))
+    detectors = tuple(preprocess.detector_settings(n) for n in ("orb", "fast"))
+    wanted = settings(detectors=detectors, bank=2)
+    build_shards(source, tmp_path / "old", settings(**before), 1, max_rejected=1)
+    build_shards(source, tmp_path / "fresh", wanted, 1, max_rejected=1)
+    build_shards(source, tmp_path / "new", wanted, 2, max_rejected=1, reuse=tmp_path / "old")
+    assert contents(tmp_path / "new") == contents(tmp_path / "fresh")
+    assert verify_shards(tmp_path / "new", "decode") == []
+    assert preprocess.redetect_maps(ShardSet(tmp_path / "new"), source) == []
+
+
+def test_reuse_neither_encodes_nor_detects_again(small_source, tmp_path, monkeypatch):
+    source = open_source(str(small_source))
+    build_shards(source, tmp_path / "old", settings(), 1)
+    for name in ("encode_frame", "density_maps"):
+        monkeypatch.setattr(f"preprocess.shard.{name}", None)
+    build_shards(source, tmp_path / "new", settings(bank=1), 1, reuse=tmp_path / "old")
+    assert len(ShardSet(tmp_path / "new")) == 40
+
+
+def test_reuse_refuses_another_source_other_frames_and_damage(small_source, tmp_path):
+    source = open_source(str(small_source))
+    build_shards(source, tmp_path / "old", settings(), 1)
+    for changes, words in (({"frame": 72}, "settings.frame is 64 there"), ({"quality": 0}, "qual")):
+        with pytest.raises(ValueError, match=words):
+            build_shards(source, tmp_path / "a", settings(**changes), 1, reuse=tmp_path / "old")
+    with pytest.raises(ValueError, match=r"source\."):
+        build_shards(open_source("demo"), tmp_path / "b", settings(), 1, reuse=tmp_path / "old")
+    shard = tmp_path / "old" / "shard-000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-000002.tar is damaged"):
+        build_shards(source, tmp_path / "c", settings(bank=1), 1, reuse=tmp_path / "old")
+    convert_to_ffcv(small_set(tmp_path, source), tmp_path / "ffcv")
+    with pytest.raises(ValueError, match="is an FFCV set; reuse the WebDataset set"):
+        build_shards(source, tmp_path / "d", settings(), 1, reuse=tmp_path / "ffcv")
+
+
+def small_set(tmp_path, source):
+    build_shards(source, tmp_path / "plain", settings(), 1)
+    return tmp_path / "plain"
 
 
 def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):

@@ -11,9 +11,11 @@ from torchvision.transforms import InterpolationMode  # noqa: E402
 from torchvision.transforms.v2 import functional as v2  # noqa: E402
 
 from preprocess import density_maps, detector_settings  # noqa: E402
+from preprocess.defaults import default_settings  # noqa: E402
 from preprocess.shard import squeeze  # noqa: E402
-from shards.crops import border_share, crop_frames, crop_maps, loss_weights  # noqa: E402
+from shards.crops import crop_frames, crop_maps, loss_weights, pool_counts  # noqa: E402
 from shards.plan import Plan  # noqa: E402
+from shards.visibility import visible, visible_cells  # noqa: E402
 from shards.weights import read_map, weights  # noqa: E402
 
 FLIPS = [(False, False), (True, False), (False, True), (True, True)]
@@ -44,14 +46,13 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
 
 
 def test_map_readings_equal_a_plain_integral(demo_images):
-    fast = [detector_settings("fast")]
-    maps = np.concatenate(
-        [density_maps(i, fast, (192, 208), 52, "ring") for i in demo_images[::40]]
-    )
+    chosen = default_settings((detector_settings("sift"),), 1)
+    maps = np.concatenate([density_maps(i, 0, chosen) for i in demo_images[::40]])
     boxes, flips = boxes_of(len(maps))
-    ours = crop_maps(torch.from_numpy(maps), boxes, flips, 24)
+    share = visible_cells(chosen.detectors[0], 192, 24)
+    ours = crop_maps(torch.from_numpy(maps), boxes, flips, 24, torch.from_numpy(share).float())
     for density, box, flip, mine in zip(maps, boxes, flips, ours, strict=True):
-        plain = read_map(density, tuple(box.tolist()), 24)
+        plain = read_map(density, tuple(box.tolist()), 24, share)
         plain = plain[:, ::-1] if flip[0] else plain
         plain = plain[::-1] if flip[1] else plain
         np.testing.assert_allclose(mine.numpy(), plain, atol=2e-5)
@@ -92,21 +93,38 @@ def test_flips_of_a_crop_are_crops_flipped():
         turned = torch.tensor([flip])
         a, b = crop_frames(frames, boxes, turned, 96), crop_frames(frames, boxes, plain, 96)
         torch.testing.assert_close(a, b.flip([d + 1 for d in dims]), rtol=0, atol=0.01)
-        a, b = crop_maps(maps, boxes, turned, 12, 0.1), crop_maps(maps, boxes, plain, 12, 0.1)
+        share = torch.tensor([0.5, *[1.0] * 10, 0.5])
+        a, b = (crop_maps(maps, boxes, f, 12, share) for f in (turned, plain))
         torch.testing.assert_close(a, b.flip(dims))
 
 
-def test_a_full_map_is_full_everywhere_and_orbs_border_is_empty():
+def test_a_full_map_is_full_everywhere_but_for_what_a_detector_misses_at_the_edge():
     maps = torch.full((5, 52, 52), 255, dtype=torch.uint8)
     boxes, flips = boxes_of(5)
     torch.testing.assert_close(crop_maps(maps, boxes, flips, 24), torch.ones(5, 24, 24))
-    orb, fast = detector_settings("orb"), detector_settings("fast")
-    assert border_share(fast, 192) == 0
-    assert border_share(orb, 192) == 27 / 192
-    read = crop_maps(maps, boxes, flips, 24, border_share(orb, 192))[0]
-    assert read[:3].sum() == read[-3:].sum() == read[:, :3].sum() == read[:, -3:].sum() == 0
-    torch.testing.assert_close(read[3, 4:20], torch.full((16,), 5 / 8))  # 27 = 3 cells + 3 px
-    torch.testing.assert_close(read[4:20, 4:20], torch.ones(16, 16))
+    for name in ("fast", "orb", "sift"):
+        share = visible_cells(detector_settings(name), 192, 24)
+        pixels = oracle.seen(name, 192).reshape(24, 8).mean(1)
+        np.testing.assert_allclose(share, pixels, atol=1e-12)
+        read = crop_maps(maps, boxes, flips, 24, torch.from_numpy(share).float())
+        for one in read.numpy():
+            np.testing.assert_allclose(one, np.outer(share, share), atol=1e-5)
+    assert visible_cells(detector_settings("orb"), 192, 24)[:3].sum() == 0
+
+
+def test_the_edge_follows_the_detectors_margin_and_the_mark():
+    wide = detector_settings("orb", {"edgeThreshold": "47"})
+    plain = visible(detector_settings("orb"), 224)
+    np.testing.assert_allclose(visible(wide, 224)[16:112], plain[:96])
+    assert visible(detector_settings("fast"), 16, "point").tolist() == [0] * 3 + [1] * 10 + [0] * 3
+
+
+def test_counts_of_a_bank_pool_to_the_density_of_larger_cells():
+    counts = torch.randint(0, 65, (3, 24, 24), dtype=torch.uint8)
+    for part in (1, 2, 4):
+        pooled = pool_counts(counts, 24 // part)
+        plain = counts.numpy().reshape(3, 24 // part, part, 24 // part, part).mean((2, 4)) / 64
+        np.testing.assert_allclose(pooled, plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.25, 1.0, 1e6])

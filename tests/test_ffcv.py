@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import contents, settings
 
 import preprocess
 from preprocess import build_shards, open_source
-from shards import ShardSet
+from shards import ShardSet, load
 from shards import beton as layout
 from shards.convert import convert_to_ffcv
 from shards.loader import Loader
@@ -39,12 +40,17 @@ def test_our_layout_is_ffcvs_own(converted):
         assert [ours.fields[n][1] for n in ours.names] == [
             theirs.fields[n][1] for n in theirs.names
         ]
-    handlers = [RGBImageField(), NDArrayField(np.dtype("u1"), (2, 16, 16)), IntField(), IntField()]
-    row = types.get_metadata_type(handlers)
-    assert row.itemsize == layout.ROW.itemsize
-    assert [row.fields[n][1] for n in row.names] == [0, 16, 24, 32]
+    arrays = [NDArrayField(np.dtype("u1"), shape) for shape in ((2, 16, 16), (2, 20 + 2 * 144))]
+    handlers = [RGBImageField(), *arrays, IntField(), IntField()]
+    ours = layout.layout_of(load(converted))
+    for kept, mine in ((handlers, ours), (handlers[:2] + handlers[3:], replace(ours, bank=(0, 0)))):
+        row = types.get_metadata_type(kept)
+        assert row.itemsize == mine.row.itemsize
+        assert [row.fields[n][1] for n in row.names] == [
+            mine.row.fields[n][1] for n in mine.row.names
+        ]
     reader = Reader(str(converted / layout.BETON))
-    assert reader.field_names == ["frame", "maps", "label", "index"]
+    assert reader.field_names == ["frame", "maps", "bank", "label", "index"]
     assert reader.handlers["maps"].shape == (2, 16, 16)
     descriptors = reader.field_descriptors["arguments"]
     for handler, arguments in zip(handlers, descriptors, strict=True):
@@ -73,6 +79,19 @@ def test_the_same_batches_as_from_webdataset(built, converted, wanted):
                 difference = np.abs(expected.astype(int) - a.frames[place])
                 assert difference.max() <= 16
             np.testing.assert_array_equal(b.frames[place], expected)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("wanted", [None, ["orb"], []])
+def test_the_same_stored_crops_as_from_webdataset(built, converted, wanted):
+    plan = Plan(40, 12, seed=3)
+    options = {"detectors": wanted, "bank": True}
+    ours = copied(Loader(ShardSet(built), plan, 2, 12, **options))
+    theirs = copied(FfcvLoader(ShardSet(converted), plan, 2, 12, **options, workers=2))
+    for a, b in zip(ours, theirs, strict=True):
+        for field in ("labels", "samples", "epochs", "boxes", "flips", "counts"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+        assert a.maps.size == b.maps.size == 0
 
 
 @pytest.mark.timeout(120)
@@ -110,7 +129,7 @@ def test_a_dead_pipeline_thread_is_noticed(built, tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys
-from shards import ShardSet
+from shards import ShardSet, load
 from shards.ffcv_loader import FfcvLoader
 from shards.plan import Plan
 records = ShardSet(sys.argv[1])

@@ -22,7 +22,7 @@ from shards.webdataset import INDEX_DTYPE
 @pytest.fixture
 def records(small_source, tmp_path):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb", "sift"))
-    chosen = settings(detectors=detectors, crop=96)
+    chosen = settings(detectors=detectors, crop=96, bank=3)
     build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
     return ShardSet(tmp_path / "shards")
 
@@ -56,6 +56,32 @@ def test_batches_are_the_plans_records(records, workers, wanted):
         boxes, flips = plan.boxes(epochs, samples, *size)
         np.testing.assert_array_equal(batch.boxes, boxes)
         np.testing.assert_array_equal(batch.flips, flips)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("wanted", [None, ["sift", "fast"], []])
+def test_from_the_bank_come_its_crops_and_counts(records, wanted):
+    plan = Plan(40, 12, seed=3)
+    names = records.manifest.detectors
+    rows = [names.index(name) for name in (names if wanted is None else wanted)]
+    shown = np.zeros((40, 3), int)
+    for batch in copied(Loader(records, plan, 0, 30, detectors=wanted, bank=True)):
+        slots = plan.slots(batch.epochs, batch.samples, 3)
+        assert batch.maps.size == 0
+        for place, (number, slot) in enumerate(zip(batch.samples, slots, strict=True)):
+            record = records[int(number)]
+            np.testing.assert_array_equal(batch.counts[place], record.bank.counts[slot, rows])
+            box = record.bank.boxes[slot] / np.tile([record.height, record.width], 2)
+            np.testing.assert_allclose(batch.boxes[place], box, rtol=1e-6)
+            np.testing.assert_array_equal(batch.flips[place], record.bank.flips[slot] == 1)
+            shown[number, slot] += 1
+    assert (shown == 3).all()  # nine epochs, each slot in turn
+
+
+def test_a_set_without_a_bank_says_how_to_add_one(small_source, tmp_path):
+    build_shards(open_source(str(small_source)), tmp_path / "plain", settings(), 1)
+    with pytest.raises(ValueError, match=r"has no bank; add one by .*--bank 4 --reuse"):
+        Loader(ShardSet(tmp_path / "plain"), Plan(40, 8), 0, 1, bank=True)
 
 
 def test_raw_frames(small_source, tmp_path):
@@ -109,7 +135,7 @@ def test_memory_is_the_prefetch_whatever_the_length(records):
         assert sum(len(batch.frames) for batch in loader) == steps * 20
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert sum(a.nbytes + b.nbytes for a, b in loader.buffers) == 4 * batch_bytes
+        assert sum(a.nbytes for buffer in loader.buffers for a in buffer) == 4 * batch_bytes
     assert peaks[1] < peaks[0] + 100_000
     assert max(peaks) < 2 * 3 * batch_bytes
 

@@ -39,7 +39,7 @@ TINY = replace(
 @pytest.fixture
 def shards(small_source, tmp_path):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
-    chosen = settings(frame=120, detectors=detectors, crop=96)
+    chosen = settings(frame=120, detectors=detectors, crop=96, bank=2)
     build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
     return tmp_path / "shards"
 
@@ -226,10 +226,35 @@ def test_damaged_shards_are_refused_before_the_first_step(shards, tmp_path):
         run(shards, tmp_path / "out")
     text = (shards / "manifest.json").read_text()
     (shards / "manifest.json").write_text(
-        text.replace('"format_version": 1', '"format_version": 2')
+        text.replace('"format_version": 2', '"format_version": 1')
     )
-    with pytest.raises(ValueError, match="format version 2, this kamim reads version 1"):
+    with pytest.raises(ValueError, match="format version 1, this kamim reads version 2"):
         run(shards, tmp_path / "out")
+
+
+def test_training_on_the_bank_resumes_to_the_last_bit(shards, tmp_path):
+    whole = run(shards, tmp_path / "whole", bank=True)
+    assert whole != run(shards, tmp_path / "maps")
+    run(shards, tmp_path / "parts", steps=7, bank=True)
+    with pytest.raises(ValueError, match="bank was True, is False"):
+        run(shards, tmp_path / "parts", resume=True)
+    assert run(shards, tmp_path / "parts", bank=True, resume=True) == whole
+    simmim = replace(TINY, temperature=None)
+    assert len(run(shards, tmp_path / "simmim", recipe=simmim, bank=True)) == 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": 128}, "the bank's crops have size 96, the recipe's 128"),
+        ({"area": (0.5, 1.0)}, "have area"),
+        ({"vertical": 0.0}, "have vertical 0.5, the recipe's 0.0"),
+        ({"w_ps": 12}, "w_ps 12 is no multiple of the bank's 8 px"),
+    ],
+)
+def test_a_bank_of_other_crops_is_refused(changes, words, shards, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run(shards, tmp_path / "out", recipe=replace(TINY, **changes), bank=True)
 
 
 def test_a_run_goes_on_only_as_itself(shards, tmp_path):

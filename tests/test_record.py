@@ -1,29 +1,41 @@
 """The format: golden bytes, round trips, and slices of a tar that must not be taken for records."""
 
+import contextlib
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import Record, ShardWriter
+from shards import Bank, Record, ShardWriter
+from shards.bank import deflated, inflated, of_plain_rows, plain_rows, read_slot
 from shards.record import decode_frame, encode_frame, from_members, members, npy_bytes
 from shards.webdataset import parse_record
 
 GOLDEN = Path(__file__).parent / "golden" / "two-records.tar"
 MAPS = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+BANK = Bank(
+    np.array([[0, 1, 300, 400], [2, 3, 301, 402], [70, 5, 290, 395]], np.uint32),
+    np.array([[0, 0], [1, 0], [1, 1]], np.uint8),
+    (np.arange(3 * 2 * 6 * 6, dtype=np.uint32) ** 2 % 65).astype(np.uint8).reshape(3, 2, 6, 6),
+)
 RECORDS = [
-    Record("000000007", b"\xff\xd8 not a picture \xff\xd9", 3, 375, 500, "a/ünï 'x'.jpg", MAPS),
+    Record(
+        "000000007", b"\xff\xd8 not a picture \xff\xd9", 3, 375, 500, "a/ünï 'x'.jpg", MAPS, BANK
+    ),
     Record("000000009", b"\x93NUMPY not an array", -1, 1, 2**31, "b\udcff.png", MAPS[:, ::-1]),
 ]
 
 
 def same(a: Record, b: Record) -> bool:
     names = ("key", "frame", "label", "height", "width", "source")
-    return all(getattr(a, n) == getattr(b, n) for n in names) and np.array_equal(a.maps, b.maps)
+    banks = a.bank.equals(b.bank) if a.bank and b.bank else a.bank is b.bank
+    maps = np.array_equal(a.maps, b.maps)
+    return banks and maps and all(getattr(a, n) == getattr(b, n) for n in names)
 
 
 def write(path: Path, records: list[Record]) -> ShardWriter:
@@ -48,7 +60,10 @@ def test_records_come_back_by_the_index(tmp_path):
     for row, record in zip(writer.index, RECORDS, strict=True):
         assert same(parse_record(data[row["start"] : row["start"] + row["bytes"]]), record)
         assert data[row["frame"] : row["frame"] + row["frame_bytes"]] == record.frame
-        assert data[row["maps"] : row["maps"] + row["maps_bytes"]] == npy_bytes(record.maps)
+        bank = int(row["maps"] + row["maps_bytes"])
+        assert data[row["maps"] : bank] == npy_bytes(record.maps)
+        stored = data[bank : bank + int(row["bank_bytes"])]
+        assert stored == (deflated(record.bank) if record.bank else b"")
 
 
 def test_a_tar_depends_on_its_records_alone(tmp_path):
@@ -70,6 +85,44 @@ def test_any_record_survives(frame, label, source, depth, grid, seed):
     maps = np.random.default_rng(seed).integers(0, 256, (depth, grid, grid), dtype=np.uint8)
     record = Record("123456789", frame, label, 5, 6, source, maps)
     assert same(from_members(record.key, dict(members(record))), record)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 28), st.integers(0, 2**32 - 1))
+def test_any_bank_survives_whole_and_slot_by_slot(slots, detectors, cells, seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 65, (slots, detectors, cells, cells)).astype(np.uint8)
+    bank = Bank(
+        rng.integers(0, 2**32, (slots, 4)).astype(np.uint32),
+        rng.integers(0, 2, (slots, 2)).astype(np.uint8),
+        counts * rng.integers(0, 2, counts.shape, dtype=np.uint8),
+    )
+    data = deflated(bank)
+    assert inflated(data).equals(bank)
+    assert of_plain_rows(plain_rows(bank), detectors, cells).equals(bank)
+    for slot, row in np.ndindex(slots, detectors):
+        crop, (found,) = read_slot(b"before" + data, 6, slot, detectors, [row], cells)
+        np.testing.assert_array_equal(crop["box"], bank.boxes[slot])
+        np.testing.assert_array_equal(crop["flips"], bank.flips[slot])
+        np.testing.assert_array_equal(found, bank.counts[slot, row])
+    cut = int(rng.integers(0, len(data)))
+    with pytest.raises(ValueError, match=r"bank"):
+        inflated(data[:cut])
+
+
+def test_a_damaged_bank_raises_value_errors_and_never_inflates_without_bound():
+    data = deflated(BANK)
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        with contextlib.suppress(ValueError):
+            assert inflated(bytes(changed)).counts.nbytes <= 3 * 2 * 6 * 6
+    bomb = zlib.compress(bytes(10**7), 9, -15)
+    header = np.array((1, 1, 6, 0), "<u2,<u2,<u2,<u2").tobytes()
+    row = bytes(20) + len(bomb).to_bytes(2, "little")
+    with pytest.raises(ValueError, match="not of its shape"):
+        inflated(header + row + bomb)
 
 
 def test_what_is_not_one_whole_record_is_refused():

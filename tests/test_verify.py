@@ -168,7 +168,7 @@ def test_redetect_notices_another_detector(built, small_source, monkeypatch):
     from preprocess import detectors
 
     real = detectors.detect
-    monkeypatch.setattr("preprocess.densities.detect", lambda d, g: real(d, g)[1:])
+    monkeypatch.setattr("preprocess.densities.detect", lambda d, g, crop: real(d, g, crop)[1:])
     assert redetect_maps(records, source)
 
 

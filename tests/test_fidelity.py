@@ -1,0 +1,110 @@
+"""The fidelity command: its figures against hand-made cases, its headline where it belongs."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import contents, settings
+from test_cli import kamim
+
+import preprocess
+from preprocess import build_shards, measure_fidelity, open_source, storage
+from preprocess.defaults import default_settings
+from shards import ShardSet, load, verify_shards
+
+
+@pytest.fixture(scope="module")
+def demo_set(tmp_path_factory):
+    """The demo at the published crop, with a bank; nothing of the user's."""
+    out = tmp_path_factory.mktemp("demo") / "shards"
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
+    chosen = default_settings(detectors, 64, bank=2)
+    build_shards(open_source("demo"), out, chosen, 2)
+    return out
+
+
+def test_the_figures_are_those_of_the_demo(demo_set):
+    found = measure_fidelity(ShardSet(demo_set), open_source("demo"), samples=60)
+    assert list(found) == ["fast", "orb"]
+    for name, errors in found.items():
+        assert errors["bank"] == {
+            "correlation": 1,
+            "wrong": 0,
+            "bias": 0,
+            "equal": 1,
+            "samples": 60,
+        }
+        assert errors["uniform"]["correlation"] == 0
+        assert 0.85 < errors["map"]["correlation"] < 1
+        assert errors["map"]["wrong"] < 0.6 * errors["uniform"]["wrong"]
+        assert errors["map"]["wrong"] > 0.01
+        assert errors["shifted"]["correlation"] > 0.8
+        same = errors["flipped"]["equal"] == 1
+        assert same == (name == "fast")
+        if "torchvision" in errors:
+            assert 0.95 < errors["torchvision"]["correlation"] < 1
+
+
+def test_a_spoilt_bank_shows(demo_set, monkeypatch):
+    from preprocess import fidelity
+
+    real = fidelity._densities
+
+    def spoilt(record, *rest):
+        record.bank.counts[:, :, 3, 4] += 1
+        return real(record, *rest)
+
+    monkeypatch.setattr(fidelity, "_densities", spoilt)
+    found = measure_fidelity(ShardSet(demo_set), open_source("demo"), samples=3, jobs=1)
+    assert found["fast"]["bank"]["equal"] == round(1 - 1 / 576, 4)
+
+
+def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_set):
+    before = contents(demo_set)
+    done = kamim("shards", "fidelity", demo_set, "--samples", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    headline = load(demo_set).fidelity
+    assert headline["detectors"]["orb"]["map"] == printed["detectors"]["orb"]["map"]
+    assert headline["detectors"]["fast"]["bank"]["equal"] == 1
+    assert (demo_set / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+    after = contents(demo_set)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "manifest.json",
+        "fidelity.png",
+    }
+    assert verify_shards(demo_set) == []
+    table = kamim("shards", "fidelity", demo_set, "--samples", "8", "--w-ps", "16").stdout
+    assert "orb bank" in table
+    assert "maps and bank add" in table
+    page = kamim("shards", "inspect", demo_set)
+    assert "fast bank: correlation 1.000" in (demo_set / "inspect.html").read_text(), page.stderr
+
+
+def test_mistakes_are_one_line(small_source, tmp_path):
+    build_shards(open_source(str(small_source)), tmp_path / "set", settings(), 1)
+    for arguments, words in (
+        ([], "by --source"),
+        (["--source", "demo"], "is not what"),
+        (["--source", small_source, "--w-ps", "12"], "w_ps 12"),
+        (["--source", small_source, "--samples", "0"], "--samples 0"),
+    ):
+        done = kamim("shards", "fidelity", tmp_path / "set", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+
+
+def test_map_and_bank_of_one_detector_add_at_most_a_fifth(photos, tmp_path):
+    """Headers and padding counted, over a part of the photographs."""
+    source = tmp_path / "source"
+    for path in photos[::8]:
+        (source / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (source / path.parent.name / path.name).write_bytes(path.read_bytes())
+    for name in ("fast", "orb", "sift"):
+        chosen = default_settings((preprocess.detector_settings(name),), 50, bank=4)
+        build_shards(open_source(str(source)), tmp_path / name, chosen, 2)
+        found = storage(ShardSet(tmp_path / name))
+        assert found["added"] <= 0.20
+        index = ShardSet(tmp_path / name).index
+        assert found["bytes"] == round(np.mean(index["bytes"].astype(float)))
