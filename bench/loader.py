@@ -60,10 +60,10 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
     return len(frames) / (time.perf_counter() - begin)
 
 
-def loader_rate(records: ShardSet, detectors: list[str]) -> float:
+def loader_rate(records: ShardSet, detectors: list[str], bank: bool = False) -> float:
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = Loader(records, plan, 0, 24, detectors=detectors)
+    loader = Loader(records, plan, 0, 24, detectors=detectors, bank=bank)
     begin = 0.0
     for number, _ in enumerate(loader):
         if number == loader.prefetch:
@@ -118,7 +118,7 @@ def main(where: str) -> None:
         source = open_source(where)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(len(source.entries))
-        settings = default_settings(detectors, size)
+        settings = default_settings(detectors, size, bank=4)
         build_shards(source, Path(folder) / "shards", settings)
         records = ShardSet(Path(folder) / "shards")
         row = measure(records)
@@ -138,6 +138,7 @@ def measure(records: ShardSet) -> dict[str, Any]:
         "decode alone, OpenCV": lambda: decode_rate(frames, decode_frame),
         "loader, threads, with maps": lambda: loader_rate(records, ["fast"]),
         "loader, threads, without maps": lambda: loader_rate(records, []),
+        "loader, threads, from the bank": lambda: loader_rate(records, ["fast"], bank=True),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
     rates: dict[str, list[float]] = {name: [] for name in works}
@@ -146,11 +147,13 @@ def measure(records: ShardSet) -> dict[str, Any]:
             rates[name].append(work())
     ceiling = [cores * rate for rate in rates["decode alone, simplejpeg"]]
     threads, bare = rates["loader, threads, with maps"], rates["loader, threads, without maps"]
+    stored = rates["loader, threads, from the bank"]
     processes = rates["DataLoader, processes, with maps"]
     weighted, plain = step_seconds(records, REPEATS * 2)
     ratios = {
         "loader / (cores x decode alone)": [a / b for a, b in zip(threads, ceiling, strict=True)],
         "with maps / without": [a / b for a, b in zip(threads, bare, strict=True)],
+        "from the bank / without maps": [a / b for a, b in zip(stored, bare, strict=True)],
         "threads / processes": [a / b for a, b in zip(threads, processes, strict=True)],
         "weighted step / unweighted": [a / b for a, b in zip(weighted, plain, strict=True)],
     }

@@ -1,6 +1,6 @@
 """The README's measured table, rendered from results/*.jsonl; run by `make readme`.
 
-In: the newest line of each result. Out: README.md with the text between its two markers renewed.
+In: the newest line of each result. Out: README.md with the text between its markers renewed.
 """
 
 import json
@@ -10,7 +10,6 @@ from typing import Any
 from bench.provenance import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 Row = tuple[str, dict[str, float], int]
 
@@ -36,6 +35,7 @@ def render() -> str:
     for title, key in {
         "loader / (cores x one thread that only decodes)": "loader / (cores x decode alone)",
         "loader with maps / without": "with maps / without",
+        "loader from the bank / without maps": "from the bank / without maps",
         "loader's threads / a DataLoader's processes": "threads / processes",
         "training step, weighted / unweighted": "weighted step / unweighted",
     }.items():
@@ -64,11 +64,43 @@ def render() -> str:
     return "\n".join([*lines, "", origin, ""])
 
 
+def render_fidelity() -> str:
+    """Errors of default maps and of maps of eight crops beside the rulers, as Markdown."""
+    rows = [json.loads(line) for line in (RESULTS / "fidelity.jsonl").read_text().splitlines()]
+    found = {(r["detector"], r["changes"].get("map_crops")): r for r in rows
+             if set(r["changes"]) == {"map_crops"}}  # fmt: skip
+    names = sorted({name for name, _ in found})
+    lines = ["| correlation, and share of loss weight on the wrong cell | "
+             + " | ".join(name.upper() for name in names) + " |"]  # fmt: skip
+    lines.append("|---|" + "---|" * len(names))
+
+    def line(title: str, errors: list[dict[str, float]]) -> str:
+        cells = (f"{e['correlation']:.3f}, {e['wrong']:.1%}" for e in errors)
+        return f"| {title} | {' | '.join(cells)} |"
+
+    lines.append(line("map, default (3 crops)", [found[name, 3] for name in names]))
+    lines.append(line("map of 8 crops", [found[name, 8] for name in names]))
+    for ruler, title in {
+        "shifted": "ruler: the crop 2 px aside",
+        "flipped": "ruler: the crop flipped",
+        "torchvision": "ruler: torchvision's resize",
+        "uniform": "ruler: no weights",
+    }.items():
+        lines.append(line(title, [found[name, 3]["rulers"][ruler] for name in names]))
+    row = found[names[0], 3]
+    lines += ["", f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; "
+              f"{row['date']}. The bank is exact. Cost of more crops:", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
 def renewed(text: str) -> str:
-    """`text` of a README with the part between the markers rendered anew."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + render() + END + after
+    """`text` of a README with the parts between the markers rendered anew."""
+    for name, part in (("measured", render()), ("fidelity", render_fidelity())):
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = before + begin + part + end + after
+    return text
 
 
 if __name__ == "__main__":
