@@ -15,7 +15,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench-build bench-fidelity bench-loader bench-step bench-ffcv readme clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-ffcv readme clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,7 +55,10 @@ test-slow: $(VENV)/test  ## Run the long tests too.
 check: $(VENV)/test  ## Lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy shards preprocess train bench kamim.py
+	$(BIN)/mypy shards preprocess train evaluate bench kamim.py
+
+bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
+	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" $(if $(FLAGS),$(FLAGS),--save)
 
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import typer
 
+import bench.commands
+import evaluate.commands
 import preprocess.commands
 import preprocess.set_commands  # adds its commands to the same app
 import train.commands
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 app.add_typer(preprocess.commands.app, name="shards")
 app.add_typer(train.commands.app)
+app.add_typer(evaluate.commands.app)
+app.add_typer(bench.commands.app)
 
 
 @app.command()

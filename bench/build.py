@@ -30,7 +30,9 @@ from preprocess.sources import Source, read
 from shards import encode_frame
 
 REPEATS = {"fast": 5, "orb": 5, "sift": 3}
-COPIES = 2  # of the source in a measured build: its start and end are no part of the rate
+# Of the source in a measured build: its start, its end and the syncs of small shards are no part
+# of the rate at which a large source is built.
+COPIES = {"fast": 5, "orb": 3, "sift": 1}
 
 
 def stage_ms(source: Source, name: str) -> dict[str, float]:
@@ -87,37 +89,41 @@ def peak_megabytes(source: Source, copies: int) -> float:
     return peak
 
 
+def measure(source: Source, name: str, repeats: int, copies: int = 0) -> dict[str, Any]:
+    """One row: stages alone, builds by one and two jobs of `source` listed `copies` times."""
+    often = replace(source, entries=source.entries * (copies or COPIES[name]))
+    build_rate(source, name, 2)  # warm-up: starts the workers and fills the page cache
+    stages, one, two = [], [], []
+    for _ in range(repeats):
+        stages.append(stage_ms(source, name))
+        one.append(build_rate(often, name, 1))
+        two.append(build_rate(often, name, 2))
+    parts = {s: statistics.median(run[s] for run in stages) for s in stages[0]}
+    ceilings = [2000 / sum(run.values()) for run in stages]
+    of_ceiling = [rate / ceiling for rate, ceiling in zip(two, ceilings, strict=True)]
+    scaling = [b / a for a, b in zip(one, two, strict=True)]
+    return {
+        "bench": "build",
+        "detector": name,
+        "images": len(often.entries),
+        "n": repeats,
+        "stages_ms": {stage: round(ms, 3) for stage, ms in parts.items()},
+        "images_per_s_1_job": _spread(one),
+        "images_per_s_2_jobs": _spread(two),
+        "share_of_ceiling_2_jobs": _spread(of_ceiling),
+        "two_jobs_over_one": _spread(scaling),
+    }
+
+
 def main(where: str) -> list[dict[str, Any]]:
     """Measure, print the table on stdout, append the rows; returns them."""
     source = open_source(where)
     rows: list[dict[str, Any]] = []
     memory = [peak_megabytes(source, copies) for copies in (1, 10)]
-    twice = replace(source, entries=source.entries * COPIES)
+    peaks = {"images x1": round(memory[0]), "images x10": round(memory[1])}
     for name, repeats in REPEATS.items():
-        build_rate(source, name, 2)  # warm-up: starts the workers and fills the page cache
-        stages, one, two = [], [], []
-        for _ in range(repeats):
-            stages.append(stage_ms(source, name))
-            one.append(build_rate(twice, name, 1))
-            two.append(build_rate(twice, name, 2))
-        parts = {s: statistics.median(run[s] for run in stages) for s in stages[0]}
-        ceilings = [2000 / sum(run.values()) for run in stages]
-        of_ceiling = [rate / ceiling for rate, ceiling in zip(two, ceilings, strict=True)]
-        scaling = [b / a for a, b in zip(one, two, strict=True)]
-        row = {
-            "bench": "build",
-            "detector": name,
-            "images": len(twice.entries),
-            "n": repeats,
-            "stages_ms": {stage: round(ms, 3) for stage, ms in parts.items()},
-            "images_per_s_1_job": _spread(one),
-            "images_per_s_2_jobs": _spread(two),
-            "share_of_ceiling_2_jobs": _spread(of_ceiling),
-            "two_jobs_over_one": _spread(scaling),
-            "peak_mb": {"images x1": round(memory[0]), "images x10": round(memory[1])},
-        }
-        rows.append(row)
-        print(_table(row), flush=True)
+        rows.append(measure(source, name, repeats) | {"peak_mb": peaks})
+        print(table(rows[-1]), flush=True)
     print(f"peak memory of a job: {memory[0]:.0f} MB, over ten times the images {memory[1]:.0f} MB")
     print(append("build", rows))
     return rows
@@ -128,7 +134,8 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in names.items()}
 
 
-def _table(row: dict[str, Any]) -> str:
+def table(row: dict[str, Any]) -> str:
+    """The row for a terminal."""
     stages = "  ".join(f"{stage} {ms:.2f}" for stage, ms in row["stages_ms"].items())
     one, two = row["images_per_s_1_job"], row["images_per_s_2_jobs"]
     share, scaling = row["share_of_ceiling_2_jobs"], row["two_jobs_over_one"]

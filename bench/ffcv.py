@@ -53,6 +53,13 @@ class _Photos:
         return np.ascontiguousarray(rgb), entry.label
 
 
+def write_stock(source: Source, path: Path) -> None:
+    """The photographs as FFCV's own writer stores them."""
+    fields = {"image": RGBImageField("jpg", jpeg_quality=90), "label": IntField()}
+    writer = DatasetWriter(str(path), fields, num_workers=joblib.cpu_count())
+    writer.from_indexed_dataset(_Photos(source))
+
+
 def ours(records: ShardSet, detectors: list[str]) -> Callable[[], float]:
     """A function that runs our loader over several epochs and gives images a second."""
     count = len(records)
@@ -115,9 +122,7 @@ def main(where: str) -> None:
         build_shards(source, folder / "shards", default_settings(detectors, size))
         for frames in ("jpeg", "raw"):
             convert_to_ffcv(folder / "shards", folder / frames, frames)
-        fields = {"image": RGBImageField("jpg", jpeg_quality=90), "label": IntField()}
-        writer = DatasetWriter(str(folder / "stock.beton"), fields, num_workers=joblib.cpu_count())
-        writer.from_indexed_dataset(_Photos(source))
+        write_stock(source, folder / "stock.beton")
         jpeg, raw = ShardSet(folder / "jpeg"), ShardSet(folder / "raw")
         works = {
             "FFCV's RandomResizedCrop, JPEG": stock(folder / "stock.beton", count),

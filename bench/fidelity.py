@@ -24,8 +24,8 @@ from shards import Settings, ShardSet
 
 CROPS = (0, 1, 2, 3, 4, 6, 8)
 OTHERS: tuple[dict[str, Any], ...] = (
-    {"grid": 24},
-    {"grid": 36},
+    {"grid": 26},
+    {"grid": 40},
     {"grid": 64},
     {"mark": "disc"},
     {"mark": "point"},

@@ -1,7 +1,7 @@
 """Online detection as people run it: PyTorch datasets that detect on every crop, in the workers.
 
-In: photographs, or the frames of a set. Out: a crop and its keypoint marks an item. `Published` does
-what the published code does, step by step; `Optimised` is the best we could make of the same idea.
+In: photographs, or the frames of a set. Out: a crop and its keypoint marks an item. `Published`
+does what the published code does, step by step; `Optimised` is the same idea without its waste.
 """
 
 import io
@@ -130,5 +130,3 @@ def published_weights(marks: Tensor, w_ps: int = 8, temperature: float = 0.25) -
     density = torch.nn.functional.conv2d(marks, kernel, stride=w_ps)[:, 0]
     raw = torch.exp(torch.clamp(density / temperature, -20, 20))
     return raw / raw.amin(dim=(1, 2), keepdim=True)
-
-

@@ -34,8 +34,15 @@ from train.setup import device_name, find_device, find_visible
 WARM, STEPS, REPEATS = 8, 40, 5
 
 
-def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> dict[str, Any]:
-    """One row for recipe `name` with `batch` samples a step: interleaved repeats, medians."""
+def measure(
+    records: ShardSet,
+    name: str,
+    device: torch.device,
+    batch: int,
+    steps: int = STEPS,
+    repeats: int = REPEATS,
+) -> dict[str, Any]:
+    """One row for recipe `name` with `batch` samples a step: interleaved `repeats` of `steps`."""
     recipe = replace(find_recipe(name), batch=batch)
     cuda = device.type == "cuda"
     detector = records.manifest.settings.detectors[0]
@@ -46,7 +53,9 @@ def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> d
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
 
-    def run(batches: Iterator[dict[str, Tensor]], steps: int) -> tuple[float, float]:
+    def run(
+        batches: Iterator[dict[str, Tensor]], steps: int, weighing: Tensor | None = visible
+    ) -> tuple[float, float]:
         """Images a second and the share of time spent waiting for batches."""
         waited, begin = 0.0, time.perf_counter()
         for step in range(steps):
@@ -54,7 +63,7 @@ def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> d
             tensors = next(batches)
             waited += time.perf_counter() - asked
             mask = block_masks(0, step, batch, recipe.size // CELL, recipe.mask_ratio, device)
-            images, weights = prepare(tensors, recipe, visible)
+            images, weights = prepare(tensors, recipe, weighing)
             with autocast:
                 reconstruction = forward(images, mask)
             masked_l1(reconstruction, images, mask, weights).backward()
@@ -67,18 +76,20 @@ def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> d
         return steps * batch / spent, waited / spent
 
     plan = Plan(len(records), batch)
-    steps = WARM + REPEATS * STEPS
-    loader = Loader(records, plan, 0, steps, allocate=pinned if cuda else None)
+    warm = min(WARM, steps)
+    loader = Loader(records, plan, 0, warm + repeats * steps, allocate=pinned if cuda else None)
     stream = (tensors for _, tensors in to_device(loader, device))
     first = next(stream)
     still = {field: tensor.clone() for field, tensor in first.items()}
     frozen = iter(lambda: still, None)
-    run(frozen, WARM)
-    run(stream, WARM - 1)
-    ends, synthetics, waits = [], [], []
-    for _ in range(REPEATS):
-        synthetics.append(run(frozen, STEPS)[0])
-        rate, wait = run(stream, STEPS)
+    run(frozen, warm)
+    run(frozen, warm, None)
+    run(stream, warm - 1)
+    ends, synthetics, plains, waits = [], [], [], []
+    for _ in range(repeats):
+        synthetics.append(run(frozen, steps)[0])
+        plains.append(run(frozen, steps, None)[0])
+        rate, wait = run(stream, steps)
         ends.append(rate)
         waits.append(wait)
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), 0.0)
@@ -88,11 +99,14 @@ def measure(records: ShardSet, name: str, device: torch.device, batch: int) -> d
         "recipe": name,
         "device": device_name(device) or device.type,
         "batch": batch,
-        "n": REPEATS,
+        "n": repeats,
         "images_per_s": round(rate, 1),
         "images_per_s_synthetic": round(middle(synthetics), 1),
         "end_to_end_over_synthetic": round(
             middle(a / b for a, b in zip(ends, synthetics, strict=True)), 3
+        ),
+        "weighted_over_unweighted": round(  # time of a step
+            middle(b / a for a, b in zip(synthetics, plains, strict=True)), 3
         ),
         "waiting": round(middle(waits), 4),
         "mfu": round(rate * model_flops(model, recipe.size) / peak, 3) if peak else None,

@@ -6,7 +6,6 @@ does only what is missing, and the manifest, written last, says that all is ther
 
 import json
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -87,7 +86,6 @@ def _facts(source: Source, settings: Settings) -> dict[str, Any]:
             "opencv": cv2.__version__,
             "pillow": PIL.__version__,
             "simplejpeg": simplejpeg.__version__,
-            **({"zlib": zlib.ZLIB_RUNTIME_VERSION} if settings.bank else {}),
         },
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back

@@ -48,7 +48,7 @@ def build(
     bank: Annotated[
         int, typer.Option(help="Crops an image to store with their exact densities.")
     ] = 0,
-    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = 48,
+    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = 54,
     mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
     detect_on: Annotated[
         DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
@@ -81,7 +81,7 @@ def build(
         area=(between("--area", area, 0.01, 1), 1.0),
         map_crops=between("--map-crops", map_crops, 0, 64),
         bank=between("--bank", bank, 0, 255),
-        grid=between("--grid", grid, 1, 255),
+        grid=_even("--grid", between("--grid", grid, 2, 254)),
         mark=mark,
         detect_on=detect_on,
         detectors=_detectors(detector, detector_option or []),
@@ -123,6 +123,12 @@ def _detectors(names: str, assignments: list[str]) -> tuple[shards.Detector, ...
             )
         options[name][option] = text
     return tuple(preprocess.detector_settings(name, chosen) for name, chosen in options.items())
+
+
+def _even(option: str, value: int) -> int:
+    if value % 2:
+        raise ValueError(f"{option} {value} is odd; give {value + 1}")
+    return value
 
 
 def _crop(side: int) -> int:

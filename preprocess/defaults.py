@@ -19,7 +19,7 @@ def default_settings(detectors: tuple[Detector, ...], shard_size: int, **changes
         area=AREA,
         map_crops=3,
         bank=0,
-        grid=48,
+        grid=54,
         mark="ring",
         detect_on="source",
         detectors=detectors,

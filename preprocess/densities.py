@@ -6,6 +6,7 @@ would give there, from a few views of the source. The bank is that density itsel
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -17,6 +18,7 @@ from preprocess.marks import mark
 from shards import Bank, Detector, Settings
 from shards.bank import BANK_CELL
 from shards.plan import BANK, VIEW, crop_boxes
+from shards.record import LEVEL
 from shards.visibility import visible
 
 Image = NDArray[np.uint8]  # RGB [H, W, 3]
@@ -38,7 +40,7 @@ class View:
 def density_maps(
     rgb: Image, number: int, settings: Settings, size: tuple[int, int] | None = None
 ) -> Image:
-    """Maps of input `number` as uint8 [detectors, grid, grid], density = value / 255.
+    """Maps of input `number` as uint8 [detectors, grid, grid], density = value / 255 in 16 steps.
 
     `rgb` is its pixels, or its frame's, then with the `size` (height, width) of its source. The
     mean over views of the marked share of each cell, by how much of it each view sees: crops do
@@ -59,11 +61,11 @@ def density_maps(
             keypoints = detect(detector, grey, settings.crop)
             bitmap = mark(keypoints, view.rows, view.columns, settings.mark)
             marked[row] += cell_sums(bitmap, y, x) / (cell[0] * cell[1])
-            down = _line_sums(visible(detector, view.rows, settings.mark), y) / cell[0]
-            across = _line_sums(visible(detector, view.columns, settings.mark), x) / cell[1]
+            down = _seen(detector, view.rows, settings.mark, y) / cell[0]
+            across = _seen(detector, view.columns, settings.mark, x) / cell[1]
             seen[row] += down[:, None] * across
     density = np.where(seen > FLOOR, marked / np.maximum(seen, FLOOR), 0)
-    return np.rint(np.minimum(density, 1) * 255).astype(np.uint8)
+    return np.rint(np.minimum(density, 1) * (255 // LEVEL)).astype(np.uint8) * np.uint8(LEVEL)
 
 
 def map_views(number: int, size: tuple[int, int], settings: Settings) -> list[View]:
@@ -122,17 +124,25 @@ def cell_sums(bitmap: Image, y: Floats, x: Floats) -> Floats:
     return np.asarray(strips[:, 1:] - strips[:, :-1])
 
 
-def _line_sums(values: Floats, at: Floats) -> Floats:
-    """Sums of `values` (one a pixel) between neighbouring `at`."""
-    return np.diff(_between(np.concatenate([[0.0], np.cumsum(values)]), at))
+def _seen(detector: Detector, side: int, kind: str, at: Floats) -> Floats:
+    """Sums of what `detector` sees of a view's `side` px between neighbouring `at` (px)."""
+    margin = float(detector.options["edgeThreshold"]) if detector.name == "orb" else 0.0
+    sums = np.interp(at, *_running_sight(detector.name, margin, side, kind))
+    return sums[1:] - sums[:-1]
+
+
+@lru_cache(maxsize=1024)
+def _running_sight(name: str, margin: float, side: int, kind: str) -> tuple[Floats, Floats]:
+    """Pixel edges and the sums of `visible` up to them; the same few sides come again and again."""
+    sight = visible(Detector(name, {"edgeThreshold": margin}), side, kind)
+    return np.arange(side + 1.0), np.concatenate([[0.0], np.cumsum(sight)])
 
 
 def _between(values: NDArray[Any], at: Floats) -> Floats:
     """Rows of `values` at the fractional places `at`, linearly interpolated."""
     low = np.minimum(at.astype(np.int64), len(values) - 2)
-    part = at - low
-    part = part.reshape(-1, *[1] * (values.ndim - 1))
-    return np.asarray(values[low] * (1 - part) + values[low + 1] * part)
+    below = values[low]
+    return np.asarray(below + (values[low + 1] - below) * (at - low)[:, None])
 
 
 def _on(view: View, source: tuple[int, int], frame: tuple[int, int]) -> View:

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.plan import Plan
+from shards.plan import InOrder, Plan
 from shards.reader import ShardSet
 
 
 class Batch(NamedTuple):
     """One process's part of a step, or of a micro-step, in arrays that the loader reuses.
 
-    step; frames uint8 [b, F, F, 3] RGB; maps uint8 [b, D, G, G] for the chosen detectors; labels,
-    samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit square);
-    flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are those
-    stored, counts uint8 [b, D, c, c] are the crops' as flipped, and maps is [b, 0, G, G].
+    step; frames uint8 [b, F, F, 3] RGB; maps uint8 [b, D, G, G / 2], packed, of the chosen
+    detectors; labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in
+    the unit square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and
+    flips are those stored, counts uint8 [b, D, c, c] are the crops' as flipped, and there are no
+    maps (D is 0).
     """
 
     step: int
@@ -33,7 +34,10 @@ class Batch(NamedTuple):
 
 
 def planned(
-    records: ShardSet, plan: Plan, part: tuple[int, Any, Any], arrays: tuple[Any, Any, Any]
+    records: ShardSet,
+    plan: Plan | InOrder,
+    part: tuple[int, Any, Any],
+    arrays: tuple[Any, Any, Any],
 ) -> tuple[Batch, NDArray[np.void]]:
     """The batch of `part` (step, epochs, samples) around its (frames, maps, counts), with the
     plan's boxes, and its rows of the index.
@@ -47,7 +51,7 @@ def planned(
 
 
 def wanted_rows(
-    records: ShardSet, plan: Plan, detectors: list[str] | None, bank: bool = False
+    records: ShardSet, plan: Plan | InOrder, detectors: list[str] | None, bank: bool = False
 ) -> list[int]:
     """Which of the set's maps `detectors` are (None: all). ValueError if one is not there."""
     if plan.count != len(records):

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.bank import BANK_CELL, plain_row_bytes, plain_rows
+from shards.bank import BANK_CELL, row_bytes, to_rows
 from shards.manifest import Manifest
-from shards.record import Record, decode_frame
+from shards.record import Record, decode_frame, packed
 from shards.webdataset import INDEX_DTYPE
 
 BETON = "records.beton"
@@ -35,7 +35,7 @@ TYPES = {"frame": 2, "maps": 4, "bank": 4, "label": 1, "index": 1}  # RGBImage, 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What the records of a .beton look like: side of the frames in px, whether they are raw,
-    shape of the maps [D, G, G] and of the bank's rows [K, bytes], (0, 0) for none.
+    shape of the packed maps [D, G, G / 2] and of the bank's rows [K, bytes], (0, 0) for none.
     """
 
     side: int
@@ -67,8 +67,8 @@ def layout_of(manifest: Manifest) -> Layout:
     """The layout of the FFCV set that `manifest` describes."""
     settings = manifest.settings
     detectors, cells = len(settings.detectors), settings.crop // BANK_CELL
-    maps = (detectors, settings.grid, settings.grid)
-    bank = (settings.bank, plain_row_bytes(detectors, cells)) if settings.bank else (0, 0)
+    maps = (detectors, settings.grid, settings.grid // 2)
+    bank = (settings.bank, row_bytes(detectors, cells)) if settings.bank else (0, 0)
     return Layout(settings.frame, settings.quality == 0, maps, bank)
 
 
@@ -135,8 +135,8 @@ def write_beton(
     with path.open("wb") as file:
         for number, record in enumerate(records):
             frame = decode_frame(record.frame).tobytes() if layout.raw else record.frame
-            maps = record.maps.tobytes()
-            bank = plain_rows(record.bank).tobytes() if record.bank else b""
+            maps = packed(record.maps).tobytes()
+            bank = to_rows(record.bank).tobytes() if record.bank else b""
             size = len(frame) + len(maps) + len(bank)
             if size > PAGE:
                 raise ValueError(f"record {record.key} has {size} bytes, more than FFCV's page")

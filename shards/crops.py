@@ -42,11 +42,12 @@ def crop_maps(
 ) -> Tensor:
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
-    `maps` is uint8 [b, G, G]. The mean over a part is exact: map cells count by their overlap.
-    `visible` [cells] is the share of its marks that the detector finds at each distance from the
-    crop's edge (shards.visibility.visible_cells), as flips leave it.
+    `maps` is uint8 [b, G, G / 2], packed as in a batch (shards.record.packed). The mean over a part
+    is exact: map cells count by their overlap. `visible` [cells] is the share of its marks that the
+    detector finds at each distance from the crop's edge (shards.visibility.visible_cells).
     """
-    grid = maps.shape[-1]
+    grid = maps.shape[-2]
+    density = torch.stack([maps & 15, maps >> 4], dim=-1).flatten(-2) / 15
     lower = torch.arange(grid, device=maps.device, dtype=torch.float32)
     edges = torch.arange(cells + 1, device=maps.device) / cells
     shares = []
@@ -59,7 +60,7 @@ def crop_maps(
             share = share * visible[:, None]
         shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
     rows, columns = shares
-    return rows @ (maps.float() / 255) @ columns.transpose(1, 2)
+    return rows @ density @ columns.transpose(1, 2)
 
 
 def pool_counts(counts: Tensor, cells: int) -> Tensor:

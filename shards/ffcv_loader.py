@@ -13,7 +13,7 @@ from typing import Any
 import joblib
 import numpy as np
 
-from shards.bank import BANK_CELL, of_plain_rows
+from shards.bank import from_rows
 from shards.batch import Batch, planned, wanted_rows
 from shards.beton import BETON
 from shards.plan import Plan, unit_boxes
@@ -58,7 +58,7 @@ class FfcvLoader:
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.size = len(plan.samples(first, 0, rank, ranks)[0])
         settings = records.manifest.settings
-        self.shape = len(settings.detectors), settings.crop // BANK_CELL
+        self.detectors = len(settings.detectors)
         arrays = {"maps": [NDArrayDecoder()] if self.rows and not bank else None}
         if settings.bank:
             arrays["bank"] = [NDArrayDecoder()] if bank else None
@@ -100,7 +100,7 @@ class FfcvLoader:
             return batch
         (bank,), (_, epochs, samples) = arrays, part
         slots = self.plan.slots(epochs, samples, bank.shape[1])
-        chosen = of_plain_rows(bank[np.arange(self.size), slots], *self.shape)
+        chosen = from_rows(bank[np.arange(self.size), slots], self.detectors)
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         boxes = unit_boxes(chosen.boxes.astype(np.int64), *size)
         counts = chosen.counts[:, self.rows]

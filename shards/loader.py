@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
+from struct import Struct
 from typing import Any
 
 import joblib
@@ -18,14 +19,15 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shards.bank import BANK_CELL, read_slot
+from shards.bank import BANK_CELL, row_bytes
 from shards.batch import Batch, planned, wanted_rows
-from shards.plan import Plan
+from shards.plan import InOrder, Plan
 from shards.reader import ShardSet
-from shards.record import key_of, npy_bytes
+from shards.record import key_of, npy_header
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256
+SLOT = Struct("<4I2B")  # shards.bank.CROP, for reading one: NumPy would take longer
 # The index fields that a read needs.
 PLACES = ("start", "frame", "frame_bytes", "maps", "maps_bytes", "bank_bytes", "height", "width")
 
@@ -43,7 +45,7 @@ class Loader:
     def __init__(
         self,
         records: ShardSet,
-        plan: Plan,
+        plan: Plan | InOrder,
         first: int,
         last: int,
         *,
@@ -69,19 +71,20 @@ class Loader:
         settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
         frames = (size, settings.frame, settings.frame, 3)
-        self.bank_cells = settings.crop // BANK_CELL
-        maps = (size, 0 if bank else len(self.rows), settings.grid, settings.grid)
-        counts = (size, len(self.rows) if bank else 0, self.bank_cells, self.bank_cells)
+        cells = settings.crop // BANK_CELL
+        self.bank_cells, self.bank_row = cells, row_bytes(len(settings.detectors), cells)
+        self.bank_header = npy_header((settings.bank, self.bank_row)) if bank else b""
+        maps = (size, 0 if bank else len(self.rows), settings.grid, settings.grid // 2)
+        counts = (size, len(self.rows) if bank else 0, cells, cells)
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
         shapes = (frames, maps, counts)
         self.buffers = [tuple(allocate(shape) for shape in shapes) for _ in range(prefetch + 1)]
         self.raw = settings.quality == 0
-        grid = (len(settings.detectors), settings.grid, settings.grid)
-        self.map_header = npy_bytes(np.zeros(grid, np.uint8))[: -int(np.prod(grid))]
-        self.detectors = len(settings.detectors)
-        self.cells = settings.grid**2 if self.rows and not bank else 0
+        halves = settings.grid // 2
+        self.map_header = npy_header((len(settings.detectors), settings.grid, halves))
+        self.cells = settings.grid * halves if self.rows and not bank else 0
         self.depth = max(self.rows, default=0) + 1  # maps to read: up to the last one wanted
-        self.frame_header = npy_bytes(np.zeros(frames[1:], np.uint8))[: -int(np.prod(frames[1:]))]
+        self.frame_header = npy_header(frames[1:])
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
@@ -165,16 +168,17 @@ class Loader:
                 density = np.frombuffer(data, np.uint8, cells, begin + row * cells)
                 batch.maps[place, column].reshape(-1)[:] = density
         elif self.slots:
-            try:
-                at = maps - start + maps_bytes
-                crop, found = read_slot(data, at, slot, self.detectors, self.rows, self.bank_cells)
-            except ValueError as error:
-                return f"has {error}"
-            sides = (height, width, height, width)
-            batch.boxes[place] = [px / side for px, side in zip(crop["box"], sides, strict=True)]
-            batch.flips[place] = crop["flips"]
-            for column, counts in enumerate(found):
-                batch.counts[place, column] = counts
+            at = maps - start + maps_bytes
+            if not data.startswith(self.bank_header, at):
+                return "has a bank that is not as the manifest says"
+            at += len(self.bank_header) + slot * self.bank_row
+            top, left, tall, wide, *flips = SLOT.unpack_from(data, at)
+            batch.boxes[place] = top / height, left / width, tall / height, wide / width
+            batch.flips[place] = flips
+            cells = self.bank_cells**2
+            for column, row in enumerate(self.rows):
+                counts = np.frombuffer(data, np.uint8, cells, at + SLOT.size + row * cells)
+                batch.counts[place, column].reshape(-1)[:] = counts
         begin = frame - start
         return self._decode(memoryview(data)[begin : begin + frame_bytes], batch.frames[place])
 

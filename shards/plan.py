@@ -175,3 +175,43 @@ class Plan:
         for step in range(first, last):
             for micro_step in range(self.micro_steps):
                 yield step, *self.samples(step, micro_step, rank, ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class InOrder:
+    """A plan for looking at a set: every sample once, whole, in order; the last step is short."""
+
+    count: int
+    batch: int
+
+    @property
+    def steps(self) -> int:
+        """Steps that show all samples."""
+        return -(-self.count // self.batch)
+
+    def samples(
+        self, step: int, micro_step: int = 0, rank: int = 0, ranks: int = 1
+    ) -> tuple[Ints, Ints]:
+        """(epochs, sample indices) of a step; the other arguments are for Plan's likeness."""
+        assert ranks == 1
+        first = step * self.batch
+        samples = np.arange(first, min(first + self.batch, self.count), dtype=np.int64)
+        return np.zeros_like(samples), samples
+
+    def boxes(
+        self, epochs: Ints, samples: Ints, heights: Ints, widths: Ints
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The whole of each, unflipped."""
+        whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(samples), 1))
+        return whole, np.zeros((len(samples), 2), bool)
+
+    def slots(self, epochs: Ints, samples: Ints, count: int) -> Ints:
+        """The first of `count` stored crops."""
+        return np.zeros_like(samples)
+
+    def parts(
+        self, first: int, last: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[int, Ints, Ints]]:
+        """(step, epochs, samples) of steps `first` to `last` - 1."""
+        for step in range(first, last):
+            yield step, *self.samples(step, 0, rank, ranks)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import manifest as _manifest
-from shards.bank import BANK_CELL, of_plain_rows, plain_row_bytes
+from shards.bank import BANK_CELL, from_rows, row_bytes
 from shards.manifest import INDEX, Manifest
-from shards.record import Record, key_of, npy_bytes
+from shards.record import Record, key_of, npy_bytes, unpacked
 from shards.webdataset import INDEX_DTYPE, parse_record
 
 
@@ -62,18 +62,18 @@ class ShardSet:
     def _of_regions(self, data: bytes, row: NDArray[np.void]) -> Record:
         """A record of a .beton: its frame and its maps without names; the index has the rest."""
         settings = self.manifest.settings
-        detectors, cells = len(settings.detectors), settings.crop // BANK_CELL
+        detectors = len(settings.detectors)
         size, maps_size, bank_size = (int(row[f"{n}_bytes"]) for n in ("frame", "maps", "bank"))
-        shape = (detectors, settings.grid, settings.grid)
-        slots = settings.bank * plain_row_bytes(detectors, cells)
+        shape = (detectors, settings.grid, settings.grid // 2)
+        slots = settings.bank * row_bytes(detectors, settings.crop // BANK_CELL)
         key = key_of(int(row["key"]))
         if len(data) != size + maps_size + slots or (maps_size, bank_size) != (prod(shape), slots):
             raise ValueError(f"{self.folder / self.shards[0].name}: record {key} is cut short")
-        maps = np.frombuffer(data, np.uint8, maps_size, size).reshape(shape)
+        maps = unpacked(np.frombuffer(data, np.uint8, maps_size, size).reshape(shape))
         bank = None
         if slots:
             rows = np.frombuffer(data, np.uint8, offset=size + maps_size)
-            bank = of_plain_rows(rows.reshape(settings.bank, -1), detectors, cells)
+            bank = from_rows(rows.reshape(settings.bank, -1), detectors)
         frame = data[:size]
         if settings.quality == 0:
             pixels = np.frombuffer(frame, np.uint8)

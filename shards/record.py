@@ -16,11 +16,13 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shards.bank import Bank, deflated, inflated
+from shards.bank import Bank, from_rows, to_rows
 
 KEY_DIGITS = 9
+UINT8 = np.dtype(np.uint8)
 JPEG, RAW = "jpg", "frame.npy"
 LABEL, META, MAPS = "cls", "json", "maps.npy"
+LEVEL = 17  # maps have the 16 densities 0, 17, ... 255 of 255: more would be lost in their error
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,9 @@ class Record:
     """What a shard holds of one source image.
 
     `frame` is the encoded square frame (a JPEG file or a .npy file), `maps` uint8 [D, G, G] with
-    density = value / 255, one map per detector in the manifest's order. `label` is -1 for none,
-    `height` and `width` are the source's in pixels, `source` is its name below the source's root.
+    density = value / 255 in steps of LEVEL, one map per detector in the manifest's order. `label`
+    is -1 for none, `height` and `width` are the source's in pixels, `source` is its name below the
+    source's root.
     `bank` holds stored crops with their exact counts, if the set has them.
     """
 
@@ -50,11 +53,12 @@ def key_of(index: int) -> str:
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
     """`array` as a .npy version 1.0 file: 128 header bytes for our shapes, then C-order data."""
-    return _npy_header(array.dtype, array.shape) + array.tobytes()
+    return npy_header(array.shape, array.dtype) + array.tobytes()
 
 
 @lru_cache(maxsize=64)
-def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: Any = UINT8) -> bytes:
+    """What stands before the data of a .npy file of `shape` and `dtype`."""
     buffer = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)
     facts = {"descr": descr, "fortran_order": False, "shape": shape}
@@ -64,7 +68,7 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 def npy_size(array: NDArray[Any]) -> int:
     """len(npy_bytes(array))."""
-    return len(_npy_header(array.dtype, array.shape)) + array.nbytes
+    return len(npy_header(array.shape, array.dtype)) + array.nbytes
 
 
 def npy_array(data: bytes) -> NDArray[np.uint8]:
@@ -84,10 +88,11 @@ def npy_array(data: bytes) -> NDArray[np.uint8]:
 def members(record: Record) -> list[tuple[str, bytes]]:
     """The members of `record` in stored order: frame, maps with bank, label, metadata."""
     frame_suffix = RAW if record.frame.startswith(b"\x93NUMPY") else JPEG
+    bank = npy_bytes(to_rows(record.bank)) if record.bank else b""
     meta = {"height": record.height, "source": record.source, "width": record.width}
     return [
         (frame_suffix, record.frame),
-        (MAPS, npy_bytes(record.maps) + (deflated(record.bank) if record.bank else b"")),
+        (MAPS, npy_bytes(packed(record.maps)) + bank),
         (LABEL, str(record.label).encode("ascii")),
         (META, json.dumps(meta, sort_keys=True, separators=(",", ":")).encode("ascii")),
     ]
@@ -106,14 +111,31 @@ def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
         meta: dict[str, Any] = json.loads(parts[META])
         height, width, source = meta["height"], meta["width"], meta["source"]
         label = int(parts[LABEL])
-        maps = npy_array(parts[MAPS])
-        rest = parts[MAPS][npy_size(maps) :]
-        bank = inflated(rest) if rest else None
+        halves = npy_array(parts[MAPS])
+        if halves.ndim != 3:
+            raise ValueError(f"the maps are {halves.shape}")
+        rest = parts[MAPS][npy_size(halves) :]
+        bank = from_rows(npy_array(rest), len(halves)) if rest else None
+        maps = unpacked(halves)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"record {key} does not parse: {error}") from None
     if not (isinstance(height, int) and isinstance(width, int) and isinstance(source, str)):
         raise ValueError(f"record {key}: height and width must be integers and source a string")
     return Record(key, parts[frames[0]], label, height, width, source, maps, bank)
+
+
+def packed(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells a byte,
+    the left one in the low half.
+    """
+    fours = maps // LEVEL
+    return np.asarray(fours[..., ::2] | fours[..., 1::2] << 4, np.uint8)
+
+
+def unpacked(halves: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The maps [..., G, G] of packed ones [..., G, G / 2]."""
+    fours = np.stack([halves & 15, halves >> 4], axis=-1)
+    return fours.reshape(*halves.shape[:-1], 2 * halves.shape[-1]) * np.uint8(LEVEL)
 
 
 def encode_frame(rgb: NDArray[np.uint8], quality: int) -> bytes:

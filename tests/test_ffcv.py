@@ -40,7 +40,7 @@ def test_our_layout_is_ffcvs_own(converted):
         assert [ours.fields[n][1] for n in ours.names] == [
             theirs.fields[n][1] for n in theirs.names
         ]
-    arrays = [NDArrayField(np.dtype("u1"), shape) for shape in ((2, 16, 16), (2, 20 + 2 * 144))]
+    arrays = [NDArrayField(np.dtype("u1"), shape) for shape in ((2, 16, 8), (2, 18 + 2 * 144))]
     handlers = [RGBImageField(), *arrays, IntField(), IntField()]
     ours = layout.layout_of(load(converted))
     for kept, mine in ((handlers, ours), (handlers[:2] + handlers[3:], replace(ours, bank=(0, 0)))):
@@ -51,7 +51,7 @@ def test_our_layout_is_ffcvs_own(converted):
         ]
     reader = Reader(str(converted / layout.BETON))
     assert reader.field_names == ["frame", "maps", "bank", "label", "index"]
-    assert reader.handlers["maps"].shape == (2, 16, 16)
+    assert reader.handlers["maps"].shape == (2, 16, 8)
     descriptors = reader.field_descriptors["arguments"]
     for handler, arguments in zip(handlers, descriptors, strict=True):
         assert handler.to_binary()[0].tobytes() == arguments.tobytes()

@@ -1,0 +1,137 @@
+"""A frozen encoder from whatever holds one, and the tokens of any of its blocks.
+
+In: a checkpoint or run of ours, an exported or Hugging Face file, or `timm:NAME`. Out: a timm
+encoder on a device, with the image side it was made for.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from evaluate.huggingface import is_huggingface, options_of, to_timm
+from train import checkpoint
+from train.export import encoder_state
+from train.model import make_encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px."""
+
+    title: str
+    model: Any
+    size: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a ViT, stages of a Swin."""
+        return len(self.model.layers if hasattr(self.model, "layers") else self.model.blocks)
+
+    @property
+    def default_block(self) -> int:
+        """The published probe's: block 8 of 12, two thirds of any ViT; a Swin's last stage."""
+        return self.blocks if hasattr(self.model, "layers") else max(1, round(self.blocks * 2 / 3))
+
+
+def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
+    """The encoder that `what` names. `size` is for timm models, which come in any.
+
+    what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
+    Face's ViT (or its .bin); `timm:NAME` with timm's weights, `random:NAME` without. Raises
+    ValueError, in one line, if it is none of these or its tensors do not fit.
+    """
+    kind, _, name = what.partition(":")
+    if kind in ("timm", "random"):
+        torch.manual_seed(0)  # the same random weights each time
+        model = make_encoder(name, size)
+        if kind == "timm":
+            model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+        return Encoder(what, model.to(device).eval().requires_grad_(False), size)
+    path = Path(what)
+    if path.is_dir():
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"{path} holds no checkpoint; train first with `kamim pretrain`")
+        path = newest
+    if not path.is_file():
+        raise ValueError(f"{what} is no file, run folder, timm:NAME or random:NAME")
+    model, side = _from_file(path)
+    return Encoder(what, model.to(device).eval().requires_grad_(False), side)
+
+
+def _from_file(path: Path) -> tuple[nn.Module, int]:
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        if is_huggingface(tensors):
+            return _from_huggingface(tensors, path)
+        if "model" not in facts:
+            raise ValueError(f"{path} does not say what it is of; `kamim export` writes that")
+        options = json.loads(facts["options"])
+        size = int(options.pop("img_size"))
+        for known in ("num_classes", "window_size"):
+            options.pop(known, None)
+        return fitted(make_encoder(facts["model"], size, options), tensors, path), size
+    try:
+        plain = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch each raise their own
+        detail = str(error).splitlines()[0][:160]
+        raise ValueError(f"{path} is no sound checkpoint and was not loaded: {detail}") from None
+    if isinstance(plain, dict) and is_huggingface(plain):
+        return _from_huggingface(plain, path)
+    state = checkpoint.load(path)
+    recipe = state["run"]["recipe"]
+    model = make_encoder(recipe["model"], recipe["size"], recipe["options"])
+    return fitted(model, encoder_state(state), path), int(recipe["size"])
+
+
+def _from_huggingface(tensors: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:
+    options, size, eps = options_of(tensors)
+    model = make_encoder("vit_base_patch16_224", size, options)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+    return fitted(model, to_timm(tensors), path), size
+
+
+def fitted(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """`model` with `tensors`. ValueError, naming the first that does not fit."""
+    wanted = model.state_dict()
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, the model's is "
+        f"{tuple(wanted[name].shape) if name in wanted else 'missing'}"
+        for name in sorted(set(wanted) | set(tensors))
+        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such)")
+    model.load_state_dict(tensors)
+    return model
+
+
+def tokens(encoder: Encoder, images: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(patch tokens [b, n, d], class token [b, d]) after `block`, counted from 1.
+
+    After a ViT's last block, the final norm is applied; a Swin's class token is its mean token.
+    """
+    model = encoder.model
+    last = block == encoder.blocks
+    if hasattr(model, "layers"):
+        (out,) = model.forward_intermediates(
+            images, indices=[block - 1], norm=last, intermediates_only=True
+        )
+        patches = out.flatten(2).transpose(1, 2)
+        return patches, patches.mean(1)
+    ((patches, prefix),) = model.forward_intermediates(
+        images, indices=[block - 1], norm=last, intermediates_only=True, output_fmt="NLC",
+        return_prefix_tokens=True,
+    )  # fmt: skip
+    return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)

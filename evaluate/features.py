@@ -1,0 +1,96 @@
+"""Features of every record of a set, computed once: shards and an encoder in, arrays out.
+
+In: a set with labels, an encoder, a block. Out: float32 [N, d] with labels, cached in a file that
+is only used again for the very same set, encoder, block and pooling.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evaluate.encoder import Encoder, tokens
+from shards import ShardSet
+from shards.crops import crop_frames, to_device
+from shards.loader import Loader
+from shards.plan import InOrder
+from shards.writing import progress
+
+Pool = Literal["mean", "cls"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def check_labels(records: ShardSet, other: ShardSet | None = None) -> int:
+    """The number of classes; ValueError if a label is none of them or `other` has other classes."""
+    classes = records.manifest.classes
+    if len(classes) < 2:
+        raise ValueError(f"{records.folder} has {len(classes)} classes; a probe needs two or more")
+    labels = records.index["label"]
+    outside = labels[(labels < 0) | (labels >= len(classes))]
+    if len(outside):
+        raise ValueError(
+            f"{records.folder}: label {int(outside[0])} is none of its {len(classes)} classes"
+        )
+    if other is not None and other.manifest.classes != classes:
+        raise ValueError(f"{records.folder} and {other.folder} have different classes")
+    return len(classes)
+
+
+def extract(
+    encoder: Encoder,
+    records: ShardSet,
+    block: int,
+    pool: Pool,
+    device: torch.device,
+    batch: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """(features float32 [N, d], labels int64 [N]) in the order of the set, on the CPU.
+
+    Images are the whole frames at the encoder's size, as the published validation does it: aspect
+    not kept, no antialias.
+    """
+    order = InOrder(len(records), batch)
+    loader = Loader(records, order, 0, order.steps, detectors=[])
+    found, labels = [], []
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
+    bar = progress(f"features of {records.folder.name}", len(records))
+    with bar, torch.inference_mode():
+        for each, tensors in to_device(loader, device):
+            real = len(each.labels)
+            frames = tensors["frames"][:real]
+            images = crop_frames(frames, tensors["boxes"], tensors["flips"], encoder.size)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                patches, cls = tokens(encoder, (images - mean) / std, block)
+            found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
+            labels.append(tensors["labels"].cpu().clone())
+            bar.update(real)
+    return torch.cat(found), torch.cat(labels)
+
+
+def cached(
+    folder: Path,
+    encoder: Encoder,
+    records: ShardSet,
+    block: int,
+    pool: Pool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """As `extract`, kept in `folder` so that a run that was killed does not do it again."""
+    name = hashlib.sha256()
+    name.update(f"{records.manifest.fingerprint} {encoder.size} {block} {pool}".encode())
+    for key, tensor in encoder.model.state_dict().items():
+        name.update(key.encode())
+        name.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    path = folder / f"features-{name.hexdigest()[:20]}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        features, labels = extract(encoder, records, block, pool, device)
+        temporary = path.with_suffix(".tmp")
+        save_file({"features": features, "labels": labels}, temporary)
+        temporary.replace(path)
+    tensors = load_file(path)
+    return tensors["features"], tensors["labels"]

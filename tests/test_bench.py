@@ -1,0 +1,131 @@
+"""The benchmark: its baseline is the published way to the last pixel, its arithmetic adds up."""
+
+import io
+import json
+import time
+
+import numpy as np
+import oracle
+import pytest
+from PIL import Image
+from test_cli import kamim
+
+torch = pytest.importorskip("torch")
+
+from bench import meaning, plots, versus  # noqa: E402
+from bench.online import AUGMENT, Optimised, Published, published_weights  # noqa: E402
+from preprocess import build_shards, detector_settings, open_source  # noqa: E402
+from preprocess.defaults import default_settings  # noqa: E402
+from preprocess.sources import read  # noqa: E402
+from shards import ShardSet, decode_frame  # noqa: E402
+from shards.plan import Plan  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["fast", "orb", "sift"])
+@pytest.mark.parametrize("drawing", [True, False])
+def test_the_published_baseline_has_the_oracles_weights(name, drawing):
+    source = open_source("demo")
+    dataset = Published(source, name, drawing=drawing)
+    for number in (3, 77, 200):
+        torch.manual_seed(number)
+        image, marks = dataset[number]
+        torch.manual_seed(number)
+        data = read(source.kind, source.root, source.entries[number])
+        crop = AUGMENT(Image.open(io.BytesIO(data)).convert("RGB")).permute(1, 2, 0).numpy()
+        crop = np.ascontiguousarray(crop)
+        np.testing.assert_array_equal(marks[0].numpy(), oracle.rings(crop, name))
+        ours = published_weights(marks[None])[0].numpy()
+        np.testing.assert_allclose(ours, oracle.weights(oracle.crop_density(crop, name)), rtol=1e-5)
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        expected = ((crop / 255 - mean) / std).transpose(2, 0, 1)
+        np.testing.assert_allclose(image.numpy(), expected, atol=1e-5)
+
+
+def test_the_optimised_baseline_detects_on_the_plans_crop(small_source, tmp_path):
+    chosen = default_settings((detector_settings("fast"),), 20)
+    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    records = ShardSet(tmp_path / "set")
+    for number in (0, 21, 39):
+        crop, counts = Optimised(records, "fast")[number]
+        expected = oracle.crop_density(crop.numpy(), "fast") * 64
+        np.testing.assert_array_equal(counts.numpy(), expected)
+        boxes, flips = Plan(40, 1).boxes(*(np.array([v]) for v in (0, number, 80, 96)))
+        frame = decode_frame(records[number].frame)
+        frame = frame[:, ::-1] if flips[0, 0] else frame
+        frame = frame[::-1] if flips[0, 1] else frame
+        middle = np.abs(crop.numpy().mean((0, 1)) - frame.mean((0, 1)))
+        assert (middle < 40).all()
+        assert boxes.shape == (1, 4)
+
+
+def found(noisy=False):
+    """Made-up rates of every loader, three repeats each."""
+    names = {f"{loader}: {d}": 100.0 for loader in versus.CEILING for d in ("fast", "None")}
+    names |= {name: 50.0 for _, *pair in versus.CHAIN for name in pair}
+    names |= dict.fromkeys(versus.CEILING.values(), 1000.0)
+    names |= {"online, published: fast": 20.0, "offline, WebDataset: fast": 700.0}
+    rates = {name: [rate, rate * 1.01, rate * 0.99] for name, rate in names.items()}
+    if noisy:
+        rates["copy only, raw frames"] = [1000.0, 500.0, 990.0]
+    return rates
+
+
+def test_the_factors_multiply_to_the_whole():
+    rows = versus.rows_of(found(), 40)
+    (chain,) = [row for row in rows if row["loader"] == "chain"]
+    assert chain["total"]["median"] == 35
+    assert chain["product"] == pytest.approx(35)
+    assert len(chain["factors"]) == 5
+    ours = next(r for r in rows if (r["loader"], r["detector"]) == ("offline, WebDataset", "fast"))
+    assert ours["times_published"]["median"] == 35
+    assert ours["of_ceiling"]["median"] == 0.7
+    assert ours["n"] == 3
+
+
+def test_noise_is_told():
+    assert versus.noise(found()) == ""
+    assert "too noisy to trust: 'copy only, raw frames' varied 2.00-fold" in versus.noise(
+        found(True)
+    )
+
+
+def test_what_it_means_is_computed_from_the_rates():
+    rates = {"online, published: fast": 200.0, "offline, WebDataset: fast": 8000.0}
+    rows = meaning.rows_of(rates, 2, {"vit_base": 2500.0})
+    base = next(row for row in rows if row["recipe"] == "vit_base")
+    assert base["gpu_is"] == "measured"
+    assert base["delivered_by_16_cores"] == {"published": 1600, "WebDataset": 64000}
+    hours = 1_281_167 * 100 / 3600
+    assert base["hours_100_epochs"] == {
+        "published": round(hours / 1600, 1),
+        "WebDataset": round(hours / 2500, 1),
+    }
+    assert all("computed" in row["gpu_is"] for row in rows if row is not base)
+
+
+def test_pictures_are_drawn(tmp_path):
+    for path in plots.draw_all(versus.rows_of(found(), 40), tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_one_line():
+    for arguments, words in (
+        (["--only", "loader"], "there are loaders, step, build, meaning"),
+        (["--only", "meaning"], "needs the loaders' rates"),
+        (["nowhere"], "nowhere"),
+    ):
+        done = kamim("bench", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_quick_needs_no_data_and_three_minutes():
+    begin = time.monotonic()
+    done = kamim("bench", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 180
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["bench"] for row in rows} == {"versus", "step", "build", "meaning"}

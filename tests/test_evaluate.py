@@ -1,0 +1,228 @@
+"""Evaluation: probes that can only be right, features of the block asked for, others' weights."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import settings
+from test_cli import kamim
+
+torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from test_pretrain import TINY, run  # noqa: E402
+
+import preprocess  # noqa: E402
+from evaluate.encoder import load_encoder, tokens  # noqa: E402
+from evaluate.features import extract  # noqa: E402
+from evaluate.huggingface import from_timm, to_timm  # noqa: E402
+from evaluate.probe import linear_probe, nearest_neighbours  # noqa: E402
+from preprocess import build_shards, open_source  # noqa: E402
+from shards import ShardSet, decode_frame  # noqa: E402
+from train import checkpoint  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def clusters(count, classes, seed, shuffled=False):
+    """Features that a line separates, or the same with labels that mean nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=rng)
+    centres = torch.randn(classes, 32, generator=torch.Generator().manual_seed(99)) * 5
+    features = centres[labels] + 0.3 * torch.randn(count, 32, generator=rng)
+    return features, labels[torch.randperm(count, generator=rng)] if shuffled else labels
+
+
+def test_a_separable_set_is_all_right_and_shuffled_labels_are_chance():
+    val = clusters(500, 7, 2)
+    score = linear_probe(clusters(2000, 7, 1), val, 7, seed=0)
+    assert score.top1 == score.top5 == 1
+    assert nearest_neighbours(clusters(2000, 7, 1), val, 7) == 1
+    for seed in (0, 1):
+        by_chance = linear_probe(clusters(2000, 7, 1, True), val, 7, seed=seed)
+        assert abs(by_chance.top1 - 1 / 7) < 0.1
+    assert abs(nearest_neighbours(clusters(2000, 7, 1, True), val, 7) - 1 / 7) < 0.1
+
+
+def test_a_probe_depends_on_its_seed_alone():
+    train, val = clusters(300, 3, 1, True), clusters(100, 3, 2)
+    scores = [linear_probe(train, val, 3, seed=seed, epochs=3) for seed in (4, 4, 5)]
+    assert scores[0] == scores[1]
+
+
+@pytest.fixture
+def labelled(small_source, tmp_path):
+    chosen = settings(frame=96, crop=96, detectors=(preprocess.detector_settings("fast"),))
+    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_are_those_of_the_block_in_the_order_of_the_set(labelled, tmp_path, block, pool):
+    run(labelled, tmp_path / "run", steps=2)
+    encoder = load_encoder(str(tmp_path / "run"), CPU)
+    assert (encoder.size, encoder.blocks, encoder.default_block) == (96, 2, 1)
+    records = ShardSet(labelled)
+    features, labels = extract(encoder, records, block, pool, CPU, batch=16)
+    assert labels.tolist() == [records[n].label for n in range(40)]
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    model = encoder.model
+    for number in (0, 17, 39):
+        frame = torch.from_numpy(decode_frame(records[number].frame)).permute(2, 0, 1) / 255
+        x = model._pos_embed(model.patch_embed(((frame - mean) / std)[None]))
+        for layer in model.blocks[:block]:
+            x = layer(x)
+        x = model.norm(x) if block == 2 else x
+        expected = x[0, 1:].mean(0) if pool == "mean" else x[0, 0]
+        torch.testing.assert_close(features[number], expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["random:vit_tiny_patch16_224", "random:swin_tiny_patch4_window7_224"]
+)
+def test_any_block_of_any_backbone_gives_tokens(name):
+    encoder = load_encoder(name, CPU, size=96)
+    for block in (1, encoder.blocks):
+        patches, cls = tokens(encoder, torch.zeros(2, 3, 96, 96), block)
+        assert patches.ndim == 3
+        assert cls.shape == (2, patches.shape[2])
+    assert encoder.default_block == (8 if "vit" in name else 4)
+
+
+def test_hugging_face_vits_load_and_give_the_same_features(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512,
+        image_size=96, patch_size=16, encoder_stride=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.ViTForMaskedImageModeling(config).eval()
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = theirs.vit(images).last_hidden_state
+    state = published_layout(theirs.state_dict())
+    save_file(state, tmp_path / "theirs.safetensors")
+    torch.save(state, tmp_path / "theirs.bin")
+    for file in ("theirs.safetensors", "theirs.bin"):
+        encoder = load_encoder(str(tmp_path / file), CPU)
+        assert (encoder.size, encoder.blocks) == (96, 3)
+        patches, cls = tokens(encoder, images, 3)
+        torch.testing.assert_close(patches, expected[:, 1:], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(cls, expected[:, 0], atol=1e-4, rtol=1e-3)
+    back = from_timm(to_timm(state))
+    assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+def published_layout(state):
+    """A state dict of today's transformers by the names that files of 2024 have."""
+    names = {
+        "vit.layers.": "vit.encoder.layer.",
+        ".attention.q_proj.": ".attention.attention.query.",
+        ".attention.k_proj.": ".attention.attention.key.",
+        ".attention.v_proj.": ".attention.attention.value.",
+        ".attention.o_proj.": ".attention.output.dense.",
+        ".mlp.fc1.": ".intermediate.dense.",
+        ".mlp.fc2.": ".output.dense.",
+    }
+    renamed = {}
+    for name, tensor in state.items():
+        for new, old in names.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor.contiguous()
+    return renamed
+
+
+def test_what_is_no_encoder_is_one_line(labelled, tmp_path):
+    run(labelled, tmp_path / "run", steps=1)
+    path = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    state = checkpoint.load(path)
+    state["run"]["recipe"]["options"]["embed_dim"] = 64
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"is of another architecture: .* is "):
+        load_encoder(str(path), CPU)
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    for what, words in (
+        (tmp_path / "junk.pt", "no sound checkpoint"),
+        (tmp_path / "plain.safetensors", "does not say what it is of"),
+        (tmp_path, "holds no checkpoint"),
+        ("nothing", "is no file, run folder"),
+        ("random:vit_nothing", "timm has no model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_encoder(str(what), CPU)
+
+
+def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled, tmp_path):
+    out = tmp_path / "probe"
+    name = "random:vit_tiny_patch16_224"
+    words = ["probe", name, labelled, labelled, "--epochs", "2", "--seeds", "2", "--out", out]
+    done = kamim(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert len(row["top1"]) == 2
+    assert row["block"] == 8
+    assert json.loads((out / "probe.json").read_text()) == row
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("features-*")}
+    assert len(kept) == 1  # training and validation set are the same one here
+    again = kamim(*words)
+    assert "top-1" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.glob("features-*")} == kept
+    assert "has 12" in kamim(*words, "--block", "13").stderr
+    index = np.load(labelled / "index.npy")
+    index["label"][7] = 4
+    resigned(labelled, index)
+    done = kamim(*words)
+    assert done.returncode == 2
+    assert "label 4 is none of its 4 classes" in done.stderr
+
+
+def resigned(folder, index):
+    from dataclasses import replace
+
+    from shards import load
+    from shards.manifest import write, write_file
+    from shards.record import npy_bytes
+
+    file = write_file(folder / "index.npy", npy_bytes(index), len(index))
+    write(folder, replace(load(folder), index=file))
+
+
+def test_export_for_hugging_face(labelled, tmp_path):
+    run(labelled, tmp_path / "run", steps=1, recipe=TINY)
+    target = tmp_path / "hf.safetensors"
+    assert kamim("export-hf", tmp_path / "run", target).returncode == 0
+    names = load_file(target)
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in names
+    assert kamim("export-hf", tmp_path / "run", target).returncode == 2
+
+
+def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path):
+    run(labelled, tmp_path / "run", steps=1)
+    collapsed = load_encoder(str(tmp_path / "run"), CPU)
+    path = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    state = checkpoint.load(path)
+    for name, tensor in state["model"].items():
+        if "attn.qkv" in name:
+            tensor.zero_()
+    torch.save(state, tmp_path / "flat.pt")
+    words = [
+        tmp_path / "run",
+        tmp_path / "flat.pt",
+        "random:swin_tiny_patch4_window7_224",
+        labelled,
+    ]
+    done = kamim("analyse", *words, "--out", tmp_path / "page", "--images", "4")
+    assert done.returncode == 0, done.stderr
+    assert any("flat.pt: attention has collapsed" in line for line in done.stderr.splitlines())
+    facts = json.loads((tmp_path / "page" / "analysis.json").read_text())
+    assert len(facts) == 3
+    assert facts[str(tmp_path / "run")]["psnr_masked"] > 0
+    assert facts[str(tmp_path / "flat.pt")]["blocks"][0]["nmi"] == 0
+    page = (tmp_path / "page" / "analysis.html").read_text()
+    assert "attention has collapsed" in page
+    assert len(list((tmp_path / "page").glob("*.png"))) == 4
+    assert collapsed.blocks == 2
