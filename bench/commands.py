@@ -103,7 +103,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     loaders = [r for r in rows if r["bench"] == "versus" and r["loader"] != "chain"]
     if loaders:
-        print(f"{'loader':42s}{'images/s':>9s}{'least to most':>18s}{'x published':>12s}  "
+        print(f"{'loader':42s}{'images/s':>10s}{'least to most':>22s}{'x published':>13s}  "
               "of its ceiling")  # fmt: skip
     for row in loaders:
         rate, name = row["images_per_s"], row["loader"]
@@ -113,7 +113,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         times = f"{row['times_published']['median']:.1f}" if "times_published" in row else ""
         top = row.get("of_ceiling")
         share = f"{top['median']:.2f} of {top['ceiling']}" if top else ""
-        print(f"{name:42s}{rate['median']:9,.0f}{extent:>18s}{times:>12s}  {share}")
+        print(f"{name:42s}{rate['median']:10,.0f}{extent:>22s}{times:>13s}  {share}")
     for row in rows:
         if row.get("loader") == "chain":
             factors = ", ".join(f"{k} x {v['median']:.2f}" for k, v in row["factors"].items())

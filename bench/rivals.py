@@ -27,7 +27,7 @@ from shards import ShardSet
 from shards.loader import Loader
 from shards.plan import Plan
 
-BATCH = 64
+BATCH = 128
 Rate = Callable[[int], float]
 
 # As torchvision's own examples load a folder, with the published crop.
@@ -145,7 +145,7 @@ def ceilings(source: Source, records: ShardSet, cores: int) -> dict[str, Rate]:
     places = [(files[records.locate(n)[0].name], int(index[n]["start"]), int(index[n]["bytes"]))
               for n in range(count)]  # fmt: skip
     photos = [read(source.kind, source.root, entry) for entry in source.entries]
-    still = np.zeros((min(count, 512), side, side, 3), np.uint8)  # larger than any cache
+    still = np.full((min(count, 512), side, side, 3), 7, np.uint8)  # larger than any cache
     room = np.empty((BATCH, side, side, 3), np.uint8)
 
     def decode(number: int) -> None:
