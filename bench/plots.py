@@ -9,6 +9,7 @@ from typing import Any
 ORDER = (
     "online, published",
     "ImageFolder",
+    "litdata",
     "stock webdataset",
     "FFCV's RandomResizedCrop",
     "online, optimised",

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "opencv-python-headless", "simplejpeg", "joblib", "torch", "timm", "ffcv")
+PACKAGES = (
+    "numpy",
+    "opencv-python-headless",
+    "simplejpeg",
+    "joblib",
+    "torch",
+    "timm",
+    "ffcv",
+    "torchvision",
+    "webdataset",
+    "litdata",
+)
 
 
 def provenance() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Every loader that is compared, as a function: how many images to load in, images a second out.
 
-In: a source, sets built from it, the number of cores. Out: {name: rate function}. Rates begin at
-the first batch, so that starting workers and filling queues counts for nobody.
+In: a source, sets built from it, the number of cores. Out: {name: rate function}. Rates begin when
+every worker has given its first batch, so that starting them and filling queues counts for nobody.
 """
 
 import io
@@ -28,6 +28,7 @@ from shards.loader import Loader
 from shards.plan import Plan
 
 BATCH = 128
+LITDATA_COPIES = 4  # it counts epochs, and a copy of the photographs is over too soon
 Rate = Callable[[int], float]
 
 # As torchvision's own examples load a folder, with the published crop.
@@ -67,7 +68,7 @@ def by_processes(dataset: Any, cores: int) -> Rate:
             dataset, BATCH, sampler=order.tolist(), num_workers=cores, prefetch_factor=2,
             drop_last=True,
         )  # fmt: skip
-        return timed(loader)
+        return timed(loader, skip=cores)
 
     return rate
 
@@ -112,9 +113,38 @@ def stock_webdataset(records: ShardSet, cores: int) -> Rate:
         loader = torch.utils.data.DataLoader(
             items, BATCH, num_workers=cores, prefetch_factor=2, drop_last=True
         )
-        return timed(islice(loader, max(3, images // BATCH)))
+        return timed(islice(loader, cores + max(3, images // BATCH)), skip=cores)
 
     return rate
+
+
+def litdata_stream(source: Source, folder: Path, cores: int) -> Rate:
+    """litdata's optimized chunks of the photographs, decoded by Pillow, cropped by torchvision."""
+    import litdata
+
+    often = list(range(len(source.entries))) * LITDATA_COPIES
+    litdata.optimize(
+        partial(_litdata_item, source), often, str(folder), chunk_bytes="64MB", num_workers=1
+    )
+
+    def rate(images: int) -> float:
+        loader = litdata.StreamingDataLoader(
+            litdata.StreamingDataset(str(folder), shuffle=True, transform=_litdata_picture),
+            batch_size=BATCH,
+            num_workers=cores,
+        )
+        return timed(islice(loader, cores + max(3, images // BATCH)), skip=cores)
+
+    return rate
+
+
+def _litdata_item(source: Source, number: int) -> dict[str, Any]:
+    entry = source.entries[number]
+    return {"image": read(source.kind, source.root, entry), "label": entry.label}
+
+
+def _litdata_picture(item: dict[str, Any], *_: Any) -> tuple[torch.Tensor, int]:
+    return USUAL(Image.open(io.BytesIO(item["image"])).convert("RGB")), item["label"]
 
 
 def ceiling(work: Callable[[int], None], count: int, cores: int) -> Rate:

@@ -18,6 +18,7 @@ from bench.rivals import (
     Rate,
     ceilings,
     image_folder,
+    litdata_stream,
     offline,
     offline_ffcv,
     online,
@@ -31,7 +32,7 @@ from shards import ShardSet
 from shards.convert import convert_to_ffcv
 
 DETECTORS = ["fast", "orb", "sift"]
-NOISY = 1.3  # most over least of a ceiling within one run beyond which nothing is to be trusted
+NOISY = 1.3  # most over least of a decoding ceiling in one run; beyond it, nothing is to be trusted
 # From the published loader to ours, a change at a time: (what changes, faster, slower).
 CHAIN = (
     ("marks by dilation", "published, marks by dilation: fast", "online, published: fast"),
@@ -53,6 +54,7 @@ CEILING = {
     "offline, WebDataset": "decode only, frames",
     "offline, FFCV JPEG": "decode only, frames",
     "offline, FFCV raw": "copy only, raw frames",
+    "litdata": "decode only, photographs by Pillow",
     "stock webdataset": "decode only, frames",
     "FFCV's RandomResizedCrop": "decode only, frames",
 }
@@ -83,6 +85,12 @@ def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dic
         rates["stock webdataset: None"] = stock_webdataset(records, cores)
     except ImportError:
         print("the webdataset library is not installed and not compared", file=sys.stderr)
+    try:
+        import litdata  # noqa: F401
+
+        rates["litdata: None"] = litdata_stream(source, folder / "litdata", cores)
+    except ImportError:
+        print("litdata is not installed and not compared: pip install litdata", file=sys.stderr)
     try:
         rates |= _ffcv(records, source, folder, quick)
     except (ImportError, ValueError) as error:
@@ -154,8 +162,9 @@ def rows_of(found: dict[str, list[float]], images: int) -> list[dict[str, Any]]:
 
 
 def noise(found: dict[str, list[float]]) -> str:
-    """Why the run is not to be trusted, or nothing: ceilings must not vary within a run."""
-    wide = {name: max(values) / min(values) for name, values in found.items() if "only" in name}
+    """Why the run is not to be trusted, or nothing: decoding alone must not vary within a run."""
+    anchors = {name: values for name, values in found.items() if name.startswith("decode only")}
+    wide = {name: max(values) / min(values) for name, values in anchors.items()}
     worst = max(wide, key=lambda name: wide[name])
     if wide[worst] <= NOISY:
         return ""

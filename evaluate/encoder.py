@@ -126,12 +126,12 @@ def tokens(encoder: Encoder, images: Tensor, block: int) -> tuple[Tensor, Tensor
     last = block == encoder.blocks
     if hasattr(model, "layers"):
         (out,) = model.forward_intermediates(
-            images, indices=[block - 1], norm=last, intermediates_only=True
+            images, indices=[block - 1], norm=last, stop_early=True, intermediates_only=True
         )
         patches = out.flatten(2).transpose(1, 2)
         return patches, patches.mean(1)
     ((patches, prefix),) = model.forward_intermediates(
-        images, indices=[block - 1], norm=last, intermediates_only=True, output_fmt="NLC",
-        return_prefix_tokens=True,
+        images, indices=[block - 1], norm=last, stop_early=True, intermediates_only=True,
+        output_fmt="NLC", return_prefix_tokens=True,
     )  # fmt: skip
     return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)

@@ -66,7 +66,7 @@ def found(noisy=False):
     names |= {"online, published: fast": 20.0, "offline, WebDataset: fast": 700.0}
     rates = {name: [rate, rate * 1.01, rate * 0.99] for name, rate in names.items()}
     if noisy:
-        rates["copy only, raw frames"] = [1000.0, 500.0, 990.0]
+        rates["decode only, frames"] = [1000.0, 500.0, 990.0]
     return rates
 
 
@@ -84,9 +84,7 @@ def test_the_factors_multiply_to_the_whole():
 
 def test_noise_is_told():
     assert versus.noise(found()) == ""
-    assert "too noisy to trust: 'copy only, raw frames' varied 2.00-fold" in versus.noise(
-        found(True)
-    )
+    assert "too noisy to trust: 'decode only, frames' varied 2.00-fold" in versus.noise(found(True))
 
 
 def test_what_it_means_is_computed_from_the_rates():

@@ -13,11 +13,19 @@ timm = pytest.importorskip("timm")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_pretrain import TINY, run  # noqa: E402
 
+import evaluate.supervised  # noqa: E402
 import preprocess  # noqa: E402
 from evaluate.encoder import load_encoder, tokens  # noqa: E402
 from evaluate.features import extract  # noqa: E402
 from evaluate.huggingface import from_timm, to_timm  # noqa: E402
 from evaluate.probe import linear_probe, nearest_neighbours  # noqa: E402
+from evaluate.supervised import (  # noqa: E402
+    Classifier,
+    Recipe,
+    augmented,
+    parameter_groups,
+    train_supervised,
+)
 from preprocess import build_shards, open_source  # noqa: E402
 from shards import ShardSet, decode_frame  # noqa: E402
 from train import checkpoint  # noqa: E402
@@ -178,6 +186,68 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     done = kamim(*words)
     assert done.returncode == 2
     assert "label 4 is none of its 4 classes" in done.stderr
+
+
+def supervised(labelled, out, epochs, frozen=True, **changes):
+    """A short run on the forty, a checkpoint an epoch."""
+    encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
+    torch.manual_seed(0)
+    model = Classifier(encoder, 4, "mean", 4, frozen)
+    recipe = Recipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
+    records = ShardSet(labelled)
+    facts = {"encoder": "x"}
+    train_supervised(model, recipe, records, records, out, 0, CPU, facts)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen, monkeypatch):
+    whole = supervised(labelled, tmp_path / "whole", 2, frozen)
+    real, seen = evaluate.supervised.augmented, []
+
+    def killed(*arguments):
+        seen.append(arguments[-1])
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate.supervised, "augmented", killed)
+    with pytest.raises(KeyboardInterrupt):
+        supervised(labelled, tmp_path / "parts", 2, frozen)
+    again = supervised(labelled, tmp_path / "parts", 2, frozen)
+    assert seen[5:7] == [5, 4]  # it goes on after the first epoch's four steps
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    with pytest.raises(ValueError, match="holds another run"):
+        supervised(labelled, tmp_path / "parts", 2, frozen, peak=1.0)
+    start = load_encoder("random:vit_tiny_patch16_224", CPU, 96).model.state_dict()
+    same = all(torch.equal(whole[f"trunk.{name}"], start[name]) for name in start)
+    assert same == frozen
+
+
+def test_layer_decay_and_augmentation(labelled):
+    encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
+    model = Classifier(encoder, 12, "mean", 4, False)
+    groups = parameter_groups(model, Recipe(layer_decay=0.5))
+    assert [group["scale"] for group in groups] == [0.5**n for n in range(13, -1, -1)]
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    frames = torch.randint(0, 256, (6, 3, 96, 96), dtype=torch.uint8)
+    labels = torch.arange(6) % 4
+    images, soft = augmented(frames, labels, 4, Recipe(), 0, 3)
+    torch.testing.assert_close(soft.sum(1), torch.ones(6))
+    assert not torch.equal(images, augmented(frames, labels, 4, Recipe(), 0, 4)[0])
+    state = torch.get_rng_state()
+    assert torch.equal(images, augmented(frames, labels, 4, Recipe(), 0, 3)[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_finetune_and_the_papers_probe_from_the_command_line(labelled, tmp_path):
+    name = "random:vit_tiny_patch16_224"
+    for words in (["finetune"], ["probe", "--protocol", "paper", "--seeds", "1"]):
+        command, *options = words
+        done = kamim(command, name, labelled, labelled, *options, "--epochs", "1", "--batch", "20",
+                     "--out", tmp_path / command)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "top-1" in done.stdout
 
 
 def resigned(folder, index):
