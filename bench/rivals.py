@@ -58,17 +58,23 @@ def timed(batches: Iterable[Any], skip: int = 1) -> float:
     return count / (time.perf_counter() - begin)
 
 
+def _workers(cores: int) -> dict[str, Any]:
+    """Forked, whatever a library has made the default: a spawned worker imports torch first, and
+    would still be doing so while it is measured.
+    """
+    return {"num_workers": cores, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+
+
 def by_processes(dataset: Any, cores: int) -> Rate:
     """A DataLoader with a process a core over `dataset`, as often as it takes."""
 
     def rate(images: int) -> float:
-        rounds = max(1, round(images / len(dataset)))
+        rounds = max(1, -(-(images + 2 * cores * BATCH) // len(dataset)))
         order = torch.randperm(rounds * len(dataset)) % len(dataset)
         loader = torch.utils.data.DataLoader(
-            dataset, BATCH, sampler=order.tolist(), num_workers=cores, prefetch_factor=2,
-            drop_last=True,
-        )  # fmt: skip
-        return timed(loader, skip=cores)
+            dataset, BATCH, sampler=order.tolist(), drop_last=True, **_workers(cores)
+        )
+        return timed(loader, skip=2 * cores)
 
     return rate
 
@@ -110,10 +116,8 @@ def stock_webdataset(records: ShardSet, cores: int) -> Rate:
     def rate(images: int) -> float:
         stream = wds.WebDataset(urls, resampled=True, shardshuffle=False)
         items = stream.decode("pil").to_tuple("jpg", "cls").map_tuple(USUAL, int)
-        loader = torch.utils.data.DataLoader(
-            items, BATCH, num_workers=cores, prefetch_factor=2, drop_last=True
-        )
-        return timed(islice(loader, cores + max(3, images // BATCH)), skip=cores)
+        loader = torch.utils.data.DataLoader(items, BATCH, drop_last=True, **_workers(cores))
+        return timed(islice(loader, 2 * cores + max(3, images // BATCH)), skip=2 * cores)
 
     return rate
 
@@ -131,9 +135,9 @@ def litdata_stream(source: Source, folder: Path, cores: int) -> Rate:
         loader = litdata.StreamingDataLoader(
             litdata.StreamingDataset(str(folder), shuffle=True, transform=_litdata_picture),
             batch_size=BATCH,
-            num_workers=cores,
+            **_workers(cores),
         )
-        return timed(islice(loader, cores + max(3, images // BATCH)), skip=cores)
+        return timed(islice(loader, 2 * cores + max(3, images // BATCH)), skip=2 * cores)
 
     return rate
 
