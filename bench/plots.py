@@ -17,6 +17,14 @@ ORDER = (
     "offline, FFCV JPEG",
     "offline, FFCV raw",
 )
+FACTORS = (
+    "marks by dilation",
+    "no detection",
+    "smaller JPEG",
+    "no crop on the CPU",
+    "threads, simplejpeg, no copies",
+)
+WAYS = ("published", "optimised", "WebDataset", "FFCV raw")
 COLOURS = {"fast": "#31688e", "orb": "#35b779", "sift": "#c0392b", "None": "#999999"}
 LABELS = {"fast": "FAST", "orb": "ORB", "sift": "SIFT", "None": "no weights"}
 
@@ -62,7 +70,7 @@ def draw_factors(chain: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 2.6), layout="constrained")
     at = 1.0
-    names = list(chain["factors"])
+    names = FACTORS
     for place, name in enumerate(names):
         factor = chain["factors"][name]["median"]
         axes.barh(len(names) - place, at * factor - at, left=at, color="#31688e", height=0.7)

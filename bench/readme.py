@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.plots import ORDER
+from bench.plots import FACTORS, ORDER, WAYS
 from bench.provenance import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -111,7 +111,7 @@ def render_versus() -> str:
                 cell += f" ({row['times_published']['median']:.1f})"
             cells.append(cell)
         lines.append(f"| {loader} | {' | '.join(cells)} |")
-    factors = ", ".join(f"{k} {v['median']:.2f}" for k, v in chain["factors"].items())
+    factors = ", ".join(f"{k} {chain['factors'][k]['median']:.2f}" for k in FACTORS)
     lines += ["", f"From the published FAST loader to ours from WebDataset, factor by factor: "
               f"{factors}; product {chain['product']:.1f}, measured "
               f"{chain['total']['median']:.1f}."]  # fmt: skip
@@ -131,16 +131,17 @@ def _meaning() -> list[str]:
     """Hours of 100 epochs of ImageNet-1K by backbone and loader, as Markdown."""
     rows = [json.loads(line) for line in (RESULTS / "meaning.jsonl").read_text().splitlines()]
     rows = list({row["recipe"]: row for row in rows}.values())
-    ways = list(rows[0]["hours_100_epochs"])
+    ways = [way for way in WAYS if way in rows[0]["hours_100_epochs"]]
     lines = [f"| 100 epochs of ImageNet-1K, 16 cores, 1 GPU: hours | {' | '.join(ways)} |"]
     lines.append("|---|" + "---|" * len(ways))
     for row in rows:
         hours = " | ".join(f"{row['hours_100_epochs'][way]:,.1f}" for way in ways)
         wants = f"{row['recipe']}: takes {row['gpu_images_per_s']:,} images/s"
         lines.append(f"| {wants} | {hours} |")
-    delivered = ", ".join(f"{k} {v:,}" for k, v in rows[0]["delivered_by_16_cores"].items())
+    delivered = ", ".join(f"{k} {rows[0]['delivered_by_16_cores'][k]:,}" for k in ways)
     kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
-    lines += ["", f"Computed, not run: 16 cores deliver eight times what these 2 do ({delivered} "
+    lines += ["", f"Computed, not run: 16 cores deliver {16 / rows[0]['cores']:g} times what the "
+              f"{rows[0]['cores']} measured do ({delivered} "
               f"images/s), and the GPU's rate is {kinds}."]  # fmt: skip
     return lines
 

@@ -74,9 +74,8 @@ def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_se
         "fidelity.png",
     }
     assert verify_shards(demo_set) == []
-    table = kamim("shards", "fidelity", demo_set, "--samples", "8", "--w-ps", "16").stdout
-    assert "orb bank" in table
-    assert "maps and bank add" in table
+    with pytest.raises(ValueError, match="w_ps 12"):
+        measure_fidelity(ShardSet(demo_set), open_source("demo"), w_ps=12)
     page = kamim("shards", "inspect", demo_set)
     assert "fast bank: correlation 1.000" in (demo_set / "inspect.html").read_text(), page.stderr
 
