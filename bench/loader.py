@@ -27,11 +27,10 @@ from shards import ShardSet, decode_frame
 from shards.crops import to_device
 from shards.loader import Loader
 from shards.plan import Plan
-from train.loop import prepare
+from train.inputs import find_visible, prepare
 from train.loss import block_masks, masked_l1
 from train.model import CELL, SimMIM
 from train.recipes import find_recipe
-from train.setup import find_visible
 
 REPEATS = 9
 BATCH = 200

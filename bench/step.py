@@ -25,11 +25,12 @@ from shards import ShardSet
 from shards.crops import pinned, to_device
 from shards.loader import Loader
 from shards.plan import Plan
-from train.loop import PEAK_FLOPS, prepare
+from train.inputs import find_visible, prepare
+from train.loop import PEAK_FLOPS
 from train.loss import block_masks, masked_l1
 from train.model import CELL, SimMIM, model_flops
 from train.recipes import find_recipe
-from train.setup import device_name, find_device, find_visible
+from train.setup import device_name, find_device
 
 WARM, STEPS, REPEATS = 8, 40, 5
 

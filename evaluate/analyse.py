@@ -14,10 +14,10 @@ from torch import Tensor
 
 from evaluate.attention import COLLAPSED, diagnose
 from evaluate.encoder import Encoder, tokens
-from evaluate.features import MEAN, STD
 from shards import ShardSet, decode_frame
 from shards.crops import crop_frames
 from train import checkpoint
+from train.inputs import MEAN, STD
 from train.loss import block_masks
 from train.model import CELL, SimMIM
 

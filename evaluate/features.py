@@ -18,9 +18,9 @@ from shards.crops import crop_frames, to_device
 from shards.loader import Loader
 from shards.plan import InOrder
 from shards.writing import progress
+from train.inputs import MEAN, STD
 
 Pool = Literal["mean", "cls"]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def check_labels(records: ShardSet, other: ShardSet | None = None) -> int:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from evaluate.encoder import Encoder, tokens
-from evaluate.features import MEAN, STD, Pool
+from evaluate.features import Pool
 from shards import ShardSet
 from shards.crops import crop_frames, to_device
 from shards.loader import Loader
 from shards.plan import InOrder, Plan, mix
 from train import checkpoint
+from train.inputs import MEAN, STD
 from train.schedule import learning_rate
 
 AUGMENT = 8  # first part of the hash that draws a step's augmentations

@@ -111,7 +111,7 @@ def fidelity(
     if json_output:
         print_json({"folder": str(folder), **facts, "detectors": found, "storage": bytes_an_image})
         return
-    print(f"{'':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
+    print(f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
     for name, errors in found.items():
         for what, e in errors.items():
             line = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"

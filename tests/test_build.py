@@ -72,7 +72,7 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
         process = subprocess.Popen(
             command, start_new_session=True, stderr=subprocess.DEVNULL, env=slow
         )
-        time.sleep(rng.uniform(0.3, 1.6))
+        time.sleep(rng.uniform(0.3, 1.2))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1

@@ -17,17 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shards import ShardSet
-from shards.crops import crop_frames, crop_maps, loss_weights, pinned, pool_counts, to_device
+from shards.crops import pinned, to_device
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.manifest import Detector
 from shards.plan import Plan
 from train import checkpoint
+from train.inputs import MEAN, STD, find_visible, prepare
 from train.log import Log, say
 from train.loss import block_masks, masked_l1
 from train.model import CELL, SimMIM, model_flops
 from train.pictures import draw_loss, draw_reconstructions
-from train.recipes import Recipe
 from train.schedule import learning_rate
 from train.setup import (
     Run,
@@ -36,40 +36,16 @@ from train.setup import (
     describe,
     device_name,
     find_device,
-    find_visible,
     parameter_groups,
     restore,
     run_facts,
 )
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Stopped(Exception):
     """A signal (its number is the argument) arrived; the run was saved and can be resumed."""
-
-
-def prepare(
-    tensors: dict[str, Tensor], recipe: Recipe, visible: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Normalised crops [b, 3, S, S] and their weights [b, c, c], on the tensors' device.
-
-    `visible` is what find_visible gives: with None there are no weights.
-    """
-    boxes, flips = tensors["boxes"], tensors["flips"]
-    crops = crop_frames(tensors["frames"], boxes, flips, recipe.size)
-    mean = crops.new_tensor(MEAN).view(3, 1, 1) * 255
-    std = crops.new_tensor(STD).view(3, 1, 1) * 255
-    images = (crops - mean) / std
-    if visible is None or recipe.temperature is None:
-        return images, None
-    cells = recipe.size // recipe.w_ps
-    if tensors["counts"].shape[1]:
-        density = pool_counts(tensors["counts"][:, 0], cells)
-    else:
-        density = crop_maps(tensors["maps"][:, 0], boxes, flips, cells, visible)
-    return images, loss_weights(density, recipe.temperature, recipe.normalise)
 
 
 def pretrain(run: Run) -> None:

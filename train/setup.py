@@ -13,14 +13,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shards import Manifest, Settings, ShardSet
 from shards.bank import BANK_CELL
 from shards.manifest import Detector
 from shards.plan import FLIPS
 from shards.verify import damaged_files
-from shards.visibility import visible_cells
 from train import checkpoint
 from train.log import say
 from train.model import CELL
@@ -149,17 +148,6 @@ def check_bank(run: Run, settings: Settings) -> None:
             )
     if recipe.w_ps % BANK_CELL:
         raise ValueError(f"w_ps {recipe.w_ps} is no multiple of the bank's {BANK_CELL} px")
-
-
-def find_visible(
-    recipe: Recipe, manifest: Manifest, detector: Detector | None, device: torch.device
-) -> Tensor | None:
-    """What `detector` finds of its marks by distance from a crop's edge, float32 [cells]."""
-    if detector is None:
-        return None
-    settings, cells = manifest.settings, recipe.size // recipe.w_ps
-    share = visible_cells(detector, settings.crop, cells, settings.mark)
-    return torch.from_numpy(share).float().to(device)
 
 
 def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[str, Any]:
