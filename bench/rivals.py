@@ -127,9 +127,15 @@ def litdata_stream(source: Source, folder: Path, cores: int) -> Rate:
     import litdata
 
     often = list(range(len(source.entries))) * LITDATA_COPIES
-    litdata.optimize(
-        partial(_litdata_item, source), often, str(folder), chunk_bytes="64MB", num_workers=1
-    )
+    stdout = os.dup(1)  # it and its workers write to it; ours is for results
+    os.dup2(2, 1)
+    try:
+        litdata.optimize(
+            partial(_litdata_item, source), often, str(folder), chunk_bytes="64MB", num_workers=1
+        )
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
     def rate(images: int) -> float:
         loader = litdata.StreamingDataLoader(

@@ -88,7 +88,8 @@ def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dic
     try:
         import litdata  # noqa: F401
 
-        rates["litdata: None"] = litdata_stream(source, folder / "litdata", cores)
+        if not quick:  # writing its chunks takes longer than measuring them
+            rates["litdata: None"] = litdata_stream(source, folder / "litdata", cores)
     except ImportError:
         print("litdata is not installed and not compared: pip install litdata", file=sys.stderr)
     try:

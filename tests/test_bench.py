@@ -126,7 +126,7 @@ def test_mistakes_are_one_line():
 @pytest.mark.timeout(400)
 def test_quick_needs_no_data_and_three_minutes():
     begin = time.monotonic()
-    done = kamim("bench", "--quick", "--json")
+    done = kamim("bench", "--quick", "--json", timeout=300)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin < 180
     rows = [json.loads(line) for line in done.stdout.splitlines()]

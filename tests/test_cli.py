@@ -14,9 +14,9 @@ KAMIM = [sys.executable, "-m", "kamim"]
 SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
 
 
-def kamim(*arguments, **options):
+def kamim(*arguments, timeout=100, **options):
     return subprocess.run(
-        [*KAMIM, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options
+        [*KAMIM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
     )
 
 

@@ -24,7 +24,7 @@ def demo_set(tmp_path_factory):
 
 
 def test_the_figures_are_those_of_the_demo(demo_set):
-    found = measure_fidelity(ShardSet(demo_set), open_source("demo"), samples=60)
+    found = measure_fidelity(ShardSet(demo_set), open_source("demo"), samples=60, jobs=1)
     assert list(found) == ["fast", "orb"]
     for name, errors in found.items():
         assert errors["bank"] == {
@@ -61,7 +61,7 @@ def test_a_spoilt_bank_shows(demo_set, monkeypatch):
 
 def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_set):
     before = contents(demo_set)
-    done = kamim("shards", "fidelity", demo_set, "--samples", "20", "--json")
+    done = kamim("shards", "fidelity", demo_set, "--samples", "20", "--jobs", "1", "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     headline = load(demo_set).fidelity
@@ -75,7 +75,7 @@ def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_se
     }
     assert verify_shards(demo_set) == []
     with pytest.raises(ValueError, match="w_ps 12"):
-        measure_fidelity(ShardSet(demo_set), open_source("demo"), w_ps=12)
+        measure_fidelity(ShardSet(demo_set), open_source("demo"), w_ps=12, jobs=1)
     page = kamim("shards", "inspect", demo_set)
     assert "fast bank: correlation 1.000" in (demo_set / "inspect.html").read_text(), page.stderr
 
