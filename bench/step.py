@@ -112,7 +112,8 @@ def measure(
         "waiting": round(middle(waits), 4),
         "mfu": round(rate * model_flops(model, recipe.size) / peak, 3) if peak else None,
     }
-    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    line = "  ".join(f"{key} {value}" for key, value in row.items())
+    print(line, file=sys.stderr, flush=True)
     return row
 
 
