@@ -6,8 +6,6 @@ would give there, from a few views of the source. The bank is that density itsel
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +17,8 @@ from shards import Bank, Detector, Settings
 from shards.bank import BANK_CELL
 from shards.plan import BANK, VIEW, crop_boxes
 from shards.record import LEVEL
-from shards.visibility import visible
+from shards.visibility import visible_sums
+from shards.weights import between
 
 Image = NDArray[np.uint8]  # RGB [H, W, 3]
 Floats = NDArray[np.float64]
@@ -61,8 +60,8 @@ def density_maps(
             keypoints = detect(detector, grey, settings.crop)
             bitmap = mark(keypoints, view.rows, view.columns, settings.mark)
             marked[row] += cell_sums(bitmap, y, x) / (cell[0] * cell[1])
-            down = _seen(detector, view.rows, settings.mark, y) / cell[0]
-            across = _seen(detector, view.columns, settings.mark, x) / cell[1]
+            down = visible_sums(detector, view.rows, y, settings.mark) / cell[0]
+            across = visible_sums(detector, view.columns, x, settings.mark) / cell[1]
             seen[row] += down[:, None] * across
     density = np.where(seen > FLOOR, marked / np.maximum(seen, FLOOR), 0)
     return np.rint(np.minimum(density, 1) * (255 // LEVEL)).astype(np.uint8) * np.uint8(LEVEL)
@@ -119,30 +118,9 @@ def cell_sums(bitmap: Image, y: Floats, x: Floats) -> Floats:
     exact. No matrix product: the bytes must not depend on a BLAS.
     """
     integral = cv2.integral(bitmap)
-    corners = _between(_between(integral, y).T, x).T
+    corners = between(between(integral, y).T, x).T
     strips = corners[1:] - corners[:-1]
     return np.asarray(strips[:, 1:] - strips[:, :-1])
-
-
-def _seen(detector: Detector, side: int, kind: str, at: Floats) -> Floats:
-    """Sums of what `detector` sees of a view's `side` px between neighbouring `at` (px)."""
-    margin = float(detector.options["edgeThreshold"]) if detector.name == "orb" else 0.0
-    sums = np.interp(at, *_running_sight(detector.name, margin, side, kind))
-    return sums[1:] - sums[:-1]
-
-
-@lru_cache(maxsize=1024)
-def _running_sight(name: str, margin: float, side: int, kind: str) -> tuple[Floats, Floats]:
-    """Pixel edges and the sums of `visible` up to them; the same few sides come again and again."""
-    sight = visible(Detector(name, {"edgeThreshold": margin}), side, kind)
-    return np.arange(side + 1.0), np.concatenate([[0.0], np.cumsum(sight)])
-
-
-def _between(values: NDArray[Any], at: Floats) -> Floats:
-    """Rows of `values` at the fractional places `at`, linearly interpolated."""
-    low = np.minimum(at.astype(np.int64), len(values) - 2)
-    below = values[low]
-    return np.asarray(below + (values[low + 1] - below) * (at - low)[:, None])
 
 
 def _on(view: View, source: tuple[int, int], frame: tuple[int, int]) -> View:

@@ -5,6 +5,8 @@ margin, so density falls towards every crop's edge, wherever in the image the cr
 free of this; it is put on when a crop is read, and taken off when a map is made from crops.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,12 +44,21 @@ def visible(detector: Detector, side: int, mark: str = "ring") -> Floats:
     return np.interp(distance, at, share)
 
 
+def visible_sums(detector: Detector, side: int, at: Floats, mark: str = "ring") -> Floats:
+    """Sums of `visible` between neighbouring `at` (px), which may cut pixels."""
+    margin = float(detector.options["edgeThreshold"]) if detector.name == "orb" else 0.0
+    sums = np.interp(at, *_running(detector.name, margin, side, mark))
+    return np.asarray(sums[1:] - sums[:-1])
+
+
+@lru_cache(maxsize=1024)
+def _running(name: str, margin: float, side: int, mark: str) -> tuple[Floats, Floats]:
+    """Pixel edges and the sums of `visible` up to them; the same few sides come again and again."""
+    sight = visible(Detector(name, {"edgeThreshold": margin}), side, mark)
+    return np.arange(side + 1.0), np.concatenate([[0.0], np.cumsum(sight)])
+
+
 def visible_cells(detector: Detector, side: int, cells: int, mark: str = "ring") -> Floats:
     """Mean of `visible` over each of `cells` equal parts of `side` px, float64 [cells]."""
-    return _sums(visible(detector, side, mark), np.arange(cells + 1) * side / cells) * cells / side
-
-
-def _sums(values: Floats, edges: Floats) -> Floats:
-    """Sums of `values` (one a pixel) between neighbouring `edges`, shared where they cut pixels."""
-    before = np.concatenate([[0.0], np.cumsum(values)])
-    return np.diff(np.interp(edges, np.arange(len(before)), before))
+    edges = np.arange(cells + 1) * side / cells
+    return visible_sums(detector, side, edges, mark) * cells / side

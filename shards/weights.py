@@ -3,6 +3,8 @@
 In: a uint8 map. Out: the density and the weight of each w_ps cell of an output crop.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +26,7 @@ def read_map(
     top, left, height, width = box
     rows = np.interp((top + height * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
     columns = np.interp((left + width * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
-    corners = _between(_between(integral, rows).T, columns).T
+    corners = between(between(integral, rows).T, columns).T
     area = (height * grid / cells) * (width * grid / cells)
     return np.asarray(
         np.diff(np.diff(corners, axis=0), axis=1) / area * np.multiply.outer(visible, visible)
@@ -35,11 +37,11 @@ def _ruler(grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.arange(grid + 1), np.arange(grid + 1)
 
 
-def _between(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
+def between(values: NDArray[Any], at: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rows of `values` at the fractional places `at`, linearly interpolated."""
-    low = np.minimum(at.astype(int), len(values) - 2)
-    part = (at - low)[:, None]
-    return np.asarray(values[low] * (1 - part) + values[low + 1] * part)
+    low = np.minimum(at.astype(np.int64), len(values) - 2)
+    below = values[low]
+    return np.asarray(below + (values[low + 1] - below) * (at - low)[:, None])
 
 
 def weights(density: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
