@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from preprocess.detectors import detect
 from preprocess.marks import mark
-from shards import Bank, Detector, Settings
+from shards import Bank, Detector, Settings, decode_frame
 from shards.bank import BANK_CELL
 from shards.plan import BANK, VIEW, crop_boxes
 from shards.record import LEVEL
@@ -65,6 +65,18 @@ def density_maps(
             seen[row] += down[:, None] * across
     density = np.where(seen > FLOOR, marked / np.maximum(seen, FLOOR), 0)
     return np.rint(np.minimum(density, 1) * (255 // LEVEL)).astype(np.uint8) * np.uint8(LEVEL)
+
+
+def maps_of(
+    rgb: Image | None, frame: bytes, number: int, settings: Settings, size: tuple[int, int]
+) -> Image:
+    """density_maps from what settings.detect_on names: the source's pixels `rgb`, or its encoded
+    `frame` and its `size` (height, width).
+    """
+    if settings.detect_on == "frame":
+        return density_maps(decode_frame(frame), number, settings, size)
+    assert rgb is not None
+    return density_maps(rgb, number, settings)
 
 
 def map_views(number: int, size: tuple[int, int], settings: Settings) -> list[View]:

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import bank_of, density_maps
+from preprocess.densities import bank_of, maps_of
 from preprocess.sources import Source, read
-from shards import Record, ShardSet, decode_frame
+from shards import Record, ShardSet
 
 
 def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
@@ -19,10 +19,11 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
     must be equal to the last bit. Raises ValueError if the source is needed and not given.
     """
     settings = records.manifest.settings
-    if source is None and settings.detect_on == "source":
+    needs_source = settings.detect_on == "source" or settings.bank > 0  # a bank is never of frames
+    if source is None and needs_source:
         raise ValueError(
             "redetect needs the pixels that detection ran on: give the source of these shards by "
-            "--source (sets built with --detect-on frame need none)"
+            "--source (sets built with --detect-on frame and without a bank need none)"
         )
     listed = source.entries if source else []
     by_name = {entry.name: entry for entry in listed}
@@ -31,9 +32,8 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
     for number in numbers.tolist():
         record = records[number]
         try:
-            if settings.detect_on == "frame" or source is None:
-                rgb = decode_frame(record.frame)
-            else:
+            rgb = None
+            if source is not None and needs_source:
                 # By its place in the listing first: a tar may hold one name twice.
                 index = int(record.key)
                 same = index < len(listed) and listed[index].name == record.source
@@ -45,10 +45,13 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
         except Rejected as error:
             problems.append(f"record {record.key}: {record.source!r} is now {error.reason}")
             continue
-        size = (record.height, record.width) if settings.detect_on == "frame" else None
-        again = density_maps(rgb, int(record.key), settings, size)
+        size = record.height, record.width
+        again = maps_of(rgb, record.frame, int(record.key), settings, size)
         problems += _differences(record, again, records)
-        if record.bank and not record.bank.equals(bank_of(rgb, int(record.key), settings)):
+        if record.bank is None:
+            continue
+        assert rgb is not None
+        if not record.bank.equals(bank_of(rgb, int(record.key), settings)):
             problems.append(f"record {record.key} ({record.source!r}): the bank differs")
     return problems
 

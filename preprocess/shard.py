@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import bank_of, density_maps
+from preprocess.densities import bank_of, maps_of
 from preprocess.sources import Entry, read
-from shards import Record, Settings, ShardSet, ShardWriter, decode_frame, encode_frame
+from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.manifest import write_atomically
 from shards.record import key_of
 from shards.webdataset import shard_name
@@ -107,10 +107,7 @@ def describe(
     maps = np.empty((len(settings.detectors), settings.grid, settings.grid), np.uint8)
     if missing:
         wanted = replace(settings, detectors=missing)
-        if settings.detect_on == "frame":
-            new = density_maps(decode_frame(frame), index, wanted, (height, width))
-        else:
-            new = density_maps(rgb, index, wanted)
+        new = maps_of(rgb, frame, index, wanted, (height, width))
         known |= {d.name: map_ for d, map_ in zip(missing, new, strict=True)}
     for row, detector in enumerate(settings.detectors):
         maps[row] = known[detector.name]

@@ -249,10 +249,19 @@ def test_adding_to_a_finished_set_gives_the_bytes_of_a_fresh_build(before, small
     assert preprocess.redetect_maps(ShardSet(tmp_path / "new"), source) == []
 
 
+def test_a_bank_is_of_the_source_where_maps_are_of_the_frame(small_source, tmp_path):
+    source = open_source(str(small_source))
+    build_shards(source, tmp_path / "out", settings(detect_on="frame", bank=1), 1)
+    records = ShardSet(tmp_path / "out")
+    assert preprocess.redetect_maps(records, source) == []
+    with pytest.raises(ValueError, match="give the source of these shards"):
+        preprocess.redetect_maps(records, None)
+
+
 def test_reuse_neither_encodes_nor_detects_again(small_source, tmp_path, monkeypatch):
     source = open_source(str(small_source))
     build_shards(source, tmp_path / "old", settings(), 1)
-    for name in ("encode_frame", "density_maps"):
+    for name in ("encode_frame", "maps_of"):
         monkeypatch.setattr(f"preprocess.shard.{name}", None)
     build_shards(source, tmp_path / "new", settings(bank=1), 1, reuse=tmp_path / "old")
     assert len(ShardSet(tmp_path / "new")) == 40
