@@ -66,12 +66,18 @@ def simmim(recipe: Recipe) -> Recipe:
     return replace(recipe, temperature=None)
 
 
+def mean_normalised(recipe: Recipe) -> Recipe:
+    """`recipe` with weights of mean 1, not of least weight 1: the same loss scale as SimMIM's."""
+    return replace(recipe, normalise="mean")
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {"small": small}
 for _name, _model in BACKBONES.items():
     RECIPES[_name] = lambda model=_model: Recipe(model=model)  # type: ignore[misc]
     RECIPES[f"{_name}_224"] = lambda model=_model: Recipe(model=model, size=224)  # type: ignore[misc]
 for _name, _make in list(RECIPES.items()):
     RECIPES[f"{_name}_simmim"] = lambda make=_make: simmim(make())  # type: ignore[misc]
+    RECIPES[f"{_name}_mean"] = lambda make=_make: mean_normalised(make())  # type: ignore[misc]
 
 
 def find_recipe(name: str) -> Recipe:
