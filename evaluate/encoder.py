@@ -19,6 +19,7 @@ from evaluate.huggingface import is_huggingface, options_of, to_timm
 from train import checkpoint
 from train.export import encoder_state
 from train.model import make_encoder
+from train.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,15 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
     """The encoder that `what` names. `size` is for timm models, which come in any.
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
-    Face's ViT (or its .bin); `timm:NAME` with timm's weights, `random:NAME` without. Raises
-    ValueError, in one line, if it is none of these or its tensors do not fit.
+    Face's ViT (or its .bin); `timm:NAME` with timm's weights, `random:NAME` without, where NAME
+    may be a recipe's. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
     """
     kind, _, name = what.partition(":")
     if kind in ("timm", "random"):
         torch.manual_seed(0)  # the same random weights each time
-        model = make_encoder(name, size)
+        recipe = RECIPES[name]() if name in RECIPES else Recipe(model=name, size=size)
+        size = recipe.size
+        model = make_encoder(recipe.model, size, recipe.options)
         if kind == "timm":
             model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
         return Encoder(what, model.to(device).eval().requires_grad_(False), size)
