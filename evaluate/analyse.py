@@ -17,7 +17,7 @@ from evaluate.encoder import Encoder, tokens
 from shards import ShardSet, decode_frame
 from shards.crops import crop_frames
 from train import checkpoint
-from train.inputs import MEAN, STD
+from train.inputs import MEAN, STD, normalised
 from train.loss import block_masks
 from train.model import CELL, SimMIM
 
@@ -31,8 +31,7 @@ def images_of(records: ShardSet, size: int, count: int) -> Tensor:
     frames = torch.from_numpy(np.stack([decode_frame(records[n].frame) for n in numbers]))
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(frames), 4)
     flips = torch.zeros(len(frames), 2, dtype=torch.bool)
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    return (crop_frames(frames, whole, flips, size) - mean) / std
+    return normalised(crop_frames(frames, whole, flips, size))
 
 
 def reconstruction(path: Path, images: Tensor, seed: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ In: what a user typed. Out: a table, a JSON file. torch is imported only when on
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +20,6 @@ What = Annotated[
         help="A run, checkpoint, exported or Hugging Face file, timm:NAME or random:NAME."
     ),
 ]
-
-
 Train = Annotated[Path, typer.Argument(help="Shards to learn on.")]
 Val = Annotated[Path, typer.Argument(help="Shards to test on.")]
 Block = Annotated[
@@ -62,25 +61,20 @@ def probe(
     from evaluate.features import cached
     from evaluate.probe import linear_probe, nearest_neighbours
 
-    learn, test, classes, model, chosen, where = _opened(encoder, train, val, block, device)
+    task = _open(encoder, train, val, block, pool, device)
     folder = out or Path("probes") / Path(encoder.replace(":", "-")).stem
-    known = cached(folder, model, learn, chosen, pool, where)
-    asked = cached(folder, model, test, chosen, pool, where)
-    row: dict[str, Any] = {
-        "encoder": encoder, "protocol": protocol, "block": chosen, "blocks": model.blocks,
-        "pool": pool, "train": str(train), "val": str(val), "samples": [len(learn), len(test)],
-        "knn": round(nearest_neighbours(known, asked, classes, neighbours), 4),
-    }  # fmt: skip
+    known, asked = (cached(folder, task.model, records, task.block, pool, task.device)
+                    for records in (task.learn, task.test))  # fmt: skip
+    near = nearest_neighbours(known, asked, task.classes, neighbours)
+    row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
     if protocol == "fast":
-        scores = [linear_probe(known, asked, classes, seed, round(epochs) or 30, device=where)
-                  for seed in range(seeds)]  # fmt: skip
+        scores = [linear_probe(known, asked, task.classes, seed, round(epochs) or 30,
+                               device=task.device) for seed in range(seeds)]  # fmt: skip
         row |= {"top1": [round(s.top1, 4) for s in scores]}
         row |= {"top5": [round(s.top5, 4) for s in scores], "rates": [s.rate for s in scores]}
     else:
-        changes: dict[str, Any] = {"batch": batch} | ({"epochs": epochs} if epochs else {})
-        row |= _supervised("paper-probe", changes, row, model, chosen, pool, learn, test, folder,
-                           range(seeds), where)  # fmt: skip
-    _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {row['knn']:.2%}")
+        row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
+    _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
 
 
 @app.command()
@@ -102,19 +96,44 @@ def finetune(
 
     Killed, the same command goes on from the last finished epoch, to the same numbers.
     """
-    learn, test, _, model, _, where = _opened(encoder, train, val, 0, device)
+    task = _open(encoder, train, val, 0, "mean", device)
+    task.block = task.model.blocks
     folder = out or Path("finetuned") / Path(encoder.replace(":", "-")).stem
-    row: dict[str, Any] = {"encoder": encoder, "recipe": recipe, "blocks": model.blocks,
-                           "block": model.blocks, "pool": "mean", "train": str(train),
-                           "val": str(val), "samples": [len(learn), len(test)]}  # fmt: skip
-    changes: dict[str, Any] = {"batch": batch} | ({"epochs": epochs} if epochs else {})
-    row |= _supervised(recipe, changes, row, model, model.blocks, "mean", learn, test, folder,
-                       range(seed, seed + 1), where)  # fmt: skip
+    row = task.facts() | {"recipe": recipe}
+    row |= _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
     _report(row, folder / "finetune.json", json_output, "")
 
 
-def _opened(encoder: str, train: Path, val: Path, block: int, device: str) -> tuple[Any, ...]:
-    """(training set, test set, classes, encoder, block, device), checked before any work."""
+@dataclass(slots=True)
+class _Task:
+    """An encoder to evaluate, and on what."""
+
+    encoder: str
+    model: Any
+    learn: Any
+    test: Any
+    classes: int
+    block: int
+    pool: Literal["mean", "cls"]
+    device: Any
+
+    def facts(self) -> dict[str, Any]:
+        """What a result stands beside."""
+        return {
+            "encoder": self.encoder,
+            "block": self.block,
+            "blocks": self.model.blocks,
+            "pool": self.pool,
+            "train": str(self.learn.folder),
+            "val": str(self.test.folder),
+            "samples": [len(self.learn), len(self.test)],
+        }
+
+
+def _open(
+    encoder: str, train: Path, val: Path, block: int, pool: Literal["mean", "cls"], device: str
+) -> _Task:
+    """The task that a user typed, checked before any work."""
     from evaluate.encoder import load_encoder
     from evaluate.features import check_labels
     from shards import ShardSet
@@ -125,26 +144,15 @@ def _opened(encoder: str, train: Path, val: Path, block: int, device: str) -> tu
     check_labels(test)
     where = find_device(device)
     model = load_encoder(encoder, where)
-    chosen = block or model.default_block
-    if chosen > model.blocks:
-        raise ValueError(f"--block {chosen}: {encoder} has {model.blocks}")
-    return learn, test, classes, model, chosen, where
+    if block > model.blocks:
+        raise ValueError(f"--block {block}: {encoder} has {model.blocks}")
+    return _Task(encoder, model, learn, test, classes, block or model.default_block, pool, where)
 
 
 def _supervised(
-    name: str,
-    changes: dict[str, Any],
-    facts: dict[str, Any],
-    model: Any,
-    block: int,
-    pool: Literal["mean", "cls"],
-    learn: Any,
-    test: Any,
-    folder: Path,
-    seeds: range,
-    where: Any,
+    task: _Task, name: str, epochs: float, batch: int, folder: Path, seeds: range
 ) -> dict[str, list[float]]:
-    """Top-1 and top-5 of each seed's run, each in a folder of its own."""
+    """Top-1 and top-5 of each seed's run by the recipe `name`, each in a folder of its own."""
     from copy import deepcopy
     from dataclasses import replace
 
@@ -152,15 +160,18 @@ def _supervised(
 
     from evaluate.supervised import RECIPES, Classifier, train_supervised
 
-    recipe = replace(RECIPES[name], **changes)
-    same = {key: facts[key] for key in ("encoder", "block", "pool")}
+    recipe = replace(RECIPES[name], batch=batch, epochs=epochs or RECIPES[name].epochs)
+    same = {"encoder": task.encoder, "block": task.block, "pool": task.pool}
     found: dict[str, list[float]] = {"top1": [], "top5": []}
     for seed in seeds:
         torch.manual_seed(seed)
-        classes = len(learn.manifest.classes)
-        classifier = Classifier(deepcopy(model), block, pool, classes, recipe.frozen).to(where)
+        model = deepcopy(task.model)
+        classifier = Classifier(model, task.block, task.pool, task.classes, recipe.frozen)
+        classifier.to(task.device)
         run = folder / f"{name}-seed-{seed}"
-        scores = train_supervised(classifier, recipe, learn, test, run, seed, where, same)
+        scores = train_supervised(
+            classifier, recipe, task.learn, task.test, run, seed, task.device, same
+        )
         for key, values in found.items():
             values.append(scores[key])
     return found
@@ -200,14 +211,14 @@ def analyse(
     from evaluate.analyse import analyse
     from evaluate.encoder import load_encoder
     from shards import ShardSet
-    from train.checkpoint import newest
+    from train.checkpoint import chosen
 
     *names, folder = encoders
     if not names:
         raise ValueError("name at least one encoder, then the folder of the shards")
     records = ShardSet(folder)
     loaded = {name: load_encoder(name, torch.device("cpu")) for name in names}
-    ours = {name: newest(Path(name) / "checkpoints") or Path(name) for name in names
+    ours = {name: chosen(Path(name)) for name in names
             if Path(name).is_dir() or Path(name).suffix == ".pt"}  # fmt: skip
     for warning in analyse(loaded, ours, records, out, images):
         print(f"warning: {warning}", file=sys.stderr)

@@ -45,24 +45,20 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
     """The encoder that `what` names. `size` is for timm models, which come in any.
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
-    Face's ViT (or its .bin); `timm:NAME` with timm's weights, `random:NAME` without, where NAME
-    may be a recipe's. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
+    Face's ViT (or its .bin); `timm:NAME` with timm's weights; `random:NAME` without, of a model or
+    a recipe. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
     """
     kind, _, name = what.partition(":")
     if kind in ("timm", "random"):
         torch.manual_seed(0)  # the same random weights each time
-        recipe = RECIPES[name]() if name in RECIPES else Recipe(model=name, size=size)
-        size = recipe.size
-        model = make_encoder(recipe.model, size, recipe.options)
         if kind == "timm":
             model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+        else:
+            recipe = RECIPES[name]() if name in RECIPES else Recipe(model=name, size=size)
+            size = recipe.size
+            model = make_encoder(recipe.model, size, recipe.options)
         return Encoder(what, model.to(device).eval().requires_grad_(False), size)
-    path = Path(what)
-    if path.is_dir():
-        newest = checkpoint.newest(path / "checkpoints")
-        if newest is None:
-            raise ValueError(f"{path} holds no checkpoint; train first with `kamim pretrain`")
-        path = newest
+    path = checkpoint.chosen(Path(what))
     if not path.is_file():
         raise ValueError(f"{what} is no file, run folder, timm:NAME or random:NAME")
     model, side = _from_file(path)
@@ -83,14 +79,10 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
         for known in ("num_classes", "window_size"):
             options.pop(known, None)
         return fitted(make_encoder(facts["model"], size, options), tensors, path), size
-    try:
-        plain = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own
-        detail = str(error).splitlines()[0][:160]
-        raise ValueError(f"{path} is no sound checkpoint and was not loaded: {detail}") from None
+    plain = checkpoint.read(path)
     if isinstance(plain, dict) and is_huggingface(plain):
         return _from_huggingface(plain, path)
-    state = checkpoint.load(path)
+    state = checkpoint.checked(plain, path)
     recipe = state["run"]["recipe"]
     model = make_encoder(recipe["model"], recipe["size"], recipe["options"])
     return fitted(model, encoder_state(state), path), int(recipe["size"])

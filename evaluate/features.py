@@ -5,6 +5,7 @@ is only used again for the very same set, encoder, block and pooling.
 """
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,9 @@ from evaluate.encoder import Encoder, tokens
 from shards import ShardSet
 from shards.crops import crop_frames, to_device
 from shards.loader import Loader
-from shards.plan import InOrder
+from shards.plan import InOrder, Plan
 from shards.writing import progress
-from train.inputs import MEAN, STD
+from train.inputs import normalised
 
 Pool = Literal["mean", "cls"]
 
@@ -39,6 +40,20 @@ def check_labels(records: ShardSet, other: ShardSet | None = None) -> int:
     return len(classes)
 
 
+def whole_frames(
+    records: ShardSet, plan: Plan | InOrder, first: int, last: int, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(whole frames float32 [b, 3, size, size] of 0 to 255, labels [b]) of steps first to last - 1.
+
+    Squeezed without antialias, as the published validation does it.
+    """
+    for batch, tensors in to_device(Loader(records, plan, first, last, detectors=[]), device):
+        real = len(batch.labels)  # the last batch of a pass in order may have fewer than its buffer
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(real, 4)
+        flips = torch.zeros(real, 2, dtype=torch.bool, device=device)
+        yield crop_frames(tensors["frames"][:real], boxes, flips, size), tensors["labels"]
+
+
 def extract(
     encoder: Encoder,
     records: ShardSet,
@@ -49,25 +64,18 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """(features float32 [N, d], labels int64 [N]) in the order of the set, on the CPU.
 
-    Images are the whole frames at the encoder's size, as the published validation does it: aspect
-    not kept, no antialias.
+    Images are the whole frames at the encoder's size, as the published validation has them.
     """
     order = InOrder(len(records), batch)
-    loader = Loader(records, order, 0, order.steps, detectors=[])
     found, labels = [], []
-    mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
     bar = progress(f"features of {records.folder.name}", len(records))
     with bar, torch.inference_mode():
-        for each, tensors in to_device(loader, device):
-            real = len(each.labels)
-            frames = tensors["frames"][:real]
-            images = crop_frames(frames, tensors["boxes"], tensors["flips"], encoder.size)
+        for frames, theirs in whole_frames(records, order, 0, order.steps, encoder.size, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                patches, cls = tokens(encoder, (images - mean) / std, block)
+                patches, cls = tokens(encoder, normalised(frames), block)
             found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
-            labels.append(tensors["labels"].cpu().clone())
-            bar.update(real)
+            labels.append(theirs.cpu().clone())
+            bar.update(len(frames))
     return torch.cat(found), torch.cat(labels)
 
 

@@ -5,7 +5,6 @@ checkpoint and the accuracies. Killed, it goes on from the checkpoint, to the sa
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from evaluate.encoder import Encoder, tokens
-from evaluate.features import Pool
+from evaluate.features import Pool, whole_frames
 from shards import ShardSet
-from shards.crops import crop_frames, to_device
-from shards.loader import Loader
 from shards.plan import InOrder, Plan, mix
 from train import checkpoint
-from train.inputs import MEAN, STD
+from train.inputs import normalised
+from train.log import METRICS, trim
 from train.schedule import learning_rate
 
 AUGMENT = 8  # first part of the hash that draws a step's augmentations
@@ -125,41 +123,25 @@ def augmented(
     """A step's images, normalised, and soft labels [b, classes]: TrivialAugmentWide, erasing, then
     MixUp or CutMix. frames: uint8 [b, 3, S, S]. All drawn from (seed, step).
     """
-    mean, std = (torch.tensor(v, device=frames.device).view(3, 1, 1) for v in (MEAN, STD))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(mix(AUGMENT, seed, step)) >> 1)
         trivial, erase = v2.TrivialAugmentWide(), v2.RandomErasing()
-        images = torch.stack([trivial(frame) for frame in frames]).float() / 255
-        images = torch.stack([erase(image) for image in (images - mean) / std])
+        images = normalised(torch.stack([trivial(frame) for frame in frames]).float())
+        images = torch.stack([erase(image) for image in images])
         kinds = [v2.MixUp(alpha=recipe.mixup, num_classes=classes),
                  v2.CutMix(alpha=recipe.cutmix, num_classes=classes)]  # fmt: skip
         mixed: tuple[Tensor, Tensor] = v2.RandomChoice(kinds)(images, labels)
     return mixed
 
 
-def batches(
-    records: ShardSet, plan: Plan | InOrder, first: int, last: int, size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(whole frames squeezed to `size`, uint8 [b, 3, S, S]; labels) of steps first to last - 1."""
-    loader = Loader(records, plan, first, last, detectors=[])
-    for batch, tensors in to_device(loader, device):
-        real = len(batch.labels)
-        whole = torch.zeros(real, 4, device=device)
-        whole[:, 2:] = 1
-        flips = torch.zeros(real, 2, dtype=torch.bool, device=device)
-        frames = crop_frames(tensors["frames"][:real], whole, flips, size)
-        yield frames.round().to(torch.uint8), tensors["labels"]
-
-
 def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict[str, float]:
     """top-1 and top-5 of `model` on a set, shares of 0 to 1."""
     model.eval()
     order, size = InOrder(len(records), 256), model.encoder[0].size
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
     right = torch.zeros(2)
     with torch.inference_mode():
-        for frames, labels in batches(records, order, 0, order.steps, size, device):
-            logits = model((frames.float() - mean) / std)
+        for frames, labels in whole_frames(records, order, 0, order.steps, size, device):
+            logits = model(normalised(frames))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
     top1, top5 = (right / len(records)).tolist()
@@ -194,9 +176,10 @@ def train_supervised(
     }
     first = _restore(out, facts, model, optimizer, device)
     model.train()
-    stream = batches(learn, plan, first, total, model.encoder[0].size, device)
+    stream = whole_frames(learn, plan, first, total, model.encoder[0].size, device)
     for step, (frames, labels) in enumerate(stream, start=first):
-        images, soft = augmented(frames, labels, classes, recipe, seed, step)
+        pixels = frames.round().to(torch.uint8)
+        images, soft = augmented(pixels, labels, classes, recipe, seed, step)
         rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -209,10 +192,11 @@ def train_supervised(
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         if (step + 1) % epoch == 0 or step + 1 == total:
+            # The row first: what a kill leaves too much of, the next start trims.
+            with (out / METRICS).open("a") as file:
+                file.write(json.dumps({"step": step + 1, "loss": loss.item(), "lr": rate}) + "\n")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(out / "checkpoints", step + 1, state | {"run": facts})
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": loss.item(), "lr": rate}) + "\n")
     return accuracy(model, test, device)
 
 
@@ -222,6 +206,7 @@ def _restore(
     path = checkpoint.newest(out / "checkpoints")
     out.mkdir(parents=True, exist_ok=True)
     if path is None:
+        trim(out, 0)
         return 0
     state = checkpoint.load(path, device)
     changed = [name for name, value in facts.items() if state["run"].get(name) != value]
@@ -229,4 +214,5 @@ def _restore(
         raise ValueError(f"{out} holds another run (another {changed[0]}); name another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    trim(out, state["step"] + 1)
     return int(state["step"])

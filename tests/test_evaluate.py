@@ -1,6 +1,9 @@
 """Evaluation: probes that can only be right, features of the block asked for, others' weights."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -258,6 +261,38 @@ def test_finetune_and_the_papers_probe_from_the_command_line(labelled, tmp_path)
         )  # fmt: skip
         assert status == 0, error
         assert "top-1" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", [["probe"], ["probe", "--protocol", "paper"], ["finetune"]])
+def test_commands_killed_again_and_again_end_with_the_numbers_of_a_calm_run(
+    command, labelled, tmp_path
+):
+    words = [sys.executable, "-m", "kamim", *command, "random:small", labelled, labelled,
+             "--epochs", "6"]  # fmt: skip
+    words += ["--batch", "10"] if command != ["probe"] else []
+    words += ["--seeds", "2"] if command[0] == "probe" else []
+
+    def typed_into(out):
+        subprocess.run([*words, "--out", out], check=True, capture_output=True)
+        rows = [(f.parent.name, f.read_text()) for f in sorted(out.rglob("metrics.jsonl"))]
+        (result,) = out.glob("*.json")
+        return json.loads(result.read_text()), rows
+
+    calm = typed_into(tmp_path / "calm")
+    midway, out = 0, tmp_path / "killed"
+    for number in range(5):
+        process = subprocess.Popen([*words, "--out", out], stderr=subprocess.DEVNULL)
+        before = len(list(out.rglob("*")))
+        while process.poll() is None and len(list(out.rglob("*"))) <= before:
+            time.sleep(0.01)
+        time.sleep(0.15 * number)
+        midway += process.poll() is None
+        process.kill()
+        process.wait()
+    assert midway > 0
+    assert typed_into(out) == calm
 
 
 def resigned(folder, index):

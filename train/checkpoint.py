@@ -37,18 +37,38 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("step-*.pt"), default=None)
 
 
+def chosen(what: Path) -> Path:
+    """`what` itself, or the newest checkpoint of the run in the folder `what`.
+
+    Raises ValueError if that folder holds none.
+    """
+    path = newest(what / "checkpoints") if what.is_dir() else what
+    if path is None:
+        raise ValueError(f"{what} holds no checkpoint; train first with `kamim pretrain`")
+    return path
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in `path`. Raises ValueError if it is no checkpoint of ours, or damaged.
+    """The state in `path`. Raises ValueError if it is no checkpoint of ours, or damaged."""
+    return checked(read(path, device), path)
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What torch.save wrote into `path`, ours or not. Raises ValueError if it is damaged.
 
     Only tensors and plain values are read: a file that holds anything else is refused unread.
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and torch each raise their own
         detail = str(error).splitlines()[0][:160]
         raise ValueError(f"{path} is no sound checkpoint and was not loaded: {detail}") from None
+
+
+def checked(state: Any, path: Path) -> dict[str, Any]:
+    """`state`, read from `path`, if it is a checkpoint of ours; else ValueError."""
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ValueError(f"{path} is not a checkpoint of version {VERSION} of kamim")
     return state

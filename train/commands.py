@@ -102,10 +102,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
 ) -> None:
     """Write the encoder of a checkpoint as safetensors that timm loads unchanged."""
-    from train.checkpoint import newest
+    from train.checkpoint import chosen
     from train.export import export
 
-    source = newest(checkpoint / "checkpoints") if checkpoint.is_dir() else checkpoint
-    if source is None:
-        raise ValueError(f"{checkpoint} holds no checkpoint; train first with `kamim pretrain`")
-    print(f"{target}: load it into {export(source, target)}")
+    print(f"{target}: load it into {export(chosen(checkpoint), target)}")

@@ -23,16 +23,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def trim(run: Path, step: int) -> None:
+    """Drop the rows from `step` on, which a killed run wrote after its last checkpoint."""
+    kept = [row for row in read_metrics(run) if row["step"] < step]
+    temporary = run / f"{METRICS}.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(run / METRICS)
+
+
 class Log:
     """Writes a run's rows. Rows from `step` on, left by a run that was killed, are dropped."""
 
     def __init__(self, run: Path, step: int, wandb_project: str = "", facts: Any = None) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(run) if row["step"] < step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        temporary = run / f"{METRICS}.tmp"
-        temporary.write_text(text)
-        temporary.replace(run / METRICS)
+        trim(run, step)
         self.file = (run / METRICS).open("a", buffering=1)
         from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
 
