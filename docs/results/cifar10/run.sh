@@ -7,7 +7,7 @@ data=$1 out=$2 epochs=${3:-3} methods=${4:-"small_simmim small small_mean"} seed
 export OMP_NUM_THREADS=1 data out epochs
 mkdir -p "$out"
 for split in train test; do
-    kamim shards build "$data/$split.tar" "$out/shards/$split" --detector fast --crop 96
+    kamim shards build "$data/$split.tar" "$out/shards/$split" --detector fast --crop 96 --frame 128
 done
 
 one() {
