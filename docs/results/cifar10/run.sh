@@ -3,7 +3,7 @@
 # usage: run.sh DATA OUT [EPOCHS] [METHODS] [SEEDS]    DATA holds CIFAR-10's train.tar and test.tar
 # Two runs at a time, a core each. Killed or stopped, the same command goes on where it was.
 set -euo pipefail
-data=$1 out=$2 epochs=${3:-3} methods=${4:-"small_simmim small small_mean"} seeds=${5:-"0 1 2"}
+data=$1 out=$2 epochs=${3:-2} methods=${4:-"small_simmim small small_mean"} seeds=${5:-"0 1 2"}
 export OMP_NUM_THREADS=1 data out epochs
 mkdir -p "$out"
 for split in train test; do
@@ -13,8 +13,8 @@ done
 one() {
     run="$out/$1-seed-$2"
     [ -f "$run/probe/probe.json" ] && return
-    kamim pretrain "$out/shards/train" --recipe "$1" --seed "$2" --epochs "$epochs" --workers 1 \
-        --check size --log-every 65 --save-every 195 --resume auto --out "$run" >> "$run.log" 2>&1
+    kamim pretrain "$out/shards/train" --recipe "$1" --seed "$2" --epochs "$epochs" --batch 128 \
+        --workers 1 --check size --log-every 65 --save-every 195 --resume auto --out "$run" >> "$run.log" 2>&1
     kamim probe "$run" "$out/shards/train" "$out/shards/test" --out "$run/probe" >> "$run.log" 2>&1
     echo "$(date +%T) $1 seed $2: $(tail -1 "$run.log")"
 }
