@@ -11,6 +11,7 @@ for split in train test; do
 done
 
 one() {
+    set -e
     run="$out/$1-seed-$2"
     [ -f "$run/probe/probe.json" ] && return
     kamim pretrain "$out/shards/train" --recipe "$1" --seed "$2" --epochs "$epochs" --batch 128 \
@@ -20,9 +21,9 @@ one() {
 }
 export -f one
 for seed in $seeds; do for method in $methods; do echo "$method $seed"; done; done |
-    xargs -P 2 -L 1 bash -c 'one $0 $1'
+    xargs -P 2 -L 1 bash -ec 'one $0 $1'
 
-first=${seeds%% *}
-runs=(); for method in $methods; do runs+=("$out/$method-seed-$first"); done
+runs=()
+for method in $methods; do for seed in $seeds; do runs+=("$out/$method-seed-$seed"); done; done
 kamim probe random:small "$out/shards/train" "$out/shards/test" --out "$out/random"
-kamim analyse "${runs[@]}" "$out/shards/test" --out "$out/analysis"
+kamim analyse "${runs[@]}" random:small "$out/shards/test" --out "$out/analysis" --images 128
