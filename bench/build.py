@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from bench.provenance import append
+from bench.provenance import append, ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
 from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
@@ -100,18 +100,16 @@ def measure(source: Source, name: str, repeats: int, copies: int = 0) -> dict[st
         two.append(build_rate(often, name, 2))
     parts = {s: statistics.median(run[s] for run in stages) for s in stages[0]}
     ceilings = [2000 / sum(run.values()) for run in stages]
-    of_ceiling = [rate / ceiling for rate, ceiling in zip(two, ceilings, strict=True)]
-    scaling = [b / a for a, b in zip(one, two, strict=True)]
     return {
         "bench": "build",
         "detector": name,
         "images": len(often.entries),
         "n": repeats,
         "stages_ms": {stage: round(ms, 3) for stage, ms in parts.items()},
-        "images_per_s_1_job": _spread(one),
-        "images_per_s_2_jobs": _spread(two),
-        "share_of_ceiling_2_jobs": _spread(of_ceiling),
-        "two_jobs_over_one": _spread(scaling),
+        "images_per_s_1_job": spread(one),
+        "images_per_s_2_jobs": spread(two),
+        "share_of_ceiling_2_jobs": ratio(two, ceilings),
+        "two_jobs_over_one": ratio(two, one),
     }
 
 
@@ -127,11 +125,6 @@ def main(where: str) -> list[dict[str, Any]]:
     print(f"peak memory of a job: {memory[0]:.0f} MB, over ten times the images {memory[1]:.0f} MB")
     print(append("build", rows))
     return rows
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    names = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in names.items()}
 
 
 def table(row: dict[str, Any]) -> str:

@@ -61,7 +61,6 @@ def _measure(
 
     from bench import build, meaning, step, versus
     from preprocess import open_source
-    from shards import ShardSet
     from train.setup import find_device
 
     source, cores = open_source(where), joblib.cpu_count()
@@ -69,10 +68,10 @@ def _measure(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rates = versus.prepare_rivals(source, folder, cores, quick)
         if "loaders" in parts:
-            found = versus.measure(rates, len(source.entries), effort)
-            rows += versus.rows_of(found, len(source.entries))
+            rates = versus.prepare_rivals(source, folder, cores, quick)
+            found, warm = versus.measure(rates, len(source.entries), effort)
+            rows += versus.rows_of(found, warm, len(source.entries))
             problem = versus.noise(found)
             if problem:
                 print(f"warning: {problem}", file=sys.stderr)
@@ -80,10 +79,10 @@ def _measure(
         if "step" in parts:
             device = find_device("auto")
             cuda = device.type == "cuda"
+            records = versus.prepare_set(source, folder)
             recipes = ["vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base"]
             for recipe in recipes if cuda else ["small"]:
                 short = {"steps": 3, "repeats": 2} if quick else {"steps": 40 if cuda else 8}
-                records = ShardSet(folder / "set")
                 rows.append(step.measure(records, recipe, device, 256 if cuda else 64, **short))
     if "build" in parts:
         for detector in ("fast",) if quick else build.REPEATS:

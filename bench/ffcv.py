@@ -5,7 +5,6 @@ RandomResizedCrop on the same photos (short side 256, same quality) against our 
 with and without maps, and the time to the first batch at 0 % and at 90 % of an epoch.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from ffcv.loader import Loader as Ffcv
 from ffcv.loader import OrderOption
 from ffcv.writer import DatasetWriter
 
-from bench.provenance import append
+from bench.provenance import append, ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
 from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
@@ -141,17 +140,15 @@ def main(where: str) -> None:
     row: dict[str, Any] = {"bench": "ffcv", "images": count, "n": REPEATS}
     base, with_maps, bare, raw_maps, raw_bare = rates.values()
     ratios = {
-        "square JPEG / RandomResizedCrop": [a / b for a, b in zip(with_maps, base, strict=True)],
-        "raw / JPEG": [a / b for a, b in zip(raw_maps, with_maps, strict=True)],
-        "JPEG with maps / without": [a / b for a, b in zip(with_maps, bare, strict=True)],
-        "raw with maps / without": [a / b for a, b in zip(raw_maps, raw_bare, strict=True)],
-        "first batch at 90 % / at 0 %": resume,
+        "square JPEG / RandomResizedCrop": ratio(with_maps, base),
+        "raw / JPEG": ratio(raw_maps, with_maps),
+        "JPEG with maps / without": ratio(with_maps, bare),
+        "raw with maps / without": ratio(raw_maps, raw_bare),
+        "first batch at 90 % / at 0 %": spread(resume),
     }
-    for name, values in {**rates, **ratios}.items():
-        digits = 0 if name in rates else 3
-        spread = [round(f(values), digits) for f in (statistics.median, min, max)]
-        row[name] = dict(zip(("median", "min", "max"), spread, strict=True))
-        print(f"{name:36s} {spread[0]:>9,} ({spread[1]:,} to {spread[2]:,})")
+    for name, figure in ({name: spread(v, 0) for name, v in rates.items()} | ratios).items():
+        row[name] = figure
+        print(f"{name:36s} {figure['median']:>9,} ({figure['min']:,} to {figure['max']:,})")
     print(append("ffcv", [row]))
 
 

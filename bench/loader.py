@@ -5,7 +5,6 @@ results/loader.jsonl: the loader against decoding alone, threads against process
 against without, the weighted step against the unweighted one; interleaved, medians.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from bench.provenance import append
+from bench.provenance import append, ratio, spread
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
@@ -150,18 +149,16 @@ def measure(records: ShardSet) -> dict[str, Any]:
     processes = rates["DataLoader, processes, with maps"]
     weighted, plain = step_seconds(records, REPEATS * 2)
     ratios = {
-        "loader / (cores x decode alone)": [a / b for a, b in zip(threads, ceiling, strict=True)],
-        "with maps / without": [a / b for a, b in zip(threads, bare, strict=True)],
-        "from the bank / without maps": [a / b for a, b in zip(stored, bare, strict=True)],
-        "threads / processes": [a / b for a, b in zip(threads, processes, strict=True)],
-        "weighted step / unweighted": [a / b for a, b in zip(weighted, plain, strict=True)],
+        "loader / (cores x decode alone)": ratio(threads, ceiling),
+        "with maps / without": ratio(threads, bare),
+        "from the bank / without maps": ratio(stored, bare),
+        "threads / processes": ratio(threads, processes),
+        "weighted step / unweighted": ratio(weighted, plain),
     }
     row: dict[str, Any] = {"bench": "loader", "images": len(records), "n": REPEATS}
-    for name, values in {**rates, **ratios}.items():
-        digits = 0 if name in rates else 3
-        spread = [round(f(values), digits) for f in (statistics.median, min, max)]
-        row[name] = dict(zip(("median", "min", "max"), spread, strict=True))
-        print(f"{name:36s} {spread[0]:>9,} ({spread[1]:,} to {spread[2]:,})")
+    for name, figure in ({name: spread(v, 0) for name, v in rates.items()} | ratios).items():
+        row[name] = figure
+        print(f"{name:36s} {figure['median']:>9,} ({figure['min']:,} to {figure['max']:,})")
     return row
 
 

@@ -1,11 +1,12 @@
-"""What every number travels with: date, commit, hardware, library versions.
+"""What every number travels with: its spread, date, commit, hardware, library versions.
 
-In: nothing. Out: a dictionary for a JSON line, and `append` to write such lines.
+In: repeats of a figure. Out: dictionaries for a JSON line, and `append` to write such lines.
 """
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,17 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES if _version(name)},
     }
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+    """Median, least and most."""
+    names = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in names.items()}
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """The spread of the quotients of figures taken in turn."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 def append(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -5,7 +5,6 @@ between the published loader and ours, and each loader's share of what no loader
 """
 
 import math
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import cv2
 import torch
 
+from bench.provenance import ratio, spread
 from bench.rivals import (
     Rate,
     ceilings,
@@ -68,12 +68,17 @@ class Effort:
     repeats: int
 
 
-def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dict[str, Rate]:
-    """Build the sets under `folder` and make every loader that this machine can run."""
+def prepare_set(source: Source, folder: Path) -> ShardSet:
+    """The set that all of ours read, with the maps of every detector, built if it is not there."""
     size = shard_size_for(len(source.entries))
     detectors = tuple(detector_settings(name) for name in DETECTORS)
     build_shards(source, folder / "set", default_settings(detectors, size), max_rejected=1)
-    records = ShardSet(folder / "set")
+    return ShardSet(folder / "set")
+
+
+def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dict[str, Rate]:
+    """Build the sets under `folder` and make every loader that this machine can run."""
+    records = prepare_set(source, folder)
     rates = online(source, records, DETECTORS, cores)
     for name in (*DETECTORS, None):
         rates[f"offline, WebDataset: {name}"] = offline(records, name)
@@ -123,39 +128,44 @@ def _as_files(source: Source, folder: Path) -> None:
         path.write_bytes(read(source.kind, source.root, entry))
 
 
-def measure(rates: dict[str, Rate], count: int, effort: Effort) -> dict[str, list[float]]:
-    """Images a second of every loader, `effort.repeats` times, in turn; one warm-up each first."""
+def measure(
+    rates: dict[str, Rate], count: int, effort: Effort
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Images a second of every loader, `effort.repeats` times, in turn; and of a warm-up before."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    images = {}
+    warm, images = {}, {}
     for name, rate in rates.items():
-        first = rate(count)
-        images[name] = max(count, round(first * effort.seconds))
-        print(f"warm-up  {name:45s} {first:9,.0f} images/s", file=sys.stderr, flush=True)
+        warm[name] = rate(count)
+        images[name] = max(count, round(warm[name] * effort.seconds))
+        print(f"warm-up  {name:45s} {warm[name]:9,.0f} images/s", file=sys.stderr, flush=True)
     found: dict[str, list[float]] = {name: [] for name in rates}
     for repeat in range(effort.repeats):
         print(f"repeat {repeat + 1} of {effort.repeats}", file=sys.stderr, flush=True)
         for name, rate in rates.items():
             found[name].append(rate(images[name]))
-    return found
+    return found, warm
 
 
-def rows_of(found: dict[str, list[float]], images: int) -> list[dict[str, Any]]:
+def rows_of(
+    found: dict[str, list[float]], warm: dict[str, float], images: int
+) -> list[dict[str, Any]]:
     """One row a loader: rate, share of its ceiling, and times the published loader."""
     rows = []
     for name, values in found.items():
         loader, _, detector = name.partition(": ")
         row: dict[str, Any] = {"bench": "versus", "loader": loader, "detector": detector or "None"}
         row |= {"images": images, "n": len(values), "images_per_s": spread(values, 0)}
+        row["warm_up_images_per_s"] = round(warm[name])
         top = CEILING.get(loader)
         if top:
-            row["of_ceiling"] = _ratio(values, found[top]) | {"ceiling": top}
+            row["of_ceiling"] = ratio(values, found[top]) | {"ceiling": top}
         anchor = found.get(f"online, published: {detector}")
         if anchor and loader.startswith(("offline", "online, optimised")):
-            row["times_published"] = _ratio(values, anchor)
+            row["times_published"] = ratio(values, anchor)
         rows.append(row)
-    total = _ratio(found[CHAIN[-1][1]], found[CHAIN[0][2]])
-    factors = {change: _ratio(found[fast], found[slow]) for change, fast, slow in CHAIN}
+    total = ratio(found[CHAIN[-1][1]], found[CHAIN[0][2]])
+    factors = {change: ratio(found[fast], found[slow]) for change, fast, slow in CHAIN}
     chain: dict[str, Any] = {"bench": "versus", "loader": "chain", "detector": "fast"}
     chain |= {"images": images, "n": len(found[CHAIN[0][1]]), "total": total, "factors": factors}
     chain["product"] = round(math.prod(factor["median"] for factor in factors.values()), 2)
@@ -173,13 +183,3 @@ def noise(found: dict[str, list[float]]) -> str:
         f"this machine was too noisy to trust: {worst!r} varied {wide[worst]:.2f}-fold between "
         "repeats; run again when it is quiet, or with more --repeats"
     )
-
-
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Median, least and most."""
-    names = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in names.items()}
-
-
-def _ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    return spread([a / b for a, b in zip(above, below, strict=True)], 3)

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from bench import meaning, plots, versus  # noqa: E402
+from bench import claim, meaning, plots, versus  # noqa: E402
 from bench.online import AUGMENT, Optimised, Published, published_weights  # noqa: E402
+from bench.provenance import provenance  # noqa: E402
 from kamim import app  # noqa: E402
 from preprocess import build_shards, detector_settings, open_source  # noqa: E402
 from preprocess.defaults import default_settings  # noqa: E402
@@ -73,7 +74,7 @@ def found(noisy=False):
 
 
 def test_the_factors_multiply_to_the_whole():
-    rows = versus.rows_of(found(), 40)
+    rows = versus.rows_of(found(), dict.fromkeys(found(), 1.0), 40)
     (chain,) = [row for row in rows if row["loader"] == "chain"]
     assert chain["total"]["median"] == 35
     assert chain["product"] == pytest.approx(35)
@@ -105,7 +106,7 @@ def test_what_it_means_is_computed_from_the_rates():
 
 
 def test_pictures_are_drawn(tmp_path):
-    for path in plots.draw_all(versus.rows_of(found(), 40), tmp_path):
+    for path in plots.draw_all(versus.rows_of(found(), dict.fromkeys(found(), 1.0), 40), tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,3 +132,34 @@ def test_quick_needs_no_data_and_three_minutes():
     assert time.monotonic() - begin < 180
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["bench"] for row in rows} == {"versus", "step", "build", "meaning"}
+
+
+def test_tables_of_small_experiments_are_those_of_their_results():
+    for path in sorted(claim.FOLDER.glob("*/results.json")):
+        text = (path.parent / "README.md").read_text()
+        assert claim.renewed(text, json.loads(path.read_text())) == text
+
+
+def test_a_small_experiment_is_gathered_seed_by_seed(tmp_path):
+    blocks = [{"block": 1, "distance": 40.0, "uniform": 44.0, "nmi": 0.1, "frequency": -2.0}]
+    diagnoses = {"x/random:small": {"blocks": blocks}}
+    for seed, top1 in enumerate(([0.4, 0.5], [0.3, 0.4])):
+        run = tmp_path / f"small-seed-{seed}"
+        (run / "probe").mkdir(parents=True)
+        probe = {"top1": top1, "top5": top1, "knn": 0.3}
+        (run / "probe" / "probe.json").write_text(json.dumps(probe))
+        recipe = {"size": 96, "epochs": 2.0, "batch": 128}
+        (run / "run.json").write_text(json.dumps({"recipe": recipe}))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 9, "mean_weight": 2.0}) + "\n")
+        diagnoses[str(run)] = {"blocks": blocks, "psnr_masked": 17.0, "ssim_masked": 0.3}
+    for name in ("random", "analysis"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "random" / "probe.json").write_text(json.dumps(probe))
+    (tmp_path / "analysis" / "analysis.json").write_text(json.dumps(diagnoses))
+    rows = claim.gather(tmp_path)
+    assert [(row["method"], row["top1"]) for row in rows] == [
+        ("small", [0.45, 0.35]),
+        ("random", [0.35]),
+    ]
+    page = claim.render({"rows": rows, **provenance()})
+    assert "| KAMIM, FAST, T 0.25, least weight 1 (published) | 40.00 ± 7.07 |" in page
