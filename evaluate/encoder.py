@@ -46,7 +46,7 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
     Face's ViT (or its .bin); `timm:NAME` with timm's weights, `random:NAME` without, where NAME
-    may be a recipe's. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
+    may be a recipe's. Raises ValueError, in one line, if it is none of these or does not fit.
     """
     kind, _, name = what.partition(":")
     if kind in ("timm", "random"):
