@@ -27,6 +27,13 @@ def find_visible(
     return torch.from_numpy(share).float().to(device)
 
 
+def normalised(crops: Tensor) -> Tensor:
+    """Crops [b, 3, S, S] of 0 to 255, by ImageNet's mean and spread."""
+    mean = crops.new_tensor(MEAN).view(3, 1, 1) * 255
+    std = crops.new_tensor(STD).view(3, 1, 1) * 255
+    return (crops - mean) / std
+
+
 def prepare(
     tensors: dict[str, Tensor], recipe: Recipe, visible: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -36,9 +43,7 @@ def prepare(
     """
     boxes, flips = tensors["boxes"], tensors["flips"]
     crops = crop_frames(tensors["frames"], boxes, flips, recipe.size)
-    mean = crops.new_tensor(MEAN).view(3, 1, 1) * 255
-    std = crops.new_tensor(STD).view(3, 1, 1) * 255
-    images = (crops - mean) / std
+    images = normalised(crops)
     if visible is None or recipe.temperature is None:
         return images, None
     cells = recipe.size // recipe.w_ps
