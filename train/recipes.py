@@ -103,9 +103,9 @@ def sampled(recipe: Recipe, by: str) -> Recipe:
     """
     masked, thrown = (0.45, 0.40) if recipe.method == "mae" else (0.44, 0.26)
     first, again = (40.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
-    phases = {"random_epochs": first, "random_mask_ratio": recipe.mask_ratio}
-    phases["refresh_epochs"] = again
-    return replace(recipe, sample_by=by, mask_ratio=masked, throw_ratio=thrown, **phases)
+    early = recipe.mask_ratio
+    return replace(recipe, sample_by=by, mask_ratio=masked, throw_ratio=thrown, random_epochs=first,
+                   random_mask_ratio=early, refresh_epochs=again)  # fmt: skip
 
 
 def amt(recipe: Recipe) -> Recipe:
