@@ -87,7 +87,11 @@ def pretrain(run: Run) -> None:
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    forward: Any = torch.compile(parallel) if run.compile and device.type == "cuda" else parallel
+    forward: Any = (
+        torch.compile(parallel, dynamic=False)
+        if run.compile and device.type == "cuda"
+        else parallel
+    )
     if rank == 0:
         hiding = masking.describe()
         describe(run, records, facts, model, hiding, total, micro_steps, ranks, device)
