@@ -15,7 +15,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-ffcv readme clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv readme clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +74,9 @@ bench-step: $(VENV)/test  ## Measure a training step end to end against syntheti
 
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m bench.fidelity "$(if $(DATA),$(DATA),demo)"
+
+bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
+	$(BIN)/python -m bench.throw $(RECIPES)
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m bench.build "$(if $(DATA),$(DATA),demo)"

@@ -19,9 +19,12 @@ from shards.crops import crop_frames
 from train import checkpoint
 from train.inputs import MEAN, STD, normalised
 from train.loss import block_masks
-from train.model import CELL, SimMIM
+from train.method import make_model
+from train.model import CELL
+from train.recipes import Recipe, recipe_of
+from train.sampling import counts, drawn, races
 
-MASK_RATIO = 0.6
+MASK_RATIO = {"simmim": 0.6, "mae": 0.75}  # at random, whatever a run drew by
 TOKENS = 2000  # that t-SNE draws of each encoder
 
 
@@ -35,28 +38,43 @@ def images_of(records: ShardSet, size: int, count: int) -> Tensor:
 
 
 def reconstruction(path: Path, images: Tensor, seed: int) -> dict[str, float]:
-    """PSNR in dB and SSIM of masked pixels only, colours 0 to 1, by the whole model in `path`."""
+    """PSNR in dB and SSIM of masked pixels only, colours 0 to 1, by the whole model in `path`.
+
+    Masks are random: a SimMIM's hides 0.6, a MAE's 0.75, so compare those of one kind.
+    """
     from skimage.metrics import structural_similarity
 
     state = checkpoint.load(path)
-    recipe = state["run"]["recipe"]
-    model = SimMIM(recipe["model"], recipe["size"], recipe["options"]).eval()
+    recipe = recipe_of(state["run"]["recipe"])
+    model = make_model(recipe).eval()
     model.load_state_dict(state["model"])
-    masks = block_masks(seed, 0, len(images), recipe["size"] // CELL, MASK_RATIO, images.device)
+    shown = hidden(recipe, model.patch, seed, images)
     with torch.inference_mode():
-        made = model(images, masks)
+        made, masks, _ = model.picture(model(images, *shown), images, shown)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     truth, made = ((x * std + mean).clamp(0, 1) for x in (images, made))
-    hidden = masks.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
-    error = ((truth - made) ** 2).mean(1)[hidden].mean()
+    cell = images.shape[-1] // masks.shape[-1]
+    where_hidden = masks.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    error = ((truth - made) ** 2).mean(1)[where_hidden].mean()
     similar = []
-    for a, b, where in zip(truth, made, hidden, strict=True):
+    for a, b, where in zip(truth, made, where_hidden, strict=True):
         pair = (x.permute(1, 2, 0).numpy() for x in (a, b))
         similarity: Any = structural_similarity
         _, each = similarity(*pair, channel_axis=2, data_range=1.0, full=True)
         similar.append(each.mean(2)[where.numpy()].mean())
     psnr = round(float(-10 * torch.log10(error)), 3)
     return {"psnr_masked": psnr, "ssim_masked": round(float(np.mean(similar)), 4)}
+
+
+def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> tuple[Tensor, ...]:
+    """Random cells as the recipe's model takes them: SimMIM's mask, MAE's masked and visible."""
+    ratio, size, count = MASK_RATIO[recipe.method], recipe.size, len(images)
+    if recipe.method == "simmim":
+        return (block_masks(seed, 0, count, size // CELL, ratio, images.device),)
+    patches = (size // patch) ** 2
+    order = drawn(races(seed, 0, count, patches)).to(images.device)
+    masked = counts(patches, ratio, 0, "mae")[0]
+    return order[:, :masked], order[:, masked:]
 
 
 def analyse(

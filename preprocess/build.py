@@ -53,6 +53,11 @@ def build_shards(
     if an input is rejected and on_error is `fail`, if no input could be used, or, after a complete
     build, if more than the share `max_rejected` of inputs was rejected.
     """
+    if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
+        raise ValueError(
+            "a bank holds counts of keypoint marks, and frequency has none: build it without "
+            "--bank, or leave frequency out"
+        )
     facts = _facts(source, settings)
     complete = _check_folder(out, facts)
     if complete is None:
@@ -78,7 +83,7 @@ def build_shards(
 
 def _facts(source: Source, settings: Settings) -> dict[str, Any]:
     """All that a record's bytes depend on; a build goes on only where all of it is equal."""
-    facts = {
+    facts: dict[str, Any] = {
         "format_version": _manifest.FORMAT_VERSION,
         "settings": asdict(settings),
         "source": source.description(),
@@ -88,6 +93,8 @@ def _facts(source: Source, settings: Settings) -> dict[str, Any]:
             "simplejpeg": simplejpeg.__version__,
         },
     }
+    if not all(detector.has_keypoints for detector in settings.detectors):
+        facts["versions"]["numpy"] = np.__version__  # its FFT decides the frequency map
     plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
     return plain
 

@@ -27,7 +27,13 @@ OnError = Literal["quarantine", "fail"]
 def build(
     source: Annotated[str, typer.Argument(help="Folder or .tar of class folders, or: demo.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; new, or to be finished.")],
-    detector: Annotated[str, typer.Option(help="fast, orb, sift; several by commas.")] = "fast",
+    detector: Annotated[
+        str,
+        typer.Option(
+            help="fast, orb, sift, frequency; several by commas. frequency is a map of low "
+            "frequencies by FFT, of our own design, to draw FAMT's masks by; it has no keypoints."
+        ),
+    ] = "fast",
     detector_option: Annotated[
         list[str] | None,
         typer.Option(help="OpenCV's option of a detector, as fast.threshold=20. Repeatable."),

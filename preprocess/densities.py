@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess.detectors import detect
+from preprocess.frequency import frequency_map
 from preprocess.marks import mark
 from shards import Bank, Detector, Settings, decode_frame
 from shards.bank import BANK_CELL
@@ -41,13 +42,30 @@ def density_maps(
 ) -> Image:
     """Maps of input `number` as uint8 [detectors, grid, grid], density = value / 255 in 16 steps.
 
-    `rgb` is its pixels, or its frame's, then with the `size` (height, width) of its source. The
-    mean over views of the marked share of each cell, by how much of it each view sees: crops do
+    `rgb` is its pixels, or its frame's, then with the `size` (height, width) of its source.
+    """
+    density = np.empty((len(settings.detectors), settings.grid, settings.grid))
+    found = [detector.has_keypoints for detector in settings.detectors]
+    if any(found):
+        density[found] = _keypoint_densities(rgb, number, settings, size)
+    for row, detector in enumerate(settings.detectors):
+        if not detector.has_keypoints:
+            density[row] = frequency_map(rgb, detector, settings.grid)
+    return np.rint(np.minimum(density, 1) * (255 // LEVEL)).astype(np.uint8) * np.uint8(LEVEL)
+
+
+def _keypoint_densities(
+    rgb: Image, number: int, settings: Settings, size: tuple[int, int] | None
+) -> Floats:
+    """Densities of the keypoint detectors, float64 [detectors, grid, grid].
+
+    The mean over views of the marked share of each cell, by how much of it each view sees: crops do
     not show all, and no detector finds all near an edge.
     """
+    detectors = [detector for detector in settings.detectors if detector.has_keypoints]
     grid, (height, width) = settings.grid, rgb.shape[:2]
     edges = np.arange(grid + 1) / grid
-    marked = np.zeros((len(settings.detectors), grid, grid))
+    marked = np.zeros((len(detectors), grid, grid))
     seen = np.zeros_like(marked)
     for planned in map_views(number, size or (height, width), settings):
         view = _on(planned, size, (height, width)) if size else planned
@@ -56,15 +74,14 @@ def density_maps(
         y = np.clip((edges * height - top) * (view.rows / tall), 0, view.rows)
         x = np.clip((edges * width - left) * (view.columns / wide), 0, view.columns)
         cell = height * view.rows / (grid * tall), width * view.columns / (grid * wide)  # px
-        for row, detector in enumerate(settings.detectors):
+        for row, detector in enumerate(detectors):
             keypoints = detect(detector, grey, settings.crop)
             bitmap = mark(keypoints, view.rows, view.columns, settings.mark)
             marked[row] += cell_sums(bitmap, y, x) / (cell[0] * cell[1])
             down = visible_sums(detector, view.rows, y, settings.mark) / cell[0]
             across = visible_sums(detector, view.columns, x, settings.mark) / cell[1]
             seen[row] += down[:, None] * across
-    density = np.where(seen > FLOOR, marked / np.maximum(seen, FLOOR), 0)
-    return np.rint(np.minimum(density, 1) * (255 // LEVEL)).astype(np.uint8) * np.uint8(LEVEL)
+    return np.asarray(np.where(seen > FLOOR, marked / np.maximum(seen, FLOOR), 0))
 
 
 def maps_of(

@@ -1,4 +1,4 @@
-"""FAST, ORB and SIFT as OpenCV has them: a grey image in, keypoint centres out.
+"""FAST, ORB and SIFT as OpenCV has them: a grey image in, keypoint centres out. And options.
 
 In: uint8 grey [S, S]. Out: float32 (x, y) pixel-centre coordinates; no OpenCV object gets out.
 Defaults are OpenCV's, which are the published ones (KAMIM utils/dataset_loaders.py).
@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocess import frequency
 from shards import Detector
+from shards.manifest import FREQUENCY
 
 Option = int | float | bool
 
@@ -45,14 +47,18 @@ def detector_settings(name: str, options: Mapping[str, str] | None = None) -> De
 
     Raises ValueError, listing what there is, for an unknown name or option or a bad value.
     """
-    if name not in DEFAULTS:
-        raise ValueError(f"unknown detector {name!r}; there are {', '.join(DEFAULTS)}")
-    chosen = dict(DEFAULTS[name])
+    known = DEFAULTS | {FREQUENCY: frequency.DEFAULTS}
+    if name not in known:
+        raise ValueError(f"unknown detector {name!r}; there are {', '.join(known)}")
+    chosen = dict(known[name])
     for option, text in (options or {}).items():
         if option not in chosen:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(chosen)}")
         chosen[option] = _parse(f"{name}.{option}", text, chosen[option])
     settings = Detector(name, chosen)
+    if not settings.has_keypoints:
+        frequency.check_options(settings)
+        return settings
     try:
         detect(settings, np.zeros((192, 192), np.uint8))
     except cv2.error as error:

@@ -53,6 +53,10 @@ def measure_fidelity(
     Raises ValueError if the source is not that of the set.
     """
     settings = records.manifest.settings
+    if not keypoint_rows(settings):
+        raise ValueError(
+            f"{records.folder} has no keypoint maps: there is no detection to compare with"
+        )
     if w_ps % BANK_CELL or settings.crop % w_ps:
         raise ValueError(f"w_ps {w_ps} is no multiple of {BANK_CELL} that divides {settings.crop}")
     if source.description()["sha256"] != records.manifest.source["sha256"]:
@@ -71,8 +75,13 @@ def measure_fidelity(
             what: _errors([pair[detector.name][what] for pair in pairs], temperature)
             for what in pairs[0][detector.name]
         }
-        for detector in settings.detectors
+        for _, detector in keypoint_rows(settings)
     }
+
+
+def keypoint_rows(settings: Settings) -> list[tuple[int, Detector]]:
+    """(row, detector) of the maps that detection on a crop can be compared with."""
+    return [(row, d) for row, d in enumerate(settings.detectors) if d.has_keypoints]
 
 
 Pairs = dict[str, dict[str, tuple[Floats, Floats]]]  # detector, what: (estimate, truth)
@@ -86,7 +95,7 @@ def _densities(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed:
     mirrored = np.ascontiguousarray(crop.pixels[:, ::-1])
     other = _torchvision(crop, rgb, settings.crop)
     result: Pairs = {}
-    for row, detector in enumerate(settings.detectors):
+    for row, detector in keypoint_rows(settings):
         detected = _detector_on_crops(detector, settings)
         truth = detected(crop.pixels)
         result[detector.name] = {

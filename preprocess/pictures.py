@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import decode_image
 from preprocess.densities import crop_counts, published_grey
-from preprocess.fidelity import FULL, read_crop, trial_crop
+from preprocess.fidelity import FULL, keypoint_rows, read_crop, trial_crop
 from preprocess.sources import Source, read
 from shards import ShardSet
 from shards.manifest import write_atomically
@@ -29,7 +29,7 @@ def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[
         crop = trial_crop(
             record, settings, decode_image(read(source.kind, source.root, entry)), seed=0
         )
-        for row, detector in enumerate(settings.detectors):
+        for row, detector in keypoint_rows(settings):
             grey = published_grey(crop.pixels)
             truth = crop_counts(detector, grey, settings.mark) / FULL
             estimate = read_crop(record, row, settings, crop)

@@ -46,10 +46,17 @@ def crop_maps(
     is exact: map cells count by their overlap. `visible` [cells] is the share of its marks that the
     detector finds at each distance from the crop's edge (shards.visibility.visible_cells).
     """
-    grid = maps.shape[-2]
     density = torch.stack([maps & 15, maps >> 4], dim=-1).flatten(-2) / 15
-    lower = torch.arange(grid, device=maps.device, dtype=torch.float32)
-    edges = torch.arange(cells + 1, device=maps.device) / cells
+    return crop_grid(density, boxes, flips, cells, visible)
+
+
+def crop_grid(
+    values: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
+) -> Tensor:
+    """crop_maps of any `values` over the unit square, float32 [b, G, G], of attention say."""
+    grid = values.shape[-1]
+    lower = torch.arange(grid, device=values.device, dtype=torch.float32)
+    edges = torch.arange(cells + 1, device=values.device) / cells
     shares = []
     for axis in (0, 1):
         at = (boxes[:, axis, None] + boxes[:, axis + 2, None] * edges) * grid
@@ -60,7 +67,7 @@ def crop_maps(
             share = share * visible[:, None]
         shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
     rows, columns = shares
-    return rows @ density @ columns.transpose(1, 2)
+    return rows @ values @ columns.transpose(1, 2)
 
 
 def pool_counts(counts: Tensor, cells: int) -> Tensor:

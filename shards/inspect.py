@@ -51,12 +51,14 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         f"frames of {cells} x {cells} cells. A weight is exp(density / T) over the frame's "
         "smallest, so the least is 1.</p><div class='row wide'>",
     ]
-    for row, name in enumerate(manifest.detectors):
+    for row, detector in enumerate(manifest.settings.detectors):
+        if not detector.has_keypoints:
+            continue
         found = [weights(read_map(m[row], (0, 0, 1, 1), cells), temperature) for m in measured]
-        parts.append(_histogram(name, np.concatenate([w.ravel() for w in found])))
+        parts.append(_histogram(detector.name, np.concatenate([w.ravel() for w in found])))
     parts.append(
         "</div><h2>Frames and densities</h2><p>Dark is density 0, yellow is 1: the share of a "
-        "cell's pixels that keypoint marks cover, averaged over the scales.</p>"
+        "cell's pixels that keypoint marks cover, or of the greatest low-frequency amplitude.</p>"
     )
     parts += [_pictures(record, manifest.detectors) for record in shown]
     return "".join(parts) + "</html>\n"
@@ -163,7 +165,7 @@ def _pictures(record: Record, detectors: list[str]) -> str:
     for name, density in zip(detectors, record.maps, strict=True):
         heat = cv2.applyColorMap(density, cv2.COLORMAP_VIRIDIS)[:, :, ::-1]
         heat = cv2.resize(heat, frame.shape[:2], interpolation=cv2.INTER_NEAREST)
-        figures.append(_figure(heat, f"{name}: mean density {density.mean() / 255:.3f}"))
+        figures.append(_figure(heat, f"{name}: mean {density.mean() / 255:.3f}"))
         lit = frame * (0.25 + 0.75 * cv2.resize(density / 255, frame.shape[:2])[:, :, None])
         figures.append(_figure(lit, f"{name}: the frame lit by its density"))
     return f"<div class=row>{''.join(figures)}</div>"

@@ -16,6 +16,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 REJECTED = "rejected.jsonl"
+FREQUENCY = "frequency"  # the one map that is not of keypoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,18 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Detector:
-    """A detector's name and every option it was made with, by OpenCV's own option names."""
+    """A map's detector and every option it was made with, by OpenCV's own option names.
+
+    `frequency` is a map without keypoints: it has no marks, no edge that hides them, no bank.
+    """
 
     name: str
     options: dict[str, int | float | bool]
+
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether its map is a density of keypoint marks."""
+        return self.name != FREQUENCY
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ def visible(detector: Detector, side: int, mark: str = "ring") -> Floats:
 
     Both directions multiply: a pixel's share is that of its row times that of its column.
     """
+    if not detector.has_keypoints:
+        return np.ones(side)
     pixels = np.arange(side)
     distance = np.minimum(pixels, side - 1 - pixels).astype(np.float64)
     if detector.name == "orb":  # the margin is an option of its own

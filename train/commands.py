@@ -19,7 +19,9 @@ def pretrain(
     folder: Folder,
     recipe: Annotated[str, typer.Option(help="See `kamim recipes`; or any timm ViT.")] = "vit_base",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Which of the shards' maps to use.")] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="The map to weigh by; the only one of keypoints.")
+    ] = None,
     bank: Annotated[
         bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
     ] = False,
@@ -29,7 +31,9 @@ def pretrain(
     resume: Annotated[
         Literal["no", "auto"], typer.Option(help="auto: go on from the newest checkpoint, if any.")
     ] = "no",
-    epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's.")] = 0,
+    epochs: Annotated[
+        float, typer.Option(min=0, help="0: the recipe's; phases of sampling keep their share.")
+    ] = 0,
     batch: Annotated[
         int, typer.Option(min=0, help="Samples a step, over all processes; 0: recipe's.")
     ] = 0,
@@ -50,15 +54,24 @@ def pretrain(
 ) -> None:
     """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
 
+    Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
+    attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
+    known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
+    attention is looked at anew every refresh_epochs, in one pass over the shards.
+
     SIGTERM or Ctrl-C saves and stops (exit status 143 or 130). Killed or stopped, --resume auto
     goes on with the same losses as a run that was not.
     """
-    from train.loop import Stopped, pretrain
+    from train.loop import pretrain
     from train.recipes import find_recipe
     from train.setup import Run
+    from train.stopping import Stopped
 
     chosen = find_recipe(recipe)
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
+    if epochs and chosen.sample_by != "none":
+        changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
+        changes["refresh_epochs"] = chosen.refresh_epochs * epochs / chosen.epochs
     changes |= {"batch": batch} if batch else {}
     run = Run(
         shards=folder,
@@ -91,9 +104,12 @@ def recipes() -> None:
 
     for name, make in RECIPES.items():
         recipe = make()
-        weights = "plain SimMIM" if recipe.temperature is None else f"T {recipe.temperature:g}"
-        print(f"{name:24s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
-              f"batch {recipe.batch}, {weights}")  # fmt: skip
+        weights = "no weights" if recipe.temperature is None else f"T {recipe.temperature:g}"
+        cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
+        if recipe.sample_by != "none":
+            cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"
+        print(f"{name:28s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
+              f"batch {recipe.batch}, {weights}, {cells}")  # fmt: skip
 
 
 @app.command()

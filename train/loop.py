@@ -6,10 +6,8 @@ events, checkpoints and, at the end, pictures. Killed and resumed, the losses ar
 
 import math
 import os
-import signal
 import time
 from contextlib import nullcontext
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,18 +18,17 @@ from shards import ShardSet
 from shards.crops import pinned, to_device
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
-from shards.manifest import Detector
 from shards.plan import Plan
 from train import checkpoint
+from train.check import check, wanted_maps
 from train.inputs import MEAN, STD, find_visible, prepare
 from train.log import Log, say
-from train.loss import block_masks, masked_l1
-from train.model import CELL, SimMIM, model_flops
+from train.method import Masking, make_model
+from train.model import model_flops
 from train.pictures import draw_loss, draw_reconstructions
 from train.schedule import learning_rate
 from train.setup import (
     Run,
-    check,
     count_micro_steps,
     describe,
     device_name,
@@ -40,12 +37,9 @@ from train.setup import (
     restore,
     run_facts,
 )
+from train.stopping import Stop, Stopped
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-class Stopped(Exception):
-    """A signal (its number is the argument) arrived; the run was saved and can be resumed."""
 
 
 def pretrain(run: Run) -> None:
@@ -76,41 +70,63 @@ def pretrain(run: Run) -> None:
     last = min(run.steps or total, total)
     facts = run_facts(run, records.manifest, detector)
     visible = find_visible(recipe, records.manifest, detector, device)
+    maps = wanted_maps(recipe, detector)
 
     # The model, and where it left off.
     torch.manual_seed(run.seed)
-    model = SimMIM(recipe.model, recipe.size, recipe.options).to(device)
+    model = make_model(recipe).to(device)
+    masking = Masking(
+        recipe, run.seed, records.manifest, maps, model.encoder, steps_an_epoch, device
+    )
     groups = parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
-    first = restore(run, facts, model, optimizer, device)
-    flops = model_flops(model, recipe.size)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=device.type == "cuda")
+    first, seconds = restore(run, facts, model, optimizer, device)
+    masking.restore(run.out, first)
+    flops = model_flops(model, recipe.size, masking.example())
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    forward: Any = torch.compile(parallel) if run.compile and device.type == "cuda" else parallel
+    forward: Any = (
+        torch.compile(parallel, dynamic=False)
+        if run.compile and device.type == "cuda"
+        else parallel
+    )
     if rank == 0:
-        describe(run, records, facts, model, total, micro_steps, ranks, device)
+        hiding = masking.describe()
+        describe(run, records, facts, model, hiding, total, micro_steps, ranks, device)
         if first:
             say(f"going on after step {first}")
 
     # The stream of batches.
-    loader = open_loader(run, records, plan, (first, last), (rank, ranks), detector, device)
+    place = rank, ranks
+    loader = open_loader(run, records, plan, (first, last), place, maps, device)
     batches = to_device(loader, device)
-    part, cells = recipe.batch // (ranks * micro_steps), recipe.size // CELL
+    part = recipe.batch // (ranks * micro_steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    stop = _Stop()
+    stop = Stop()
     log = Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext()
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     waited, since = 0.0, time.perf_counter()
+    clock = since - seconds  # training began then, had it never paused
 
     with log:
         for step in range(first, last):
+            if masking.due(step):
+                began = time.perf_counter()
+                once = Plan(len(records), part * ranks, run.seed)  # crops are not looked at
+                passes = 0, -(-len(records) // once.batch)
+                frames = open_loader(run, records, once, passes, place, [], device)
+                masking.refresh(run.out, step, model.encoder, frames, place)
+                since += time.perf_counter() - began
+                if rank == 0:
+                    say(f"attention of {len(records):,} records looked at before step {step + 1}, "
+                        f"in {time.perf_counter() - began:.1f} s")  # fmt: skip
             rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            masks = block_masks(run.seed, step, recipe.batch, cells, recipe.mask_ratio, device)
+            noise = masking.noise(step)
             sums = torch.zeros(2, device=device)  # loss, mean weight
             for micro_step in range(micro_steps):
                 asked = time.perf_counter()
@@ -119,13 +135,13 @@ def pretrain(run: Run) -> None:
                 assert batch.step == step
                 images, weights = prepare(tensors, recipe, visible)
                 begin = (micro_step * ranks + rank) * part
-                mask = masks[begin : begin + part]
+                hidden = masking.hidden(noise[begin : begin + part], step, batch.samples, tensors)
                 # Gradients are averaged over processes once, in the last micro-step.
                 alone = ranks > 1 and micro_step < micro_steps - 1
                 with parallel.no_sync() if alone else nullcontext():  # type: ignore[operator]
                     with autocast:
-                        reconstruction = forward(images, mask)
-                    loss = masked_l1(reconstruction, images, mask, weights) / micro_steps
+                        output = forward(images, *hidden)
+                    loss = model.loss(output, images, hidden, weights) / micro_steps
                     loss.backward()
                 mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
                 sums += torch.stack([loss.detach(), mean_weight / micro_steps])
@@ -135,11 +151,18 @@ def pretrain(run: Run) -> None:
 
             stopping = stop.agreed(step, run.log_every, ranks, device)
             saving = stopping or (step + 1) % run.save_every == 0 or step + 1 == last
+            # A pass over all records may take minutes, in which a signal has to wait.
+            saving = saving or masking.due(step + 1)
             if saving or (step + 1) % run.log_every == 0:
                 rows = _rows(pending, steps_an_epoch, ranks)  # the one synchronisation
-                spent = time.perf_counter() - since
+                now = time.perf_counter()
+                spent = now - since
                 speed = len(rows) * recipe.batch / spent
-                rows[-1] |= {"images_per_s": speed, "waiting": waited / spent}
+                rows[-1] |= {
+                    "images_per_s": speed,
+                    "waiting": waited / spent,
+                    "seconds": now - clock,
+                }
                 if peak:
                     rows[-1]["mfu"] = speed * flops / (peak * ranks)
                 if loader.damaged:
@@ -148,9 +171,12 @@ def pretrain(run: Run) -> None:
                     log.rows(rows, total)  # type: ignore[union-attr]
                 pending, waited, since = [], 0.0, time.perf_counter()
             if saving and rank == 0:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                path = checkpoint.save(run.out / "checkpoints", step + 1, state | {"run": facts})
+                state: dict[str, Any] = {"model": model.state_dict()}
+                state |= {"optimizer": optimizer.state_dict()}
+                state |= {"run": facts, "seconds": now - clock}
+                path = checkpoint.save(run.out / "checkpoints", step + 1, state)
                 since = time.perf_counter()
+                clock += since - now
             if stopping:
                 if rank == 0:
                     say(f"stopped after step {step + 1}; saved {path}; go on with --resume auto")
@@ -160,12 +186,14 @@ def pretrain(run: Run) -> None:
     # Pictures of the last step's first images, whether this process trained on them or not.
     if rank == 0 and last == total:
         draw_loss(run.out)
-        loader = open_loader(run, records, plan, (total - 1, total), (0, ranks), detector, device)
-        _, tensors = next(to_device(loader, device))
+        loader = open_loader(run, records, plan, (total - 1, total), (0, ranks), maps, device)
+        batch, tensors = next(to_device(loader, device))
         images, weights = prepare(tensors, recipe, visible)
-        masks = block_masks(run.seed, total - 1, recipe.batch, cells, recipe.mask_ratio, device)
+        noise = masking.noise(total - 1)[:part]
+        masking.restore(run.out, total - 1, done=True)
+        hidden = masking.hidden(noise, total - 1, batch.samples, tensors)
         with torch.no_grad(), autocast:
-            draw_reconstructions(run.out, model, images, masks[:part], weights, MEAN, STD)
+            draw_reconstructions(run.out, model, images, hidden, weights, MEAN, STD)
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -176,12 +204,12 @@ def open_loader(
     plan: Plan,
     steps: tuple[int, int],
     place: tuple[int, int],
-    detector: Detector | None,
+    maps: list[str],
     device: torch.device,
 ) -> Loader | FfcvLoader:
-    """The loader of the set's container, for `steps` (first, end) and `place` (rank, ranks)."""
+    """The loader of the set's container, of `steps` (first, end), `place` (rank, ranks), `maps`."""
     common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": run.workers}
-    common |= {"detectors": [detector.name] if detector else [], "bank": run.bank}
+    common |= {"detectors": maps, "bank": run.bank}
     if records.manifest.container == "ffcv":
         return FfcvLoader(records, plan, *steps, **common)
     allocate = pinned if device.type == "cuda" else None
@@ -206,28 +234,3 @@ def _rows(
         row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, "lr": rate}
         rows.append(row | {"grad_norm": norm, "mean_weight": weight})
     return rows
-
-
-class _Stop:
-    """SIGTERM and Ctrl-C as a wish: asked for between steps, and agreed on by all processes."""
-
-    def __init__(self) -> None:
-        self.wished = 0  # the signal's number
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._wish)
-
-    def _wish(self, number: int, frame: FrameType | None) -> None:
-        self.wished = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    def agreed(self, step: int, every: int, ranks: int, device: torch.device) -> bool:
-        """Whether to stop after `step`. With several processes it costs a sync, every so often."""
-        if ranks == 1:
-            return bool(self.wished)
-        if (step + 1) % every:
-            return False
-        wish = torch.tensor(self.wished, device=device)
-        dist.all_reduce(wish, dist.ReduceOp.MAX)
-        self.wished = int(wish.item())
-        return bool(self.wished)

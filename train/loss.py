@@ -1,6 +1,7 @@
-"""The loss: reconstruction, image, mask and weights in, one number out.
+"""The losses: reconstruction, image, mask and weights in, one number out.
 
-SimMIM's masked L1 with KAMIM's weight on each patch: arXiv 2407.13873, KAMIM vit.py.
+SimMIM's masked L1 and MAE's masked MSE, with KAMIM's weight on each patch: arXiv 2407.13873,
+KAMIM vit.py.
 """
 
 import math
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shards.plan import mix
+from train.tokens import take
 
 MASK = 3  # this hash's purpose; shards.plan has 1 and 2
 
@@ -51,3 +53,33 @@ def _grown(cells: Tensor, count: int) -> Tensor:
     """`cells` [b, c, c] repeated to [b, count, count]."""
     times = count // cells.shape[-1]
     return cells.repeat_interleave(times, 1).repeat_interleave(times, 2) if times > 1 else cells
+
+
+def masked_mse(
+    output: Tensor,
+    patches: Tensor,
+    masked: Tensor,
+    weights: Tensor | None = None,
+    norm_pix: bool = False,
+) -> Tensor:
+    """MAE's mean squared error over the pixels of masked patches, by KAMIM's weights if given.
+
+    output: [b, m, 3 p**2]. patches: [b, n, 3 p**2] of the images. masked: int64 [b, m]. weights:
+    [b, c, c] over the image, or None for MAE's own loss (arXiv 2111.06377, models_mae.py); weights
+    of one give the same number. norm_pix: targets by each patch's mean and spread.
+    """
+    target = take(patches.float(), masked)
+    if norm_pix:
+        mean, spread = target.mean(2, keepdim=True), target.var(2, keepdim=True)
+        target = (target - mean) / (spread + 1e-6).sqrt()
+    error = (output.float() - target) ** 2
+    if weights is None:
+        return error.mean()
+    side = math.isqrt(patches.shape[1])
+    cells = math.lcm(side, weights.shape[-1])
+    per = cells // side  # weight cells along a patch
+    grown = _grown(weights, cells).unflatten(2, (side, per)).unflatten(1, (side, per))
+    of_patch = take(grown.transpose(2, 3).flatten(3).flatten(1, 2), masked)  # [b, m, per**2]
+    patch = math.isqrt(patches.shape[2] // 3)
+    split = error.unflatten(2, (3, per, patch // per, per, patch // per))
+    return (split.mean((2, 4, 6)).flatten(2) * of_patch).mean()

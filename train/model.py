@@ -11,6 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from train.loss import masked_l1
+from train.tokens import embed, encode, patchify, take
+
 CELL = 32  # px of a mask cell, SimMIM's
 
 
@@ -36,11 +39,15 @@ class SimMIM(nn.Module):
             nn.PixelShuffle(self.stride),
         )
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
         """Reconstructions [b, 3, S, S] of `images` [b, 3, S, S], normalised as they are.
 
-        `mask` is bool [b, S / 32, S / 32], True where the model does not see the image.
+        `mask` is bool [b, S / 32, S / 32], True where the model does not see the image. `kept`
+        [b, k] numbers the cells that are not thrown, row by row: nothing is computed for others,
+        and they come out as 0. None: all are kept.
         """
+        if kept is not None:
+            return self._some(images, mask, kept)
         encode = self._swin if self.is_swin else self._vit
         pixels: Tensor = self.decoder(encode(images, mask))
         return pixels
@@ -53,6 +60,40 @@ class SimMIM(nn.Module):
         tokens = encoder.norm(encoder.blocks(tokens))[:, encoder.num_prefix_tokens :]
         side = images.shape[-1] // self.patch
         return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+    def _some(self, images: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
+        """As _vit and the decoder, on the patches of the kept cells alone."""
+        side, times = images.shape[-1] // self.patch, CELL // self.patch
+        numbers = torch.arange(side**2, device=images.device).view(1, side, side)
+        # Patches of each cell: [cells, times**2].
+        table = patchify(numbers[:, None].expand(-1, 3, -1, -1), times)[0, :, : times**2]
+        index = table[kept].flatten(1)
+        hidden = self._cells(mask).gather(1, index)
+        tokens = embed(self.encoder, take(patchify(images, self.patch), index))
+        tokens = encode(self.encoder, self._hide(tokens, hidden), index)
+        tokens = tokens[:, -index.shape[1] :]
+        widen, arrange = self.decoder
+        pixels = widen(tokens.transpose(1, 2)[..., None])[..., 0]  # [b, 3 * patch**2, k]
+        none = pixels.new_zeros(len(images), pixels.shape[1], side**2)
+        whole = none.scatter(2, index[:, None].expand_as(pixels), pixels)
+        out: Tensor = arrange(whole.unflatten(2, (side, side)))
+        return out
+
+    def loss(self, output: Tensor, images: Tensor, hidden: tuple[Tensor, ...],
+             weights: Tensor | None) -> Tensor:  # fmt: skip
+        """masked_l1 of what forward gave for `hidden`, (mask,) or (mask, kept)."""
+        return masked_l1(output, images, hidden[0], weights)
+
+    def picture(
+        self, output: Tensor, images: Tensor, hidden: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(reconstructions [b, 3, S, S], masked and visible, bool [b, S / 32, S / 32])."""
+        mask, *kept = hidden
+        visible = ~mask
+        if kept:
+            all_of_them = torch.zeros_like(mask).flatten(1).scatter(1, kept[0], True).view_as(mask)
+            visible = visible & all_of_them
+        return output, mask, visible
 
     def _swin(self, images: Tensor, mask: Tensor) -> Tensor:
         encoder = self.encoder
@@ -95,13 +136,17 @@ def encoder_options(
     return {"img_size": size, "num_classes": 0, **window, **(options or {})}
 
 
-def model_flops(model: nn.Module, size: int) -> float:
-    """Floating-point operations of forward and backward for one image: three times forward's."""
+def model_flops(model: nn.Module, size: int, hidden: tuple[Tensor, ...] | None = None) -> float:
+    """Floating-point operations of forward and backward for one image: three times forward's.
+
+    `hidden` is what the model takes beside one image; None is SimMIM's mask.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
     image = torch.zeros(1, 3, size, size, device=device)
-    mask = torch.ones(1, size // CELL, size // CELL, dtype=torch.bool, device=device)
+    if hidden is None:
+        hidden = (torch.ones(1, size // CELL, size // CELL, dtype=torch.bool, device=device),)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image, mask)
+        model(image, *hidden)
     return 3.0 * counter.get_total_flops()

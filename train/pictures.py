@@ -5,15 +5,15 @@ In: metrics.jsonl, a model and a batch. Out: PNG files in the run folder.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.log import read_metrics
-from train.model import CELL
 
 
 def draw_loss(run: Path) -> None:
@@ -42,9 +42,9 @@ def draw_loss(run: Path) -> None:
 
 def draw_reconstructions(
     run: Path,
-    model: nn.Module,
+    model: Any,
     images: Tensor,
-    mask: Tensor,
+    hidden: tuple[Tensor, ...],
     weights: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
@@ -53,13 +53,13 @@ def draw_reconstructions(
     """RUN/reconstructions.png: a row per image with crop, weights, what the model sees, and its
     reconstruction of what it does not see.
     """
-    images, mask = images[:count], mask[:count]
+    images, hidden = images[:count], tuple(each[:count] for each in hidden)
     model.eval()
-    output = model(images, mask).float()
+    output, *where = model.picture(model(images, *hidden), images, hidden)
     model.train()
-    hidden = F.interpolate(mask[:, None].float(), scale_factor=CELL)
-    seen = images * (1 - hidden)
-    pasted = seen + output * hidden
+    masked, visible = (F.interpolate(each[:, None].float(), images.shape[-1]) for each in where)
+    seen = images * visible
+    pasted = seen + output.float() * masked  # what was thrown stays grey
     columns = [_pixels(images, mean, std)]
     titles = ["crop"]
     if weights is not None:

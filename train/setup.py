@@ -1,13 +1,12 @@
-"""Before the first step: does what was asked fit together, and where did the run leave off?
+"""Before the first step: what a run is, where it runs, and where it left off.
 
-In: a Run. Out: the detector, the device, the parts of a step, the restored state, or one clear
-ValueError.
+In: a Run. Out: the device, the parts of a step, the restored state, or one clear ValueError.
 """
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,10 @@ import timm
 import torch
 from torch import nn
 
-from shards import Manifest, Settings, ShardSet
-from shards.bank import BANK_CELL
+from shards import Manifest, ShardSet
 from shards.manifest import Detector
-from shards.plan import FLIPS
-from shards.verify import damaged_files
 from train import checkpoint
 from train.log import say
-from train.model import CELL
 from train.recipes import Recipe
 
 
@@ -34,7 +29,7 @@ class Run:
     out: Path
     recipe: Recipe
     seed: int = 0
-    detector: str | None = None  # None: the only one in the shards
+    detector: str | None = None  # None: the only one of keypoints in the shards
     bank: bool = False  # stored crops with their exact counts, not new crops read off maps
     device: str = "auto"
     workers: int = 0
@@ -76,83 +71,10 @@ def count_micro_steps(recipe: Recipe, ranks: int) -> int:
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | None:
-    """The detector to weigh by, or None for plain SimMIM.
-
-    Raises ValueError if the shards cannot serve the recipe, or are damaged.
-    """
-    recipe, settings = run.recipe, manifest.settings
-    if recipe.size % CELL:
-        raise ValueError(
-            f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
-            f"use {recipe.size // CELL * CELL or CELL}"
-        )
-    if run.skip_damaged and manifest.container == "ffcv":
-        raise ValueError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
-    if run.bank:
-        check_bank(run, settings)
-    detector = choose_detector(run, manifest)
-    smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
-    if smallest < 0.8 * recipe.size and rank == 0:
-        better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
-        say(
-            f"warning: frames of {settings.frame} px are enlarged for crops of {recipe.size} px "
-            f"(the smallest box has {smallest:.0f} px); sources that have more deserve shards "
-            f"built with --frame {better}"
-        )
-    damage = damaged_files(run.shards, manifest, rank, ranks) if run.checksum else []
-    if damage:
-        raise ValueError(damage[0])
-    return detector
-
-
-def choose_detector(run: Run, manifest: Manifest) -> Detector | None:
-    """The detector whose maps the recipe weighs by; ValueError if none of them can serve."""
-    recipe, settings = run.recipe, manifest.settings
-    if recipe.temperature is None:
-        return None
-    names = manifest.detectors
-    if run.detector is None and len(names) > 1:
-        raise ValueError(f"the shards have maps of {', '.join(names)}; choose one by --detector")
-    name = run.detector or names[0]
-    if name not in names:
-        raise ValueError(
-            f"{run.shards} has no maps of {name!r}, only of {', '.join(names)}; "
-            f"build it with --detector {name}"
-        )
-    cells, rest = divmod(recipe.size, recipe.w_ps)
-    if rest:
-        raise ValueError(f"w_ps {recipe.w_ps} does not divide the crop size {recipe.size}")
-    if settings.grid < cells and not run.bank:
-        raise ValueError(
-            f"maps of {settings.grid} cells a side cannot serve {cells} weight cells (crop "
-            f"{recipe.size}, w_ps {recipe.w_ps}); build with --grid {2 * cells} or raise w_ps"
-        )
-    return settings.detectors[names.index(name)]
-
-
-def check_bank(run: Run, settings: Settings) -> None:
-    """ValueError unless the bank's crops are those of the recipe."""
-    recipe = run.recipe
-    if not settings.bank:
-        raise ValueError(
-            f"{run.shards} has no bank; add one by `kamim shards build SOURCE NEW --bank 4 --reuse "
-            f"{run.shards}`, or train on the maps"
-        )
-    stored = {"size": settings.crop, "area": tuple(settings.area), "vertical": FLIPS[1]}
-    for name, value in stored.items():
-        if getattr(recipe, name) != value:
-            raise ValueError(
-                f"the bank's crops have {name} {value}, the recipe's {getattr(recipe, name)}; "
-                "build a bank for it (--crop, --area), or train on the maps"
-            )
-    if recipe.w_ps % BANK_CELL:
-        raise ValueError(f"w_ps {recipe.w_ps} is no multiple of the bank's {BANK_CELL} px")
-
-
 def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[str, Any]:
     """What a checkpoint belongs to: a run goes on only where all of it is equal."""
-    recipe = asdict(run.recipe) | {"area": list(run.recipe.area)}
+    plain = asdict(run.recipe)
+    recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
     name = detector.name if detector else ""
     return {
         "recipe": recipe,
@@ -168,6 +90,7 @@ def describe(
     records: ShardSet,
     facts: dict[str, Any],
     model: nn.Module,
+    hiding: str,
     total: int,
     micro_steps: int,
     ranks: int,
@@ -177,17 +100,14 @@ def describe(
     recipe, name = run.recipe, facts["detector"]
     parameters = sum(p.numel() for p in model.parameters())
     source = "stored crops" if run.bank else "maps"
-    weights = (
-        f"{name} weights from {source} at T = {recipe.temperature}"
-        if name
-        else "no weights (SimMIM)"
-    )
+    weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
     crop = records.manifest.settings.crop
     if name and crop != recipe.size:
         say(f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
             f"shards built with --crop {recipe.size} are nearer to detection on them")  # fmt: skip
     say(
         f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
+        f"{hiding}\n"
         f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
         f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
         f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
@@ -200,18 +120,23 @@ def describe(
 
 def restore(
     run: Run, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
-) -> int:
-    """Load the newest checkpoint if asked to; returns the first step to do."""
+) -> tuple[int, float]:
+    """Load the newest checkpoint if asked to; returns the first step to do, and the seconds of
+    training that those before took.
+    """
     path = checkpoint.newest(run.out / "checkpoints")
     if path is None:
-        return 0
+        return 0, 0.0
     if not run.resume:
         raise ValueError(
             f"{run.out} holds a run already (to step {int(path.stem[5:])}); go on with it by "
             "--resume auto, or name another --out"
         )
     state = checkpoint.load(path, device)
-    then = {**state["run"], **{f"recipe.{k}": v for k, v in state["run"]["recipe"].items()}}
+    # What an older checkpoint's recipe does not have was as the defaults are.
+    known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
+    known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+    then = {**state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now
                if k not in ("recipe", "recipe.micro_batch") and then.get(k) != now[k]]  # fmt: skip
@@ -220,7 +145,7 @@ def restore(
                          "or name another --out")  # fmt: skip
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return int(state["step"]), float(state.get("seconds", 0.0))
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -228,6 +153,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # MAE's positions
+            continue
         plain = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "bias_table"))
         (free if plain and not recipe.decay_all else decayed).append(parameter)
     decay = recipe.weight_decay

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # The paper's experiment in small: every method with every seed, pretrained, probed and analysed.
 # usage: run.sh DATA OUT [EPOCHS] [METHODS] [SEEDS]    DATA holds CIFAR-10's train.tar and test.tar
+# METHODS are recipes: small_simmim small small_famt small_mae small_mae_amt small_mae_famt ...
 # Two runs at a time, a core each. Killed or stopped, the same command goes on where it was.
 set -euo pipefail
 data=$1 out=$2 epochs=${3:-2} methods=${4:-"small_simmim small small_mean"} seeds=${5:-"0 1 2"}
 export OMP_NUM_THREADS=1 data out epochs
 mkdir -p "$out"
 for split in train test; do
-    kamim shards build "$data/$split.tar" "$out/shards/$split" --detector fast --crop 96 --frame 128
+    kamim shards build "$data/$split.tar" "$out/shards/$split" --detector fast,frequency \
+        --crop 96 --frame 128
 done
 
 one() {

@@ -1,0 +1,122 @@
+"""The attention map: what the class token of the last block looks at, for every record.
+
+In: an encoder in training, its shards. Out: RUN/attention-STEP.npy, uint8 [records, n], one pass
+over the whole frames; read back without unpickling. AMT (arXiv 2211.15362, mae-AMT): per head
+least to most, mean over heads.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shards.crops import crop_frames, to_device
+from train.inputs import normalised
+
+UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
+
+
+def check_attention(encoder: Any, name: str) -> None:
+    """ValueError unless `encoder` has a class token whose attention can be read."""
+    token = getattr(encoder, "cls_token", None)
+    if token is None or not hasattr(encoder, "blocks"):
+        raise ValueError(
+            f"{name} has no class token, whose attention sample_by needs; use a ViT with one, or "
+            "sample by frequency or by keypoints"
+        )
+    if not hasattr(encoder.blocks[-1].attn, "qkv"):
+        raise ValueError(f"{name}: its attention has no qkv to read; use one of timm's plain ViTs")
+
+
+def class_attention(encoder: Any, images: Tensor) -> Tensor:
+    """Attention of the class token to each patch in the last block, float32 [b, n], 0 to 1.
+
+    Per head its least is 0 and its most 1; the mean over heads. SimMIM's loss does not reach this
+    very query: it is trained as far as it is shared with the patches'.
+    """
+    tokens = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
+    for block in encoder.blocks[:-1]:
+        tokens = block(tokens)
+    block = encoder.blocks[-1]
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(tokens)).unflatten(2, (3, attn.num_heads, -1))
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4)
+    query, key = attn.q_norm(query[:, :, :1]), attn.k_norm(key)
+    row = ((query @ key.transpose(-2, -1))[:, :, 0] * attn.scale).float().softmax(-1)
+    row = row[:, :, encoder.num_prefix_tokens :]
+    low, high = row.amin(-1, keepdim=True), row.amax(-1, keepdim=True)
+    return ((row - low) / (high - low).clamp_min(1e-12)).mean(1)
+
+
+def write_attention(path: Path, encoder: Any, loader: Any, count: int, size: int,
+                    place: tuple[int, int], device: torch.device) -> None:  # fmt: skip
+    """Write the maps of all `count` records into `path`, whole or not at all, by process 0.
+
+    `loader` shows each of them once at least, to this process or to another of `place` (rank,
+    ranks); crops and flips of it are not used. Returns when the file is there, on all.
+    """
+    rank, ranks = place
+    patches = (size // encoder.patch_embed.patch_size[0]) ** 2
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    maps = None
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        maps = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, patches))
+        maps[:] = UNSEEN
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            for batch, tensors in to_device(loader, device):
+                whole = (
+                    tensors["boxes"].new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(tensors["boxes"])
+                )
+                images = crop_frames(
+                    tensors["frames"], whole, torch.zeros_like(tensors["flips"]), size
+                )
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    found = class_attention(encoder, normalised(images))
+                levels = torch.round(found * 255).to(torch.uint8)
+                samples = torch.from_numpy(batch.samples).to(device)
+                rows, numbers = (_gathered(t, ranks).cpu().numpy() for t in (levels, samples))
+                if maps is not None:
+                    maps[numbers] = rows
+        if maps is not None:
+            maps.flush()
+            del maps
+            temporary.replace(path)
+    finally:
+        encoder.train(was_training)
+        temporary.unlink(missing_ok=True)
+    if ranks > 1:
+        dist.barrier()
+
+
+def read_attention(path: Path, count: int, patches: int) -> NDArray[np.uint8]:
+    """The maps in `path`, uint8 [count, patches], memory-mapped. ValueError if they are not it."""
+    try:
+        maps: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
+        ) from None
+    if maps.dtype != np.uint8 or maps.shape != (count, patches):
+        raise ValueError(
+            f"{path} is {maps.dtype} {maps.shape}, the run's is uint8 {count, patches}"
+        )
+    return maps
+
+
+def _gathered(part: Tensor, ranks: int) -> Tensor:
+    """`part` of every process, one after the other."""
+    if ranks == 1:
+        return part
+    whole = part.new_empty(ranks * len(part), *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole
