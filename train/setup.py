@@ -19,6 +19,7 @@ from shards import Manifest, Settings, ShardSet
 from shards.bank import BANK_CELL
 from shards.manifest import Detector
 from shards.plan import FLIPS
+from shards.store import PATIENCE, is_remote
 from shards.verify import damaged_files
 from train import checkpoint
 from train.log import say
@@ -30,7 +31,7 @@ from train.recipes import Recipe
 class Run:
     """Where and how to train; what decides the numbers is in the recipe and the seed."""
 
-    shards: Path
+    shards: Path | str  # a folder, or the URL of one
     out: Path
     recipe: Recipe
     seed: int = 0
@@ -46,6 +47,10 @@ class Run:
     checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
     compile: bool = True  # on CUDA
     wandb: str = ""
+    window: int = 0  # shards that are shuffled together; 0: all, 64 if they are remote
+    cache: Path | None = None  # local folder for remote shards
+    cache_limit: int = 0  # bytes; 0: no limit
+    patience: float = PATIENCE  # seconds to wait for a store that does not answer
 
 
 def find_device(name: str) -> torch.device:
@@ -100,7 +105,9 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
             f"(the smallest box has {smallest:.0f} px); sources that have more deserve shards "
             f"built with --frame {better}"
         )
-    damage = damaged_files(run.shards, manifest, rank, ranks) if run.checksum else []
+    # Of a remote set every shard is hashed when it arrives, or is found in the cache.
+    local = run.checksum and not is_remote(run.shards)
+    damage = damaged_files(Path(run.shards), manifest, rank, ranks) if local else []
     if damage:
         raise ValueError(damage[0])
     return detector
@@ -150,7 +157,9 @@ def check_bank(run: Run, settings: Settings) -> None:
         raise ValueError(f"w_ps {recipe.w_ps} is no multiple of the bank's {BANK_CELL} px")
 
 
-def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[str, Any]:
+def run_facts(
+    run: Run, manifest: Manifest, detector: Detector | None, window: int
+) -> dict[str, Any]:
     """What a checkpoint belongs to: a run goes on only where all of it is equal."""
     recipe = asdict(run.recipe) | {"area": list(run.recipe.area)}
     name = detector.name if detector else ""
@@ -160,6 +169,7 @@ def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[s
         "detector": name,
         "bank": run.bank,
         "shards": manifest.fingerprint,
+        "window": window,
     }
 
 
@@ -211,7 +221,8 @@ def restore(
             "--resume auto, or name another --out"
         )
     state = checkpoint.load(path, device)
-    then = {**state["run"], **{f"recipe.{k}": v for k, v in state["run"]["recipe"].items()}}
+    then = {"window": 0, **state["run"]}
+    then |= {f"recipe.{k}": v for k, v in state["run"]["recipe"].items()}
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now
                if k not in ("recipe", "recipe.micro_batch") and then.get(k) != now[k]]  # fmt: skip
