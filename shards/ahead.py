@@ -13,6 +13,7 @@ from shards.reader import Held, ShardSet
 from shards.windows import Windows
 
 DOWNLOADS = 8  # at once: one stream rarely fills a network
+PAUSE = 0.02  # seconds
 
 
 class Closed(Exception):
@@ -20,8 +21,9 @@ class Closed(Exception):
 
 
 class Ahead:
-    """Shards for steps `first` to `last` - 1 of `batch` samples. `begin`, `done` and `close` are
-    for the loader's own thread, `open` is for any.
+    """Shards for steps `first` to `last` - 1 of `batch` samples.
+
+    `begin`, `wait_for` and `close` are for the loader's own thread, `open` is for any.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class Ahead:
     ) -> None:
         self.records, self.windows, self.batch = records, windows, batch
         self.end = windows.window(max(last * batch - 1, first * batch))
-        self.begun = self.oldest = self.next = windows.window(first * batch)
+        self.oldest = self.newest = self.next = windows.window(first * batch)
         self.held: dict[int, Future[Held]] = {}
         self.until: dict[int, int] = {}  # the last window, of those asked for, that reads a shard
         self.closing = threading.Event()
@@ -44,8 +46,8 @@ class Ahead:
 
     def begin(self, step: int) -> None:
         """Ask for the shards of `step`, and of the window after it."""
-        self.begun = self.windows.window((step + 1) * self.batch - 1)
-        while self.next <= min(self.begun + 1, self.end):
+        last = self.windows.window((step + 1) * self.batch - 1)
+        while self.next <= min(last + 1, self.end):
             for shard in self.windows.shards(self.next):
                 self.until[shard] = self.next
                 if shard not in self.held:
@@ -59,9 +61,10 @@ class Ahead:
         # Not of this window: the one after a damaged record, where damage is skipped.
         return wish.result() if wish else self.records.hold(shard)
 
-    def done(self, step: int) -> None:
-        """Let go of the shards that only steps before `step` read."""
+    def wait_for(self, step: int) -> None:
+        """Let go of the shards that only steps before `step` read; its own are needed now."""
         self.oldest = self.windows.window(step * self.batch)
+        self.newest = self.windows.window((step + 1) * self.batch - 1)
         for shard in [shard for shard, until in self.until.items() if until < self.oldest]:
             del self.held[shard], self.until[shard]
 
@@ -87,8 +90,11 @@ class Ahead:
         def needed() -> bool:
             if self.closing.is_set():
                 raise Closed
-            return window <= self.begun
+            return window <= self.newest
 
+        # One window ahead and no more: what comes sooner finds room first.
+        while not needed() and window > self.oldest + 1:
+            self.closing.wait(PAUSE)
         return self.records.hold(shard, needed, lambda: self.windows.next_use(self.oldest))
 
 
@@ -97,5 +103,5 @@ def windows_of(records: ShardSet, plan: Plan) -> Windows:
     counts = [shard.count for shard in records.shards]
     windows = plan.windows or Windows(counts, max(1, len(counts)), plan.seed)
     if records.copies:
-        records.copies.check(int(max(windows.cuts[1:] - windows.cuts[:-1])))
+        records.copies.check(min(windows.limit, len(counts)))
     return windows

@@ -107,7 +107,7 @@ class Loader:
             while waiting:
                 batch, tasks, buffer = waiting.popleft()
                 if ahead:
-                    ahead.done(batch.step)
+                    ahead.wait_for(batch.step)
                 for part in islice(parts, 1):
                     waiting.append(self._start(pool, free.popleft(), part, ahead))
                 for task in tasks:
