@@ -32,8 +32,8 @@ class Ahead:
         self.records, self.windows, self.batch = records, windows, batch
         self.end = windows.window(max(last * batch - 1, first * batch))
         self.oldest = self.newest = self.next = windows.window(first * batch)
-        self.held: dict[int, Future[Held]] = {}
-        self.until: dict[int, int] = {}  # the last window, of those asked for, that reads a shard
+        # For each window asked for, its shards; one of two windows may go in between, and return.
+        self.held: dict[int, dict[int, Future[Held]]] = {}
         self.closing = threading.Event()
         self.wishes: SimpleQueue[tuple[Future[Held], int, int] | None] = SimpleQueue()
         # Daemons: a store that does not answer must not keep a process from ending.
@@ -48,25 +48,24 @@ class Ahead:
         """Ask for the shards of `step`, and of the window after it."""
         last = self.windows.window((step + 1) * self.batch - 1)
         while self.next <= min(last + 1, self.end):
-            for shard in self.windows.shards(self.next):
-                self.until[shard] = self.next
-                if shard not in self.held:
-                    self.held[shard] = Future()
-                    self.wishes.put((self.held[shard], shard, self.next))
+            self.held[self.next] = {shard: Future() for shard in self.windows.shards(self.next)}
+            for shard, future in self.held[self.next].items():
+                self.wishes.put((future, shard, self.next))
             self.next += 1
 
     def open(self, shard: int) -> Held:
         """The shard, waiting for it if need be. Raises as Copies.hold."""
-        wish = self.held.get(shard)
-        # Not of this window: the one after a damaged record, where damage is skipped.
+        # No name for the windows: a thread that waits here must not hold those that are done.
+        wish = next((shards[shard] for shards in [*self.held.values()] if shard in shards), None)
+        # Of no window in hand: the one after a damaged record, where damage is skipped.
         return wish.result() if wish else self.records.hold(shard)
 
     def wait_for(self, step: int) -> None:
         """Let go of the shards that only steps before `step` read; its own are needed now."""
-        self.oldest = self.windows.window(step * self.batch)
-        self.newest = self.windows.window((step + 1) * self.batch - 1)
-        for shard in [shard for shard, until in self.until.items() if until < self.oldest]:
-            del self.held[shard], self.until[shard]
+        oldest = self.windows.window(step * self.batch)
+        for window in [window for window in self.held if window < oldest]:
+            del self.held[window]
+        self.oldest, self.newest = oldest, self.windows.window((step + 1) * self.batch - 1)
 
     def close(self) -> None:
         """End all downloads."""

@@ -1,6 +1,7 @@
 """Sets in real stores: the same batches as from disk, whatever happens to server and cache."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -116,7 +117,9 @@ def test_batches_are_those_of_the_local_set_and_the_limit_is_kept(
 
     def watch():
         while not ended.wait(0.002):
-            most.append(bytes_of(cache))
+            with (cache / ".lock").open("a") as file:  # a moment in which no file comes or goes
+                fcntl.flock(file, fcntl.LOCK_EX)
+                most.append(bytes_of(cache))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
