@@ -49,7 +49,7 @@ class Copies:
         most = sorted(self.sizes, reverse=True)
         total, room = sum(most), self.limit - self.extra
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 2 * min(window, len(most)) > files - 100:
+        if files > 0 and 2 * min(window, len(most)) > files - 100:
             raise ValueError(
                 f"two windows of {window} shards are more open files than the {files} allowed; "
                 "use a smaller --window, or raise it by ulimit -n"
@@ -149,13 +149,14 @@ class Copies:
         next_use: Callable[[], Ints] | None,
     ) -> Held | None:
         """The locked, empty `part` to write `file` into: it is ours to fetch and there is room."""
+        at_once = needed()
         with self._alone():
             if (self.folder / file.name).exists():
                 return None
             held = Held(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
             wait = WAIT
             if _locked(held):
-                if self._make_room(file, needed(), next_use):
+                if self._make_room(file, at_once, next_use):
                     return held
                 part.unlink()
                 wait = LONG_WAIT

@@ -35,7 +35,7 @@ def folder(tmp_path_factory, demo_images):
     (root / "class").mkdir()
     for number, image in enumerate(demo_images[:80]):
         cv2.imwrite(str(root / "class" / f"{number:03d}.jpg"), cv2.resize(image, (96, 80)))
-    build_shards(open_source(str(root)), root.with_name("set"), settings(), 1)
+    build_shards(open_source(str(root)), root.with_name("set"), settings(frame=120, crop=96), 1)
     return root.with_name("set")
 
 
@@ -312,6 +312,43 @@ def test_an_s3_server_killed_for_five_seconds_in_an_epoch_loses_nothing(
     records = open_remote(s3_client.url, tmp_path / "cache", limit + 100_000)
     compare(records, ShardSet(folder), last=40, each=outage)
     assert time.monotonic() - killed[0] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_and_resumed_from_s3_losses_are_those_of_a_calm_local_run(
+    s3_client, folder, tmp_path
+):
+    pytest.importorskip("torch")
+    from train.log import read_metrics
+
+    def losses(out):
+        return [row["loss"] for row in read_metrics(out)]
+
+    def command(where, out, *more):
+        line = [sys.executable, "-m", "kamim", "pretrain", str(where), "--out", str(out)]
+        line += ["--recipe", "small", "--batch", "8", "--epochs", "2", "--device", "cpu"]
+        return [*line, "--log-every", "1", "--save-every", "3", "--window", "4", *more]
+
+    subprocess.run(command(folder, tmp_path / "calm"), check=True, capture_output=True)
+    size = max(shard.bytes for shard in ShardSet(folder).shards)
+    more = ["--cache", str(tmp_path / "cache"), "--cache-limit", str(10 * size)]
+    out = tmp_path / "killed"
+    for goal in (3, 8):
+        line = command(s3_client.url, out, *more, "--resume", "auto")
+        process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+        while len(read_metrics(out)) < goal and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    other = command(s3_client.url, out, *more, "--resume", "auto", "--window", "3")
+    refused = subprocess.run(other, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "window was 4, is 3" in refused.stderr
+    subprocess.run(command(s3_client.url, out, *more, "--resume", "auto"), check=True)
+    assert losses(out) == losses(tmp_path / "calm")
+    assert len(losses(out)) == 20
+    assert bytes_of(tmp_path / "cache") <= 10 * size
 
 
 def test_pretraining_from_a_url_asks_for_a_cache(folder, tmp_path):

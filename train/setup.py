@@ -202,6 +202,9 @@ def describe(
         f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
         f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
     )
+    if records.copies:
+        say(f"{run.shards} by way of {records.folder}, {facts['window'] or len(records.shards)} of "
+            f"{len(records.shards):,} shards at a time")  # fmt: skip
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     text = json.dumps(facts | {"shards_folder": str(run.shards), "versions": versions}, indent=2)
