@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 300.0  # seconds
+LONGEST_LINE = 200  # characters of a client library's own words
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
 LOG = logging.getLogger(__name__)
 FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -35,6 +36,8 @@ class Store:
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
         self.url, self.patience, self.away = url.rstrip("/"), patience, False
         protocol, _, rest = self.url.partition("://")
+        if not rest:
+            raise ValueError(f"{url} names no place; use one as s3://bucket/set")
         if "@" in rest.partition("/")[0] or (protocol in {"http", "https"} and "?" in rest):
             # The URL goes into run.json and into messages.
             raise ValueError(
@@ -119,18 +122,25 @@ class Store:
                 f"no access to {url} ({_line(error)}); give the client library its credentials, "
                 "by its environment variables or files"
             ) from None
-        if 400 <= status < 500 and status not in PASSING:
+        wrong = "Validation" in type(error).__name__  # botocore, of a bucket's name
+        if wrong or (400 <= status < 500 and status not in PASSING):
             raise ValueError(f"{url} cannot be read ({_line(error)})") from None
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What a client library must be told: no end to a long download that goes on well."""
-    if protocol not in {"http", "https"}:
-        return {}
-    from aiohttp import ClientTimeout
+    """What a client library must be told: our tries, not its own; no end to a long download."""
+    if protocol in {"http", "https"}:
+        from aiohttp import ClientTimeout
 
-    timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    return {"client_kwargs": {"timeout": timeout}}
+        timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        return {"client_kwargs": {"timeout": timeout}}
+    if protocol in {"s3", "s3a"}:
+        from fsspec.config import conf
+
+        # botocore's own five tries take ten seconds, of them some by chance.
+        ours = {"retries": {"total_max_attempts": 1}, "connect_timeout": 30}
+        return {"config_kwargs": ours | conf.get("s3", {}).get("config_kwargs", {})}
+    return {}
 
 
 def _status(error: Exception) -> int:
@@ -147,4 +157,5 @@ def _status(error: Exception) -> int:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
