@@ -261,6 +261,7 @@ def test_what_cannot_be_read_is_one_clear_line(http, folder, tmp_path, monkeypat
         f"{http.url}/nowhere": r"/nowhere/manifest.json is not there .*no finished set",
         "http://user:secret@127.0.0.1/set": r"may hold no password",
         "https://127.0.0.1/set?X-Amz-Signature=secret": r"may hold no password or signature",
+        "s3://": r"s3:// names no place",
         "gopher://bucket/set": r"gopher://bucket/set cannot be read.*there are s3://",
     }.items():
         with pytest.raises(ValueError, match=words) as raised:
@@ -282,6 +283,7 @@ def test_s3_gives_the_same_batches(s3_client, folder, tmp_path):
     for url, words in {
         "s3://no-such-bucket/set": r"manifest.json is not there .*no finished set",
         "s3://bucket/elsewhere": r"manifest.json is not there",
+        "s3://no bucket!/set": r"cannot be read .*Invalid bucket name",
     }.items():
         with pytest.raises(ValueError, match=words):
             open_remote(url, tmp_path / "cache")
