@@ -319,10 +319,12 @@ def test_an_s3_server_killed_for_five_seconds_in_an_epoch_loses_nothing(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_from_s3_losses_are_those_of_a_calm_local_run(
-    s3_client, folder, tmp_path
+    s3_client, folder, tmp_path, monkeypatch
 ):
     pytest.importorskip("torch")
     from train.log import read_metrics
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def losses(out):
         return [row["loss"] for row in read_metrics(out)]

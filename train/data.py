@@ -42,8 +42,15 @@ def make_plan(run: Run, records: ShardSet, micro_steps: int) -> Plan:
         windows = Windows([shard.count for shard in records.shards], window, run.seed)
     if records.copies:
         records.copies.check(min(window, shards))
-    crops = {"area": recipe.area, "vertical": recipe.vertical}
-    return Plan(len(records), recipe.batch, run.seed, micro_steps, windows=windows, **crops)
+    return Plan(
+        len(records),
+        recipe.batch,
+        run.seed,
+        micro_steps,
+        recipe.area,
+        vertical=recipe.vertical,
+        windows=windows,
+    )
 
 
 def open_loader(
