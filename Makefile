@@ -15,7 +15,7 @@ OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
 # The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
 SOURCE = $(if $(DATA),$(DATA),$(DATASET))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv readme clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ readme: $(VENV)/core  ## Render the README's measured table from bench/results.
 
 bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it comes: DATA.
 	$(BIN)/python -m bench.ffcv "$(if $(DATA),$(DATA),demo)"
+
+bench-remote: $(VENV)/test  ## Measure shards in an S3 server on loopback against a folder: DATA.
+	$(BIN)/python -m bench.remote "$(if $(DATA),$(DATA),demo)"
 
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
 	$(BIN)/python -m bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)

@@ -50,6 +50,13 @@ def render() -> str:
         "FFCV, first batch at 90 % of an epoch / at 0 % (time)": "first batch at 90 % / at 0 %",
     }.items():
         rows.append((title, ffcv[key], ffcv["n"]))
+    (remote,) = newest("remote")
+    for title, key in {
+        "S3 server on loopback, cache warm / folder": "S3, cache warm / local",
+        "S3, warm, first epoch (hashed) / folder": "S3, cache warm, first epoch (hashed) / local",
+        "S3, cache empty / folder": "S3, cache empty / local",
+    }.items():
+        rows.append((title, remote[key], remote["n"]))
     lines = ["| ratio within one run | median | least to most | n |", "|---|---|---|---|"]
     lines += [
         f"| {title} | {v['median']:.2f} | {v['min']:.2f} to {v['max']:.2f} | {n} |"

@@ -8,6 +8,7 @@ from shards.inspect import inspect_page
 from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
 from shards.reader import ShardSet
 from shards.record import Record, decode_frame, encode_frame
+from shards.remote import open_remote
 from shards.verify import LEVELS, verify_shards
 from shards.webdataset import ShardWriter
 
@@ -27,5 +28,6 @@ __all__ = [
     "encode_frame",
     "inspect_page",
     "load",
+    "open_remote",
     "verify_shards",
 ]

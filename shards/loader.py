@@ -19,14 +19,16 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from shards.ahead import Ahead, windows_of
 from shards.bank import BANK_CELL, row_bytes
 from shards.batch import Batch, planned, wanted_rows
 from shards.plan import InOrder, Plan
-from shards.reader import ShardSet
+from shards.reader import Held, ShardSet
 from shards.record import key_of, npy_header
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256
+FEW = 8  # of a remote set read in order: an open shard cannot be evicted
 SLOT = Struct("<4I2B")  # shards.bank.CROP, for reading one: NumPy would take longer
 # The index fields that a read needs.
 PLACES = ("start", "frame", "frame_bytes", "maps", "maps_bytes", "bank_bytes", "height", "width")
@@ -64,8 +66,13 @@ class Loader:
         self.slots = records.manifest.settings.bank if bank else 0
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()
-        paths = [str(records.folder / shard.name) for shard in records.shards]
-        self.open = lru_cache(OPEN_FILES)(lambda shard: _Shard(paths[shard]))
+        self.ahead: Callable[[], Ahead | None] = lambda: None
+        if records.copies and isinstance(plan, Plan):
+            windows = windows_of(records, plan)
+            self.ahead = lambda: Ahead(records, windows, plan.batch, first, last)
+        self.open: Callable[[int], Held] = lru_cache(FEW if records.copies else OPEN_FILES)(
+            records.hold
+        )
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
         settings = records.manifest.settings
@@ -91,25 +98,38 @@ class Loader:
         free = deque(self.buffers)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         waiting: deque[tuple[Batch, list[Future[None]], Any]] = deque()
+        ahead = self.ahead()
+        if ahead:
+            self.open = ahead.open
         try:
             for part in islice(parts, self.prefetch):
-                waiting.append(self._start(pool, free.popleft(), part))
+                waiting.append(self._start(pool, free.popleft(), part, ahead))
             while waiting:
                 batch, tasks, buffer = waiting.popleft()
+                if ahead:
+                    ahead.wait_for(batch.step)
                 for part in islice(parts, 1):
-                    waiting.append(self._start(pool, free.popleft(), part))
+                    waiting.append(self._start(pool, free.popleft(), part, ahead))
                 for task in tasks:
                     task.result()
                 yield batch
                 free.append(buffer)
         finally:
+            if ahead:
+                ahead.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(
-        self, pool: ThreadPoolExecutor, buffer: tuple[Any, ...], part: tuple[int, Any, Any]
+        self,
+        pool: ThreadPoolExecutor,
+        buffer: tuple[Any, ...],
+        part: tuple[int, Any, Any],
+        ahead: Ahead | None,
     ) -> tuple[Batch, list[Future[None]], Any]:
         """Plan a batch and hand its samples to the threads, in chunks."""
         frames, maps, counts = buffer
+        if ahead:
+            ahead.begin(part[0])
         batch, _ = planned(self.records, self.plan, part, (frames, maps, counts))
         chunks = range(0, len(batch.samples), CHUNK)
         return batch, [pool.submit(self._fill, batch, at) for at in chunks], buffer
@@ -195,13 +215,3 @@ class Loader:
         except ValueError as error:
             return f"has a frame that does not decode ({error})"
         return "" if pixels.shape == out.shape else f"has a frame of {pixels.shape}"
-
-
-class _Shard:
-    """An open shard. It closes when the last reader lets go of it, never under one."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)

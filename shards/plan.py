@@ -7,14 +7,18 @@ step of any epoch costs the same to reach, for any number of workers and process
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from shards.windows import Windows
+
 Ints = NDArray[np.int64]
 ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
 # First part of every hash: what the number is for (3 is train's masks).
-ORDER, CROP, SLOT, BANK, VIEW, TRIAL = 1, 2, 4, 5, 6, 7
+ORDER, CROP, SLOT, BANK, VIEW, TRIAL, SHARDS, WINDOW = 1, 2, 4, 5, 6, 7, 8, 9
 TRIES = 10  # torchvision's RandomResizedCrop
 # The published crop: area, ratio in source pixels, probability of either flip.
 AREA, RATIO, FLIPS = (0.67, 1.0), (3 / 4, 4 / 3), (0.5, 0.5)
@@ -114,7 +118,8 @@ class Plan:
     count: samples. batch: samples a step, over all processes. micro_steps: parts a step is cut
     into. The orders of all epochs are one stream cut into batches, so that every batch is full
     and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
-    as torchvision's. horizontal, vertical: probability of each flip.
+    as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an
+    epoch in windows of shards; None permutes all samples at once.
     """
 
     count: int
@@ -125,6 +130,7 @@ class Plan:
     ratio: tuple[float, float] = RATIO
     horizontal: float = FLIPS[0]
     vertical: float = FLIPS[1]
+    windows: "Windows | None" = None
 
     def steps(self, epochs: float) -> int:
         """Whole steps in `epochs`."""
@@ -147,6 +153,8 @@ class Plan:
             )
         first = step * self.batch + (micro_step * ranks + rank) * part
         epochs, places = np.divmod(first + np.arange(part, dtype=np.int64), self.count)
+        if self.windows:
+            return epochs, self.windows.samples(epochs, places)
         return epochs, shuffled(self.count, self.seed, epochs, places)
 
     def boxes(

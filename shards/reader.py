@@ -1,11 +1,15 @@
 """Open a finished set of shards and read any record of it by number, without scanning.
 
-In: the folder a build wrote. Out: its manifest, its index (memory-mapped) and its records.
+In: the folder a build wrote, or the URL it was copied to. Out: its manifest, its index
+(memory-mapped) and its records.
 """
 
 import hashlib
+import os
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,24 +17,35 @@ from numpy.typing import NDArray
 from shards import manifest as _manifest
 from shards.bank import BANK_CELL, from_rows, row_bytes
 from shards.manifest import INDEX, Manifest
+from shards.plan import Ints
 from shards.record import Record, key_of, npy_bytes, unpacked
 from shards.webdataset import INDEX_DTYPE, parse_record
+
+if TYPE_CHECKING:
+    from shards.cache import Copies
 
 
 class ShardSet:
     """The records 0..len-1 of the set in `folder`, in the order of its shards.
 
     Opening costs the manifest and a memory map, whatever the size. Raises ValueError if the
-    manifest or the index is damaged or a shard is missing or has another size.
+    manifest or the index is damaged or a shard is missing or has another size. With `copies`, of
+    a remote set (open_remote), `folder` holds the shards that are here.
     """
 
-    def __init__(self, folder: Path | str, manifest: Manifest | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: Path | str,
+        manifest: Manifest | None = None,
+        copies: "Copies | None" = None,
+    ) -> None:
+        self.folder, self.copies = Path(folder), copies
         self.manifest: Manifest = manifest or _manifest.load(self.folder)
+        self.held = copies.hold(self.manifest.index) if copies else None
         self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
         self.shards = self.manifest.shards
         self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
-        for shard in self.shards:
+        for shard in self.shards if copies is None else []:
             check_size(self.folder / shard.name, shard.bytes)
 
     def __len__(self) -> int:
@@ -43,12 +58,22 @@ class ShardSet:
         shard = int(np.searchsorted(self.ends, number, side="right"))
         return self.folder / self.shards[shard].name, self.index[number]
 
+    def hold(
+        self,
+        shard: int,
+        needed: Callable[[], bool] = lambda: True,
+        next_use: Callable[[], Ints] | None = None,
+    ) -> "Held":
+        """Shard number `shard`, open; that of a remote set is fetched first, as Copies.hold."""
+        if self.copies:
+            return self.copies.hold(self.shards[shard], needed, next_use)
+        return Held(os.open(self.folder / self.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC))
+
     def __getitem__(self, number: int) -> Record:
         """Record `number`. Raises ValueError, naming shard and key, if it is damaged."""
         path, row = self.locate(number)
-        with path.open("rb") as file:
-            file.seek(int(row["start"]))
-            data = file.read(int(row["bytes"]))
+        held = self.hold(int(np.searchsorted(self.ends, number, side="right")))
+        data = os.pread(held.descriptor, int(row["bytes"]), int(row["start"]))
         if self.manifest.container == "ffcv":
             return self._of_regions(data, row)
         try:
@@ -80,6 +105,16 @@ class ShardSet:
             frame = npy_bytes(pixels.reshape(settings.frame, settings.frame, 3))
         label, height, width = (int(row[name]) for name in ("label", "height", "width"))
         return Record(key, frame, label, height, width, "", maps, bank)
+
+
+class Held:
+    """An open shard. It closes when the last reader lets go of it, never under one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:

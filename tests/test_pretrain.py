@@ -265,6 +265,8 @@ def test_a_run_goes_on_only_as_itself(shards, tmp_path):
         run(shards, tmp_path / "out", recipe=replace(TINY, peak=0.1), resume=True)
     with pytest.raises(ValueError, match=r"seed was 0, is 1"):
         run(shards, tmp_path / "out", seed=1, resume=True)
+    with pytest.raises(ValueError, match=r"window was 0, is 3"):
+        run(shards, tmp_path / "out", window=3, resume=True)
 
 
 class Evil:

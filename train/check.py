@@ -4,11 +4,13 @@ In: a Run, a manifest. Out: the detector to weigh by and the maps to read, or on
 """
 
 import math
+from pathlib import Path
 
 from shards import Manifest, Settings
 from shards.bank import BANK_CELL
 from shards.manifest import Detector
 from shards.plan import FLIPS
+from shards.store import is_remote
 from shards.verify import damaged_files
 from train.log import say
 from train.method import guide_maps
@@ -42,7 +44,9 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
             f"(the smallest box has {smallest:.0f} px); sources that have more deserve shards "
             f"built with --frame {better}"
         )
-    damage = damaged_files(run.shards, manifest, rank, ranks) if run.checksum else []
+    # Of a remote set every shard is hashed when it arrives, or is found in the cache.
+    local = run.checksum and not is_remote(run.shards)
+    damage = damaged_files(Path(run.shards), manifest, rank, ranks) if local else []
     if damage:
         raise ValueError(damage[0])
     return detector

@@ -3,15 +3,18 @@
 In: what a user typed. Out: a run, a list, a file. torch is imported only when one of them runs.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from shards.store import PATIENCE, is_remote
+
 app = typer.Typer()
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a finished set of shards.")]
+Folder = Annotated[str, typer.Argument(help="Folder of a finished set of shards, or its URL.")]
 
 
 @app.command()
@@ -51,8 +54,23 @@ def pretrain(
         Literal["checksum", "size"], typer.Option(help="How to check the shards at the start.")
     ] = "checksum",
     wandb: Annotated[str, typer.Option(help="Weights & Biases project to log to.")] = "",
+    window: Annotated[
+        int, typer.Option(min=0, help="Shards shuffled together; 0: all, 64 of a URL's.")
+    ] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Local folder for copies of shards at a URL.")
+    ] = None,
+    cache_limit: Annotated[
+        str, typer.Option(help="Most it may take, as 200GB or 1TiB; 0: no limit.")
+    ] = "0",
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a store that does not answer.")
+    ] = PATIENCE,
 ) -> None:
     """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
+
+    FOLDER may be an s3://, gs://, hf:// or https:// URL: shards are then fetched into --cache,
+    ahead of need, and read in windows of --window shards.
 
     Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
     attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
@@ -74,7 +92,7 @@ def pretrain(
         changes["refresh_epochs"] = chosen.refresh_epochs * epochs / chosen.epochs
     changes |= {"batch": batch} if batch else {}
     run = Run(
-        shards=folder,
+        shards=folder if is_remote(folder) else Path(folder),
         out=out or Path("runs") / recipe,
         recipe=replace(chosen, **changes),
         seed=seed,
@@ -89,12 +107,24 @@ def pretrain(
         skip_damaged=on_error == "skip",
         checksum=check == "checksum",
         wandb=wandb,
+        window=window,
+        cache=cache,
+        cache_limit=parse_bytes(cache_limit),
+        patience=patience,
     )
     try:
         pretrain(run)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.args[0]) from None
     print(run.out)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size as a user types it: 200GB is 200 * 10**9, 200GiB is 200 * 2**30."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", text.strip().lower())
+    if not found or (found[3] and not found[2]):
+        raise ValueError(f"--cache-limit {text!r} is no size; use one as 200GB, 1.5TiB, or bytes")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".find(found[2] or " "))
 
 
 @app.command()

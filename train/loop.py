@@ -8,19 +8,17 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards import ShardSet
-from shards.crops import pinned, to_device
-from shards.ffcv_loader import FfcvLoader
-from shards.loader import Loader
-from shards.plan import Plan
+from shards.crops import to_device
 from train import checkpoint
 from train.check import check, wanted_maps
+from train.data import make_plan, open_loader, open_records
 from train.inputs import MEAN, STD, find_visible, prepare
 from train.log import Log, say
 from train.method import Masking, make_model
@@ -53,12 +51,10 @@ def pretrain(run: Run) -> None:
     device = find_device(run.device)
 
     # What to train on.
-    records = ShardSet(run.shards)
+    records = open_records(run)
     detector = check(run, records.manifest, rank, ranks)
     micro_steps = count_micro_steps(recipe, ranks)
-    plan = Plan(
-        len(records), recipe.batch, run.seed, micro_steps, recipe.area, vertical=recipe.vertical
-    )
+    plan = make_plan(run, records, micro_steps)
     total = plan.steps(recipe.epochs)
     if total < 1:
         raise ValueError(
@@ -68,7 +64,8 @@ def pretrain(run: Run) -> None:
     steps_an_epoch = len(records) / recipe.batch
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
     last = min(run.steps or total, total)
-    facts = run_facts(run, records.manifest, detector)
+    window = plan.windows.limit if plan.windows else 0
+    facts = run_facts(run, records.manifest, detector, window)
     visible = find_visible(recipe, records.manifest, detector, device)
     maps = wanted_maps(recipe, detector)
 
@@ -114,7 +111,7 @@ def pretrain(run: Run) -> None:
         for step in range(first, last):
             if masking.due(step):
                 began = time.perf_counter()
-                once = Plan(len(records), part * ranks, run.seed)  # crops are not looked at
+                once = replace(plan, batch=part * ranks, micro_steps=1)  # its crops are not used
                 passes = 0, -(-len(records) // once.batch)
                 frames = open_loader(run, records, once, passes, place, [], device)
                 masking.refresh(run.out, step, model.encoder, frames, place)
@@ -196,24 +193,6 @@ def pretrain(run: Run) -> None:
             draw_reconstructions(run.out, model, images, hidden, weights, MEAN, STD)
     if ranks > 1:
         dist.destroy_process_group()
-
-
-def open_loader(
-    run: Run,
-    records: ShardSet,
-    plan: Plan,
-    steps: tuple[int, int],
-    place: tuple[int, int],
-    maps: list[str],
-    device: torch.device,
-) -> Loader | FfcvLoader:
-    """The loader of the set's container, of `steps` (first, end), `place` (rank, ranks), `maps`."""
-    common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": run.workers}
-    common |= {"detectors": maps, "bank": run.bank}
-    if records.manifest.container == "ffcv":
-        return FfcvLoader(records, plan, *steps, **common)
-    allocate = pinned if device.type == "cuda" else None
-    return Loader(records, plan, *steps, skip=run.skip_damaged, allocate=allocate, **common)
 
 
 def _rows(

@@ -16,6 +16,7 @@ from torch import nn
 
 from shards import Manifest, ShardSet
 from shards.manifest import Detector
+from shards.store import PATIENCE
 from train import checkpoint
 from train.log import say
 from train.recipes import Recipe
@@ -25,7 +26,7 @@ from train.recipes import Recipe
 class Run:
     """Where and how to train; what decides the numbers is in the recipe and the seed."""
 
-    shards: Path
+    shards: Path | str  # a folder, or the URL of one
     out: Path
     recipe: Recipe
     seed: int = 0
@@ -41,6 +42,10 @@ class Run:
     checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
     compile: bool = True  # on CUDA
     wandb: str = ""
+    window: int = 0  # shards that are shuffled together; 0: all, 64 if they are remote
+    cache: Path | None = None  # local folder for remote shards
+    cache_limit: int = 0  # bytes; 0: no limit
+    patience: float = PATIENCE  # seconds to wait for a store that does not answer
 
 
 def find_device(name: str) -> torch.device:
@@ -71,7 +76,9 @@ def count_micro_steps(recipe: Recipe, ranks: int) -> int:
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[str, Any]:
+def run_facts(
+    run: Run, manifest: Manifest, detector: Detector | None, window: int
+) -> dict[str, Any]:
     """What a checkpoint belongs to: a run goes on only where all of it is equal."""
     plain = asdict(run.recipe)
     recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
@@ -82,6 +89,7 @@ def run_facts(run: Run, manifest: Manifest, detector: Detector | None) -> dict[s
         "detector": name,
         "bank": run.bank,
         "shards": manifest.fingerprint,
+        "window": window,
     }
 
 
@@ -112,6 +120,9 @@ def describe(
         f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
         f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
     )
+    if records.copies:
+        say(f"{run.shards} by way of {records.folder}, {facts['window'] or len(records.shards)} of "
+            f"{len(records.shards):,} shards at a time")  # fmt: skip
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     text = json.dumps(facts | {"shards_folder": str(run.shards), "versions": versions}, indent=2)
@@ -136,7 +147,7 @@ def restore(
     # What an older checkpoint's recipe does not have was as the defaults are.
     known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
-    then = {**state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
+    then = {"window": 0, **state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now
                if k not in ("recipe", "recipe.micro_batch") and then.get(k) != now[k]]  # fmt: skip
