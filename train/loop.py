@@ -5,13 +5,13 @@ events, checkpoints and, at the end, pictures. Killed and resumed, the losses ar
 """
 
 import math
-import os
 import signal
 import time
 from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
+import joblib
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from train.log import Log, say
 from train.loss import block_masks, masked_l1
 from train.model import CELL, SimMIM, model_flops
 from train.pictures import draw_loss, draw_reconstructions
+from train.processes import agree, connect, find_place, together
 from train.schedule import learning_rate
 from train.setup import (
     Run,
@@ -55,12 +56,13 @@ def pretrain(run: Run) -> None:
     together, and Stopped, after saving, on SIGTERM or a first Ctrl-C.
     """
     recipe = run.recipe
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(run.device)
+    place = connect(find_place(), device)
+    rank, ranks = place.rank, place.ranks
 
     # What to train on.
-    records = ShardSet(run.shards)
-    detector = check(run, records.manifest, rank, ranks)
+    records = together(place, lambda: ShardSet(run.shards))
+    detector = together(place, lambda: check(run, records.manifest, place))
     micro_steps = count_micro_steps(recipe, ranks)
     plan = Plan(
         len(records), recipe.batch, run.seed, micro_steps, recipe.area, vertical=recipe.vertical
@@ -82,11 +84,10 @@ def pretrain(run: Run) -> None:
     model = SimMIM(recipe.model, recipe.size, recipe.options).to(device)
     groups = parameter_groups(model, recipe)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
-    first = restore(run, facts, model, optimizer, device)
+    first = together(place, lambda: restore(run, facts, model, optimizer, device))
+    agree(place, run.out, first, facts["shards"])
     flops = model_flops(model, recipe.size)
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     forward: Any = torch.compile(parallel) if run.compile and device.type == "cuda" else parallel
     if rank == 0:
@@ -180,7 +181,8 @@ def open_loader(
     device: torch.device,
 ) -> Loader | FfcvLoader:
     """The loader of the set's container, for `steps` (first, end) and `place` (rank, ranks)."""
-    common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": run.workers}
+    workers = run.workers or max(1, joblib.cpu_count() // find_place().local_ranks)
+    common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": workers}
     common |= {"detectors": [detector.name] if detector else [], "bank": run.bank}
     if records.manifest.container == "ffcv":
         return FfcvLoader(records, plan, *steps, **common)

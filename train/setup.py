@@ -7,6 +7,7 @@ ValueError.
 import json
 import math
 import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from shards.verify import damaged_files
 from train import checkpoint
 from train.log import say
 from train.model import CELL
+from train.processes import Place
 from train.recipes import Recipe
 
 
@@ -76,10 +78,12 @@ def count_micro_steps(recipe: Recipe, ranks: int) -> int:
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | None:
+def check(run: Run, manifest: Manifest, place: Place) -> Detector | None:
     """The detector to weigh by, or None for plain SimMIM.
 
-    Raises ValueError if the shards cannot serve the recipe, or are damaged.
+    The processes of a machine hash all shards between them: it may have a copy of its own, and
+    where all machines share one, each reads it once, as every epoch does. Raises ValueError if the
+    shards cannot serve the recipe, or are damaged.
     """
     recipe, settings = run.recipe, manifest.settings
     if recipe.size % CELL:
@@ -93,16 +97,19 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
         check_bank(run, settings)
     detector = choose_detector(run, manifest)
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
-    if smallest < 0.8 * recipe.size and rank == 0:
+    if smallest < 0.8 * recipe.size and place.rank == 0:
         better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
         say(
             f"warning: frames of {settings.frame} px are enlarged for crops of {recipe.size} px "
             f"(the smallest box has {smallest:.0f} px); sources that have more deserve shards "
             f"built with --frame {better}"
         )
-    damage = damaged_files(run.shards, manifest, rank, ranks) if run.checksum else []
+    part = place.local_rank, place.local_ranks
+    damage = damaged_files(run.shards, manifest, *part) if run.checksum else []
     if damage:
-        raise ValueError(damage[0])
+        raise ValueError(
+            damage[0] if place.ranks == 1 else f"on {socket.gethostname()}: {damage[0]}"
+        )
     return detector
 
 
