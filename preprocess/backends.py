@@ -8,12 +8,15 @@ joblib's own dask and ray backends are not used: see docs/decisions.md.
 import importlib.util
 import json
 import logging
+import math
 import os
 import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -84,11 +87,11 @@ def _loky(jobs: int, work: Callable[..., Any], tasks: Tasks, scratch: Path) -> R
 
 
 def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:
-    from distributed import Client, Future, LocalCluster
-    from distributed.scheduler import KilledWorker
+    from distributed import Client, LocalCluster
+    from distributed.comm import CommClosedError
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said by Lost
-    ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    for name in ("distributed", "tornado", "asyncio"):  # what matters is said by Lost
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if scheduler:
             place: Any = _address(scheduler)
@@ -107,33 +110,44 @@ def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> 
         except OSError:
             raise Lost(f"no Dask scheduler answers at {place}") from None
         stack.callback(client.close, timeout=2)
-        if not scheduler:
-            client.run(_deafen)
-        waiting: set[Future] = set()
-        while True:
-            room = (jobs or sum(client.ncores().values()) + AHEAD) - len(waiting)
-            for task in islice(tasks, max(0, room)):
-                future = client.submit(work, *task, pure=False)
-                future.add_done_callback(ended.put)
-                waiting.add(future)
-            if not waiting:
-                return
-            try:
-                future = ended.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if client.status != "running":
-                    raise Lost("the Dask scheduler is gone") from None
-                continue
-            waiting.discard(future)
-            if future.status == "cancelled":
-                raise Lost("the Dask scheduler is gone, or it was restarted")
-            try:
-                yield future.result()
-            except KilledWorker as error:
-                raise Lost(f"a shard was given up after {error.allowed_failures + 1} workers "
-                           "died of it, perhaps for want of memory") from None  # fmt: skip
-            except (ImportError, RuntimeError) as error:
-                raise _foreign(error) from None
+        try:
+            if not scheduler:
+                client.run(_deafen)
+            yield from _dask_results(client, jobs, work, tasks)
+        except (CommClosedError, CancelledError):
+            raise Lost("the Dask scheduler is gone, or it was restarted") from None
+
+
+def _dask_results(client: Any, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:
+    from distributed.scheduler import KilledWorker
+
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    waiting: set[Any] = set()
+    most, asked = jobs, -math.inf
+    while True:
+        if client.status != "running":
+            raise CancelledError
+        if not jobs and time.monotonic() > asked + POLL_SECONDS:  # workers come and go
+            most, asked = sum(client.ncores().values()) + AHEAD, time.monotonic()
+        for task in islice(tasks, max(0, most - len(waiting))):
+            future = client.submit(work, *task, pure=False)
+            future.add_done_callback(ended.put)
+            waiting.add(future)
+        if not waiting:
+            return
+        try:
+            future = ended.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            continue
+        waiting.discard(future)
+        try:
+            result = future.result()
+        except KilledWorker as error:
+            raise Lost(f"a shard was given up after {error.allowed_failures + 1} workers died of "
+                       "it, perhaps for want of memory") from None  # fmt: skip
+        except (ImportError, RuntimeError) as error:
+            raise _foreign(error) from None
+        yield result
 
 
 def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:

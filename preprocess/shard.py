@@ -26,7 +26,7 @@ from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
 from preprocess.sources import Entry, read
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
-from shards.manifest import fingerprint, write_atomically
+from shards.manifest import FORMAT_VERSION, fingerprint, write_atomically
 from shards.record import key_of
 from shards.webdataset import shard_name
 
@@ -128,11 +128,12 @@ def _check_here(job: Job) -> None:
             f"the worker on {host} does not see the folder {job.out} of this build; source and "
             "shards must be on a file system that all machines see, under the same path"
         )
-    for name, version in library_versions().items():
-        if plan["versions"][name] != version:
+    then = {**plan["versions"], "format": plan["format_version"]}
+    for name, version in {**library_versions(), "format": FORMAT_VERSION}.items():
+        if then[name] != version:
             raise BuildError(
                 f"the worker on {host} has {name} {version}, this build began with "
-                f"{plan['versions'][name]}: the bytes would differ; install the same there"
+                f"{then[name]}: the bytes would differ; install the same there"
             )
 
 

@@ -26,8 +26,15 @@ SLOW = {
     **os.environ,
     "PYTHONPATH": f"{Path(__file__).parent / 'slow_build'}{os.pathsep}{REPOSITORY}",
     "SLOW_SECONDS": "0.1",
-    "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
 }
+
+BARE = """import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == "preprocess":
+            raise ModuleNotFoundError("No module named 'preprocess'", name=name)
+sys.meta_path.insert(0, Without())
+"""
 
 
 def free_port():
@@ -56,9 +63,9 @@ def kill_group(process):
     process.wait()
 
 
-def scheduler(port):
+def scheduler(port, **options):
     return started("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port,
-                   "--no-dashboard", "--no-show")  # fmt: skip
+                   "--no-dashboard", "--no-show", **options)  # fmt: skip
 
 
 def worker(port, **options):
@@ -188,11 +195,13 @@ def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path
 @pytest.mark.timeout(120)
 def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
     pytest.importorskip("distributed")
-    port = free_port()
-    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    with scheduler(port):
+    port, place = free_port(), tmp_path / "bare"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(BARE)
+    bare = {**os.environ, "PYTHONPATH": str(place)}
+    with scheduler(port, cwd=place, env=bare):
         wait_for(port)
-        with worker(port, cwd=tmp_path, env=bare | {"PYTHONSAFEPATH": "1"}):
+        with worker(port, cwd=place, env=bare):
             done = kamim("shards", "build", small_source, tmp_path / "out", *SMALL,
                          "--backend", "dask", "--scheduler", f"127.0.0.1:{port}")  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
