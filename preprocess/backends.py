@@ -90,8 +90,9 @@ def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> 
     from distributed import Client, LocalCluster
     from distributed.comm import CommClosedError
 
-    for name in ("distributed", "tornado", "asyncio"):  # what matters is said by Lost
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in {"asyncio", *logging.root.manager.loggerDict}:  # what matters is said by Lost
+        if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if scheduler:
             place: Any = _address(scheduler)
