@@ -30,10 +30,8 @@ Backend = Literal["loky", "dask", "ray"]
 Tasks = Iterator[tuple[Any, ...]]
 Results = Generator[Any, None, None]
 PACKAGES = {"dask": "distributed", "ray": "ray"}
-CONNECT_SECONDS = 10
-POLL_SECONDS = 1.0
-# Beyond one task a core, so that no worker waits for the driver and adaptive clusters grow.
-AHEAD = 16
+CONNECT_SECONDS, POLL_SECONDS = 10, 1.0
+AHEAD = 16  # tasks beyond one a core: no worker waits, and adaptive clusters grow
 
 
 class Lost(Exception):
@@ -114,7 +112,7 @@ def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> 
         try:
             if not scheduler:
                 client.run(_deafen)
-            yield from _dask_results(client, jobs, work, tasks)
+            yield from _dask_results(client, jobs if scheduler else 0, work, tasks)
         except (CommClosedError, CancelledError):
             raise Lost("the Dask scheduler is gone, or it was restarted") from None
 
@@ -163,16 +161,19 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
         raise Lost(f"no Ray at {scheduler or 'this machine'} ({_first_line(error)})") from None
+    except (RuntimeError, ValueError) as error:  # of another version, say
+        raise BuildError(f"Ray at {scheduler or 'this machine'}: {_first_line(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray puts its own in the place of ours
     waiting: list[Any] = []
+    most = jobs if scheduler else 0
     try:
         task_of = ray.remote(num_cpus=1, max_retries=3)(work)
         while True:
-            room = (jobs or int(ray.cluster_resources().get("CPU", 0)) + AHEAD) - len(waiting)
+            room = (most or int(ray.cluster_resources().get("CPU", 0)) + AHEAD) - len(waiting)
             waiting += [task_of.remote(*task) for task in islice(tasks, max(0, room))]
             if not waiting:
                 return
@@ -181,6 +182,8 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
                 yield _ray_result(ray.get, reference)
     except (ray.exceptions.RaySystemError, ConnectionError) as error:
         raise Lost(f"Ray is gone ({_first_line(error)})") from None
+    except SystemError as error:  # what a signal raised inside of Ray's compiled code
+        raise error.__cause__ or error from None
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)

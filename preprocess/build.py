@@ -183,7 +183,7 @@ def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs:
     parts = {n: slice(n * size, n * size + size) for n in range(-(-inputs // size))}
     missing = {n for n in parts if read_row(job.work, job.out, n) is None}
     seen = inputs - sum(len(source.entries[parts[n]]) for n in missing)
-    tries = 0
+    tries = TRIES  # until a first shard arrives, a failure is for the user to see
     with progress("building", inputs, initial=seen) as bar:
         while missing:
             tasks = ((job, n, source.entries[parts[n]]) for n in sorted(missing))

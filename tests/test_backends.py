@@ -1,6 +1,7 @@
 """Engines that run a build, the real ones: same bytes, workers and schedulers killed, refusals."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -68,8 +69,8 @@ def scheduler(port, **options):
                    "--no-dashboard", "--no-show", **options)  # fmt: skip
 
 
-def worker(port, **options):
-    return started("distributed.cli.dask_worker", f"127.0.0.1:{port}", "--nthreads", 1,
+def worker(port, threads=1, **options):
+    return started("distributed.cli.dask_worker", f"127.0.0.1:{port}", "--nthreads", threads,
                    "--no-nanny", "--no-dashboard", **options)  # fmt: skip
 
 
@@ -89,6 +90,32 @@ def rows(out):
 def calm(small_source, tmp_path):
     build_shards(open_source(str(small_source)), tmp_path / "calm", settings(), 1)
     return contents(tmp_path / "calm")
+
+
+def test_the_commands_of_the_page_are_real():
+    """Every option of the lines in docs/scaling.md is one that its program has."""
+    pytest.importorskip("distributed")
+    from distributed.cli import dask_scheduler, dask_worker
+    from typer.testing import CliRunner
+
+    from kamim import app
+
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    texts = [line.partition("#")[0].split() for line in lines]
+    seen = set()
+    for program, command, *arguments in texts:
+        if program == "dask":
+            main = {"scheduler": dask_scheduler, "worker": dask_worker}[command].main
+            main.make_context(command, arguments)
+        elif "kamim" in (program, *arguments):
+            words = arguments if program == "kamim" else arguments[arguments.index("pretrain") :]
+            name = ["shards", "build"] if program == "kamim" else ["pretrain"]
+            text = CliRunner().invoke(app, [*name, "--help"]).stdout
+            assert all(word in text for word in words if word.startswith("--"))
+        seen.add(program)
+    assert seen == {"dask", "kamim", "ray", "torchrun"}
 
 
 def test_dask_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
@@ -173,7 +200,7 @@ def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path
     port, out, source = free_port(), tmp_path / "out", open_source(str(small_source))
     with scheduler(port) as doomed:
         wait_for(port)
-        with worker(port):
+        with worker(port, threads=2):
 
             def kill():
                 while rows(out) < 2:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from conftest import settings
+from conftest import REPOSITORY, settings
 
 import preprocess
 from preprocess import build_shards, open_source
@@ -353,8 +353,22 @@ def on_nodes(*lines):
         return [(process.returncode, log) for process, log in zip(started, logs, strict=True)]
 
 
+def test_the_torchrun_lines_of_the_page_are_those_that_are_tested():
+    from torch.distributed.run import get_args_parser
+
+    page = (REPOSITORY / "docs" / "scaling.md").read_text().replace("\\\n", "")
+    lines = [line.split()[1:] for line in page.splitlines() if line.startswith("torchrun")]
+    ranks = []
+    for line in lines:
+        read = get_args_parser().parse_args(line)
+        assert (read.nnodes, read.module, read.training_script) == ("2", True, "kamim")
+        assert (read.master_addr, read.master_port) == ("HOST", 29500)
+        ranks.append(read.node_rank)
+    assert ranks == [0, 1]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_two_nodes_train_as_one_process_and_either_goes_on_with_the_other(shards, tmp_path):
     """Node 1 has shards and a run folder of its own: it writes nothing, and hashes its copy."""
     shutil.copytree(shards, tmp_path / "copy")
