@@ -9,6 +9,7 @@ DETECTOR ?= fast
 FORMAT ?= webdataset
 FRAMES ?= jpeg
 JOBS ?= 0
+BACKEND ?= loky
 RECIPE ?= vit_base
 comma := ,
 OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
@@ -21,17 +22,17 @@ help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|folder|... DETECTOR=fast,orb,sift [DATA=folder or .tar]'
-	@echo '            [OUT=folder] [JOBS=n] [FLAGS="--frame 448 ..."; see kamim shards build --help]'
+	@echo '            [OUT=folder] [JOBS=n] [BACKEND=dask|ray [SCHEDULER=host:port]] [FLAGS="--frame 448 ..."; see kamim shards build --help]'
 	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume auto ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
-shards: $(VENV)/core  ## Build shards: DATASET, DETECTOR, DATA, OUT, JOBS, FLAGS.
+shards: $(VENV)/core $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))  ## Build shards: DATASET, DETECTOR, DATA, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
 	@if [ "$(FORMAT)" != webdataset ] && [ "$(FORMAT)" != ffcv ]; then \
 	  echo 'FORMAT=$(FORMAT) is unknown; there are webdataset and ffcv' >&2; exit 2; fi
 	@if [ "$(DATASET)" != demo ] && [ -z "$(DATA)" ]; then \
 	  echo 'DATASET=$(DATASET) needs DATA=path, a folder or .tar of class folders' >&2; exit 2; fi
-	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" --detector "$(DETECTOR)" --jobs $(JOBS) $(FLAGS)
+	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
 
 verify: $(VENV)/core  ## Check shards: OUT.
@@ -63,8 +64,9 @@ bench: $(VENV)/test  ## Measure offline against online detection, and keep the r
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"
 
-readme: $(VENV)/core  ## Render the README's measured table from bench/results.
+readme: $(VENV)/core  ## Render the README's and docs/scaling.md's tables from bench/results.
 	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.scaling
 
 bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it comes: DATA.
 	$(BIN)/python -m bench.ffcv "$(if $(DATA),$(DATA),demo)"
@@ -101,6 +103,11 @@ $(VENV)/core: pyproject.toml | $(VENV)/bin/python
 $(VENV)/train: pyproject.toml | $(VENV)/core
 	@echo 'installing torch and timm into $(VENV) (about 6 GB, some minutes) ...' >&2
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train]'
+	@touch $@
+
+$(VENV)/dask $(VENV)/ray: $(VENV)/%: pyproject.toml | $(VENV)/core
+	@echo 'installing $* into $(VENV) ...' >&2
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,$*]'
 	@touch $@
 
 # FFCV is source only and asks for opencv-python, a second cv2: hence --no-deps.

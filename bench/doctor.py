@@ -24,8 +24,8 @@ def examine() -> list[Row]:
         ("demo photographs", "skimage", "pip install 'kamim[demo]'"),
         ("webdataset library", "webdataset", "pip install webdataset (our reader needs it not)"),
         ("Weights & Biases", "wandb", "pip install wandb (only for --wandb)"),
-        ("Dask", "distributed", "pip install 'dask[distributed]'"),
-        ("Ray", "ray", "pip install ray"),
+        ("Dask", "distributed", "pip install 'kamim[dask]'"),
+        ("Ray", "ray", "pip install 'kamim[ray]'"),
         ("S3", "s3fs", "pip install s3fs"),
         ("Google storage", "gcsfs", "pip install gcsfs"),
     )]  # fmt: skip

@@ -1,24 +1,32 @@
 """The build: a listed source and settings in, a finished, verified-by-ledger set of shards out.
 
-Shards are tasks for joblib; each publishes itself. What is finished survives any kill, a restart
-does only what is missing, and the manifest, written last, says that all is there.
+Shards are tasks for any backend; each publishes itself. What is finished survives any kill, a
+restart does only what is missing, and the manifest, written last, says that all is there.
 """
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cv2
 import joblib
 import numpy as np
-import PIL
-import simplejpeg
 
-from preprocess.shard import BuildError, Job, read_row, write_shard
+from preprocess import backends
+from preprocess.shard import (
+    PLAN,
+    BuildError,
+    Job,
+    confirm,
+    library_versions,
+    read_row,
+    write_shard,
+)
 from preprocess.sources import Source
 from shards import File, Ledger, Manifest, Settings
 from shards import manifest as _manifest
@@ -29,6 +37,8 @@ from shards.webdataset import INDEX_DTYPE
 from shards.writing import alone, progress
 
 WORK = ".build"
+TRIES = 5  # connections to a lost engine without a shard in between
+PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 
 
 def shard_size_for(inputs: int) -> int:
@@ -44,31 +54,35 @@ def build_shards(
     on_error: str = "quarantine",
     max_rejected: float = 0.01,
     reuse: Path | None = None,
+    backend: str = "loky",
+    scheduler: str = "",
 ) -> Manifest:
     """Write `source` into shards under `out` by `jobs` processes (0: one a core), or finish that.
 
-    The finished set `reuse` of the same source gives its frames, and the maps it shares, so that
-    nothing is encoded or detected twice; the bytes are those of a build without it. Returns the
-    manifest. Raises ValueError if `out` holds anything else or other settings or inputs, BuildError
-    if an input is rejected and on_error is `fail`, if no input could be used, or, after a complete
-    build, if more than the share `max_rejected` of inputs was rejected.
+    `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
+    `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
+    or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
+    ValueError if `out` holds anything else or other settings or inputs, BuildError if an input is
+    rejected and on_error is `fail`, if no input could be used, if the engine is lost for good, or,
+    after a complete build, if more than the share `max_rejected` of inputs was rejected.
     """
     if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
         raise ValueError(
             "a bank holds counts of keypoint marks, and frequency has none: build it without "
             "--bank, or leave frequency out"
         )
+    backends.check(backend, scheduler)
     facts = _facts(source, settings)
     complete = _check_folder(out, facts)
     if complete is None:
         if reuse:
             _check_reuse(reuse, facts)
         with _claim(out) as work:
-            write_atomically(work / "plan.json", json.dumps(facts).encode("ascii"))
+            write_atomically(work / PLAN, json.dumps(facts).encode("ascii"))
             root, fail = source.root.resolve(), on_error == "fail"
             folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-            job = Job(settings, source.kind, root, *folders, fail)
-            _write_missing(source, job, jobs or joblib.cpu_count())
+            job = Job(settings, source.kind, root, *folders, fail, _manifest.fingerprint(facts))
+            _write_missing(source, job, backend, scheduler, jobs)
             complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up
         shutil.rmtree(out / WORK)
@@ -83,18 +97,12 @@ def build_shards(
 
 def _facts(source: Source, settings: Settings) -> dict[str, Any]:
     """All that a record's bytes depend on; a build goes on only where all of it is equal."""
-    facts: dict[str, Any] = {
+    facts = {
         "format_version": _manifest.FORMAT_VERSION,
         "settings": asdict(settings),
         "source": source.description(),
-        "versions": {
-            "opencv": cv2.__version__,
-            "pillow": PIL.__version__,
-            "simplejpeg": simplejpeg.__version__,
-        },
+        "versions": library_versions(settings),
     }
-    if not all(detector.has_keypoints for detector in settings.detectors):
-        facts["versions"]["numpy"] = np.__version__  # its FFT decides the frequency map
     plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
     return plain
 
@@ -108,7 +116,7 @@ def _check_folder(out: Path, facts: dict[str, Any]) -> Manifest | None:
         finished = _manifest.load(out)
         _compare(out, _facts_of(finished), facts)
         return finished
-    plan = out / WORK / "plan.json"
+    plan = out / WORK / PLAN
     if plan.is_file():
         _compare(out, json.loads(plan.read_bytes()), facts)
     elif names - {WORK}:
@@ -171,34 +179,41 @@ def _claim(out: Path) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
-def _write_missing(source: Source, job: Job, jobs: int) -> None:
-    """Write every shard that has no row yet, with progress on stderr."""
+def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs: int) -> None:
+    """Write every shard that has no row yet, with progress on stderr.
+
+    An engine that is gone is looked for again, TRIES times without a new shard in between.
+    """
     size, inputs = job.settings.shard_size, len(source.entries)
-    numbers = range(-(-inputs // size))
-    missing = [n for n in numbers if read_row(job.work, job.out, n) is None]
-    counts = {n: min(size, inputs - n * size) for n in numbers}
-    seen = inputs - sum(counts[n] for n in missing)
-    tasks = (
-        joblib.delayed(write_shard)(job, n, source.entries[n * size : n * size + size])
-        for n in missing
-    )
-    pool = joblib.Parallel(
-        n_jobs=min(jobs, len(missing) or 1),
-        return_as="generator_unordered",
-        temp_folder=str(job.work),  # or a killed build leaves folders in shared memory for good
-    )
-    results = pool(tasks)
-    try:
-        with progress("building", inputs, initial=seen) as bar:
-            for count in results:
-                bar.update(count)
-    except joblib.externals.loky.process_executor.TerminatedWorkerError:
-        raise BuildError(
-            "a worker process died, perhaps for want of memory; finished shards are kept: run the "
-            "same command again, with fewer --jobs if it happens again"
-        ) from None
-    finally:
-        results.close()  # ends the workers' tasks when we were stopped in the middle
+    parts = {n: slice(n * size, n * size + size) for n in range(-(-inputs // size))}
+    missing = {n for n in parts if read_row(job.work, job.out, n) is None}
+    seen = inputs - sum(len(source.entries[parts[n]]) for n in missing)
+    tries = TRIES  # until a first shard arrives, a failure is for the user to see
+    with progress("building", inputs, initial=seen) as bar:
+        while missing:
+            tasks = ((job, n, source.entries[parts[n]]) for n in sorted(missing))
+            most = min(jobs or joblib.cpu_count(), len(missing)) if not scheduler else jobs
+            results = backends.run(backend, scheduler, most, write_shard, tasks, job.work)
+            try:
+                for written in results:
+                    if backend != "loky":
+                        confirm(job, written, source.entries[parts[written.number]])
+                    missing.discard(written.number)
+                    bar.update(written.inputs)
+                    tries = 0
+            except backends.Lost as lost:
+                tries += 1
+                if tries > TRIES:
+                    raise BuildError(
+                        f"{lost}; what is finished is kept: run the same command again"
+                    ) from None
+                bar.write(f"{lost}; trying again, {tries} of {TRIES}", file=sys.stderr)
+                time.sleep(PAUSE_SECONDS * tries)
+                for n in [n for n in missing if read_row(job.work, job.out, n)]:
+                    missing.discard(n)  # finished out of our sight
+                    bar.update(len(source.entries[parts[n]]))
+            finally:
+                results.close()
 
 
 def _publish(source: Source, job: Job, facts: dict[str, Any]) -> Manifest:

@@ -11,6 +11,7 @@ import typer
 
 import preprocess
 import shards
+from preprocess.backends import Backend, check
 from preprocess.build import shard_size_for
 from preprocess.words import Json, at_least, between, print_json, say
 from shards.bank import BANK_CELL
@@ -63,6 +64,13 @@ def build(
         int, typer.Option(help="Inputs a shard; 0: 1000, fewer for small sources.")
     ] = 0,
     jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    backend: Annotated[Backend, typer.Option(help="What runs them.")] = "loky",
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT; none: here."
+        ),
+    ] = "",
     on_error: Annotated[
         OnError, typer.Option(help="A bad input: list it and go on, or stop.")
     ] = "quarantine",
@@ -78,7 +86,8 @@ def build(
     """Write frames and keypoint densities of every image of SOURCE into shards under OUT.
 
     Stopped or killed, the same command goes on where it was. The bytes written depend on inputs
-    and settings only, never on --jobs. EXIF orientation is ignored, as the field's loaders do.
+    and settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
+    loaders do.
     """
     settings = shards.Settings(
         frame=at_least("--frame", frame, 16),
@@ -95,12 +104,15 @@ def build(
     )
     at_least("--jobs", jobs, 0)
     between("--max-rejected", max_rejected, 0, 1)
+    check(backend, scheduler)  # listing a large source takes a while
     listed = preprocess.open_source(source)
     if not shard_size:
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
-    manifest = preprocess.build_shards(listed, out, settings, jobs, on_error, max_rejected, reuse)
+    manifest = preprocess.build_shards(
+        listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
+    )
     ledger = manifest.ledger
     if json_output:
         print_json({"out": str(out), "fingerprint": manifest.fingerprint, **asdict(ledger)})

@@ -5,24 +5,34 @@ The row (a JSON file, written last) is the commit marker: a shard without one is
 
 import json
 import multiprocessing
+import os
 import signal
+import socket
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import PIL
+import simplejpeg
 from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
 from preprocess.sources import Entry, read
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
-from shards.manifest import write_atomically
+from shards.manifest import FORMAT_VERSION, fingerprint, write_atomically
 from shards.record import key_of
 from shards.webdataset import shard_name
+
+PLAN = "plan.json"  # in the work folder: what is being built
+UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share
+PATIENCE_SECONDS = 60  # for which a network file system may not yet show what another wrote
 
 
 class BuildError(Exception):
@@ -40,6 +50,27 @@ class Job:
     work: Path
     reuse: Path | None  # a finished set of the same source, to copy frames and maps from
     fail: bool  # stop at the first input that is rejected
+    plan: str  # fingerprint of the PLAN in `work`: who does not see it works elsewhere
+
+
+class Written(NamedTuple):
+    """What a task says of its shard: number, inputs seen, bytes, the machine that wrote it, and
+    the first of its inputs that could not be read there, -1 if all could.
+    """
+
+    number: int
+    inputs: int
+    bytes: int
+    host: str
+    unread: int
+
+
+def library_versions(settings: Settings) -> dict[str, str]:
+    """Versions of the libraries that decide the bytes of a record."""
+    known = [("opencv", cv2), ("pillow", PIL), ("simplejpeg", simplejpeg)]
+    if not all(detector.has_keypoints for detector in settings.detectors):
+        known.append(("numpy", np))  # its FFT decides the frequency map
+    return {name: library.__version__ for name, library in known}
 
 
 def row_path(work: Path, number: int) -> Path:
@@ -47,16 +78,19 @@ def row_path(work: Path, number: int) -> Path:
     return work / f"{number:06d}.json"
 
 
-def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> int:
-    """Build shard `number` of `entries` and publish it, then its row. Returns the inputs seen.
+def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
+    """Build shard `number` of `entries` and publish it, then its row.
 
-    Raises BuildError on the first rejected input if the job says so.
+    Raises BuildError on the first rejected input if the job says so, and where this machine does
+    not see the driver's folders or has other libraries.
     """
+    _check_here(job)
     cv2.setNumThreads(1)  # jobs are the parallelism; nested threads only fight
-    if multiprocessing.current_process().name != "MainProcess":
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if multiprocessing.current_process().name != "MainProcess" and in_main_thread:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     first = number * job.settings.shard_size
-    rejected = []
+    rejected, unread = [], -1
     with ShardWriter(job.out / shard_name(number)) as writer:
         for index, entry in enumerate(entries, start=first):
             try:
@@ -70,13 +104,71 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> int:
                 facts = {"key": key_of(index), "source": entry.name}
                 facts |= {"reason": error.reason, "detail": error.detail}
                 rejected.append(facts)
+                if unread < 0 and error.reason in UNREAD:
+                    unread = index - first
                 continue
             old = _old_record(job.reuse, index) if job.reuse else None
             writer.add(describe(rgb, index, entry, job.settings, old))
     row = {"file": asdict(writer.file), "index": writer.index.tolist(), "rejected": rejected}
     # A row that a power cut damages or loses only means that its shard is built again.
     write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"), durable=False)
-    return len(entries)
+    return Written(number, len(entries), writer.file.bytes, socket.gethostname(), unread)
+
+
+def _check_here(job: Job) -> None:
+    """BuildError unless this machine sees the driver's work folder and has its libraries."""
+    host = socket.gethostname()
+    try:
+        plan = json.loads((job.work / PLAN).read_bytes())
+    except (OSError, ValueError):
+        plan = {}
+    if not plan or fingerprint(plan) != job.plan:
+        raise BuildError(
+            f"the worker on {host} does not see the folder {job.out} of this build; source and "
+            "shards must be on a file system that all machines see, under the same path"
+        )
+    then = {**plan["versions"], "format": plan["format_version"]}
+    for name, version in {**library_versions(job.settings), "format": FORMAT_VERSION}.items():
+        if then[name] != version:
+            raise BuildError(
+                f"the worker on {host} has {name} {version}, this build began with "
+                f"{then[name]}: the bytes would differ; install the same there"
+            )
+
+
+def confirm(job: Job, written: Written, entries: Sequence[Entry]) -> None:
+    """BuildError unless what another machine says of the shard of `entries` holds here too.
+
+    The shard is there, with its size, and inputs that could not be read there cannot be read here.
+    """
+    path, begin = job.out / shard_name(written.number), time.monotonic()
+    while (size := _size(path)) != written.bytes or not row_path(job.work, written.number).exists():
+        if time.monotonic() - begin > PATIENCE_SECONDS:
+            raise BuildError(
+                f"the worker on {written.host} wrote {path} with {written.bytes} bytes, here it "
+                f"has {size}; shards must be on a file system that all machines see"
+            )
+        os.listdir(job.out)  # has NFS look again
+        time.sleep(0.1)
+    if written.unread < 0:
+        return
+    entry = entries[written.unread]
+    try:
+        read(job.kind, job.root, entry)
+    except Rejected:
+        return
+    row_path(job.work, written.number).unlink()  # the next build does it again
+    raise BuildError(
+        f"the worker on {written.host} could not read {entry.name!r} below {job.root}, this "
+        "machine can; the source must be on a file system that all see, under the same path"
+    )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def read_row(work: Path, out: Path, number: int) -> dict[str, Any] | None:

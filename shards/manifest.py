@@ -7,6 +7,7 @@ back only if every byte is as written. FORMAT.md lists its fields.
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -123,12 +124,17 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
+def temporary_of(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on this machine or any other."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+
+
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
     """Write `data` to `path` so that after a crash the file is whole, or as it was before.
 
     Not `durable`, that holds for a killed process but not for a power cut, and saves two syncs.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.manifest import File
+from shards.manifest import File, temporary_of
 from shards.record import (
     JPEG,
     KEY_DIGITS,
@@ -75,7 +75,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.temporary = temporary_of(path)
         self.rows: list[tuple[int, ...]] = []
 
     def __enter__(self) -> "ShardWriter":

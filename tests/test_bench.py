@@ -163,3 +163,50 @@ def test_a_small_experiment_is_gathered_seed_by_seed(tmp_path):
     ]
     page = claim.render({"rows": rows, **provenance()})
     assert "| KAMIM, FAST, T 0.25, least weight 1 (published) | 40.00 ± 7.07 |" in page
+
+
+def test_the_scaling_page_is_rendered_from_the_results():
+    from bench import scaling
+
+    assert scaling.renewed(scaling.PAGE.read_text()) == scaling.PAGE.read_text()
+
+
+def test_the_sizes_of_the_scaling_page_are_those_of_the_objects(tmp_path):
+    """Computed records against built ones; the driver's objects against the constants."""
+    import pickle
+    import tracemalloc
+    from dataclasses import asdict, replace
+
+    from bench import scaling
+    from preprocess.sources import Entry
+    from shards.manifest import File
+
+    fast, orb = (detector_settings(name) for name in ("fast", "orb"))
+    source = replace(open_source("demo"), entries=open_source("demo").entries[:4])
+    sizes = {}
+    for detectors, bank in (((fast,), 0), ((fast, orb), 2)):
+        chosen = replace(default_settings(detectors, 4), bank=bank, map_crops=0)
+        out = tmp_path / str(bank)
+        build_shards(source, out, chosen, 1)
+        sizes[len(detectors), bank] = np.mean(ShardSet(out).index["bytes"])
+    grown = scaling.record_bytes(2, 2) - scaling.record_bytes(1, 0)
+    assert abs(sizes[2, 2] - sizes[1, 0] - grown) <= 512  # tar pads to 512 bytes
+
+    def each(make):
+        tracemalloc.start()
+        kept = [make(number) for number in range(5000)]
+        size = tracemalloc.get_traced_memory()[0] / len(kept)
+        tracemalloc.stop()
+        return size
+
+    name = "n{0:08d}/n{0:08d}_{0:08d}.JPEG"
+    entry = each(lambda n: Entry(name.format(n), 1000 + n, 110_000 + n, 0, 10**18 + n))
+    file = each(lambda n: File(f"shard-{n:06d}.tar", 1000 + n, 29_000_000 + n, f"{n:064x}"))
+    assert entry == pytest.approx(scaling.ENTRY, rel=0.25)
+    assert file == pytest.approx(scaling.FILE, rel=0.25)
+    row = json.dumps(asdict(File("shard-000001.tar", 1000, 29_000_000, "a" * 64)), indent=6)
+    assert len(row) == pytest.approx(scaling.MANIFEST_ROW, rel=0.1)
+    listed = [Entry(name.format(n), 7, 110_000 + n, 0, 10**18 + n) for n in range(1000)]
+    assert len(pickle.dumps(listed)) == pytest.approx(65_000, rel=0.1)
+    assert scaling._time(89) == "89 s"
+    assert scaling._time(7200) == "2.0 h"

@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from conftest import settings
+from conftest import REPOSITORY, settings
 
 import preprocess
 from preprocess import build_shards, open_source
@@ -320,3 +323,89 @@ def test_weights_and_biases_gets_every_row(shards, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         run(shards, tmp_path / "other", wandb="project")
+
+
+@contextmanager
+def nodes(*lines):
+    """torchrun on as many machines as `lines`, all of them this one, one process each."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    launcher += ["--nnodes", str(len(lines)), "--master-addr", "127.0.0.1", "--master-port", port]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    started = [
+        subprocess.Popen([*launcher, "--node-rank", str(number), *line[1:]], **options)
+        for number, line in enumerate(lines)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def on_nodes(*lines):
+    """(exit status, stderr) of each of the `nodes`."""
+    with nodes(*lines) as started:
+        logs = [process.communicate(timeout=150)[1] for process in started]
+        return [(process.returncode, log) for process, log in zip(started, logs, strict=True)]
+
+
+def test_the_torchrun_lines_of_the_page_are_those_that_are_tested():
+    from torch.distributed.run import get_args_parser
+
+    page = (REPOSITORY / "docs" / "scaling.md").read_text().replace("\\\n", "")
+    lines = [line.split()[1:] for line in page.splitlines() if line.startswith("torchrun")]
+    ranks = []
+    for line in lines:
+        read = get_args_parser().parse_args(line)
+        assert (read.nnodes, read.module, read.training_script) == ("2", True, "kamim")
+        assert (read.master_addr, read.master_port) == ("HOST", 29500)
+        ranks.append(read.node_rank)
+    assert ranks == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_nodes_train_as_one_process_and_either_goes_on_with_the_other(shards, tmp_path):
+    """Node 1 has shards and a run folder of its own: it writes nothing, and hashes its copy."""
+    shutil.copytree(shards, tmp_path / "copy")
+    whole, parts, own = (tmp_path / name for name in ("whole", "parts", "own"))
+    done = subprocess.run(command(shards, whole), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ends = on_nodes(
+        command(shards, parts, "--steps", "7"), command(tmp_path / "copy", own, "--steps", "7")
+    )
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert not own.exists()
+    names = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    assert names == ["step-00000006.pt", "step-00000007.pt"]
+    assert ends[0][1].count("step 7/20") == 1
+    assert "step 7/20" not in ends[1][1]
+
+    # One process goes on with the run of two nodes, then two nodes with the run of one.
+    on_one = command(shards, parts, "--resume", "auto", "--steps", "12")
+    subprocess.run(on_one, check=True, capture_output=True)
+    ends = on_nodes(*[command(shards, parts, "--resume", "auto")] * 2)
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert "going on after step 12" in ends[0][1]
+    assert losses(parts) == pytest.approx(losses(whole), rel=2e-4)
+    assert len(losses(parts)) == 20
+
+    # A node that does not see the run, or whose copy of the shards is damaged, stops them all.
+    first = command(shards, parts, "--resume", "auto")
+    for _, log in on_nodes(first, command(shards, own, "--resume", "auto")):
+        assert "after step 20" in log
+        assert "must be one folder that all machines see" in log
+    path = tmp_path / "copy" / "shard-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    new = tmp_path / "new"
+    for _, log in on_nodes(command(shards, new), command(tmp_path / "copy", new)):
+        assert "shard-000003.tar is damaged" in log
+    assert not new.exists()

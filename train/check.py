@@ -4,6 +4,7 @@ In: a Run, a manifest. Out: the detector to weigh by and the maps to read, or on
 """
 
 import math
+import socket
 from pathlib import Path
 
 from shards import Manifest, Settings
@@ -15,14 +16,17 @@ from shards.verify import damaged_files
 from train.log import say
 from train.method import guide_maps
 from train.model import CELL
+from train.processes import Place
 from train.recipes import Recipe
 from train.setup import Run
 
 
-def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | None:
+def check(run: Run, manifest: Manifest, place: Place) -> Detector | None:
     """The detector to weigh by, or None for plain SimMIM.
 
-    Raises ValueError if the shards cannot serve the recipe, or are damaged.
+    The processes of a machine hash all shards between them: it may have a copy of its own, and
+    where all machines share one, each reads it once, as every epoch does. Raises ValueError if the
+    shards cannot serve the recipe, or are damaged.
     """
     recipe, settings = run.recipe, manifest.settings
     if recipe.size % CELL:
@@ -37,7 +41,7 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
     check_guides(run, manifest)
     detector = choose_detector(run, manifest)
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
-    if smallest < 0.8 * recipe.size and rank == 0:
+    if smallest < 0.8 * recipe.size and place.rank == 0:
         better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
         say(
             f"warning: frames of {settings.frame} px are enlarged for crops of {recipe.size} px "
@@ -46,9 +50,11 @@ def check(run: Run, manifest: Manifest, rank: int, ranks: int) -> Detector | Non
         )
     # Of a remote set every shard is hashed when it arrives, or is found in the cache.
     local = run.checksum and not is_remote(run.shards)
-    damage = damaged_files(Path(run.shards), manifest, rank, ranks) if local else []
+    part = place.local_rank, place.local_ranks
+    damage = damaged_files(Path(run.shards), manifest, *part) if local else []
     if damage:
-        raise ValueError(damage[0])
+        where = "" if place.ranks == 1 else f"on {socket.gethostname()}: "
+        raise ValueError(f"{where}{damage[0]}")
     return detector
 
 

@@ -5,6 +5,7 @@ In: a Run. Out: a ShardSet, a Plan, a loader of the set's container, or one clea
 
 from typing import Any
 
+import joblib
 import torch
 
 from shards import ShardSet
@@ -15,6 +16,7 @@ from shards.plan import Plan
 from shards.remote import open_remote
 from shards.store import is_remote
 from shards.windows import Windows
+from train.processes import find_place
 from train.setup import Run
 
 WINDOW = 64  # shards: 64,000 samples, or all of a set whose source has no more
@@ -62,7 +64,8 @@ def open_loader(
     device: torch.device,
 ) -> Loader | FfcvLoader:
     """The loader of the set's container, of `steps` (first, end), `place` (rank, ranks), `maps`."""
-    common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": run.workers}
+    workers = run.workers or max(1, joblib.cpu_count() // find_place().local_ranks)
+    common: dict[str, Any] = {"rank": place[0], "ranks": place[1], "workers": workers}
     common |= {"detectors": maps, "bank": run.bank}
     if records.manifest.container == "ffcv":
         return FfcvLoader(records, plan, *steps, **common)

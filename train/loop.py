@@ -5,7 +5,6 @@ events, checkpoints and, at the end, pictures. Killed and resumed, the losses ar
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from train.log import Log, say
 from train.method import Masking, make_model
 from train.model import model_flops
 from train.pictures import draw_loss, draw_reconstructions
+from train.processes import agree, connect, find_place, together
 from train.schedule import learning_rate
 from train.setup import (
     Run,
@@ -47,12 +47,13 @@ def pretrain(run: Run) -> None:
     together, and Stopped, after saving, on SIGTERM or a first Ctrl-C.
     """
     recipe = run.recipe
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(run.device)
+    place = connect(find_place(), device)
+    rank, ranks = place.rank, place.ranks
 
     # What to train on.
-    records = open_records(run)
-    detector = check(run, records.manifest, rank, ranks)
+    records = together(place, lambda: open_records(run))
+    detector = together(place, lambda: check(run, records.manifest, place))
     micro_steps = count_micro_steps(recipe, ranks)
     plan = make_plan(run, records, micro_steps)
     total = plan.steps(recipe.epochs)
@@ -77,12 +78,11 @@ def pretrain(run: Run) -> None:
     )
     groups = parameter_groups(model, recipe)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=device.type == "cuda")
-    first, seconds = restore(run, facts, model, optimizer, device)
-    masking.restore(run.out, first)
+    first, seconds = together(place, lambda: restore(run, facts, model, optimizer, device))
+    agree(place, run.out, first, facts["shards"])
+    together(place, lambda: masking.restore(run.out, first))
     flops = model_flops(model, recipe.size, masking.example())
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     forward: Any = (
         torch.compile(parallel, dynamic=False)
@@ -96,8 +96,8 @@ def pretrain(run: Run) -> None:
             say(f"going on after step {first}")
 
     # The stream of batches.
-    place = rank, ranks
-    loader = open_loader(run, records, plan, (first, last), place, maps, device)
+    mine = rank, ranks
+    loader = open_loader(run, records, plan, (first, last), mine, maps, device)
     batches = to_device(loader, device)
     part = recipe.batch // (ranks * micro_steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -113,8 +113,8 @@ def pretrain(run: Run) -> None:
                 began = time.perf_counter()
                 once = replace(plan, batch=part * ranks, micro_steps=1)  # its crops are not used
                 passes = 0, -(-len(records) // once.batch)
-                frames = open_loader(run, records, once, passes, place, [], device)
-                masking.refresh(run.out, step, model.encoder, frames, place)
+                frames = open_loader(run, records, once, passes, mine, [], device)
+                masking.refresh(run.out, step, model.encoder, frames, mine)
                 since += time.perf_counter() - began
                 if rank == 0:
                     say(f"attention of {len(records):,} records looked at before step {step + 1}, "

@@ -1,0 +1,365 @@
+"""Engines that run a build, the real ones: same bytes, workers and schedulers killed, refusals."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, contents, settings
+from test_cli import KAMIM, SMALL, kamim
+
+import preprocess.build
+import preprocess.shard
+from preprocess import BuildError, backends, build_shards, open_source
+from preprocess.shard import Job, Written, confirm, write_shard
+from shards import verify_shards
+from shards.manifest import fingerprint
+
+SLOW = {
+    **os.environ,
+    "PYTHONPATH": f"{Path(__file__).parent / 'slow_build'}{os.pathsep}{REPOSITORY}",
+    "SLOW_SECONDS": "0.1",
+}
+
+BARE = """import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == "preprocess":
+            raise ModuleNotFoundError("No module named 'preprocess'", name=name)
+sys.meta_path.insert(0, Without())
+"""
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@contextmanager
+def started(*command, cwd=None, env=SLOW):
+    """A process group of our own, killed at the end whatever happened."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, cwd=cwd, env=env,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process):
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def scheduler(port, **options):
+    return started("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port,
+                   "--no-dashboard", "--no-show", **options)  # fmt: skip
+
+
+def worker(port, threads=1, **options):
+    return started("distributed.cli.dask_worker", f"127.0.0.1:{port}", "--nthreads", threads,
+                   "--no-nanny", "--no-dashboard", **options)  # fmt: skip
+
+
+def wait_for(port):
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            time.sleep(0.05)
+
+
+def rows(out):
+    return len(list(out.glob(".build/*[0-9].json")))
+
+
+@pytest.fixture
+def calm(small_source, tmp_path):
+    build_shards(open_source(str(small_source)), tmp_path / "calm", settings(), 1)
+    return contents(tmp_path / "calm")
+
+
+def test_the_commands_of_the_page_are_real():
+    """Every option of the lines in docs/scaling.md is one that its program has."""
+    pytest.importorskip("distributed")
+    from distributed.cli import dask_scheduler, dask_worker
+    from typer.testing import CliRunner
+
+    from kamim import app
+
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    texts = [line.partition("#")[0].split() for line in lines]
+    seen = set()
+    for program, command, *arguments in texts:
+        if program == "dask":
+            main = {"scheduler": dask_scheduler, "worker": dask_worker}[command].main
+            main.make_context(command, arguments)
+        elif "kamim" in (program, *arguments):
+            words = arguments if program == "kamim" else arguments[arguments.index("pretrain") :]
+            name = ["shards", "build"] if program == "kamim" else ["pretrain"]
+            text = CliRunner().invoke(app, [*name, "--help"]).stdout
+            assert all(word in text for word in words if word.startswith("--"))
+        seen.add(program)
+    assert seen == {"dask", "kamim", "ray", "torchrun"}
+
+
+def test_dask_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
+    pytest.importorskip("distributed")
+    manifest = build_shards(
+        open_source(str(small_source)), tmp_path / "out", settings(), 2, backend="dask"
+    )
+    assert manifest.ledger.balanced
+    assert contents(tmp_path / "out") == calm
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ray_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
+    pytest.importorskip("ray")
+    source = open_source(str(small_source))
+    manifest = build_shards(source, tmp_path / "out", settings(), 2, backend="ray")
+    assert manifest.ledger.balanced
+    assert contents(tmp_path / "out") == calm
+    (small_source / "class1" / "bad.jpg").write_bytes(b"x")
+    source = open_source(str(small_source))
+    with pytest.raises(BuildError, match=r"^'class1/bad.jpg' was rejected") as caught:
+        build_shards(source, tmp_path / "strict", settings(), 2, "fail", backend="ray")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ray_runs_the_task_of_a_killed_worker_again(small_source, calm, tmp_path):
+    pytest.importorskip("ray")
+    out = tmp_path / "out"
+    command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL]
+    command += ["--backend", "ray", "--jobs", "2"]
+    process = subprocess.Popen(command, env=SLOW, stderr=subprocess.PIPE, text=True)
+    while rows(out) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    names = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    mine = [line.split()[0] for line in names.splitlines() if "ray::write_shard" in line]
+    assert mine
+    os.kill(int(mine[0]), signal.SIGKILL)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert contents(out) == calm
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_dask_cluster_loses_a_worker_and_its_scheduler(small_source, calm, tmp_path):
+    """Separate processes; -9 to a worker, then to the scheduler, whose workers leave with it."""
+    pytest.importorskip("distributed")
+    port, out, seen = free_port(), tmp_path / "out", []
+    command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL]
+    command += ["--backend", "dask", "--scheduler", f"127.0.0.1:{port}"]
+    with scheduler(port) as first:
+        wait_for(port)
+        with worker(port) as doomed, worker(port):
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            for goal, victim in ((1, doomed), (4, first)):
+                while rows(out) < goal and process.poll() is None:
+                    time.sleep(0.02)
+                kill_group(victim)
+                seen.append(rows(out))
+            with scheduler(port):
+                wait_for(port)
+                with worker(port), worker(port):
+                    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert "the Dask scheduler is gone" in log
+    assert "Traceback" not in log, log
+    assert seen[-1] < 10  # or the kills fell beside the work and proved nothing
+    assert contents(out) == calm
+    assert verify_shards(out, "decode") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(preprocess.build, "TRIES", 1)
+    monkeypatch.setattr(preprocess.build, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(backends, "CONNECT_SECONDS", 2)
+    port, out, source = free_port(), tmp_path / "out", open_source(str(small_source))
+    with scheduler(port) as doomed:
+        wait_for(port)
+        with worker(port, threads=2):
+
+            def kill():
+                while rows(out) < 2:
+                    time.sleep(0.02)
+                kill_group(doomed)
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            with pytest.raises(BuildError, match="run the same command again"):
+                build_shards(source, out, settings(), backend="dask",
+                             scheduler=f"127.0.0.1:{port}")  # fmt: skip
+            killer.join()
+    assert 2 <= rows(out) < 10
+    build_shards(source, out, settings(), 1)
+    assert contents(out) == calm
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
+    pytest.importorskip("distributed")
+    port, place = free_port(), tmp_path / "bare"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(BARE)
+    bare = {**os.environ, "PYTHONPATH": str(place)}
+    with scheduler(port, cwd=place, env=bare):
+        wait_for(port)
+        with worker(port, cwd=place, env=bare):
+            done = kamim("shards", "build", small_source, tmp_path / "out", *SMALL,
+                         "--backend", "dask", "--scheduler", f"127.0.0.1:{port}")  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "has no module 'preprocess': install kamim" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
+def test_ctrl_c_leaves_no_process_behind(backend, small_source, tmp_path):
+    if backend != "loky":
+        pytest.importorskip(backends.PACKAGES[backend])
+    out, mark = tmp_path / "out", f"kamim-test-{os.getpid()}-{backend}"
+    command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
+    process = subprocess.Popen(
+        [*command, "--backend", backend],
+        stderr=subprocess.PIPE, text=True, start_new_session=True, env={**SLOW, "MARK": mark},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while not rows(out) and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 130, log
+    assert "Traceback" not in log, log
+    assert "the same command goes on" in log.splitlines()[-1]
+    deadline = time.monotonic() + 30
+    while left := alive(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def alive(mark):
+    """Command lines of processes, zombies aside, that have MARK=`mark` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MARK={mark}\0".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ")[:120])
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backend", "spark"], "--backend"),
+        (["--scheduler", "a:1"], "--scheduler a:1 needs --backend dask or --backend ray"),
+        (["--backend", "dask", "--scheduler", "there"], "--scheduler there is not HOST:PORT"),
+        (["--backend", "dask", "--scheduler", "x.json"], "x.json is no scheduler file"),
+        (["--backend", "dask", "--scheduler", "127.0.0.1:1"], "start it with `dask scheduler`"),
+        (["--backend", "ray", "--scheduler", "ray://127.0.0.1:1"], "`ray start --head --port 1`"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
+    import kamim as command_line
+
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["kamim", "shards", "build", "demo", str(out), *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    heard = capsys.readouterr()
+    assert (stopped.value.code, heard.out, heard.err.count("\n")) == (2, "", 1)
+    assert words in heard.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+def test_a_missing_library_is_named_with_what_to_type(backend, monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"type: pip install 'kamim\[{backend}\]'"):
+        backends.check(backend, "")
+
+
+@pytest.fixture
+def job(small_source, tmp_path):
+    """A job whose first shard was written, as on another machine."""
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    facts = preprocess.build._facts(source, settings())
+    with preprocess.build._claim(out) as work:
+        (work / "plan.json").write_text(preprocess.build.json.dumps(facts))
+        root = source.root.resolve()
+        job = Job(settings(), "folder", root, out, work, None, False, fingerprint(facts))
+        yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
+
+
+def test_what_a_worker_says_is_looked_at(job, monkeypatch):
+    job, entries, written = job
+    monkeypatch.setattr(preprocess.shard, "PATIENCE_SECONDS", 0.2)
+    assert written == Written(0, 4, (job.out / "shard-000000.tar").stat().st_size,
+                              socket.gethostname(), -1)  # fmt: skip
+    confirm(job, written, entries)
+    with pytest.raises(BuildError, match=r"with 7 bytes, here it has \d+; shards must be on"):
+        confirm(job, written._replace(bytes=7), entries)
+    with pytest.raises(BuildError, match=r"node7 could not read .* this machine can; the source"):
+        confirm(job, written._replace(host="node7", unread=2), entries)
+    assert preprocess.shard.read_row(job.work, job.out, 0) is None
+    (job.out / "shard-000000.tar").unlink()
+    with pytest.raises(BuildError, match="here it has None"):
+        confirm(job, written, entries)
+
+
+def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, monkeypatch):
+    job, entries, _ = job
+    with pytest.raises(BuildError, match="does not see the folder"):
+        write_shard(replace(job, work=tmp_path), 1, entries)
+    with pytest.raises(BuildError, match="does not see the folder"):
+        write_shard(replace(job, plan="0" * 64), 1, entries)
+    monkeypatch.setattr(preprocess.shard.cv2, "__version__", "4.0.0")
+    with pytest.raises(BuildError, match=r"has opencv 4.0.0, this build began with .*; install"):
+        write_shard(job, 1, entries)
+
+
+def test_a_loky_worker_that_dies_costs_one_try(small_source, calm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preprocess.build, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(preprocess.build, "write_shard", _dies_once)
+    build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 2)
+    assert contents(tmp_path / "out") == calm
+    assert "a worker process died, perhaps for want of memory" in capsys.readouterr().err
+
+
+def _dies_once(job, number, entries):
+    if number == 3:
+        try:
+            (job.work / "died").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            os._exit(9)
+    return write_shard(job, number, entries)
