@@ -13,8 +13,8 @@ from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.manifest import Detector
 from shards.plan import Plan
-from shards.streaming import open_remote
 from shards.store import is_remote
+from shards.streaming import open_remote
 from shards.windows import Windows
 from train.setup import Run
 
