@@ -8,7 +8,7 @@ from shards.inspect import inspect_page
 from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
 from shards.reader import ShardSet
 from shards.record import Record, decode_frame, encode_frame
-from shards.remote import open_remote
+from shards.streaming import open_remote
 from shards.verify import LEVELS, verify_shards
 from shards.webdataset import ShardWriter
 

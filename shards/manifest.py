@@ -189,11 +189,11 @@ def load(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST}: it is not a finished set of shards; "
             f"build one with `kamim shards build SOURCE {folder}`"
         ) from None
-    return parse(str(path), data)
+    return parse(path, data)
 
 
-def parse(path: str, data: bytes) -> Manifest:
-    """The manifest whose bytes are `data`, read from `path`; raises ValueError as `load`."""
+def parse(path: Path | str, data: bytes) -> Manifest:
+    """The manifest that `data`, the content of `path`, says. Raises ValueError as load does."""
     try:
         content = json.loads(data)
         version = content["format_version"]
@@ -207,7 +207,7 @@ def parse(path: str, data: bytes) -> Manifest:
     return _parse(path, data, content)
 
 
-def _parse(path: str, data: bytes, content: dict[str, Any]) -> Manifest:
+def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
     damaged = ValueError(f"{path} is damaged: its content does not match its checksum; rebuild it")
     content.pop("checksum", None)
     if set(content) != {field.name for field in fields(Manifest)}:

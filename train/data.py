@@ -13,8 +13,8 @@ from shards.crops import pinned
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.plan import Plan
-from shards.remote import open_remote
 from shards.store import is_remote
+from shards.streaming import open_remote
 from shards.windows import Windows
 from train.processes import find_place
 from train.setup import Run
