@@ -60,9 +60,8 @@ def build_shards(
             _check_reuse(reuse, facts)
         with _claim(out) as work:
             write_atomically(work / "plan.json", json.dumps(facts).encode("ascii"))
-            root, fail = source.root.resolve(), on_error == "fail"
             folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-            job = Job(settings, source.kind, root, *folders, fail)
+            job = Job(settings, source.kind, source.root, *folders, on_error == "fail")
             _write_missing(source, job, jobs or joblib.cpu_count())
             complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up

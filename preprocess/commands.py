@@ -12,6 +12,7 @@ import typer
 import preprocess
 import shards
 from preprocess.build import shard_size_for
+from preprocess.datasets import NAMED, PLACED
 from preprocess.words import Json, at_least, between, print_json, say
 from shards.bank import BANK_CELL
 from shards.manifest import REJECTED
@@ -25,8 +26,17 @@ OnError = Literal["quarantine", "fail"]
 
 @app.command()
 def build(
-    source: Annotated[str, typer.Argument(help="Folder or .tar of class folders, or: demo.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
+            f"NAME:PATH: demo, {', '.join((*NAMED, *PLACED))}."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; new, or to be finished.")],
+    split: Annotated[
+        str, typer.Option(help="Of a dataset: train, val, test, ...; its training set by default.")
+    ] = "",
     detector: Annotated[str, typer.Option(help="fast, orb, sift; several by commas.")] = "fast",
     detector_option: Annotated[
         list[str] | None,
@@ -89,7 +99,7 @@ def build(
     )
     at_least("--jobs", jobs, 0)
     between("--max-rejected", max_rejected, 0, 1)
-    listed = preprocess.open_source(source)
+    listed = preprocess.open_source(source, split)
     if not shard_size:
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:

@@ -174,6 +174,11 @@ def load(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST}: it is not a finished set of shards; "
             f"build one with `kamim shards build SOURCE {folder}`"
         ) from None
+    return parse(path, data)
+
+
+def parse(path: Path | str, data: bytes) -> Manifest:
+    """The manifest that `data`, the content of `path`, says. Raises ValueError as load does."""
     try:
         content = json.loads(data)
         version = content["format_version"]
@@ -187,7 +192,7 @@ def load(folder: Path) -> Manifest:
     return _parse(path, data, content)
 
 
-def _parse(path: Path, data: bytes, content: dict[str, Any]) -> Manifest:
+def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
     damaged = ValueError(f"{path} is damaged: its content does not match its checksum; rebuild it")
     content.pop("checksum", None)
     if set(content) != {field.name for field in fields(Manifest)}:
