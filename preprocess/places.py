@@ -183,10 +183,9 @@ def read_part(where: str, start: int, size: int) -> bytes:
         except FileNotFoundError:
             raise Rejected("vanished", "it was listed and is gone") from None
     try:
-        facts = os.stat(where)
-        if not stat.S_ISREG(facts.st_mode):
+        file = _kept_open(where, version_of(where))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
-        file = _kept_open(where, facts.st_ino, facts.st_mtime_ns)
         return os.pread(file.fileno(), size, start)
     except FileNotFoundError:
         raise Rejected("vanished", "it was listed and is gone") from None
@@ -195,6 +194,16 @@ def read_part(where: str, start: int, size: int) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _kept_open(where: str, inode: int, changed: int) -> BinaryIO:
+def _kept_open(where: str, version: tuple[int, ...]) -> BinaryIO:
     """`where`, open until 16 others were asked for; another file of that name is opened anew."""
-    return open(where, "rb")
+    return open(os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def version_of(where: str) -> tuple[int, ...]:
+    """What changes when another file takes the name `where`: the key to keep things read by.
+    Raises FileNotFoundError. A store's files are taken to stay as they are.
+    """
+    if is_url(where):
+        return ()
+    facts = os.stat(where)
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

@@ -14,17 +14,22 @@ SPLITS = tuple(WORDS)
 
 
 def of_split(names: list[str], split: str) -> list[str]:
-    """The `names` of `split`, in their order; all of them, if none says of which split it is.
+    """The `names` of `split` (empty: train), in their order; all of them, if none tells its split
+    and none was asked for.
 
-    Raises ValueError if others than `split` are there.
+    Raises ValueError if only others are there, or if some names tell and some do not.
     """
     told = {name: found for name in names if (found := _split_of(name))}
-    if not told:
+    if names == [""] or not (told or split):
         return names
-    chosen = [name for name in names if told.get(name) == split]
+    silent = [name for name in names if name not in told]
+    if silent:
+        how = "as others do; move it away" if told else "so leave --split out"
+        raise ValueError(f"{silent[0]!r} does not tell its split, {how}, or name one file")
+    chosen = [name for name in names if told[name] == (split or "train")]
     if not chosen:
         there = ", ".join(sorted(set(told.values())))
-        raise ValueError(f"there is no split {split}: the files are of {there}; name it by --split")
+        raise ValueError(f"there is no split {split or 'train'}; by --split there is {there}")
     return chosen
 
 

@@ -17,7 +17,7 @@ from preprocess.entry import Entry, Source
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import list_tar
 from preprocess.pickles import load_dictionary
-from preprocess.places import join, kind_of, names_in, opened, read_all
+from preprocess.places import join, kind_of, names_in, opened, read_all, version_of
 
 PIXELS = 3 * 32 * 32
 LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB
@@ -152,8 +152,13 @@ def image(root: str, part: str, row: int) -> bytes:
     return b"P6\n32 32\n255\n" + pixels.tobytes()
 
 
-@lru_cache(maxsize=2)  # a training set's largest batch has 154 MB
 def _batch(root: str, part: str) -> dict[str, Any]:
+    packed = root.endswith((".tar.gz", ".tgz"))
+    return _kept_batch(root, part, version_of(root if packed else join(root, part)))
+
+
+@lru_cache(maxsize=2)  # the largest published one has 154 MB
+def _kept_batch(root: str, part: str, version: tuple[int, ...]) -> dict[str, Any]:
     data = _bytes_of(root, part)
     if not part.endswith(".bin"):
         table = load_dictionary(data, f"{part} in {root}")

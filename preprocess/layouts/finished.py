@@ -14,7 +14,9 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
+from preprocess.places import version_of
 from shards import ShardSet
+from shards.manifest import MANIFEST
 from shards.record import decode_frame, key_of
 from shards.remote import is_url
 
@@ -69,6 +71,11 @@ def image(root: str, number: int) -> bytes:
     return f"P6\n{pixels.shape[1]} {pixels.shape[0]}\n255\n".encode("ascii") + pixels.tobytes()
 
 
-@lru_cache(maxsize=2)
 def _opened(where: str) -> ShardSet:
+    path = os.path.join(where, MANIFEST)
+    return _kept_open(where, version_of(path) if os.path.exists(path) else ())
+
+
+@lru_cache(maxsize=2)
+def _kept_open(where: str, version: tuple[int, ...]) -> ShardSet:
     return ShardSet(where)

@@ -13,9 +13,9 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.places import join, opened, parts_below
+from preprocess.places import join, opened, parts_below, version_of
 from preprocess.splits import of_split
-from shards.remote import is_url
+from shards.remote import is_url, retried
 
 
 class Columns(NamedTuple):
@@ -35,12 +35,13 @@ def list_parquet(where: str, split: str) -> Source | None:
     entries: list[Entry] = []
     agreed = None
     for part in of_split(list(found), split):
-        file = _file(where, part)
-        columns = _columns(file.schema_arrow, join(where, part))
+        path = join(where, part)
+        file = _file(path, version_of(path))
+        columns = _columns(file.schema_arrow, path)
         if agreed not in {None, columns}:
-            raise ValueError(f"{join(where, part)} has other columns or classes than those before")
+            raise ValueError(f"{path} has other columns or classes than those before")
         agreed = columns
-        entries += _entries(file, columns, part, found[part].size, join(where, part))
+        entries += _entries(file, columns, part, found[part].size, path)
     top = max((entry.label for entry in entries), default=-1)
     classes = list(agreed.classes) if agreed else []
     return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)], 0)
@@ -48,57 +49,61 @@ def list_parquet(where: str, split: str) -> Source | None:
 
 def image(root: str, part: str, row: int) -> bytes:
     """The bytes of the picture in row `row` of a file."""
+    where = join(root, part)
     try:
-        starts = _starts(root, part)
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        if row >= starts[-1]:
-            raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
-        value = _group(root, part, group)[row - int(starts[group])].as_py()
+        value = retried(where, lambda: _value(where, row)) if is_url(root) else _value(where, row)
     except FileNotFoundError:
         raise Rejected("vanished", "its file was listed and is gone") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if is_url(root):
             raise
-        raise Rejected("unreadable", f"{file_words(error)}") from None
+        raise Rejected("unreadable", _words(error)) from None
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise Rejected(
-            "not-an-image", "the row holds no bytes, at most a path, which is not followed"
-        )
+        raise Rejected("not-an-image", "the row holds no bytes; a path in it is not followed")
     return data
 
 
-def file_words(error: Exception) -> str:
+def _value(where: str, row: int) -> Any:
+    """What the column of images holds in row `row`."""
+    version = version_of(where)
+    starts = _starts(where, version)
+    if row >= starts[-1]:
+        raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return _group(where, version, group)[row - int(starts[group])].as_py()
+
+
+def _words(error: Exception) -> str:
     """An error in one short line."""
     return " ".join(str(error).split())[:200]
 
 
 @lru_cache(maxsize=8)
-def _file(root: str, part: str) -> Any:
+def _file(where: str, version: tuple[int, ...]) -> Any:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
-    where = join(root, part)
     try:
         return ParquetFile(opened(where) if is_url(where) else where)
     except ArrowException as error:
-        raise ValueError(f"{where} is no whole Parquet file ({file_words(error)})") from None
+        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
 
 
 @lru_cache(maxsize=8)
-def _starts(root: str, part: str) -> np.ndarray:
+def _starts(where: str, version: tuple[int, ...]) -> np.ndarray:
     """The first row of each row group, and the end."""
-    facts = _file(root, part).metadata
+    facts = _file(where, version).metadata
     rows = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
     return np.cumsum([0, *rows])
 
 
 @lru_cache(maxsize=2)  # the hub's groups hold 100 to 1,000 pictures
-def _group(root: str, part: str, group: int) -> Any:
-    file = _file(root, part)
-    columns = _columns(file.schema_arrow, join(root, part))
+def _group(where: str, version: tuple[int, ...], group: int) -> Any:
+    file = _file(where, version)
+    columns = _columns(file.schema_arrow, where)
     return file.read_row_group(group, columns=[columns.image]).column(columns.image)
 
 
