@@ -70,12 +70,14 @@ PLACED: dict[str, Lister] = {
 }
 
 
+# Where people keep datasets; the folder that the variable KAMIM_DATA names comes before.
+BASES = ("data", ".", "~/data", "~/datasets", "/data", "/datasets")
+
+
 def usual_places(name: str) -> list[str]:
     """Folders that `name` is looked for in, in turn, when no place is given."""
-    home = os.path.expanduser("~")
-    given = [os.environ["KAMIM_DATA"]] if os.environ.get("KAMIM_DATA") else []
-    bases = [*given, "data", ".", f"{home}/data", f"{home}/datasets", "/data", "/datasets"]
-    return [place for base in bases for place in (os.path.join(base, name), base)]
+    bases = [os.environ.get("KAMIM_DATA", ""), *map(os.path.expanduser, BASES)]
+    return [place for base in filter(None, bases) for place in (os.path.join(base, name), base)]
 
 
 def list_dataset(name: str, given: str, split: str) -> Source:

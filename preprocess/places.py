@@ -43,6 +43,7 @@ def names_in(folder: str) -> list[str]:
         names = os.listdir(folder) if os.path.isdir(folder) else []
     else:
         files, path = remote.filesystem(folder)
+        files.invalidate_cache()
         try:
             rows = remote.retried(folder, lambda: files.ls(path, detail=False))
         except FileNotFoundError:
@@ -53,7 +54,7 @@ def names_in(folder: str) -> list[str]:
 
 def facts_of(path: str, root: str, home: str) -> Found:
     """What is known of the local file `path` below `root`; links may lead anywhere in `home`."""
-    name = os.path.relpath(path, root)
+    name = path[len(root) :].lstrip("/")  # relpath costs more than the rest of a listing
     try:
         facts = os.lstat(path)
         if stat.S_ISLNK(facts.st_mode):

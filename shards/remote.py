@@ -64,7 +64,9 @@ def retried(url: str, call: Callable[[], Result]) -> Result:
             if pause is None or _final(error):
                 words = " ".join(str(error).split())[:200] or type(error).__name__
                 tries = "" if _final(error) else f" in {len(PAUSES) + 1} tries"
-                raise OSError(f"{url} could not be reached{tries} ({words})") from None
+                raise OSError(
+                    f"{url} could not be reached{tries} ({words}); what is finished is kept"
+                ) from None
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
@@ -109,6 +111,7 @@ def read_all(url: str) -> bytes:
 def kind_of(url: str) -> str:
     """`file`, `folder`, or nothing if there is no such place."""
     files, path = filesystem(url)
+    files.invalidate_cache()
     try:
         kind = retried(url, lambda: files.info(path))["type"]
     except FileNotFoundError:

@@ -124,7 +124,6 @@ def test_options_of_the_tables_are_real_with_their_defaults():
 
 def test_make_says_what_is_missing(clone):
     for command, words in {
-        "HOME=/nowhere make shards DATASET=imagenet": "ILSVRC2012_img_train.tar, ILSVRC/Data",
         "make shards DATASET=imagenet DATA=/nowhere": "in /nowhere; get it from image-net.org",
         "make shards DATASET=pets DATA=/nowhere": "no source at pets:/nowhere",
         "make shards FORMAT=zip": "FORMAT=zip is unknown",
