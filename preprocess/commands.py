@@ -104,6 +104,9 @@ def build(
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
+    unlabelled = sum(entry.label < 0 for entry in listed.entries)
+    if unlabelled:
+        say(f"{unlabelled} of {len(listed.entries)} images have no label")
     manifest = preprocess.build_shards(listed, out, settings, jobs, on_error, max_rejected, reuse)
     ledger = manifest.ledger
     if json_output:

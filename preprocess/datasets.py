@@ -92,6 +92,8 @@ def list_dataset(name: str, given: str, split: str) -> Source:
     if split not in dataset.splits:
         raise ValueError(f"{name} has no split {split}; it has {', '.join(dataset.splits)}")
     names = dataset.names(split)
+    if given and not kind_of(given):
+        raise ValueError(f"there is no {given} to read {name} from; name where it lies")
     bases = [given] if given else usual_places(name)
     for base in filter(kind_of, bases):
         for below in names:

@@ -6,14 +6,17 @@ out of its folder: such a name comes back with a flaw, or is refused where it is
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from preprocess.decode import Rejected
 from shards import remote
 from shards.remote import is_url
+
+Result = TypeVar("Result")
 
 
 class Found(NamedTuple):
@@ -136,9 +139,18 @@ def _home(root: str) -> str:
     return before if snapshots and os.path.isdir(os.path.join(before, "blobs")) else root
 
 
-def opened(where: str) -> BinaryIO:
-    """A file to read from front to back, with jumps ahead."""
-    return remote.opened(where) if is_url(where) else open(where, "rb")
+def opened(where: str, ahead: bool = True) -> BinaryIO:
+    """A file to read from front to back with jumps `ahead`, or in any order."""
+    return remote.opened(where, ahead) if is_url(where) else open(where, "rb")
+
+
+def of_each(root: str, call: Callable[[str], Result], parts: Iterable[str]) -> Iterator[Result]:
+    """`call` of each part below `root`, in order; in a store, of 16 at a time."""
+    if not is_url(root):
+        yield from map(call, parts)
+        return
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(call, parts)
 
 
 def read_all(where: str) -> bytes:

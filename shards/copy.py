@@ -37,6 +37,9 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
     if data is None:
         raise ValueError(f"{source} has no {MANIFEST}: it is not a finished set of shards")
     manifest = _manifest.parse(f"{source}/{MANIFEST}", data)
+    ours = next((f.name for f in manifest.shards if f.name in {MANIFEST, MARK, LOCK}), None)
+    if ours:
+        raise ValueError(f"{source} lists a shard called {ours}, which is no shard")
     if is_url(target):
         return manifest, _copy_files(source, target, manifest, data, jobs)
     folder = Path(target)
@@ -80,6 +83,10 @@ def _check_target(target: str, data: bytes, mark: bytes, files: dict[str, int]) 
     begun = _read(target, MARK) if MARK in sizes else None
     if (finished or data) != data or (begun or mark) != mark:
         raise ValueError(f"{target} holds another set of shards, or part of one; name a new place")
+    if begun is not None:  # what a killed copy left half written is ours to remove
+        for name in [n for n in sizes if n.endswith(".tmp") and n.rsplit(".", 2)[0] in files]:
+            del sizes[name]
+            _remove(target, name)
     others = sizes.keys() - files.keys() - {MANIFEST, MARK}
     if finished is None and (others or (sizes and begun is None)):
         some = min(others or sizes)
@@ -146,7 +153,7 @@ def _fetch(place: str, name: str, path: Path) -> None:
 
 
 def _sizes(place: str) -> dict[str, int]:
-    """Bytes of everything right in a folder; what killed copies left in it goes."""
+    """Bytes of everything right in a folder."""
     if is_url(place):
         files, folder = remote.filesystem(place)
         files.invalidate_cache()
@@ -156,8 +163,6 @@ def _sizes(place: str) -> dict[str, int]:
             return {}
         names = ((row["name"].rstrip("/").rpartition("/")[2], row["size"]) for row in rows)
         return {name: int(size or 0) for name, size in names if name}
-    for stale in Path(place).glob("*.tmp"):
-        stale.unlink()
     return {path.name: path.stat().st_size for path in Path(place).iterdir() if path.name != LOCK}
 
 

@@ -13,6 +13,13 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries
 BLOCK = 8 << 20  # a request's wait costs what some MB do, and the next block comes meanwhile
+CLIENTS = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
 TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "updated")
 Result = TypeVar("Result")
 
@@ -43,8 +50,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
     except ImportError as error:
-        needs = error.name or protocol
-        raise ValueError(f"{url}: {needs} is missing; type: pip install 'kamim[remote]'") from None
+        needs = CLIENTS.get(protocol, error.name or protocol)
+        raise ValueError(f"{url} needs {needs}; type: pip install 'kamim[remote]'") from None
     except ValueError as error:
         raise ValueError(f"{url}: {error}; give s3://, gs://, hf:// or https://") from None
 
@@ -144,10 +151,12 @@ def _stamp(facts: dict[str, Any]) -> int:
     return int.from_bytes(hashlib.sha256(tag.encode()).digest()[:6]) if tag else 0
 
 
-def opened(url: str) -> BinaryIO:
-    """`url` as a file to read from front to back; seeking ahead skips what is not needed."""
+def opened(url: str, ahead: bool = True) -> BinaryIO:
+    """`url` as a file: read `ahead` in blocks from front to back, or just what is asked for."""
     files, path = filesystem(url)
-    file = retried(url, lambda: files.open(path, "rb", block_size=BLOCK, cache_type="background"))
+    cache = {"cache_type": "background", "cache_options": {"maxblocks": 4}}
+    options = cache if ahead else {"cache_type": "none"}
+    file = retried(url, lambda: files.open(path, "rb", block_size=BLOCK, **options))
     if not file.seekable():
         raise OSError(f"{url} sends only the whole file, never a part of it; copy it here first")
     return cast(BinaryIO, file)

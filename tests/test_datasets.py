@@ -9,8 +9,9 @@ import archives
 import numpy as np
 import pytest
 from archives import WNIDS
-from conftest import contents, settings
+from conftest import settings
 
+import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
 from preprocess.sources import read
 
@@ -208,6 +209,21 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
         archives.unpack((members | {name: data}).items(), tmp_path / words)
         with pytest.raises(ValueError, match=words):
             open_source(f"cifar10:{tmp_path / words}")
+    for number, table in enumerate([
+        {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
+        {"data": archives.cifar_pixels(0, 2), "labels": 7},
+        {"data": archives.cifar_pixels(0, 2), "filenames": ["a", "b"], "labels": [0, "x"]},
+        {"data": [1, 2]},
+        {},
+    ]):  # fmt: skip
+        python = dict(archives.cifar10_python()) | {
+            "cifar-10-batches-py/data_batch_4": pickle.dumps(table)}  # fmt: skip
+        archives.unpack(python.items(), tmp_path / f"python{number}")
+        if number == 0:
+            assert len(open_source(f"cifar10:{tmp_path / 'python0'}").entries) == 18
+            continue
+        with pytest.raises(ValueError, match="data_batch_4 in"):
+            open_source(f"cifar10:{tmp_path / f'python{number}'}")
     del members[name]
     archives.unpack(members.items(), tmp_path / "gone")
     with pytest.raises(ValueError, match=r"lacks data_batch_2.bin"):
@@ -294,7 +310,7 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "BASES", (*bases, "/nowhere/datasets"))
     with pytest.raises(ValueError, match="was not found") as caught:
         open_source("imagenet")
-    for words in ("ILSVRC2012_img_train.tar", "ILSVRC/Data/CLS-LOC/train", "/nowhere/datasets/imagenet",
+    for words in ("ILSVRC2012_img_train.tar", "ILSVRC/Data/CLS-LOC/train", "/nowhere/datasets",
                   f"{tmp_path}/disk/imagenet", f"{tmp_path}/home/data/imagenet", "image-net.org",
                   "imagenet:PATH"):  # fmt: skip
         assert words in str(caught.value)
@@ -320,11 +336,9 @@ def test_the_command_takes_names_and_splits(tmp_path):
     archives.unpack(archives.cifar10_python(), tmp_path)
     command = [sys.executable, "-m", "kamim", "shards", "build", f"cifar10:{tmp_path}"]
     small = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16"]
-    done = subprocess.run([*command, str(tmp_path / "out"), *small, "--split", "test"],
+    done = subprocess.run([*command, str(tmp_path / "out"), *small, "--split", "test", "--jobs", "1"],
                           capture_output=True, text=True)  # fmt: skip
     assert "4 inputs = 4 written + 0 rejected" in done.stdout, done.stderr
-    again = build_shards(
-        open_source(f"cifar10:{tmp_path}", "test"), tmp_path / "two", settings(), 2
-    )
-    assert again.classes == archives.CIFAR10_NAMES
-    assert contents(tmp_path / "out").keys() >= {"manifest.json", "shard-000000.tar"}
+    manifest = shards.load(tmp_path / "out")
+    assert manifest.classes == archives.CIFAR10_NAMES
+    assert manifest.source == open_source(f"cifar10:{tmp_path}", "test").description()

@@ -124,7 +124,7 @@ def test_options_of_the_tables_are_real_with_their_defaults():
 
 def test_make_says_what_is_missing(clone):
     for command, words in {
-        "make shards DATASET=imagenet DATA=/nowhere": "in /nowhere; get it from image-net.org",
+        "make shards DATASET=imagenet DATA=/nowhere": "there is no /nowhere to read imagenet from",
         "make shards DATASET=pets DATA=/nowhere": "no source at pets:/nowhere",
         "make shards FORMAT=zip": "FORMAT=zip is unknown",
         "make pretrain": "pretrain needs SHARDS=folder",

@@ -250,18 +250,21 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
         monkeypatch.undo()
         with pytest.raises(ValueError, match="holds another set of shards, or part of one"):
             copy_set(str(local / "of-photos.tar"), target)
+        if "://" not in target:
+            (tmp_path / "here" / "shard-000001.tar.99.tmp").write_bytes(b"left by a kill")
         _, copied = copy_set(str(built), target)
         assert 0 < copied < 4
         with pytest.raises(ValueError, match="holds another set of shards"):
             copy_set(str(local / "of-photos.tar"), target)
     assert contents(tmp_path / "here") == contents(built)
     s3.pipe_file("bucket/other/x", b"x")
+    (local / "photos" / "draft.tmp").write_text("theirs")
     for target, words in {"s3://bucket/other": "holds something else (x)",
                           str(local / "photos"): "holds something else (a)",
                           "https://x/y": "a web server takes no files"}.items():  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(words)):
             copy_set(str(built), target)
-    assert {p.name for p in (local / "photos").iterdir()} == {"a", "b", "c"}
+    assert {p.name for p in (local / "photos").iterdir()} == {"a", "b", "c", "draft.tmp"}
 
 
 def test_a_damaged_set_is_not_copied_as_finished(s3, local):

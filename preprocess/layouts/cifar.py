@@ -109,12 +109,15 @@ def _names_in_archive(where: str) -> dict[str, str]:
 
 def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]:
     table = _batch(where, part)
-    labels = table[archive.labels] if "data" in table else table["rows"][:, archive.skip].tolist()
+    labels = table.get(archive.labels, [])
+    if "rows" in table:
+        labels = table["rows"][:, archive.skip].tolist()
     rows = _pixels(where, part)
     names = table.get("filenames") or [f"{row:05d}" for row in range(len(rows))]
-    if not len(labels) == len(names) == len(rows):
-        raise ValueError(f"{part} in {where} has {len(rows)} images and {len(labels)} labels")
-    strange = next((label for label in labels if label not in range(count)), None)
+    lists = isinstance(labels, list) and isinstance(names, list)
+    if not lists or not len(labels) == len(names) == len(rows):
+        raise ValueError(f"{part} in {where} has not one label and name for each of {len(rows)}")
+    strange = next((n for n in labels if type(n) is not int or n not in range(count)), None)
     if strange is not None:
         raise ValueError(f"{part} in {where} has the label {strange!r}; there are 0 to {count - 1}")
     stem, size = os.path.basename(part).partition(".")[0], len(rows)
@@ -132,7 +135,7 @@ def _classes(where: str, members: dict[str, str], archive: Archive, count: int) 
     if part.endswith(".txt"):
         names = data.decode("utf-8").split()
     else:
-        names = load_dictionary(data, f"{part} in {where}")[archive.key]
+        names = load_dictionary(data, f"{part} in {where}").get(archive.key, [])
     if len(names) != count:
         raise ValueError(f"{part} in {where} names {len(names)} classes; there are {count}")
     return [str(name) for name in names]

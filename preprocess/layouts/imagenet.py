@@ -85,8 +85,11 @@ def _list_val(where: str) -> Source:
             f"{where} holds validation images without classes; put Kaggle's {ANSWERS} beside it, "
             "or sort the images into folders by wnid"
         )
-    rows = csv.DictReader(read_all(answers).decode("utf-8").splitlines())
-    wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    try:
+        rows = csv.DictReader(read_all(answers).decode("utf-8").splitlines())
+        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    except (ValueError, KeyError, IndexError, AttributeError, csv.Error):
+        raise ValueError(f"{answers} is not Kaggle's list of ImageId,PredictionString") from None
     classes = sorted(set(wnids.values()))
     labels = {wnid: label for label, wnid in enumerate(classes)}
     entries = []

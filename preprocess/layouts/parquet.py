@@ -13,7 +13,7 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.places import join, opened, parts_below, version_of
+from preprocess.places import Found, join, of_each, opened, parts_below, version_of
 from preprocess.splits import of_split
 from shards.remote import is_url, retried
 
@@ -34,14 +34,13 @@ def list_parquet(where: str, split: str) -> Source | None:
     found = {part.name: part for part in parts_below(where, (".parquet",))}
     entries: list[Entry] = []
     agreed = None
-    for part in of_split(list(found), split):
-        path = join(where, part)
-        file = _file(path, version_of(path))
-        columns = _columns(file.schema_arrow, path)
+    parts = of_split(list(found), split)
+    listed = of_each(where, lambda part: _list_part(join(where, part), found[part]), parts)
+    for part, (columns, rows) in zip(parts, listed, strict=True):
         if agreed not in {None, columns}:
-            raise ValueError(f"{path} has other columns or classes than those before")
+            raise ValueError(f"{part} in {where} has other columns or classes than those before")
         agreed = columns
-        entries += _entries(file, columns, part, found[part].size, path)
+        entries += rows
     top = max((entry.label for entry in entries), default=-1)
     classes = list(agreed.classes) if agreed else []
     return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)], 0)
@@ -87,7 +86,7 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
     except ImportError:
         raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
     try:
-        return ParquetFile(opened(where) if is_url(where) else where)
+        return ParquetFile(opened(where, ahead=False), pre_buffer=is_url(where))
     except ArrowException as error:
         raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
 
@@ -124,6 +123,15 @@ def _columns(schema: Any, where: str) -> Columns:
     label = next((name for name in labels if name in schema.names), "")
     names = kinds.get(label, {}).get("names") or []
     return Columns(images[0], label, tuple(map(str, names)))
+
+
+def _list_part(where: str, part: Found) -> tuple[Columns, list[Entry]]:
+    file = _file(where, version_of(where))
+    columns = _columns(file.schema_arrow, where)
+    try:
+        return columns, _entries(file, columns, part.name, part.size, where)
+    except OSError as error:
+        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
 
 
 def _entries(file: Any, columns: Columns, part: str, size: int, where: str) -> list[Entry]:

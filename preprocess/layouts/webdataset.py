@@ -7,11 +7,21 @@ Members of other kinds, pickles among them, are never read.
 import json
 import os
 import tarfile
+from functools import partial
 from typing import BinaryIO
 
 from preprocess.entry import Entry, Source
 from preprocess.layouts.tar import entry_of, members
-from preprocess.places import join, kind_of, look_up, names_in, opened, parts_below, read_all
+from preprocess.places import (
+    join,
+    kind_of,
+    look_up,
+    names_in,
+    of_each,
+    opened,
+    parts_below,
+    read_all,
+)
 from preprocess.splits import of_split
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -39,8 +49,7 @@ def list_webdataset(where: str, split: str) -> Source | None:
         parts = of_split([part.name for part in parts_below(where, (".tar",))], split)
     entries: list[Entry] = []
     ignored = 0
-    for part in parts:
-        found, others = _list_part(root, part)
+    for found, others in of_each(root, partial(_list_part, root), parts):
         entries += found
         ignored += others
     classes = _classes(root if parts != [""] else root.rpartition("/")[0])
