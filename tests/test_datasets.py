@@ -335,9 +335,9 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
 def test_the_command_takes_names_and_splits(tmp_path):
     archives.unpack(archives.cifar10_python(), tmp_path)
     command = [sys.executable, "-m", "kamim", "shards", "build", f"cifar10:{tmp_path}"]
-    small = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16"]
-    done = subprocess.run([*command, str(tmp_path / "out"), *small, "--split", "test", "--jobs", "1"],
-                          capture_output=True, text=True)  # fmt: skip
+    small = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
+    command += [str(tmp_path / "out"), *small, "--split", "test"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert "4 inputs = 4 written + 0 rejected" in done.stdout, done.stderr
     manifest = shards.load(tmp_path / "out")
     assert manifest.classes == archives.CIFAR10_NAMES
