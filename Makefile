@@ -12,27 +12,31 @@ JOBS ?= 0
 BACKEND ?= loky
 RECIPE ?= vit_base
 comma := ,
-OUT ?= data/$(DATASET)-$(subst $(comma),-,$(DETECTOR))
-# The demo needs no data of anybody's; every other dataset is a folder or a tar of class folders.
-SOURCE = $(if $(DATA),$(DATA),$(DATASET))
+OUT ?= data/$(DATASET)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
+# Other datasets than the demo lie at DATA, or are looked for where people keep them.
+SOURCE = $(if $(filter demo,$(DATASET)),$(if $(DATA),$(DATA),demo),$(DATASET)$(if $(DATA),:$(DATA)))
 
 .PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
-	@echo 'make shards DATASET=demo|imagenet|folder|... DETECTOR=fast,orb,sift [DATA=folder or .tar]'
-	@echo '            [OUT=folder] [JOBS=n] [BACKEND=dask|ray [SCHEDULER=host:port]] [FLAGS="--frame 448 ..."; see kamim shards build --help]'
+	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
+	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,sift,frequency'
+	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
+	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
+	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
 	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume auto ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
-shards: $(VENV)/core $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))  ## Build shards: DATASET, DETECTOR, DATA, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
+# What a URL, Parquet or a cluster needs is installed when it is asked for.
+NEEDS = $(if $(findstring ://,$(DATA)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
+
+shards: $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
 	@if [ "$(FORMAT)" != webdataset ] && [ "$(FORMAT)" != ffcv ]; then \
 	  echo 'FORMAT=$(FORMAT) is unknown; there are webdataset and ffcv' >&2; exit 2; fi
-	@if [ "$(DATASET)" != demo ] && [ -z "$(DATA)" ]; then \
-	  echo 'DATASET=$(DATASET) needs DATA=path, a folder or .tar of class folders' >&2; exit 2; fi
-	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
+	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
 
 verify: $(VENV)/core  ## Check shards: OUT.
@@ -120,6 +124,14 @@ $(VENV)/ffcv: pyproject.toml | $(VENV)/train
 	  else echo 'FFCV needs system packages; type: sudo apt-get install $(FFCV_PACKAGES)' >&2; exit 2; fi; fi
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,ffcv]'
 	@$(BIN)/pip install -q --disable-pip-version-check --no-deps ffcv==1.0.2
+	@touch $@
+
+$(VENV)/remote: pyproject.toml | $(VENV)/core
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,remote]'
+	@touch $@
+
+$(VENV)/parquet: pyproject.toml | $(VENV)/core
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,parquet]'
 	@touch $@
 
 # Where FFCV cannot be installed, its tests skip, visibly, and the others run.

@@ -26,8 +26,9 @@ def examine() -> list[Row]:
         ("Weights & Biases", "wandb", "pip install wandb (only for --wandb)"),
         ("Dask", "distributed", "pip install 'kamim[dask]'"),
         ("Ray", "ray", "pip install 'kamim[ray]'"),
-        ("S3", "s3fs", "pip install s3fs"),
-        ("Google storage", "gcsfs", "pip install gcsfs"),
+        ("S3", "s3fs", "pip install 'kamim[remote]'"),
+        ("Google storage", "gcsfs", "pip install 'kamim[remote]'"),
+        ("Parquet", "pyarrow", "pip install 'kamim[parquet]'"),
     )]  # fmt: skip
     return [*rows, _checked("CUDA", _cuda), _opencv(), _checked("FFCV", _ffcv)]
 

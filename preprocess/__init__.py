@@ -1,6 +1,6 @@
 """Looks at every source image once and writes frames and keypoint densities into shards.
 
-In: a folder, a tar or the demo photographs. Out: a finished set of shards. Works without torch.
+In: a dataset by name, path or URL. Out: a finished set of shards. Works without torch.
 """
 
 from preprocess.build import build_shards

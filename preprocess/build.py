@@ -17,7 +17,7 @@ from typing import Any
 import joblib
 import numpy as np
 
-from preprocess import backends
+from preprocess import backends, frequency
 from preprocess.shard import (
     PLAN,
     BuildError,
@@ -66,11 +66,7 @@ def build_shards(
     rejected and on_error is `fail`, if no input could be used, if the engine is lost for good, or,
     after a complete build, if more than the share `max_rejected` of inputs was rejected.
     """
-    if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
-        raise ValueError(
-            "a bank holds counts of keypoint marks, and frequency has none: build it without "
-            "--bank, or leave frequency out"
-        )
+    frequency.check_bank(settings)
     backends.check(backend, scheduler)
     facts = _facts(source, settings)
     complete = _check_folder(out, facts)
@@ -79,9 +75,9 @@ def build_shards(
             _check_reuse(reuse, facts)
         with _claim(out) as work:
             write_atomically(work / PLAN, json.dumps(facts).encode("ascii"))
-            root, fail = source.root.resolve(), on_error == "fail"
             folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-            job = Job(settings, source.kind, root, *folders, fail, _manifest.fingerprint(facts))
+            fail, plan = on_error == "fail", _manifest.fingerprint(facts)
+            job = Job(settings, source.kind, source.root, *folders, fail, plan)
             _write_missing(source, job, backend, scheduler, jobs)
             complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up

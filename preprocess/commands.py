@@ -13,6 +13,7 @@ import preprocess
 import shards
 from preprocess.backends import Backend, check
 from preprocess.build import shard_size_for
+from preprocess.datasets import NAMED, PLACED
 from preprocess.words import Json, at_least, between, print_json, say
 from shards.bank import BANK_CELL
 from shards.manifest import REJECTED
@@ -26,8 +27,17 @@ OnError = Literal["quarantine", "fail"]
 
 @app.command()
 def build(
-    source: Annotated[str, typer.Argument(help="Folder or .tar of class folders, or: demo.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
+            f"NAME:PATH: demo, {', '.join((*NAMED, *PLACED))}."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; new, or to be finished.")],
+    split: Annotated[
+        str, typer.Option(help="Of a dataset: train, val, test, ...; its training set by default.")
+    ] = "",
     detector: Annotated[
         str,
         typer.Option(
@@ -105,11 +115,14 @@ def build(
     at_least("--jobs", jobs, 0)
     between("--max-rejected", max_rejected, 0, 1)
     check(backend, scheduler)  # listing a large source takes a while
-    listed = preprocess.open_source(source)
+    listed = preprocess.open_source(source, split)
     if not shard_size:
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
+    unlabelled = sum(entry.label < 0 for entry in listed.entries)
+    if unlabelled:
+        say(f"{unlabelled} of {len(listed.entries)} images have no label")
     manifest = preprocess.build_shards(
         listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
     )

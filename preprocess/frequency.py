@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import Detector
+from shards import Detector, Settings
 from shards.weights import between
 
 SIDE = 96  # px that the whole source is squeezed to: its low frequencies need no more
@@ -26,6 +26,15 @@ def check_options(detector: Detector) -> None:
         raise ValueError(f"frequency.cutoff={cutoff} is out of range; give above 0 to {MOST:g}")
     if not scale > 0:
         raise ValueError(f"frequency.scale={scale} is not positive; the default is 120")
+
+
+def check_bank(settings: Settings) -> None:
+    """ValueError if a bank of this map is asked for."""
+    if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
+        raise ValueError(
+            "a bank holds counts of keypoint marks, and frequency has none: build it without "
+            "--bank, or leave frequency out"
+        )
 
 
 def frequency_map(rgb: NDArray[np.uint8], detector: Detector, grid: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The commands on finished sets: `kamim shards verify`, `inspect`, `fidelity` and `convert`.
+"""The commands on finished sets: `kamim shards verify`, `inspect`, `fidelity`, `convert`, `copy`.
 
 In: what a user typed. Out: results on stdout, notes on stderr; ValueError names a bad argument.
 """
@@ -14,10 +14,12 @@ import shards
 from preprocess.commands import app
 from preprocess.words import Json, at_least, between, print_json, say
 from shards.convert import convert_to_ffcv
+from shards.copy import copy_set
 
 Level = Literal["structure", "checksum", "decode", "redetect"]
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a finished set of shards.")]
+Split = Annotated[str, typer.Option(help="The split of that source, as it was built.")]
 
 
 @app.command()
@@ -29,6 +31,7 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="The source they were built from, for redetect.")
     ] = None,
+    split: Split = "",
     samples: Annotated[int, typer.Option(help="Records that redetect compares.")] = 64,
     json_output: Json = False,
 ) -> None:
@@ -44,7 +47,7 @@ def verify(
         if records.manifest.container != "webdataset":
             raise ValueError(f"{folder} holds no source names; redetect the set it was made from")
         demo = records.manifest.source["kind"] == "demo"
-        listed = _source_of(records, source) if source or demo else None
+        listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, at_least("--samples", samples, 1))
     if json_output:
         print_json({"folder": str(folder), "level": level, "problems": problems})
@@ -81,6 +84,7 @@ def fidelity(
     source: Annotated[
         str | None, typer.Option(help="The source they were built from; the demo's needs none.")
     ] = None,
+    split: Split = "",
     samples: Annotated[int, typer.Option(help="Records to compare, one new crop each.")] = 1000,
     temperature: Annotated[float, typer.Option(help="T of the weights.")] = 0.25,
     w_ps: Annotated[int, typer.Option(help="Side of a weight cell, px.")] = 8,
@@ -95,7 +99,7 @@ def fidelity(
     resize. The headline goes into the manifest, examples into FOLDER/fidelity.png.
     """
     records = shards.ShardSet(folder)
-    listed = _source_of(records, source)
+    listed = _source_of(records, source, split)
     at_least("--samples", samples, 1)
     between("--temperature", temperature, 0.001, 1000)
     found = preprocess.measure_fidelity(records, listed, samples, temperature, w_ps, seed, jobs)
@@ -123,12 +127,12 @@ def fidelity(
     say(f"examples: {picture}")
 
 
-def _source_of(records: shards.ShardSet, where: str | None) -> preprocess.Source:
+def _source_of(records: shards.ShardSet, where: str | None, split: str) -> preprocess.Source:
     """The source named, or the demo's; ValueError if there is none to go by."""
     kind = records.manifest.source["kind"]
     if where is None and kind != "demo":
         raise ValueError(f"name what {records.folder} was built from by --source")
-    return preprocess.open_source(where or "demo")
+    return preprocess.open_source(where or "demo", split)
 
 
 @app.command()
@@ -150,3 +154,22 @@ def convert(
     target = out or folder.with_name(folder.name + suffix)
     manifest = convert_to_ffcv(folder, target, frames)
     print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="A finished set: its folder, or its URL.")],
+    target: Annotated[str, typer.Argument(help="Where it shall be: a folder, or a URL.")],
+    jobs: Annotated[int, typer.Option(help="Files under way at a time.")] = 4,
+    json_output: Json = False,
+) -> None:
+    """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
+
+    Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
+    same command copies only what is missing.
+    """
+    manifest, copied = copy_set(source, target, at_least("--jobs", jobs, 1))
+    if json_output:
+        print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
+    else:
+        print(f"{target}: {manifest.count} records, {copied} files copied")

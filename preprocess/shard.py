@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
-from preprocess.sources import Entry, read
+from preprocess.sources import Entry, read, read_in_order
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.manifest import FORMAT_VERSION, fingerprint, write_atomically
 from shards.record import key_of
@@ -45,7 +45,7 @@ class Job:
 
     settings: Settings
     kind: str
-    root: Path
+    root: str
     out: Path
     work: Path
     reuse: Path | None  # a finished set of the same source, to copy frames and maps from
@@ -92,9 +92,10 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     first = number * job.settings.shard_size
     rejected, unread = [], -1
     with ShardWriter(job.out / shard_name(number)) as writer:
-        for index, entry in enumerate(entries, start=first):
+        inputs = read_in_order(job.kind, job.root, entries)
+        for index, (entry, read) in enumerate(inputs, start=first):
             try:
-                rgb = decode_image(read(job.kind, job.root, entry))
+                rgb = decode_image(read())
             except Rejected as error:
                 if job.fail:
                     raise BuildError(

@@ -1,195 +1,135 @@
-"""Where source images come from: a folder or a tar of class folders, or the demo photographs.
+"""Where source images come from: a dataset by name, or a folder or tar by path or URL.
 
-In: a path or the word `demo`. Out: a Source: every input listed in a fixed order without being
-decoded, and `read` to fetch the bytes of one. Links that lead out of the source are not followed.
+In: what a user names. Out: a Source, every input listed in a fixed order without being decoded, and
+`read` to fetch the bytes of one.
 """
 
-import hashlib
-import json
 import os
-import stat
-import tarfile
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from preprocess import demo
+from preprocess.datasets import NAMED, PLACED, list_dataset
 from preprocess.decode import Rejected
+from preprocess.entry import FLAWS, MAX_BYTES, SUFFIXES, Entry, Source
+from preprocess.layouts import cifar, finished, parquet
+from preprocess.layouts.folder import list_folder
+from preprocess.layouts.tar import list_tar
+from preprocess.places import join, kind_of, names_in, read_file, read_part
+from shards.remote import is_url
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_BYTES = 1 << 30
-FLAWS = {
-    "link": "it leads out of the source; build from the folder it leads to, or copy the file in",
-    "not-a-file": "it is a folder, pipe, socket, device, link or sparse member",
-    "unreadable": "its facts could not be read when the source was listed",
-}
+AHEAD = 16  # requests under way at a time: a store answers each after tens of milliseconds
+
+__all__ = ["Entry", "Source", "open_source", "read", "read_in_order"]
 
 
-class Entry(NamedTuple):
-    """One input: its name below the root, label, and what tells one version of it from another.
+def open_source(where: str, split: str = "") -> Source:
+    """List the source `where`: a dataset's name as `imagenet` or `imagenet:PATH`, or the path or
+    URL of a folder or an uncompressed tar of class folders.
 
-    `offset` is where its bytes begin in a tar, `stamp` its modification time in a folder (ns),
-    `flaw` why it cannot be read, if listing already showed it.
+    Sub-folders of a root, in byte order, are the classes 0, 1, ...; images beside them get label
+    -1. `split` names one of a dataset's; empty is its training set. Raises ValueError if there is
+    no such place or no image in it, and OSError if a store cannot be reached.
     """
-
-    name: str
-    label: int
-    size: int
-    offset: int = 0
-    stamp: int = 0
-    flaw: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A listed source. `classes` name the labels; `ignored` files have no image's name."""
-
-    kind: str
-    root: Path
-    entries: list[Entry]
-    classes: list[str]
-    ignored: int
-
-    def description(self) -> dict[str, Any]:
-        """What the manifest says of the source; equal descriptions mean equal inputs."""
-        digest = hashlib.sha256()
-        for entry in self.entries:
-            digest.update(json.dumps(entry).encode("ascii") + b"\n")
-        facts = {"kind": self.kind, "inputs": len(self.entries), "ignored": self.ignored}
-        return {**facts, "sha256": digest.hexdigest()}
-
-
-def open_source(where: str) -> Source:
-    """List the source at `where`: `demo`, a .tar file, or a folder.
-
-    Sub-folders of the root, in byte order, are the classes 0, 1, ...; images beside them get
-    label -1. Raises ValueError if there is no such place or no image in it.
-    """
+    name, colon, given = where.partition(":")
     if where == "demo":
-        entries = [Entry(name, label, 0) for name, label in demo.names()]
-        return Source("demo", demo.folder(), entries, list(demo.PHOTOGRAPHS), 0)
-    path = Path(where)
-    if path.is_dir():
-        source = _list_folder(path)
-    elif path.is_file():
-        source = _list_tar(path)
+        source = _demo(split)
+    elif name in NAMED or (name in PLACED and colon):
+        source = list_dataset(name, _place(given), split)
     else:
-        raise ValueError(f"no source at {where}: give a folder, a .tar file, or the word demo")
+        source = _list_place(where, split)
     if not source.entries:
         raise ValueError(
-            f"no images under {where}; expected class folders of files named "
-            f"{', '.join(SUFFIXES[:4])} ... ({source.ignored} other files)"
+            f"no images under {source.root}; expected class folders of files named "
+            f"{', '.join(SUFFIXES[:4])} ... ({source.ignored} other files){_hint(source.root)}"
         )
     return source
 
 
-def read(kind: str, root: Path, entry: Entry) -> bytes:
+def _place(where: str) -> str:
+    """`where` in full: links and ~ resolved, or a URL as it is."""
+    where = where.removeprefix("file://")
+    if is_url(where) or not where:
+        return where.rstrip("/")
+    return os.path.realpath(os.path.expanduser(where))
+
+
+def _demo(split: str) -> Source:
+    if split:
+        raise ValueError(f"the demo has no split {split}; leave --split out")
+    entries = [Entry(name, label, 0) for name, label in demo.names()]
+    return Source("demo", str(demo.folder()), entries, list(demo.PHOTOGRAPHS), 0)
+
+
+def _list_place(where: str, split: str) -> Source:
+    place = _place(where)
+    kind = kind_of(place)
+    if not kind:
+        raise ValueError(
+            f"no source at {where}: give a folder or a .tar by its path or URL, or a dataset as "
+            f"NAME or NAME:PATH; there are demo, {', '.join((*NAMED, *PLACED))}"
+        )
+    if split:
+        return list_dataset("folder", place, split)
+    return list_folder(place) if kind == "folder" else list_tar(place)
+
+
+def _hint(root: str) -> str:
+    """What else may lie at a place without images, as the end of a sentence."""
+    names = names_in(root) if kind_of(root) == "folder" else [root]
+    for suffix, kind in ((".tar", "webdataset"), (".parquet", "parquet")):
+        if any(name.endswith(suffix) for name in names):
+            return f"; if it holds a {kind} set, say {kind}:{root}"
+    return ""
+
+
+def read(kind: str, root: str | Path, entry: Entry) -> bytes:
     """The bytes of `entry`. Raises Rejected with reason vanished, unreadable, not-a-file, link,
-    too-large or changed.
+    too-large or changed; OSError if a store cannot be reached.
     """
     if entry.flaw:
         raise Rejected(entry.flaw, FLAWS[entry.flaw])
-    if kind == "demo":
-        return demo.read(root, entry.name)
     if entry.size > MAX_BYTES:
         raise Rejected("too-large", f"{entry.size} bytes, the limit is {MAX_BYTES}")
-    path = root if kind == "tar" else os.path.join(root, entry.name)
-    try:
-        # Without O_NONBLOCK, opening a pipe that took a file's name would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
-            file.seek(entry.offset)
-            data = file.read(entry.size + (kind == "folder"))
-    except FileNotFoundError:
-        raise Rejected("vanished", "it was listed and is gone") from None
-    except OSError as error:
-        raise Rejected("unreadable", error.strerror or str(error)) from None
+    place = os.fspath(root)
+    if kind == "folder":
+        data = read_file(join(place, entry.name), entry.size + 1)
+    elif kind == "tar":
+        data = read_part(join(place, entry.part), entry.offset, entry.size)
+    elif kind == "cifar":
+        return cifar.image(place, entry.part, entry.offset)
+    elif kind == "parquet":
+        return parquet.image(place, entry.part, entry.offset)
+    elif kind == "shards":
+        return finished.image(place, entry.offset)
+    else:
+        return demo.read(Path(root), entry.name)
     if len(data) != entry.size:
         raise Rejected("changed", f"listed with {entry.size} bytes, read {len(data)}")
     return data
 
 
-def _list_folder(root: Path) -> Source:
-    entries: list[Entry] = []
-    ignored = 0
-    home = os.path.realpath(root)
-    children = sorted(os.scandir(root), key=lambda child: os.fsencode(child.name))
-    folders = [child for child in children if child.is_dir() and not child.name.startswith(".")]
-    classes: list[str] = []
-    for folder in folders:
-        if folder.is_symlink() and not _inside(folder.path, home):
-            entries.append(Entry(folder.name, -1, 0, flaw="link"))
-            continue
-        label = len(classes)
-        classes.append(folder.name)
-        # followlinks stays off: a link to a parent folder would never end.
-        for here, below, files in os.walk(folder.path):
-            below.sort(key=os.fsencode)
-            for name in sorted(files, key=os.fsencode):
-                found = _entry(os.path.join(here, name), root, home, label)
-                ignored += found is None
-                entries += [found] if found else []
-    for child in children:
-        if not child.is_dir() and not child.name.startswith("."):
-            found = _entry(child.path, root, home, -1)
-            ignored += found is None
-            entries += [found] if found else []
-    return Source("folder", root, entries, classes, ignored)
+def read_in_order(
+    kind: str, root: str, entries: Sequence[Entry]
+) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
+    """Each of `entries` with a call for its bytes, which does as `read`.
 
-
-def _entry(path: str, root: Path, home: str, label: int) -> Entry | None:
-    """The entry of one file of a folder, or None if it is not named as an image."""
-    if not path.lower().endswith(SUFFIXES):
-        return None
-    name = os.path.relpath(path, root)
-    try:
-        facts = os.lstat(path)
-        if stat.S_ISLNK(facts.st_mode):
-            if not _inside(path, home):
-                return Entry(name, label, 0, flaw="link")
-            facts = os.stat(path)
-    except OSError:
-        return Entry(name, label, 0, flaw="unreadable")
-    if not stat.S_ISREG(facts.st_mode):
-        return Entry(name, label, 0, flaw="not-a-file")
-    return Entry(name, label, facts.st_size, 0, facts.st_mtime_ns)
-
-
-def _inside(path: str, home: str) -> bool:
-    return os.path.commonpath([os.path.realpath(path), home]) == home
-
-
-def _list_tar(path: Path) -> Source:
-    """Entries of an uncompressed tar, by name; classes are the folders below the one they share.
-
-    Only headers are read. Names are data here and never become paths, so nothing can escape.
+    From a store, the bytes of AHEAD entries are under way before they are asked for.
     """
-    found: list[Entry] = []
-    ignored = 0
+    if not is_url(root) or kind == "parquet":  # a Parquet row group is one request as it is
+        yield from ((entry, partial(read, kind, root, entry)) for entry in entries)
+        return
+    under_way: deque[tuple[Entry, Future[bytes]]] = deque()
+    pool = ThreadPoolExecutor(AHEAD)
     try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                archive.members = []  # type: ignore[attr-defined]  # 1 kB an image
-                if info.isdir() or not info.name.lower().endswith(SUFFIXES):
-                    ignored += not info.isdir()
-                    continue
-                flaw = "" if info.isreg() and not info.issparse() else "not-a-file"
-                name = info.name.removeprefix("./")
-                found.append(Entry(name, -1, info.size, info.offset_data, flaw=flaw))
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
-            "once with gunzip or the like, so that images can be read in any order"
-        ) from None
-    found.sort()
-    folders = [entry.name.rpartition("/")[0].strip("/") for entry in found]
-    shared = os.path.commonpath(folders) if found else ""
-    tops = [folder[len(shared) :].strip("/").partition("/")[0] for folder in folders]
-    classes = sorted(set(tops) - {""})
-    labels = {name: label for label, name in enumerate(classes)}
-    entries = [
-        entry._replace(label=labels.get(top, -1)) for entry, top in zip(found, tops, strict=True)
-    ]
-    return Source("tar", path, entries, classes, ignored)
+        for entry in entries:
+            under_way.append((entry, pool.submit(read, kind, root, entry)))
+            if len(under_way) > AHEAD:
+                entry, future = under_way.popleft()
+                yield entry, future.result
+        yield from ((entry, future.result) for entry, future in under_way)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
-STAMPS = ("core", "train", "ffcv", "test")
+STAMPS = ("core", "train", "ffcv", "test", "remote", "parquet")
 DEVELOP = ["make check", "make test"]
 
 
@@ -124,7 +124,8 @@ def test_options_of_the_tables_are_real_with_their_defaults():
 
 def test_make_says_what_is_missing(clone):
     for command, words in {
-        "make shards DATASET=imagenet": "DATASET=imagenet needs DATA=path",
+        "make shards DATASET=imagenet DATA=/nowhere": "there is no /nowhere to read imagenet from",
+        "make shards DATASET=pets DATA=/nowhere": "no source at pets:/nowhere",
         "make shards FORMAT=zip": "FORMAT=zip is unknown",
         "make pretrain": "pretrain needs SHARDS=folder",
     }.items():

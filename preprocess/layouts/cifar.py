@@ -1,0 +1,197 @@
+"""CIFAR-10 and CIFAR-100 as published: the python and the binary archive, packed or extracted.
+
+In: the .tar.gz or the folder it unpacks to. Out: each image as a row of a batch; its pixels come
+back as the bytes of a PPM picture. A batch is read once and kept.
+"""
+
+import os
+import tarfile
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocess.decode import Rejected
+from preprocess.entry import Entry, Source
+from preprocess.layouts.folder import list_folder
+from preprocess.layouts.tar import list_tar
+from preprocess.pickles import load_dictionary
+from preprocess.places import join, kind_of, names_in, opened, read_all, version_of
+
+PIXELS = 3 * 32 * 32
+LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB
+
+
+class Archive(NamedTuple):
+    """What the files of one archive are called, and what they call things."""
+
+    stem: str  # of the archive's name
+    folder: str  # that it unpacks to
+    batches: dict[str, tuple[str, ...]]
+    names: str  # the file of class names
+    labels: str = "labels"
+    key: str = "label_names"
+    skip: int = 0  # binary: bytes before the label
+
+
+FIVE = tuple(f"data_batch_{number}" for number in range(1, 6))
+CIFAR10 = (
+    Archive("cifar-10-python", "cifar-10-batches-py",
+            {"train": FIVE, "test": ("test_batch",)}, "batches.meta"),
+    Archive("cifar-10-binary", "cifar-10-batches-bin",
+            {"train": tuple(f"{name}.bin" for name in FIVE), "test": ("test_batch.bin",)},
+            "batches.meta.txt"),
+)  # fmt: skip
+CIFAR100 = (
+    Archive("cifar-100-python", "cifar-100-python",
+            {"train": ("train",), "test": ("test",)}, "meta", "fine_labels", "fine_label_names"),
+    Archive("cifar-100-binary", "cifar-100-binary",
+            {"train": ("train.bin",), "test": ("test.bin",)}, "fine_label_names.txt", skip=1),
+)  # fmt: skip
+
+
+def places10(split: str) -> tuple[str, ...]:
+    """Where a split of CIFAR-10 lies below the folder of the dataset."""
+    return _places(CIFAR10, split)
+
+
+def places100(split: str) -> tuple[str, ...]:
+    """Where a split of CIFAR-100 lies below the folder of the dataset."""
+    return _places(CIFAR100, split)
+
+
+def _places(archives: tuple[Archive, ...], split: str) -> tuple[str, ...]:
+    packed = [f"{archive.stem}.tar.gz" for archive in archives]
+    return *(archive.folder for archive in archives), *packed, f"{split}.tar", split, ""
+
+
+def list_cifar10(where: str, split: str) -> Source | None:
+    """A split of CIFAR-10 from any of its layouts, or None if `where` is none of them."""
+    return _list(where, split, CIFAR10, 10)
+
+
+def list_cifar100(where: str, split: str) -> Source | None:
+    """A split of CIFAR-100 with its fine labels, or None if `where` is none of its layouts."""
+    return _list(where, split, CIFAR100, 100)
+
+
+def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> Source | None:
+    """Raises ValueError at a missing batch, a pickle of something else or a label out of range."""
+    packed = where.endswith((".tar.gz", ".tgz"))
+    if kind_of(where) == "file" and not packed:
+        return list_tar(where)
+    members = _names_in_archive(where) if packed else {name: name for name in names_in(where)}
+    for archive in archives:
+        batches = archive.batches[split]
+        if not packed and archive.folder != os.path.basename(where.rstrip("/")):
+            # A folder of another name needs all of them: class folders may be called train, test.
+            if not {*batches, archive.names} <= members.keys():
+                continue
+        elif batches[0] not in members and archive.names not in members:
+            continue
+        entries: list[Entry] = []
+        for batch in batches:
+            if batch not in members:
+                raise ValueError(f"{where} lacks {batch}; take the complete archive")
+            entries += _entries(where, members[batch], archive, count)
+        return Source("cifar", where, entries, _classes(where, members, archive, count), 0)
+    return None if packed or not names_in(where) else list_folder(where)
+
+
+def _names_in_archive(where: str) -> dict[str, str]:
+    try:
+        with opened(where) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
+            return {os.path.basename(info.name): info.name for info in archive if info.isreg()}
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{where} is not a whole .tar.gz ({error}); fetch it again") from None
+
+
+def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]:
+    table = _batch(where, part)
+    labels = table.get(archive.labels, [])
+    if "rows" in table:
+        labels = table["rows"][:, archive.skip].tolist()
+    rows = _pixels(where, part)
+    names = table.get("filenames") or [f"{row:05d}" for row in range(len(rows))]
+    lists = isinstance(labels, list) and isinstance(names, list)
+    if not lists or not len(labels) == len(names) == len(rows):
+        raise ValueError(f"{part} in {where} has not one label and name for each of {len(rows)}")
+    strange = next((n for n in labels if type(n) is not int or n not in range(count)), None)
+    if strange is not None:
+        raise ValueError(f"{part} in {where} has the label {strange!r}; there are 0 to {count - 1}")
+    stem, size = os.path.basename(part).partition(".")[0], len(rows)
+    return [
+        Entry(f"{stem}/{name}", label, PIXELS, row, size, part=part)
+        for row, (name, label) in enumerate(zip(names, labels, strict=True))
+    ]
+
+
+def _classes(where: str, members: dict[str, str], archive: Archive, count: int) -> list[str]:
+    part = members.get(archive.names)
+    if part is None:
+        return [str(label) for label in range(count)]
+    data = _bytes_of(where, part)
+    if part.endswith(".txt"):
+        names = data.decode("utf-8").split()
+    else:
+        names = load_dictionary(data, f"{part} in {where}").get(archive.key, [])
+    if len(names) != count:
+        raise ValueError(f"{part} in {where} names {len(names)} classes; there are {count}")
+    return [str(name) for name in names]
+
+
+def image(root: str, part: str, row: int) -> bytes:
+    """Image number `row` of a batch as a PPM picture, 32 x 32 px."""
+    try:
+        rows = _pixels(root, part)
+    except FileNotFoundError:
+        raise Rejected("vanished", "its batch was listed and is gone") from None
+    except ValueError as error:
+        raise Rejected("changed", str(error)) from None
+    if row >= len(rows):
+        raise Rejected("changed", f"listed as row {row}, its batch has {len(rows)}")
+    pixels = rows[row].reshape(3, 32, 32).transpose(1, 2, 0)
+    return b"P6\n32 32\n255\n" + pixels.tobytes()
+
+
+def _batch(root: str, part: str) -> dict[str, Any]:
+    packed = root.endswith((".tar.gz", ".tgz"))
+    return _kept_batch(root, part, version_of(root if packed else join(root, part)))
+
+
+@lru_cache(maxsize=2)  # the largest published one has 154 MB
+def _kept_batch(root: str, part: str, version: tuple[int, ...]) -> dict[str, Any]:
+    data = _bytes_of(root, part)
+    if not part.endswith(".bin"):
+        table = load_dictionary(data, f"{part} in {root}")
+        if "data" not in table:
+            raise ValueError(f"{part} in {root} holds no data; take the published archive")
+        return table
+    before = 2 if os.path.basename(part) in {"train.bin", "test.bin"} else 1
+    if len(data) % (before + PIXELS):
+        raise ValueError(f"{part} in {root} is cut short: {len(data)} bytes; fetch it again")
+    return {"rows": np.frombuffer(data, np.uint8).reshape(-1, before + PIXELS)}
+
+
+def _pixels(root: str, part: str) -> NDArray[np.uint8]:
+    """uint8 [N, 3072]: red, green and blue planes of each image."""
+    table = _batch(root, part)
+    rows = table["data"] if "data" in table else table["rows"][:, -PIXELS:]
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != PIXELS:
+        raise ValueError(f"{part} in {root} does not hold rows of {PIXELS} bytes")
+    return rows
+
+
+def _bytes_of(root: str, part: str) -> bytes:
+    if not root.endswith((".tar.gz", ".tgz")):
+        return read_all(join(root, part))
+    try:
+        with opened(root) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
+            for info in archive:
+                stream = archive.extractfile(info) if info.name == part and info.isreg() else None
+                if stream and info.size <= LARGEST:
+                    return stream.read()
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{root} is not a whole .tar.gz ({error}); fetch it again") from None
+    raise ValueError(f"{root} lacks {part}; take the complete archive")

@@ -1,0 +1,81 @@
+"""A finished set of our own shards as a source: its frames are the images.
+
+In: the set's folder. Out: an entry a record, by the name its source had. Sources need not be kept
+to make shards with other settings; to add detectors to frames as they are, --reuse is exact.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from preprocess.decode import Rejected
+from preprocess.entry import Entry, Source
+from preprocess.places import version_of
+from shards import ShardSet
+from shards.manifest import MANIFEST
+from shards.record import decode_frame, key_of
+from shards.remote import is_url
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+def list_finished(where: str, split: str) -> Source | None:
+    """Records in their order. Raises ValueError if the set is not finished or not here."""
+    if is_url(where):
+        raise ValueError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
+    records = _opened(where)
+    names = _names(records) if records.manifest.container == "webdataset" else None
+    entries = []
+    for number, row in enumerate(records.index):
+        name = next(names) if names else key_of(int(row["key"]))
+        # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.
+        stamp = int(records.manifest.fingerprint[:12], 16)
+        entries.append(Entry(name, int(row["label"]), int(row["frame_bytes"]), number, stamp))
+    return Source("shards", where, entries, records.manifest.classes, 0)
+
+
+def _names(records: ShardSet) -> Iterator[str]:
+    """What each record's JSON calls its source: two blocks after the maps, behind the label."""
+    first = 0
+    for shard, end in zip(records.shards, records.ends.tolist(), strict=True):
+        with open(os.path.join(records.folder, shard.name), "rb") as file:
+            for row in records.index[first:end]:
+                maps = int(row["maps"]) + int(row["maps_bytes"]) + int(row["bank_bytes"])
+                start = maps + -maps % BLOCK + 2 * BLOCK
+                stop = int(row["start"]) + int(row["bytes"])
+                data = os.pread(file.fileno(), stop - start, start)
+                try:
+                    head = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
+                    yield str(json.loads(data[BLOCK : BLOCK + head.size])["source"])
+                except (tarfile.HeaderError, ValueError, KeyError, TypeError):
+                    key = key_of(int(row["key"]))
+                    raise ValueError(f"{file.name}: record {key} is damaged") from None
+        first = end
+
+
+def image(root: str, number: int) -> bytes:
+    """The frame of record `number`: its JPEG file, or its pixels as a PPM picture."""
+    try:
+        frame = _opened(root)[number].frame
+    except (ValueError, IndexError) as error:
+        raise Rejected("changed", str(error)) from None
+    except OSError as error:
+        raise Rejected("unreadable", str(error)) from None
+    if frame.startswith(b"\xff\xd8"):
+        return frame
+    pixels = np.ascontiguousarray(decode_frame(frame))
+    return f"P6\n{pixels.shape[1]} {pixels.shape[0]}\n255\n".encode("ascii") + pixels.tobytes()
+
+
+def _opened(where: str) -> ShardSet:
+    path = os.path.join(where, MANIFEST)
+    return _kept_open(where, version_of(path) if os.path.exists(path) else ())
+
+
+@lru_cache(maxsize=2)
+def _kept_open(where: str, version: tuple[int, ...]) -> ShardSet:
+    return ShardSet(where)

@@ -1,0 +1,101 @@
+"""ImageNet-1K as people have it: the tar of class tars, extracted folders, Kaggle's CLS-LOC.
+
+In: the tar or folder of a split. Out: its images, labelled by sorted wnid. The inner tars are
+uncompressed, so an image is a range of the outer file, and nothing is unpacked.
+"""
+
+import csv
+import os
+import re
+from dataclasses import replace
+
+from preprocess.entry import SUFFIXES, Entry, Source
+from preprocess.layouts.folder import list_folder
+from preprocess.layouts.tar import entry_of, list_tar, members
+from preprocess.places import join, kind_of, names_in, opened, read_all
+
+WNID = re.compile(r"n\d{8}")
+ANSWERS = "LOC_val_solution.csv"
+TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+
+
+def places_of(split: str) -> tuple[str, ...]:
+    """Where a split lies below the folder of the dataset."""
+    return TARS[split], f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", split, ""
+
+
+def list_imagenet(where: str, split: str) -> Source | None:
+    """The split in the tar or folder `where`, or None if it holds nothing of ImageNet's.
+
+    Raises ValueError at a folder that is no class, a damaged inner tar, or a validation image
+    that Kaggle's LOC_val_solution.csv, looked for above it, gives no class.
+    """
+    if kind_of(where) == "file":
+        return _list_train(where) if split == "train" else _list_val(where)
+    names = names_in(where)
+    if any(WNID.fullmatch(name) for name in names):
+        source = list_folder(where)
+        strange = next((name for name in source.classes if not WNID.fullmatch(name)), None)
+        if strange is not None:
+            raise ValueError(
+                f"{where} holds the folder {strange!r} among ImageNet's classes and labels would "
+                f"shift; move it away, or take every folder as a class by folder:{where}"
+            )
+        return source
+    flat = any(name.startswith("ILSVRC2012_val_") for name in names)
+    return _list_val(where) if flat and split == "val" else None
+
+
+def _list_train(where: str) -> Source:
+    """The tar of class tars; a plain tar of class folders is taken as such."""
+    found: list[Entry] = []
+    ignored, inner = 0, 0
+    with opened(where) as file:
+        for outer in members(file, where):
+            wnid, suffix = os.path.splitext(os.path.basename(outer.name))
+            if not WNID.fullmatch(wnid) or suffix != ".tar" or not outer.isreg():
+                continue
+            inner += 1
+            begin, end = outer.offset_data, outer.offset_data + outer.size
+            for info in members(file, f"{outer.name!r} in {where}", begin, end):
+                if info.isdir() or not info.name.lower().endswith(SUFFIXES):
+                    ignored += not info.isdir()
+                    continue
+                found.append(entry_of(info, f"{wnid}/{info.name.removeprefix('./')}"))
+    if not inner:
+        return list_tar(where)
+    found.sort()
+    classes = sorted({entry.name.partition("/")[0] for entry in found})
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    entries = [entry._replace(label=labels[entry.name.partition("/")[0]]) for entry in found]
+    return Source("tar", where, entries, classes, ignored)
+
+
+def _list_val(where: str) -> Source:
+    """Validation images in one flat folder or tar, labelled by Kaggle's list of answers."""
+    source = list_tar(where) if kind_of(where) == "file" else list_folder(where)
+    if source.classes:
+        return source
+    folder, answers = where, ""
+    while not answers and os.path.basename(folder):
+        folder = folder.rpartition("/")[0]
+        answers = join(folder, ANSWERS) if kind_of(join(folder, ANSWERS)) else ""
+    if not answers:
+        raise ValueError(
+            f"{where} holds validation images without classes; put Kaggle's {ANSWERS} beside it, "
+            "or sort the images into folders by wnid"
+        )
+    try:
+        rows = csv.DictReader(read_all(answers).decode("utf-8").splitlines())
+        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    except (ValueError, KeyError, IndexError, AttributeError, csv.Error):
+        raise ValueError(f"{answers} is not Kaggle's list of ImageId,PredictionString") from None
+    classes = sorted(set(wnids.values()))
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    entries = []
+    for entry in source.entries:
+        stem = os.path.splitext(os.path.basename(entry.name))[0]
+        if stem not in wnids:
+            raise ValueError(f"{answers} gives {entry.name!r} no class; take the complete file")
+        entries.append(entry._replace(label=labels[wnids[stem]]))
+    return replace(source, entries=entries, classes=classes)

@@ -1,0 +1,65 @@
+"""iNaturalist: a JSON of images, annotations and categories, or its folders by themselves.
+
+In: train.json (or val.json, ...) whose file names begin at the folder it lies in, or the folder of
+species. Out: its images, labelled by the categories in order of their numbers.
+"""
+
+import json
+from typing import Any
+
+from preprocess.entry import Source
+from preprocess.layouts.folder import entry_of, list_folder
+from preprocess.places import kind_of, look_up, names_in, read_all
+
+
+def places_of(split: str) -> tuple[str, ...]:
+    """Where a split lies below the folder of the dataset; torchvision calls its folder by year."""
+    of_year = {"train": "2021_train", "train_mini": "2021_train_mini", "val": "2021_valid"}
+    return f"{split}.json", of_year[split], split, ""
+
+
+def list_inaturalist(where: str, split: str) -> Source | None:
+    """The split that the JSON or folder `where` holds, or None if it is neither.
+
+    Raises ValueError at a JSON of another form, an annotation of no category, an image with two.
+    """
+    if kind_of(where) == "file":
+        return _list_json(where)
+    species = [name for name in names_in(where) if name[:5].isdigit() and name[5:6] == "_"]
+    return list_folder(where) if species else None
+
+
+def _list_json(where: str) -> Source:
+    try:
+        lists = json.loads(read_all(where), object_hook=_lighter)
+        images, annotations = lists["images"], lists.get("annotations", [])
+        categories = sorted(lists["categories"])
+        label_of = {number: label for label, (number, _) in enumerate(categories)}
+        category_of: dict[Any, int] = {}
+        for image, category in annotations:
+            if category not in label_of:
+                raise ValueError(f"image {image!r} has the category {category!r}, which is none")
+            if category_of.setdefault(image, category) != category:
+                raise ValueError(f"image {image!r} has two categories")
+        names = [str(name) for _, name in images]
+        labels = [label_of[category_of[n]] if n in category_of else -1 for n, _ in images]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        words = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(f"{where} is no list of iNaturalist's ({words})") from None
+    found = zip(look_up(where.rpartition("/")[0], names), labels, strict=True)
+    entries = sorted(entry for file, label in found if (entry := entry_of(file, label)))
+    if entries and all(entry.flaw == "vanished" for entry in entries):
+        raise ValueError(f"none of the images of {where} is there; unpack them beside it")
+    classes = [name for _, name in categories]
+    return Source("folder", where.rpartition("/")[0], entries, classes, len(names) - len(entries))
+
+
+def _lighter(row: dict[str, Any]) -> Any:
+    """What of a parsed object is needed: the list of 2021 has 2.7 million images."""
+    if "file_name" in row:
+        return row["id"], row["file_name"]
+    if "category_id" in row:
+        return row["image_id"], row["category_id"]
+    if "supercategory" in row or "image_dir_name" in row:
+        return row["id"], str(row.get("image_dir_name") or row["name"])
+    return row

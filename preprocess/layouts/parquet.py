@@ -1,0 +1,158 @@
+"""Image datasets as Parquet, the way the Hugging Face hub keeps them.
+
+In: a folder of .parquet files or one of them. Out: a row an image, its label and class names as the
+schema's metadata says; a row group is read once and kept.
+"""
+
+import json
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from preprocess.decode import Rejected
+from preprocess.entry import Entry, Source
+from preprocess.places import Found, join, of_each, opened, parts_below, version_of
+from preprocess.splits import of_split
+from shards.remote import is_url, retried
+
+
+class Columns(NamedTuple):
+    """Which columns hold pictures and labels, and what the labels are called."""
+
+    image: str
+    label: str
+    classes: tuple[str, ...]
+
+
+def list_parquet(where: str, split: str) -> Source | None:
+    """Rows in the order of the files. Only labels and names are read.
+
+    Raises ValueError if the files do not agree on columns and classes, or a label is outside them.
+    """
+    found = {part.name: part for part in parts_below(where, (".parquet",))}
+    entries: list[Entry] = []
+    agreed = None
+    parts = of_split(list(found), split)
+    listed = of_each(where, lambda part: _list_part(join(where, part), found[part]), parts)
+    for part, (columns, rows) in zip(parts, listed, strict=True):
+        if agreed not in {None, columns}:
+            raise ValueError(f"{part} in {where} has other columns or classes than those before")
+        agreed = columns
+        entries += rows
+    top = max((entry.label for entry in entries), default=-1)
+    classes = list(agreed.classes) if agreed else []
+    return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)], 0)
+
+
+def image(root: str, part: str, row: int) -> bytes:
+    """The bytes of the picture in row `row` of a file."""
+    where = join(root, part)
+    try:
+        value = retried(where, lambda: _value(where, row)) if is_url(root) else _value(where, row)
+    except FileNotFoundError:
+        raise Rejected("vanished", "its file was listed and is gone") from None
+    except (OSError, ValueError) as error:
+        if is_url(root):
+            raise
+        raise Rejected("unreadable", _words(error)) from None
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise Rejected("not-an-image", "the row holds no bytes; a path in it is not followed")
+    return data
+
+
+def _value(where: str, row: int) -> Any:
+    """What the column of images holds in row `row`."""
+    version = version_of(where)
+    starts = _starts(where, version)
+    if row >= starts[-1]:
+        raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return _group(where, version, group)[row - int(starts[group])].as_py()
+
+
+def _words(error: Exception) -> str:
+    """An error in one short line."""
+    return " ".join(str(error).split())[:200]
+
+
+@lru_cache(maxsize=8)
+def _file(where: str, version: tuple[int, ...]) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
+    try:
+        return ParquetFile(opened(where, ahead=False), pre_buffer=is_url(where))
+    except ArrowException as error:
+        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
+
+
+@lru_cache(maxsize=8)
+def _starts(where: str, version: tuple[int, ...]) -> np.ndarray:
+    """The first row of each row group, and the end."""
+    facts = _file(where, version).metadata
+    rows = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
+    return np.cumsum([0, *rows])
+
+
+@lru_cache(maxsize=2)  # the hub's groups hold 100 to 1,000 pictures
+def _group(where: str, version: tuple[int, ...], group: int) -> Any:
+    file = _file(where, version)
+    columns = _columns(file.schema_arrow, where)
+    return file.read_row_group(group, columns=[columns.image]).column(columns.image)
+
+
+def _columns(schema: Any, where: str) -> Columns:
+    """By the hub's metadata where it is, else by the usual names."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        features = {}
+    kinds = {name: facts for name, facts in features.items() if isinstance(facts, dict)}
+    images = [name for name, facts in kinds.items() if facts.get("_type") == "Image"]
+    labels = [name for name, facts in kinds.items() if facts.get("_type") == "ClassLabel"]
+    images += [name for name in ("image", "img") if name in schema.names]
+    labels += [name for name in ("label", "fine_label", "labels") if name in schema.names]
+    images = [name for name in images if name in schema.names]
+    if not images:
+        raise ValueError(f"{where} has no column of images; it has {', '.join(schema.names)}")
+    label = next((name for name in labels if name in schema.names), "")
+    names = kinds.get(label, {}).get("names") or []
+    return Columns(images[0], label, tuple(map(str, names)))
+
+
+def _list_part(where: str, part: Found) -> tuple[Columns, list[Entry]]:
+    file = _file(where, version_of(where))
+    columns = _columns(file.schema_arrow, where)
+    try:
+        return columns, _entries(file, columns, part.name, part.size, where)
+    except OSError as error:
+        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
+
+
+def _entries(file: Any, columns: Columns, part: str, size: int, where: str) -> list[Entry]:
+    wanted = [columns.label] if columns.label else []
+    pathed = "path" in {field.name for field in _fields(file.schema_arrow.field(columns.image))}
+    table = file.read(columns=[*wanted, *([f"{columns.image}.path"] if pathed else [])])
+    count = file.metadata.num_rows
+    labels = table.column(columns.label).to_pylist() if columns.label else [-1] * count
+    paths = [None] * count
+    if pathed:
+        paths = [row and row["path"] for row in table.column(columns.image).to_pylist()]
+    most = len(columns.classes) or 1_000_000
+    entries = []
+    for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
+        label = -1 if label is None else label
+        if not isinstance(label, int) or not -1 <= label < most:
+            raise ValueError(f"{where}, row {row}: label {label!r} is none of {most} classes")
+        name = os.path.join(part, path or str(row)) if part else path or str(row)
+        entries.append(Entry(str(name), label, 0, row, size, part=part))
+    return entries
+
+
+def _fields(field: Any) -> list[Any]:
+    return [field.type.field(n) for n in range(field.type.num_fields)]

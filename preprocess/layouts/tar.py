@@ -1,0 +1,70 @@
+"""An uncompressed tar of class folders, read in place.
+
+In: its path or URL. Out: where each image begins in it. Only headers are looked at; names are data
+here and never become paths, so nothing can escape.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from preprocess.entry import SUFFIXES, Entry, Source
+from preprocess.places import opened
+
+BLOCK = 512
+
+
+def list_tar(where: str, split: str = "") -> Source:
+    """Entries of an uncompressed tar, by name; classes are the folders below the one they share."""
+    found: list[Entry] = []
+    ignored = 0
+    with opened(where) as file:
+        for info in members(file, where):
+            if info.isdir() or not info.name.lower().endswith(SUFFIXES):
+                ignored += not info.isdir()
+                continue
+            found.append(entry_of(info, info.name.removeprefix("./")))
+    found.sort()
+    folders = [entry.name.rpartition("/")[0].strip("/") for entry in found]
+    shared = os.path.commonpath(folders) if found else ""
+    tops = [folder[len(shared) :].strip("/").partition("/")[0] for folder in folders]
+    classes = sorted(set(tops) - {""})
+    labels = {name: label for label, name in enumerate(classes)}
+    entries = [
+        entry._replace(label=labels.get(top, -1)) for entry, top in zip(found, tops, strict=True)
+    ]
+    return Source("tar", where, entries, classes, ignored)
+
+
+def entry_of(info: tarfile.TarInfo, name: str, label: int = -1, part: str = "") -> Entry:
+    """The entry of a member: its bytes are read where they lie."""
+    flaw = "" if info.isreg() and not info.issparse() else "not-a-file"
+    return Entry(name, label, info.size, info.offset_data, flaw=flaw, part=part)
+
+
+def members(
+    file: BinaryIO, where: str, start: int = 0, end: int | None = None
+) -> Iterator[tarfile.TarInfo]:
+    """Members of the tar in bytes `start` to `end` of `file`, their places counted in `file`.
+
+    Raises ValueError, calling it `where`, unless it is whole: tarfile takes a damaged header for
+    the end, and so would lose all that follows.
+    """
+    try:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                archive.members = []  # type: ignore[attr-defined]  # 1 kB an image
+                if info.size < 0 or (end is not None and info.offset_data + info.size > end):
+                    raise tarfile.ReadError(f"a header at byte {info.offset} has a wrong size")
+                yield info
+            file.seek(archive.offset)
+            room = BLOCK if end is None else min(BLOCK, end - archive.offset)
+            if any(file.read(max(0, room))):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        raise ValueError(
+            f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
+            "once with gunzip or the like, so that images can be read in any order"
+        ) from None

@@ -1,0 +1,222 @@
+"""Files of a source by path or URL: what is there, in a fixed order, and their bytes.
+
+In: places and names below them. Out: listings, open files, ranges of bytes. Nothing is followed
+out of its folder: such a name comes back with a flaw, or is refused where it is a part of many.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import BinaryIO, NamedTuple, TypeVar
+
+from preprocess.decode import Rejected
+from shards import remote
+from shards.remote import is_url
+
+Result = TypeVar("Result")
+
+
+class Found(NamedTuple):
+    """A file below a root: its name there, bytes, a stamp that changes with it, and any flaw."""
+
+    name: str
+    size: int
+    stamp: int
+    flaw: str = ""
+
+
+def join(root: str, name: str) -> str:
+    """The place called `name` below `root`; `root` itself if the name is empty."""
+    return os.path.join(root, name) if name else root
+
+
+def kind_of(where: str) -> str:
+    """`file`, `folder`, or nothing if there is no such place."""
+    if is_url(where):
+        return remote.kind_of(where)
+    return "folder" if os.path.isdir(where) else "file" if os.path.isfile(where) else ""
+
+
+def names_in(folder: str) -> list[str]:
+    """Names right below a folder, in byte order; none if there is no such folder."""
+    if not is_url(folder):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    else:
+        files, path = remote.filesystem(folder)
+        files.invalidate_cache()
+        try:
+            rows = remote.retried(folder, lambda: files.ls(path, detail=False))
+        except FileNotFoundError:
+            rows = []
+        names = [row.rstrip("/").rpartition("/")[2] for row in rows]
+    return sorted(names, key=os.fsencode)
+
+
+def facts_of(path: str, root: str, home: str) -> Found:
+    """What is known of the local file `path` below `root`; links may lead anywhere in `home`."""
+    name = path[len(root) :].lstrip("/")  # relpath costs more than the rest of a listing
+    try:
+        facts = os.lstat(path)
+        if stat.S_ISLNK(facts.st_mode):
+            if not inside(path, home):
+                return Found(name, 0, 0, "link")
+            facts = os.stat(path)
+    except OSError:
+        return Found(name, 0, 0, "unreadable")
+    if not stat.S_ISREG(facts.st_mode):
+        return Found(name, 0, 0, "not-a-file")
+    return Found(name, facts.st_size, facts.st_mtime_ns)
+
+
+def inside(path: str, home: str) -> bool:
+    """Whether `path`, with all its links followed, lies in `home`."""
+    return os.path.commonpath([os.path.realpath(path), home]) == home
+
+
+def files_below(folder: str, root: str, home: str) -> Iterator[Found]:
+    """Every file of the local `folder` at any depth, in byte order, files before folders."""
+    # followlinks stays off: a link to a parent folder would never end.
+    for here, below, files in os.walk(folder):
+        below.sort(key=os.fsencode)
+        for name in sorted(files, key=os.fsencode):
+            yield facts_of(os.path.join(here, name), root, home)
+
+
+def look_up(root: str, names: Iterable[str]) -> Iterator[Found]:
+    """The files called `names` below `root`, as a dataset's list names them, in that order."""
+    if is_url(root):
+        there = {file.name: Found(*file) for file in remote.find(root)}
+        yield from (there.get(name, Found(name, 0, 0, "vanished")) for name in names)
+        return
+    home = os.path.realpath(root)
+    folders: dict[str, bool] = {}
+    for name in names:
+        folder = os.path.dirname(name)
+        if folder not in folders:
+            safe = ".." not in PurePosixPath(folder).parts and not os.path.isabs(folder)
+            folders[folder] = safe and inside(os.path.join(root, folder), home)
+        if not folders[folder] or "\0" in name:
+            yield Found(name, 0, 0, "link")
+        elif not os.path.lexists(path := os.path.join(root, name)):
+            yield Found(name, 0, 0, "vanished")
+        else:
+            yield facts_of(path, root, home)._replace(name=name)
+
+
+def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
+    """The archives below `root`, by name; `root` itself, as the part "", if it is one.
+
+    Raises ValueError at one that leads out of the folder or is no file.
+    """
+    if kind_of(root) == "file":
+        return [_whole(root)]
+    if is_url(root):
+        found = [Found(*file) for file in remote.find(root)]
+    else:
+        found = list(files_below(root, root, _home(os.path.realpath(root))))
+    found = [file for file in found if file.name.lower().endswith(suffixes)]
+    for file in found:
+        if file.flaw:
+            raise ValueError(f"{join(root, file.name)!r} cannot be read: {file.flaw}")
+    return sorted(found, key=lambda file: os.fsencode(file.name))
+
+
+def _whole(path: str) -> Found:
+    if is_url(path):
+        files, there = remote.filesystem(path)
+        return Found("", int(remote.retried(path, lambda: files.info(there))["size"] or 0), 0)
+    return Found("", os.stat(path).st_size, 0)
+
+
+def _home(root: str) -> str:
+    """Where links below `root` may lead: the Hugging Face cache keeps all files of a dataset in
+    `blobs`, and links to them in `snapshots/REVISION`.
+    """
+    before, snapshots, _ = root.partition("/snapshots/")
+    return before if snapshots and os.path.isdir(os.path.join(before, "blobs")) else root
+
+
+def opened(where: str, ahead: bool = True) -> BinaryIO:
+    """A file to read from front to back with jumps `ahead`, or in any order."""
+    return remote.opened(where, ahead) if is_url(where) else open(where, "rb")
+
+
+def of_each(root: str, call: Callable[[str], Result], parts: Iterable[str]) -> Iterator[Result]:
+    """`call` of each part below `root`, in order; in a store, of 16 at a time."""
+    if not is_url(root):
+        yield from map(call, parts)
+        return
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(call, parts)
+
+
+def read_all(where: str) -> bytes:
+    """All bytes of a file. Raises OSError."""
+    if is_url(where):
+        return remote.read_all(where)
+    with open(where, "rb") as file:
+        return file.read()
+
+
+def read_file(where: str, limit: int) -> bytes:
+    """The first `limit` bytes of a file of its own. Raises Rejected with reason vanished,
+    unreadable or not-a-file; OSError if a store cannot be reached.
+    """
+    try:
+        if is_url(where):
+            return remote.read_range(where, 0, limit)
+        # Without O_NONBLOCK, opening a pipe that took a file's name would wait for ever.
+        descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Rejected("vanished", "it was listed and is gone") from None
+    except OSError as error:
+        if is_url(where):
+            raise
+        raise Rejected("unreadable", error.strerror or str(error)) from None
+    try:
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
+            return file.read(limit)
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror or str(error)) from None
+
+
+def read_part(where: str, start: int, size: int) -> bytes:
+    """`size` bytes from `start` on of a file that holds many images, which stays open.
+
+    Raises as read_file does.
+    """
+    if is_url(where):
+        try:
+            return remote.read_range(where, start, size)
+        except FileNotFoundError:
+            raise Rejected("vanished", "it was listed and is gone") from None
+    try:
+        file = _kept_open(where, version_of(where))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
+        return os.pread(file.fileno(), size, start)
+    except FileNotFoundError:
+        raise Rejected("vanished", "it was listed and is gone") from None
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror or str(error)) from None
+
+
+@lru_cache(maxsize=16)
+def _kept_open(where: str, version: tuple[int, ...]) -> BinaryIO:
+    """`where`, open until 16 others were asked for; another file of that name is opened anew."""
+    return open(os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def version_of(where: str) -> tuple[int, ...]:
+    """What changes when another file takes the name `where`: the key to keep things read by.
+    Raises FileNotFoundError. A store's files are taken to stay as they are.
+    """
+    if is_url(where):
+        return ()
+    facts = os.stat(where)
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

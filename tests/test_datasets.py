@@ -1,0 +1,344 @@
+"""Datasets by name: each published layout with its oddities gives the same images and labels."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import archives
+import numpy as np
+import pytest
+from archives import WNIDS
+from conftest import settings
+
+import shards
+from preprocess import Rejected, build_shards, datasets, decode_image, open_source
+from preprocess.sources import read
+
+
+def found(source):
+    """(name, label, bytes) of every entry."""
+    return [(e.name, e.label, read(source.kind, source.root, e)) for e in source.entries]
+
+
+@pytest.fixture
+def images():
+    return archives.imagenet_images()
+
+
+def test_imagenet_is_the_same_from_the_tar_of_tars_from_folders_and_from_kaggle(images, tmp_path):
+    tar = archives.imagenet_tar(tmp_path / "tars" / "ILSVRC2012_img_train.tar", images)
+    kaggle = tmp_path / "kaggle"
+    archives.imagenet_folder(kaggle / "ILSVRC" / "Data" / "CLS-LOC" / "train", images)
+    plain = archives.imagenet_folder(tmp_path / "plain" / "train", images)
+    whole = tmp_path / "whole.tar"
+    whole.write_bytes(
+        archives.tar_bytes((f"{w}/{n}", d) for w in images for n, d in images[w].items())
+    )
+    expected = [
+        (f"{wnid}/{name}", label, images[wnid][name])
+        for label, wnid in enumerate(WNIDS)
+        for name in sorted(images[wnid])
+    ]
+    for place in (tar, tar.parent, kaggle, kaggle / "ILSVRC", plain, plain.parent, whole):
+        source = open_source(f"imagenet:{place}")
+        assert source.classes == list(WNIDS), place
+        assert found(source) == expected, place
+    for name, _, data in expected:  # the PNG called JPEG and the CMYK one among them
+        assert decode_image(data).shape == (40, 48, 3), name
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    manifests = [
+        build_shards(open_source(f"imagenet:{place}"), tmp_path / "out" / str(n), settings(), 1)
+        for n, place in enumerate((tar, plain))
+    ]
+    assert [shard.sha256 for shard in manifests[0].shards] == [
+        shard.sha256 for shard in manifests[1].shards
+    ]
+    assert manifests[0].ledger.written == 9
+    now = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "out" not in p.parts}
+    assert {p: t for p, t in now.items() if p != tmp_path} == {
+        p: t for p, t in before.items() if p != tmp_path
+    }  # nothing was unpacked
+
+
+def test_imagenets_validation_set_has_kaggles_answers(images, tmp_path):
+    flat = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    names = [f"ILSVRC2012_val_0000000{n}" for n in (1, 2, 3)]
+    archives.unpack([(f"{n}.JPEG", archives.picture(k)) for k, n in enumerate(names)], flat)
+    with pytest.raises(ValueError, match=r"put Kaggle's LOC_val_solution.csv beside it"):
+        open_source(f"imagenet:{tmp_path}", "val")
+    rows = [f"{n},{w} 1 2 3 4 {w} 5 6 7 8" for n, w in zip(names, reversed(WNIDS), strict=True)]
+    answers = tmp_path / "LOC_val_solution.csv"
+    answers.write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+    source = open_source(f"imagenet:{tmp_path}", "val")
+    assert [(e.name, e.label) for e in source.entries] == [
+        (f"{n}.JPEG", 2 - k) for k, n in enumerate(names)
+    ]
+    answers.write_text("\n".join(["ImageId,PredictionString", *rows[:2]]) + "\n")
+    with pytest.raises(ValueError, match=r"gives 'ILSVRC2012_val_00000003.JPEG' no class"):
+        open_source(f"imagenet:{tmp_path}", "val")
+    archives.imagenet_folder(tmp_path / "sorted" / "val", images)
+    assert open_source(f"imagenet:{tmp_path / 'sorted'}", "val").classes == list(WNIDS)
+
+
+def test_a_stray_folder_among_imagenets_classes_is_refused(images, tmp_path):
+    root = archives.imagenet_folder(tmp_path, images)
+    (root / "new_class").mkdir()
+    (root / "new_class" / "x.jpg").write_bytes(archives.picture(0))
+    with pytest.raises(ValueError, match="'new_class' among ImageNet's classes"):
+        open_source(f"imagenet:{root}")
+    assert len(open_source(f"folder:{root}").classes) == 4
+
+
+def test_a_damaged_inner_tar_is_one_clear_line(images, tmp_path):
+    tar = archives.imagenet_tar(tmp_path / "ILSVRC2012_img_train.tar", images)
+    data = bytearray(tar.read_bytes())
+    place = data.find(b"n01443537_7.JPEG")  # a header in the middle of the second inner tar
+    damaged = bytearray(data)
+    damaged[place : place + 60] = b"\xff" * 60
+    larger = bytearray(data)
+    larger[place + 124 : place + 136] = b"77777777777\0"
+    negative = bytearray(data)
+    negative[place + 124 : place + 136] = b"\xff" * 11 + b"\x00"
+    for bad in (damaged, larger, negative, data[: place + 100]):
+        tar.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"is not a whole uncompressed .tar") as caught:
+            open_source(f"imagenet:{tmp_path}")
+        assert "\n" not in str(caught.value)
+        assert str(tar) in str(caught.value)
+    tar.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"'n01443537.tar' in .*no header at byte \d+"):
+        open_source(f"imagenet:{tmp_path}")
+
+
+PYTHON2, BYTES_KEYS = (
+    archives.python2_pickle,
+    lambda table: pickle.dumps({key.encode(): value for key, value in table.items()}, protocol=2),
+)
+
+
+@pytest.mark.parametrize("write", [PYTHON2, pickle.dumps, BYTES_KEYS])
+def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
+    python, binary = archives.cifar10_python(write), archives.cifar10_binary()
+    archives.packed(python, tmp_path / "1" / "cifar-10-python.tar.gz")
+    archives.packed(binary, tmp_path / "2" / "cifar-10-binary.tar.gz")
+    archives.unpack(python, tmp_path / "3")
+    archives.unpack(binary, tmp_path / "4")
+    places = [tmp_path / "3" / "cifar-10-batches-py", tmp_path / "4" / "cifar-10-batches-bin",
+              tmp_path / "1" / "cifar-10-python.tar.gz",
+              *(tmp_path / n for n in "1234")]  # fmt: skip
+    for place in places:
+        source = open_source(f"cifar10:{place}")
+        assert source.classes == archives.CIFAR10_NAMES
+        assert [entry.label for entry in source.entries] == [(b + r) % 10 for b in range(5)
+                                                             for r in range(4)]  # fmt: skip
+        for number in (0, 3, 17):
+            pixels = decode_image(read(source.kind, source.root, source.entries[number]))
+            row = archives.cifar_pixels(number // 4, 4)[number % 4]
+            assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
+        for split in ("test", "val"):
+            test = open_source(f"cifar10:{place}", split)
+            assert [entry.label for entry in test.entries] == [5, 6, 7, 8]
+    assert source.entries[0].name == "data_batch_1/00000"
+    names = [entry.name for entry in open_source(f"cifar10:{tmp_path / '1'}").entries]
+    assert names[0] == "data_batch_1/leptodactylus_s_000000.png"
+
+
+def test_cifar100_has_fine_labels(tmp_path):
+    archives.unpack(archives.cifar100_python(), tmp_path / "python")
+    archives.unpack(archives.cifar100_binary(), tmp_path / "binary")
+    for where in ("python", "binary"):
+        source = open_source(f"cifar100:{tmp_path / where}")
+        assert source.classes == [f"fine{n}" for n in range(100)]
+        assert [entry.label for entry in source.entries] == [99, 98, 97, 96]
+        pixels = decode_image(read(source.kind, source.root, source.entries[2]))
+        row = archives.cifar_pixels(1, 4)[2]
+        assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_cifar_as_a_tar_or_folders_of_class_folders(tmp_path):
+    members = [(f"train/{c}/{n}.jpg", archives.picture(n)) for c in ("cat", "dog") for n in (1, 2)]
+    (tmp_path / "train.tar").write_bytes(archives.tar_bytes(members))
+    archives.unpack(members, tmp_path / "folders")
+    for place in (tmp_path, tmp_path / "train.tar", tmp_path / "folders"):
+        source = open_source(f"cifar10:{place}")
+        assert source.classes == ["cat", "dog"]
+        assert [entry.label for entry in source.entries] == [0, 0, 1, 1]
+    members = [(name.replace("train", "test"), data) for name, data in members]
+    archives.unpack(members, tmp_path / "folders")  # now it has what CIFAR-100's files are called
+    assert open_source(f"cifar100:{tmp_path / 'folders'}").classes == ["cat", "dog"]
+
+
+class Hostile:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
+    members = dict(archives.cifar10_python())
+    mark = tmp_path / "ran"
+    attacks = {
+        "posix.system": pickle.dumps({"data": Hostile(os.system, (f"touch {mark}",))}),
+        "builtins.eval": pickle.dumps({"data": Hostile(eval, (f"open({str(mark)!r}, 'w')",))}),
+        "numpy.load": pickle.dumps({"data": Hostile(np.load, (str(mark),))}),
+        "encodes as cp1252": pickle.dumps({b"x": 1}, 2).replace(b"latin1", b"cp1252"),
+        "else than bytes": pickle.dumps({"data": np.zeros((4, 3072), np.float32)}),
+        "something else": pickle.dumps({"data": np.array([1, "x"], object)}),
+        "pickles": b"not a pickle at all",
+    }
+    for words, attack in attacks.items():
+        members["cifar-10-batches-py/data_batch_3"] = attack
+        root = tmp_path / str(abs(hash(words)))
+        archives.unpack(members.items(), root)
+        with pytest.raises(ValueError, match=words) as caught:
+            open_source(f"cifar10:{root}")
+        assert "data_batch_3 in" in str(caught.value)
+    assert not mark.exists()
+
+
+def test_cifar_that_is_not_whole_is_one_line(tmp_path):
+    members = dict(archives.cifar10_binary())
+    name = "cifar-10-batches-bin/data_batch_2.bin"
+    for words, data in {
+        "cut short": members[name][:-1],
+        "label 77": b"\x4d" + members[name][1:],
+    }.items():
+        archives.unpack((members | {name: data}).items(), tmp_path / words)
+        with pytest.raises(ValueError, match=words):
+            open_source(f"cifar10:{tmp_path / words}")
+    for number, table in enumerate([
+        {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
+        {"data": archives.cifar_pixels(0, 2), "labels": 7},
+        {"data": archives.cifar_pixels(0, 2), "filenames": ["a", "b"], "labels": [0, "x"]},
+        {"data": [1, 2]},
+        {},
+    ]):  # fmt: skip
+        python = dict(archives.cifar10_python()) | {
+            "cifar-10-batches-py/data_batch_4": pickle.dumps(table)}  # fmt: skip
+        archives.unpack(python.items(), tmp_path / f"python{number}")
+        if number == 0:
+            assert len(open_source(f"cifar10:{tmp_path / 'python0'}").entries) == 18
+            continue
+        with pytest.raises(ValueError, match="data_batch_4 in"):
+            open_source(f"cifar10:{tmp_path / f'python{number}'}")
+    del members[name]
+    archives.unpack(members.items(), tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"lacks data_batch_2.bin"):
+        open_source(f"cifar10:{tmp_path / 'gone'}")
+    archive = archives.packed(archives.cifar10_python(), tmp_path / "cifar-10-python.tar.gz")
+    archive.write_bytes(archive.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"is not a whole .tar.gz"):
+        open_source(f"cifar10:{archive}")
+
+
+def test_inaturalist_by_its_json_and_by_its_folders(tmp_path):
+    root = archives.inaturalist(tmp_path)
+    source = open_source(f"inaturalist:{root}")
+    assert source.classes == list(archives.SPECIES)
+    assert [entry.label for entry in source.entries] == [0, 0, 0, 1, 1]
+    assert all(decode_image(data).shape == (40, 48, 3) for _, _, data in found(source))
+    (root / "train.json").unlink()
+    folders = open_source(f"inaturalist:{root}")
+    assert [(e.label, e.size) for e in folders.entries] == [
+        (e.label, e.size) for e in source.entries
+    ]
+    assert folders.classes == source.classes
+
+
+def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"secret")
+    (tmp_path / "i" / "train").mkdir(parents=True)
+    (tmp_path / "i" / "train" / "out").symlink_to(tmp_path)
+    names = ["../secret.jpg", str(secret), "train/../../secret.jpg", "train/out/secret.jpg",
+             "train/nul\0.jpg", "train/new\nline.jpg"]  # fmt: skip
+    images = [{"id": 100 + n, "file_name": name} for n, name in enumerate(names)]
+    images.append({"id": 40, "file_name": f"train/{archives.SPECIES[0]}/00000000.jpg"})
+    root = archives.inaturalist(tmp_path / "i", images=images)
+    source = open_source(f"inaturalist:{root}")
+    reasons = {}
+    for entry in source.entries:
+        try:
+            reasons[entry.name] = read(source.kind, source.root, entry) == archives.picture(0)
+        except Rejected as error:
+            reasons[entry.name] = error.reason
+    flaws = dict.fromkeys(names[:5], "link") | {names[5]: "vanished"}
+    assert reasons == flaws | {images[-1]["file_name"]: True}
+    for words, changes in {
+        "category 9, which is none": {"annotations": [{"image_id": 40, "category_id": 9}]},
+        "two categories": {"annotations": [{"image_id": 40, "category_id": n} for n in (0, 1)]},
+        "no list of iNaturalist's": {"images": [7]},
+    }.items():
+        archives.inaturalist(root, **changes)
+        with pytest.raises(ValueError, match=words):
+            open_source(f"inaturalist:{root}")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_places365_small_and_large(large, tmp_path):
+    root = archives.places365(tmp_path / "p", large)
+    source = open_source(f"places365:{root}")
+    assert source.classes == ["a/airfield", "a/airplane_cabin", "b/bow_window/indoor"]
+    assert [entry.label for entry in source.entries] == [0, 0, 1, 1, 2, 2]
+    assert source.entries[4].name == "b/bow_window/indoor/00000001.jpg"
+    val = open_source(f"places365:{root}", "val")
+    assert [(e.name[-5], e.label) for e in val.entries] == [("1", 2), ("2", 1), ("3", 0)]
+    with pytest.raises(ValueError, match=r"places365_train_challenge.txt from the archive"):
+        open_source(f"places365:{root}", "train-challenge")
+    lists = root / "filelist_places365-standard"
+    lists.mkdir()
+    for path in root.glob("*.txt"):
+        path.rename(lists / path.name)
+    assert open_source(f"places365:{root}").description() == source.description()
+    listing = lists / "places365_val.txt"
+    listing.write_text("Places365_val_00000001.jpg 365\n")
+    with pytest.raises(ValueError, match="label 365, no category has"):
+        open_source(f"places365:{root}", "val")
+    listing.write_text("Places365_val_00000001.jpg\n")
+    with pytest.raises(ValueError, match="line 1: not a name and a label"):
+        open_source(f"places365:{root}", "val")
+
+
+def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KAMIM_DATA", str(tmp_path / "disk"))
+    monkeypatch.chdir(tmp_path)
+    bases = tuple(base for base in datasets.BASES if not base.startswith("/"))
+    monkeypatch.setattr(datasets, "BASES", (*bases, "/nowhere/datasets"))
+    with pytest.raises(ValueError, match="was not found") as caught:
+        open_source("imagenet")
+    for words in ("ILSVRC2012_img_train.tar", "ILSVRC/Data/CLS-LOC/train", "/nowhere/datasets",
+                  f"{tmp_path}/disk/imagenet", f"{tmp_path}/home/data/imagenet", "image-net.org",
+                  "imagenet:PATH"):  # fmt: skip
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    images = archives.imagenet_images()
+    archives.imagenet_tar(tmp_path / "home" / "datasets" / "imagenet" / "ILSVRC2012_img_train.tar",
+                          images)  # fmt: skip
+    assert len(open_source("imagenet").entries) == 9
+    archives.unpack(archives.cifar10_python(), tmp_path / "data")  # where torchvision puts it
+    assert len(open_source("cifar10").entries) == 20
+    for where, split, words in [
+        ("imagenet", "test", "has no split test; it has train, val"),
+        ("demo", "val", "the demo has no split val"),
+        ("webdataset:", "", "read from a place of yours"),
+        ("parquet:/nowhere", "", "no parquet source at /nowhere"),
+        ("pets", "", r"no source at pets: .*NAME:PATH; there are demo, imagenet, cifar10"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            open_source(where, split)
+
+
+def test_the_command_takes_names_and_splits(tmp_path):
+    archives.unpack(archives.cifar10_python(), tmp_path)
+    command = [sys.executable, "-m", "kamim", "shards", "build", f"cifar10:{tmp_path}"]
+    small = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
+    command += [str(tmp_path / "out"), *small, "--split", "test"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "4 inputs = 4 written + 0 rejected" in done.stdout, done.stderr
+    manifest = shards.load(tmp_path / "out")
+    assert manifest.classes == archives.CIFAR10_NAMES
+    assert manifest.source == open_source(f"cifar10:{tmp_path}", "test").description()

@@ -1,0 +1,282 @@
+"""Sources and finished sets in stores: a real S3 server and a real web server on loopback."""
+
+import http.server
+import os
+import re
+import socket
+import threading
+import time
+
+import archives
+import fsspec
+import pytest
+from archives import picture, tar_bytes
+from conftest import contents, settings
+from test_many_parts import write_parquet
+
+from preprocess import Rejected, build_shards, open_source
+from preprocess.sources import read
+from shards import remote, verify_shards
+from shards.copy import copy_set
+
+MEMBERS = [(f"{c}/{n}.jpg", picture(n)) for n, c in enumerate("aabbbcc")]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01))
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """An S3 server with an empty bucket; the client finds it and its keys by the environment."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k",
+             "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    client = fsspec.filesystem("s3", skip_instance_cache=True)
+    client.mkdir("bucket")
+    yield client
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class Ranged(http.server.SimpleHTTPRequestHandler):
+    """Python's file server with ranges, which it lacks; every `fails`-th request gets a 503."""
+
+    fails, seen, ranges = 0, 0, True
+
+    def send_head(self):
+        type(self).seen += 1
+        if self.fails and self.seen % self.fails == 0:
+            return self.send_error(503)
+        match = re.match(r"bytes=(\d+)-(\d*)$", self.headers.get("Range", ""))
+        path = self.translate_path(self.path)
+        if not match or not self.ranges or not os.path.isfile(path):
+            return super().send_head()
+        size = os.path.getsize(path)
+        start, end = int(match[1]), min(int(match[2] or size), size - 1)
+        if start >= size:
+            return self.send_error(416)
+        file = open(path, "rb")  # noqa: SIM115
+        file.seek(start)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{end}/{size}")
+        self.send_header("Content-Length", str(end - start + 1))
+        self.end_headers()
+        self.left = end - start + 1
+        return file
+
+    def copyfile(self, source, outputfile):
+        left, self.left = getattr(self, "left", None), None
+        outputfile.write(source.read() if left is None else source.read(left))
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def web(tmp_path):
+    """(its URL, its folder, its handler) of a web server of files."""
+    root = tmp_path / "www"
+    root.mkdir()
+    handler = type("Handler", (Ranged,), {})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *a: handler(*a, directory=str(root))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", root, handler
+    server.shutdown()
+    server.server_close()
+
+
+def tars_of(folder):
+    return {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
+
+
+@pytest.fixture
+def local(tmp_path):
+    """The images as a folder and as a tar, and the shards built from them here."""
+    archives.unpack(MEMBERS, tmp_path / "photos")
+    (tmp_path / "photos.tar").write_bytes(tar_bytes(MEMBERS))
+    for name in ("photos", "photos.tar"):
+        build_shards(open_source(str(tmp_path / name)), tmp_path / f"of-{name}", settings(), 1)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [("photos", 1), ("photos.tar", 1), pytest.param("photos", 2, marks=pytest.mark.slow)],
+)
+def test_shards_from_s3_are_those_from_the_local_path(name, jobs, s3, local):
+    s3.put(str(local / name), f"bucket/in/{name}", recursive=True)
+    source = open_source(f"s3://bucket/in/{name}")
+    assert len(source.entries) == 7
+    build_shards(source, local / "remote", settings(), jobs)
+    assert tars_of(local / "remote") == tars_of(local / f"of-{name}")
+    if name == "photos.tar":  # nothing of the place is in the description
+        assert contents(local / "remote") == contents(local / "of-photos.tar")
+    before = source.description()
+    assert open_source(f"s3://bucket/in/{name}").description() == before
+    s3.rm("bucket/in/photos", recursive=True) if name == "photos" else s3.rm(f"bucket/in/{name}")
+    with pytest.raises(Rejected, match="vanished"):
+        read(source.kind, source.root, source.entries[0])
+    with pytest.raises(ValueError, match="no source at s3://bucket/in/photos"):
+        open_source(f"s3://bucket/in/{name}")
+
+
+@pytest.mark.parametrize("name", ["photos", "photos.tar"])
+def test_shards_from_a_web_server_that_fails_now_and_then(name, web, local):
+    url, root, handler = web
+    (local / name).rename(root / name)
+    source = open_source(f"{url}/{name}")
+    handler.fails = 3
+    build_shards(source, local / "remote", settings(), 1)
+    assert tars_of(local / "remote") == tars_of(local / f"of-{name}")
+
+
+def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
+    images = archives.imagenet_images()
+    tar = archives.imagenet_tar(tmp_path / "ILSVRC2012_img_train.tar", images)
+    s3.put(str(tar), "bucket/imagenet/ILSVRC2012_img_train.tar")
+    here, there = open_source(f"imagenet:{tar}"), open_source("imagenet:s3://bucket/imagenet")
+    assert there.description() == here.description()
+    last = there.entries[-1]
+    assert read(there.kind, there.root, last) == read(here.kind, here.root, last)
+    url, root, _ = web
+    archives.inaturalist(root / "inat")
+    archives.packed(archives.cifar10_python(), root / "cifar-10-python.tar.gz")
+    write_parquet(root / "data" / "train-0.parquet", [({"bytes": picture(0), "path": "p"}, 0)])
+    (root / "wds").mkdir()
+    (root / "wds" / "0.tar").write_bytes(tar_bytes([("a.jpg", picture(5)), ("a.cls", b"1")]))
+    for name, count in {"inaturalist:{}/inat": 5, "cifar10:{}/cifar-10-python.tar.gz": 20,
+                        "parquet:{}/data/": 1, "webdataset:{}/wds": 1}.items():  # fmt: skip
+        source = open_source(name.format(url))
+        assert len(source.entries) == count
+        assert read(source.kind, source.root, source.entries[0])
+
+
+def test_a_store_that_is_gone_stops_the_build_in_one_line(web, local, tmp_path):
+    url, root, handler = web
+    (local / "photos").rename(root / "photos")
+    source = open_source(f"{url}/photos")
+    handler.fails = 1  # every request
+    with pytest.raises(OSError, match="could not be reached in 3 tries") as caught:
+        build_shards(source, tmp_path / "out", settings(), 1, max_rejected=1)
+    assert "\n" not in str(caught.value)
+    handler.fails = 0
+    build_shards(source, tmp_path / "out", settings(), 1)
+    assert tars_of(tmp_path / "out") == tars_of(local / "of-photos")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/x"
+    with pytest.raises((ValueError, OSError), match=r"no source at|could not be reached"):
+        open_source(nobody)
+
+
+def test_a_server_without_ranges_is_refused_for_tars(web, local):
+    url, root, handler = web
+    (local / "photos.tar").rename(root / "photos.tar")
+    source = open_source(f"{url}/photos.tar")
+    handler.ranges = False
+    with pytest.raises(OSError, match="sends the whole file where a part was asked for"):
+        read(source.kind, source.root, source.entries[0])
+
+
+def test_protocols_and_missing_clients_are_one_line(monkeypatch):
+    with pytest.raises(ValueError, match=r"nonsense://x: .*give s3://"):
+        open_source("nonsense://x")
+    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
+    with pytest.raises(ValueError, match=r"pip install 'kamim\[remote\]'"):
+        open_source("s3://bucket/x")
+
+
+def test_pauses_grow_and_refusals_are_not_repeated(monkeypatch):
+    slept, calls = [], []
+    monkeypatch.setattr(remote, "PAUSES", (1, 2, 4))
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def failing(error):
+        calls.append(error)
+        raise error
+
+    with pytest.raises(OSError, match="in 4 tries"):
+        remote.retried("u", lambda: failing(ConnectionError("reset")))
+    assert (slept, len(calls)) == ([1, 2, 4], 4)
+    for error in (PermissionError("403"), FileNotFoundError("404")):
+        with pytest.raises(OSError, match=str(error)):
+            remote.retried("u", lambda error=error: failing(error))
+    assert len(calls) == 6
+
+
+def test_a_copy_goes_there_and_back_and_is_the_same(s3, web, local, tmp_path):
+    url, root, _ = web
+    built, there = local / "of-photos", "s3://bucket/copy/set"
+    assert copy_set(str(built), there)[1] == 4
+    assert copy_set(there, str(tmp_path / "back"))[1] == 4
+    assert contents(tmp_path / "back") == contents(built)
+    assert verify_shards(tmp_path / "back", "decode") == []
+    assert copy_set(there, str(tmp_path / "back"))[1] == 0
+    assert copy_set(str(built), there)[1] == 0
+    assert copy_set(there, "s3://bucket/copy/twin")[1] == 4
+    assert sorted(s3.ls("bucket/copy/twin")) == sorted(
+        name.replace("/set/", "/twin/") for name in s3.ls("bucket/copy/set")
+    )
+    built.rename(root / "set")
+    assert copy_set(f"{url}/set", str(tmp_path / "web"))[1] == 4
+    assert contents(tmp_path / "web") == contents(root / "set")
+
+
+def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path, monkeypatch):
+    built, there = local / "of-photos", "s3://bucket/broken/set"
+    real, done = remote.retried, []
+
+    def stopping(url, call):
+        if url.endswith("shard-000001.tar"):
+            raise KeyboardInterrupt
+        done.append(url)
+        return real(url, call)
+
+    for target in (there, str(tmp_path / "here")):
+        monkeypatch.setattr(remote, "retried", stopping)
+        monkeypatch.setattr("shards.copy._fetch", lambda place, name, path: stopping(
+            name, lambda: path.write_bytes((built / name).read_bytes())))  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            copy_set(str(built), target, jobs=1)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="holds another set of shards, or part of one"):
+            copy_set(str(local / "of-photos.tar"), target)
+        if "://" not in target:
+            (tmp_path / "here" / "shard-000001.tar.99.tmp").write_bytes(b"left by a kill")
+        _, copied = copy_set(str(built), target)
+        assert 0 < copied < 4
+        with pytest.raises(ValueError, match="holds another set of shards"):
+            copy_set(str(local / "of-photos.tar"), target)
+    assert contents(tmp_path / "here") == contents(built)
+    s3.pipe_file("bucket/other/x", b"x")
+    (local / "photos" / "draft.tmp").write_text("theirs")
+    for target, words in {"s3://bucket/other": "holds something else (x)",
+                          str(local / "photos"): "holds something else (a)",
+                          "https://x/y": "a web server takes no files"}.items():  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(words)):
+            copy_set(str(built), target)
+    assert {p.name for p in (local / "photos").iterdir()} == {"a", "b", "c", "draft.tmp"}
+
+
+def test_a_damaged_set_is_not_copied_as_finished(s3, local):
+    built = local / "of-photos"
+    data = bytearray((built / "shard-000001.tar").read_bytes())
+    data[700] ^= 1
+    (built / "shard-000001.tar").write_bytes(data)
+    for target in ("s3://bucket/damaged", str(local / "damaged")):
+        with pytest.raises(ValueError, match=r"shard-000001.tar.* is damaged: its sha256"):
+            copy_set(str(built), target)
+    assert not s3.exists("bucket/damaged/manifest.json")
+    assert not (local / "damaged" / "manifest.json").exists()
+    (built / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"shard-000001.tar is missing, the manifest lists it"):
+        copy_set(str(built), str(local / "damaged"))
