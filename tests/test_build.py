@@ -67,18 +67,26 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
     ]
     command += ["--shard-size", "2", "--jobs", "2"]
     rng, kills, midway, pids = random.Random(0), 0, 0, list[str]()
+
+    def rows():
+        return len(list((tmp_path / "out").glob(".build/*[0-9].json")))
+
     slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
     while kills < 20:
         process = subprocess.Popen(
             command, start_new_session=True, stderr=subprocess.DEVNULL, env=slow
         )
-        time.sleep(rng.uniform(0.3, 1.2))
+        # Before the work, or some shards into it: a busy machine starts a process in seconds.
+        goal = rows() + rng.randint(0, 5)
+        while rows() < goal and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
         pids.append(str(process.pid))
-        midway += 0 < len(list((tmp_path / "out").glob(".build/*[0-9].json"))) < 20
+        midway += 0 < rows() < 20
         if (tmp_path / "out" / "manifest.json").exists():
             assert contents(tmp_path / "out") == contents(tmp_path / "calm")
             for path in (tmp_path / "out").iterdir():  # finished early: begin again
