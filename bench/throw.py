@@ -5,7 +5,6 @@ attention and frequency and thrown over that of the published masks, what an att
 and both over a run as AMT published its phases. Run by `make bench-throw`; needs no data.
 """
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.provenance import append
+from bench.provenance import append, spread
 from preprocess import detector_settings
 from preprocess.defaults import default_settings
 from shards.crops import crop_frames
@@ -67,7 +66,8 @@ def step_of(recipe: Recipe, tensors: dict[str, Tensor], device: torch.device) ->
     settings = default_settings((detector_settings("frequency"),), 1000, crop=recipe.size)
     facts: Any = Facts(settings, ["frequency"], recipe.batch)
     masking = Masking(recipe, 0, facts, ["frequency"], model.encoder, 1, device)
-    masking.attention = torch.randint(256, (recipe.batch, 196), dtype=torch.uint8).numpy()
+    patches = masking.patches_a_side**2
+    masking.attention = torch.randint(256, (recipe.batch, patches), dtype=torch.uint8).numpy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     cuda = device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
@@ -125,13 +125,8 @@ def measure(backbone: str, batch: int, steps: int, repeats: int) -> dict[str, An
         passes = len(range(random, epochs, refresh))
         runs = [(random + (epochs - random) * step + passes * look) / epochs
                 for step, look in zip(steps_of, looks, strict=True)]  # fmt: skip
-        row[title] = {"step": _spread(steps_of), "look": _spread(looks), "run": _spread(runs)}
+        row[title] = {"step": spread(steps_of), "look": spread(looks), "run": spread(runs)}
     return row
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3),
-            "max": round(max(values), 3)}  # fmt: skip
 
 
 def main(backbones: list[str], repeats: int, save: bool) -> None:
