@@ -32,9 +32,9 @@ class RemoteFile(NamedTuple):
     stamp: int
 
 
-def is_url(where: str) -> bool:
+def is_url(where: object) -> bool:
     """Whether `where` is a URL, not a path of this machine."""
-    return re.match(r"[a-z][a-z0-9+.-]*:(//|:)", where) is not None
+    return isinstance(where, str) and re.match(r"[a-z][a-z0-9+.-]*:(//|:)", where) is not None
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -6,7 +6,6 @@ will not (no such bucket, no access) is one clear line. Credentials stay with th
 
 import errno
 import logging
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,6 @@ LOG = logging.getLogger(__name__)
 FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PASSING = (408, 425, 429)  # of HTTP's 4xx
 INSTALL = "type: pip install 'kamim[remote]'"
-
-
-def is_remote(where: object) -> bool:
-    """Whether `where` is a URL, not a folder."""
-    return isinstance(where, str) and re.match(r"[a-z][a-z0-9+.-]+://", where) is not None
 
 
 class Store:

@@ -11,7 +11,7 @@ from shards import Manifest, Settings
 from shards.bank import BANK_CELL
 from shards.manifest import Detector
 from shards.plan import FLIPS
-from shards.store import is_remote
+from shards.remote import is_url
 from shards.verify import damaged_files
 from train.log import say
 from train.method import guide_maps
@@ -49,7 +49,7 @@ def check(run: Run, manifest: Manifest, place: Place) -> Detector | None:
             f"built with --frame {better}"
         )
     # Of a remote set every shard is hashed when it arrives, or is found in the cache.
-    local = run.checksum and not is_remote(run.shards)
+    local = run.checksum and not is_url(run.shards)
     part = place.local_rank, place.local_ranks
     damage = damaged_files(Path(run.shards), manifest, *part) if local else []
     if damage:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shards.store import PATIENCE, is_remote
+from shards.remote import is_url
+from shards.store import PATIENCE
 
 app = typer.Typer()
 
@@ -92,7 +93,7 @@ def pretrain(
         changes["refresh_epochs"] = chosen.refresh_epochs * epochs / chosen.epochs
     changes |= {"batch": batch} if batch else {}
     run = Run(
-        shards=folder if is_remote(folder) else Path(folder),
+        shards=folder if is_url(folder) else Path(folder),
         out=out or Path("runs") / recipe,
         recipe=replace(chosen, **changes),
         seed=seed,

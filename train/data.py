@@ -13,7 +13,7 @@ from shards.crops import pinned
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.plan import Plan
-from shards.store import is_remote
+from shards.remote import is_url
 from shards.streaming import open_remote
 from shards.windows import Windows
 from train.processes import find_place
@@ -24,7 +24,7 @@ WINDOW = 64  # shards: 64,000 samples, or all of a set whose source has no more
 
 def open_records(run: Run) -> ShardSet:
     """The set to train on, from its folder or through the cache; ValueError if it cannot be."""
-    if not is_remote(run.shards):
+    if not is_url(run.shards):
         if run.cache:
             raise ValueError(f"--cache is for shards at a URL; {run.shards} is read where it is")
         return ShardSet(run.shards)
