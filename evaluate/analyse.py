@@ -144,9 +144,11 @@ def _draw_blocks(found: dict[str, Any], path: Path) -> None:
             if key == "distance" and blocks:
                 panel.axhline(facts["blocks"][0]["uniform"], color="#999999", ls=":")
         panel.set(xlabel="block", title=label)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.title.set_fontsize(9)
         panel.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
