@@ -187,6 +187,27 @@ def load(folder: Path) -> Manifest:
     return _parse(path, data, content)
 
 
+def _plain(manifest: Manifest) -> bool:
+    """Whether names are text and counts are whole numbers from 0, as a hostile file's may not be."""
+    settings, ledger = manifest.settings, manifest.ledger
+    files = [*manifest.shards, manifest.index, manifest.rejected]
+    counts = [n for file in files for n in (file.count, file.bytes)]
+    counts += [ledger.inputs, ledger.written, *ledger.rejected.values()]
+    counts += [getattr(settings, field.name) for field in fields(Settings) if field.type is int]
+    texts = [text for file in files for text in (file.name, file.sha256)]
+    texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
+    texts += [*manifest.classes, *manifest.detectors]
+    parts = (manifest.source, manifest.versions, manifest.fidelity)
+    parts += tuple(detector.options for detector in settings.detectors)
+    return (
+        all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(part, dict) for part in parts)
+        and isinstance(manifest.classes, list)
+        and [type(share) in (int, float) for share in settings.area] == [True, True]
+    )
+
+
 def _parse(path: Path, data: bytes, content: dict[str, Any]) -> Manifest:
     damaged = ValueError(f"{path} is damaged: its content does not match its checksum; rebuild it")
     content.pop("checksum", None)
@@ -206,7 +227,7 @@ def _parse(path: Path, data: bytes, content: dict[str, Any]) -> Manifest:
                 "rejected": File(**content["rejected"]),
             }
         )
-        whole = to_json(manifest) == data
+        whole = to_json(manifest) == data and _plain(manifest)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise damaged from None
     if not whole:
