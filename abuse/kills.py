@@ -77,10 +77,7 @@ def warm_up() -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot
-    import torch.utils.tensorboard.writer
 
-    import evaluate.features
-    import train.loop
     from train.recipes import RECIPES, find_recipe
 
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -130,8 +130,13 @@ def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArra
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless the content of `path` has the sha256 `expected` (hex)."""
-    actual = sha256_of(path)
+    """Raise ValueError unless the content of `path` can be read and has this sha256 (hex)."""
+    try:
+        actual = sha256_of(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); restore it or rebuild the set"
+        ) from None
     if actual != expected:
         raise ValueError(
             f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
