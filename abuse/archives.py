@@ -118,6 +118,7 @@ def _into_folder(source: Path, info: tarfile.TarInfo, photo: bytes) -> bool:
         return False
     if path.exists() or path.is_symlink() or path.parent.is_symlink():
         return False
+    path.parent.mkdir(parents=True, exist_ok=True)
     if info.issym():
         path.symlink_to(info.linkname)
     elif info.isfifo():
@@ -188,7 +189,7 @@ def pages(arena: Path, photos: list[bytes], built: Path) -> Case:
         source, out = place / "source", place / word
         for number, name in enumerate(sorted(names, key=os.fsencode)):
             folder = source / (word if number % 2 else f"z{word}")
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(photos[number % 2])
         run_, log = place / f"run{word}", arena / "page.log"
         train = ["--recipe", "tiny", "--batch", 4, "--epochs", 1, "--device", "cpu"]

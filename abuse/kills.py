@@ -4,6 +4,7 @@ In: small sets and the smallest model. Out: cases; survived means that what was 
 ended with the bytes, losses and tensors of what was left in peace.
 """
 
+import importlib
 import os
 import random
 import shutil
@@ -72,12 +73,11 @@ def finish(processes: list[Process]) -> str:
 
 def warm_up() -> None:
     """Import what takes seconds, once for all forks, and add the smallest recipe, `tiny`."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two processes share what there is
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
+    os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch: two ranks share
+    for slow in ("matplotlib.pyplot", "torch.utils.tensorboard.writer", "sklearn.manifold",
+                 "skimage.metrics", "train.loop", "evaluate.analyse", "evaluate.features",
+                 "evaluate.supervised", "kamim"):  # fmt: skip
+        importlib.import_module(slow)
     from train.recipes import RECIPES, find_recipe
 
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2}

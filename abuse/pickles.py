@@ -110,7 +110,7 @@ def arrays(arena: Path, built: Path) -> Case:
                 process = spawn_watched(kamim, *line, log=log, secret=canary, allowed=[arena])
                 status, deeds = process.wait(LIMIT), log.with_suffix(".deeds")
                 flaw = _refused(2 if source and status == 0 else status,
-                                "kamim: " if source and status == 0 else process.text(),
+                                "kamim: built" if source and status == 0 else process.text(),
                                 deeds, canary)  # fmt: skip
                 case.trial(f"{line[:2]}, {name}: {flaw}" if flaw else "")
     return case

@@ -55,12 +55,16 @@ def _deeds(event: str, details: tuple[Any, ...], homes: list[str], hidden: str) 
             touched = [path]
     elif event in PATHS:
         touched = list(details[: 2 if event in ("os.rename", "os.link", "shutil.move") else 1])
+    # A name beside an open folder comes with that folder's descriptor, last.
+    folder = details[-1] if event in PATHS and type(details[-1]) is int else -1
+    here = os.readlink(f"/proc/self/fd/{folder}") if folder > 2 and event != "os.mkdir" else "."
     strays = []
     for path in touched:
         if isinstance(path, str | bytes | os.PathLike):
-            there = os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(path))))
+            whole = os.path.abspath(os.path.join(here, os.fsdecode(path)))
+            there = os.path.join(os.path.realpath(os.path.dirname(whole)), os.path.basename(whole))
             if not any((there + "/").startswith(home + "/") for home in homes):
-                strays.append(f"{event} {os.fsdecode(path)!r}")
+                strays.append(f"{event} {there!r}")
     return strays
 
 

@@ -46,7 +46,8 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
     Face's ViT (or its .bin); `timm:NAME` with timm's weights, `random:NAME` without, where NAME
-    may be a recipe's. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
+    may be a recipe's. Raises ValueError, in one line, if it is none of these or its tensors do not
+    fit.
     """
     kind, _, name = what.partition(":")
     if kind in ("timm", "random"):
@@ -71,9 +72,12 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 
 def _from_file(path: Path) -> tuple[nn.Module, int]:
     if path.suffix == ".safetensors":
-        tensors = load_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
+        try:
+            tensors = load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no sound .safetensors file: {error}") from None
         if is_huggingface(tensors):
             return _from_huggingface(tensors, path)
         if "model" not in facts:

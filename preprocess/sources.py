@@ -4,6 +4,7 @@ In: a path or the word `demo`. Out: a Source: every input listed in a fixed orde
 decoded, and `read` to fetch the bytes of one. Links that lead out of the source are not followed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from preprocess.decode import Rejected
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_BYTES = 1 << 30
+# Not the image's fault: a build stops, and goes on when the machine is well again.
+MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 FLAWS = {
     "link": "it leads out of the source; build from the folder it leads to, or copy the file in",
     "not-a-file": "it is a folder, pipe, socket, device, link or sparse member",
@@ -85,7 +88,7 @@ def open_source(where: str) -> Source:
 
 def read(kind: str, root: Path, entry: Entry) -> bytes:
     """The bytes of `entry`. Raises Rejected with reason vanished, unreadable, not-a-file, link,
-    too-large or changed.
+    too-large or changed, and OSError where the machine is at fault.
     """
     if entry.flaw:
         raise Rejected(entry.flaw, FLAWS[entry.flaw])
@@ -105,6 +108,8 @@ def read(kind: str, root: Path, entry: Entry) -> bytes:
     except FileNotFoundError:
         raise Rejected("vanished", "it was listed and is gone") from None
     except OSError as error:
+        if error.errno in MACHINE:
+            raise
         raise Rejected("unreadable", error.strerror or str(error)) from None
     if len(data) != entry.size:
         raise Rejected("changed", f"listed with {entry.size} bytes, read {len(data)}")

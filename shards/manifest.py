@@ -197,8 +197,8 @@ def _plain(manifest: Manifest) -> bool:
     texts = [text for file in files for text in (file.name, file.sha256)]
     texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
     texts += [*manifest.classes, *manifest.detectors]
-    parts = (manifest.source, manifest.versions, manifest.fidelity)
-    parts += tuple(detector.options for detector in settings.detectors)
+    parts: list[object] = [manifest.source, manifest.versions, manifest.fidelity, ledger.rejected]
+    parts += [detector.options for detector in settings.detectors]
     return (
         all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
         and all(isinstance(text, str) for text in texts)

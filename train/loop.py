@@ -22,6 +22,7 @@ from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.manifest import Detector
 from shards.plan import Plan
+from shards.writing import alone
 from train import checkpoint
 from train.inputs import MEAN, STD, find_visible, prepare
 from train.log import Log, say
@@ -100,11 +101,11 @@ def pretrain(run: Run) -> None:
     part, cells = recipe.batch // (ranks * micro_steps), recipe.size // CELL
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = _Stop()
-    log = Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext()
+    held = alone(run.out, run.out / ".lock") if rank == 0 else nullcontext()
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     waited, since = 0.0, time.perf_counter()
 
-    with log:
+    with held, Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext() as log:
         for step in range(first, last):
             rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
             for group in optimizer.param_groups:
