@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards import ShardSet
+from shards import ShardSet, writing
 from shards.crops import pinned, to_device
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
 from shards.manifest import Detector
 from shards.plan import Plan
-from shards.writing import alone
 from train import checkpoint
 from train.inputs import MEAN, STD, find_visible, prepare
 from train.log import Log, say
@@ -101,7 +100,7 @@ def pretrain(run: Run) -> None:
     part, cells = recipe.batch // (ranks * micro_steps), recipe.size // CELL
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = _Stop()
-    held = alone(run.out, run.out / ".lock") if rank == 0 else nullcontext()
+    held = writing.alone(run.out, run.out / ".lock") if rank == 0 else nullcontext()
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     waited, since = 0.0, time.perf_counter()
 
