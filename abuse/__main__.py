@@ -19,7 +19,6 @@ from abuse.cases import PAGE, REPOSITORY, RESULTS, renewed, save, table
 from abuse.forked import spawn
 
 SECTIONS = ("kills", "inputs", "fuzz", "damage", "faults", "archives")
-HOURS = 3600 * 3
 
 
 def main() -> int:
@@ -59,10 +58,13 @@ def run_section(section: str, scale: float, seed: int, keep: bool) -> dict[str, 
     rows.touch()
     process = spawn(_cases, section, arena, scale, seed, log=arena / "section.log")
     shown = 0
-    while shown < (lines := rows.read_text().splitlines()).__len__() or process.poll() is None:
-        for line in lines[shown:]:
+    while True:
+        over = process.poll() is not None
+        for line in (lines := rows.read_text().splitlines())[shown:]:
             print(*table(section, [json.loads(line)]), sep="\n", flush=True)
         shown = len(lines)
+        if over:
+            break
         time.sleep(0.2)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     sys.stderr.write(process.text())

@@ -44,8 +44,8 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
     yield sources(arena, photos, secret, "folder")
     built = arena / "built"
     flags = [*SMALL, "--shard-size", 4]
-    process = spawn(kamim, "shards", "build", make_source(arena / "source", 12, seed), built, *flags,
-                    log=arena / "setup.log")  # fmt: skip
+    source = make_source(arena / "source", 12, seed)
+    process = spawn(kamim, "shards", "build", source, built, *flags, log=arena / "setup.log")
     assert process.wait(LIMIT) == 0, process.text()
     yield checkpoints(arena, built)
     yield arrays(arena, built)

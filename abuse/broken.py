@@ -15,9 +15,11 @@ Photos = list[bytes]
 Bad = tuple[str, bytes]
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif",
           "PPM": "ppm"}  # fmt: skip
-MAGIC = (b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x24\0\0\0WEBPVP8 ", b"GIF89a", b"BM",
-         b"II*\0", b"MM\0*", b"P6\n", b"%!PS-Adobe", b"%PDF-1.4\n", b"PK\x03\x04", b"\x1f\x8b",
-         b"\x7fELF", b"<svg", b"<!doctype html>", b"\0\0\0\x0cjP  ", b"qoif", b"\0" * 16)  # fmt: skip
+MAGIC = (
+    b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x24\0\0\0WEBPVP8 ", b"GIF89a", b"BM",
+    b"II*\0", b"MM\0*", b"P6\n", b"%!PS-Adobe", b"%PDF-1.4\n", b"PK\x03\x04", b"\x1f\x8b",
+    b"\x7fELF", b"<svg", b"<!doctype html>", b"\0\0\0\x0cjP  ", b"qoif", b"\0" * 16,
+)  # fmt: skip
 
 
 def encoded(rng: random.Random, photos: Photos) -> tuple[str, bytes]:

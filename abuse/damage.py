@@ -1,4 +1,4 @@
-"""Finished sets damaged at rest: every changed byte, cut, swapped, missing or doubled file is found.
+"""Finished sets damaged at rest: each changed byte, cut, swapped, missing or doubled file is found.
 
 In: small sets in both containers. Out: cases; damage survives as a loss if `verify` calls the set
 sound, if training would begin on it, or if the loader gives anything but ValueError or a batch.
@@ -7,6 +7,7 @@ sound, if training would begin on it, or if the loader gives anything but ValueE
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from abuse.cases import Case
@@ -142,6 +143,16 @@ def cuts(paths: list[Path], count: int, seed: str) -> Case:
     return case
 
 
+def copy_over(folder: Path, source: Path, name: str) -> None:
+    """`source` in place of `name`."""
+    shutil.copyfile(source, folder / name)
+
+
+def remove(folder: Path, name: str) -> None:
+    """`name` is gone."""
+    (folder / name).unlink()
+
+
 def whole(arena: Path, seed: int) -> Case:
     """Files that are missing, exchanged, doubled, or another set's."""
     case = Case("damage", "files missing, swapped, doubled or foreign")
@@ -150,26 +161,28 @@ def whole(arena: Path, seed: int) -> Case:
     source = make_source(arena / "elsewhere", 13, seed + 9)
     process = spawn(kamim, "shards", "build", source, foreign, *SMALL, *flags, log=log)
     assert process.wait(LIMIT) == 0, process.text()
-    one, two = "shard-000000.tar", "shard-000001.tar"
+    tars, one, two = arena / "tars", "shard-000000.tar", "shard-000001.tar"
 
     def swap(folder: Path) -> None:
         (folder / one).rename(folder / "x")
         (folder / two).rename(folder / one)
         (folder / "x").rename(folder / two)
 
-    def from_foreign(name: str) -> Callable[[Path], object]:
-        return lambda folder: shutil.copyfile(foreign / name, folder / name)
+    def replaced(folder: Path, link: bool) -> None:
+        (folder / one).unlink()
+        (folder / one).symlink_to("nowhere") if link else (folder / one).mkdir()
 
     ways: dict[str, Callable[[Path], object]] = {
         "swapped": swap,
-        "doubled under its neighbour's name": lambda f: shutil.copyfile(f / one, f / two),
-        "doubled under a new name": lambda f: shutil.copyfile(f / one, f / "shard-000009.tar"),
-        **{f"missing {n}": lambda f, n=n: (f / n).unlink() for n in (one, INDEX, REJECTED)},
-        "missing manifest": lambda f: (f / MANIFEST).unlink(),
-        **{f"foreign {n}": from_foreign(n) for n in (one, INDEX, MANIFEST)},
-        "a folder for a shard": lambda f: ((f / one).unlink(), (f / one).mkdir()),
-        "a link for a shard": lambda f: ((f / one).unlink(), (f / one).symlink_to("nowhere")),
+        "doubled under its neighbour's name": partial(copy_over, source=tars / one, name=two),
+        "doubled under a new name": partial(copy_over, source=tars / one, name="shard-000009.tar"),
+        "a folder for a shard": partial(replaced, link=False),
+        "a link for a shard": partial(replaced, link=True),
     }
+    for name in (one, INDEX, REJECTED, MANIFEST):
+        ways[f"missing {name}"] = partial(remove, name=name)
+    for name in (one, INDEX, MANIFEST):
+        ways[f"foreign {name}"] = partial(copy_over, source=foreign / name, name=name)
     for name, way in ways.items():
         copy = arena / "copy"
         shutil.copytree(arena / "tars", copy)

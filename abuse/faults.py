@@ -10,17 +10,16 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from abuse import places
 from abuse.cases import Case
-from abuse.forked import Process, call, fresh, kamim, spawn
+from abuse.forked import Process, behind, call, fresh, kamim, spawn
 from abuse.kills import INPUTS, LIMIT, Job, finish, jobs, start, warm_up
 from abuse.material import SMALL, make_source
-
-Prepare = Callable[[], object]
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
@@ -75,11 +74,11 @@ def one_line(process: Process, status: int | None) -> str:
     return ""
 
 
-def _through(job: Job, arena: Path, wanted: Any, prepare: Prepare, what: str) -> str:
+def _through(job: Job, arena: Path, wanted: Any, prepare: Callable[[], object], what: str) -> str:
     """`job` once behind `prepare`, once without; what went wrong."""
     out = arena / "out"
     shutil.rmtree(out, ignore_errors=True)
-    process = spawn(lambda: (prepare(), kamim(*job.arguments(out))), log=arena / "fault.log")
+    process = spawn(behind, prepare, *job.arguments(out), log=arena / "fault.log")
     status = process.wait(LIMIT)
     flaw = "" if status == 0 else one_line(process, status)
     if not flaw:
@@ -114,9 +113,7 @@ def _full(job: Job, arena: Path, wanted: Any, size: int) -> str:
     places.small_disk(disk, max(4096, size))
     process = spawn(kamim, *job.arguments(disk / "out"), log=arena / "fault.log")
     status = process.wait(LIMIT)
-    flaw = one_line(process, status)
-    if status == 0:
-        flaw = ""
+    flaw = "" if status == 0 else one_line(process, status)
     places.small_disk(disk, 1 << 30, again=True)
     return flaw or again(job, disk / "out", arena, wanted)
 
@@ -162,14 +159,18 @@ def memory(arena: Path, known: list[Any]) -> Case:
         arguments = [a if a != "tiny" else "small" for a in job.arguments(out)]
         if arguments != job.arguments(out) or "probe" in job.name:
             continue  # a fresh interpreter does not know the smallest recipe
-        process = spawn(
-            lambda a=arguments: (places.own_mounts(), places.full_memory(), fresh(*a)), log=log
-        )
+        process = spawn(_without_memory, *arguments, log=log)
         status = process.wait(LIMIT)
         flaw = "" if status == 0 else one_line(process, status)
         flaw = flaw or again(job, out, arena, wanted)
         case.trial(f"{job.name}: {flaw}" if flaw else "")
     return case
+
+
+def _without_memory(*arguments: object) -> None:
+    places.own_mounts()
+    places.full_memory()
+    fresh(*arguments)
 
 
 def clock(arena: Path, known: list[Any], times: int, seed: int) -> Case:
@@ -183,10 +184,7 @@ def clock(arena: Path, known: list[Any], times: int, seed: int) -> Case:
         early[0].kill()
         for path in out.rglob("*"):
             os.utime(path, (4e9, 4e9))
-        process = spawn(
-            lambda j=job, o=out: (places.early_clock(), kamim(*j.arguments(o))),
-            log=arena / "fault.log",
-        )
+        process = spawn(behind, places.early_clock, *job.arguments(out), log=arena / "fault.log")
         status = process.wait(LIMIT)
         flaw = one_line(process, status) if status else again(job, out, arena, wanted)
         case.trial(f"{job.name}: {flaw}" if flaw else "")
@@ -245,11 +243,8 @@ def worker(arena: Path, known: list[Any], times: int, seed: int) -> Case:
 
 def _workers(pid: int) -> list[int]:
     """The worker processes below `pid`."""
-    try:
+    with suppress(OSError):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [
-            int(child) for child in children
-            if b"popen_loky" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]  # fmt: skip
-    except OSError:
-        return []
+        lines = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+        return [child for child, line in lines.items() if b"popen_loky" in line]
+    return []

@@ -6,15 +6,15 @@ The forking process must not have computed anything in threads: a fork does not 
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-HUNG = "hung"
 
 
 class Process:
@@ -23,7 +23,7 @@ class Process:
     def __init__(self, pid: int, log: Path) -> None:
         self.pid, self.log, self.began = pid, log, time.monotonic()
         self.status: int | None = None  # as of a shell: 128 + signal if it was killed
-        self.peak = 0.0  # MB, of itself or of its largest child
+        self.peak = 0.0  # MB, of the largest process of its group
 
     def poll(self) -> int | None:
         """The status, or None while it runs."""
@@ -32,13 +32,15 @@ class Process:
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 self.status = code if code >= 0 else 128 - code
-                self.peak = usage.ru_maxrss / 1024
+                self.peak = max(self.peak, usage.ru_maxrss / 1024)
         return self.status
 
     def wait(self, limit: float) -> int | None:
-        """The status; None if it still ran after `limit` seconds, and was killed. Ends its group."""
-        until = time.monotonic() + limit
-        while self.poll() is None and time.monotonic() < until:
+        """The status; None if it ran after `limit` seconds, and was killed. Ends its group."""
+        until, looked = time.monotonic() + limit, 0.0
+        while self.poll() is None and (now := time.monotonic()) < until:
+            if now > looked + 0.2:
+                self.peak, looked = max(self.peak, largest(self.pid)), now
             time.sleep(0.002)
         hung = self.status is None
         self.kill()
@@ -46,16 +48,25 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL to the whole group; returns when the process itself is gone."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         while self.poll() is None:
             time.sleep(0.001)
 
     def text(self) -> str:
         """What it wrote."""
         return self.log.read_text(errors="replace")
+
+
+def largest(group: int) -> float:
+    """The most memory, in MB, that any living process of `group` has had at once."""
+    found = [0.0]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getpgid(int(folder.name)) == group:
+                status = (folder / "status").read_text()
+                found += [int(kb) / 1024 for kb in re.findall(r"VmHWM:\s*(\d+)", status)]
+    return max(found)
 
 
 def spawn(function: Callable[..., Any], *arguments: Any, log: Path) -> Process:
@@ -80,10 +91,8 @@ def spawn(function: Callable[..., Any], *arguments: Any, log: Path) -> Process:
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with suppress(OSError):
                 stream.flush()
-            except OSError:
-                pass
         os._exit(status)
 
 
@@ -103,6 +112,12 @@ def kamim(*arguments: object) -> None:
 
     sys.argv = ["kamim", *map(str, arguments)]
     command.main()
+
+
+def behind(prepare: Callable[[], object], *arguments: object) -> None:
+    """The command line where `prepare` has made something fail. Raises SystemExit."""
+    prepare()
+    kamim(*arguments)
 
 
 def fresh(*arguments: object, **environment: str) -> None:

@@ -8,7 +8,7 @@ answers that the parsers promise, came out.
 import importlib.util
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def packed(parts: list[bytes]) -> bytes:
 
 def unpacked(data: bytes, count: int) -> list[bytes]:
     """Up to `count` parts of any bytes."""
-    parts = []
+    parts: list[bytes] = []
     while data and len(parts) < count:
         size = int.from_bytes(data[:3], "little")
         parts.append(data[3 : 3 + size])
@@ -77,10 +77,8 @@ def manifest_(folder: Path, manifest: Manifest, data: bytes) -> None:
     """A manifest as it stands, then with its checksum and layout made right."""
     path = folder / MANIFEST
     path.write_bytes(data)
-    try:
+    with suppress(ValueError):
         _manifest.load(folder)
-    except ValueError:
-        pass
     import json
 
     content = json.loads(data)
@@ -97,15 +95,13 @@ def manifest_(folder: Path, manifest: Manifest, data: bytes) -> None:
 
 def tar(folder: Path, manifest: Manifest, data: bytes) -> None:
     """A set whose manifest, and so its hashes, were made by who made the damage."""
-    rows, shard = (unpacked(data, 2) + [b"", b""])[:2]
+    rows, shard = [*unpacked(data, 2), b"", b""][:2]
     made = _claim(folder, manifest, rows, shard, "shard-000000.tar")
     verify_shards(folder, "decode")
     records = ShardSet(folder)
     for number in range(len(records)):
-        try:
+        with suppress(ValueError):
             decode_frame(records[number].frame)
-        except ValueError:
-            pass
     for bank in (False, True):
         order = InOrder(len(records), 2)
         try:
@@ -118,7 +114,7 @@ def tar(folder: Path, manifest: Manifest, data: bytes) -> None:
 
 def beton(folder: Path, manifest: Manifest, data: bytes) -> None:
     """An FFCV set of the same kind: index, head, a page of data and the table of regions."""
-    rows, head, page, tail = (unpacked(data, 4) + [b""] * 4)[:4]
+    rows, head, page, tail = [*unpacked(data, 4), *[b""] * 4][:4]
     path = folder / BETON
     with path.open("wb") as file:
         for at, part in ((0, head), (PAGE, page), (2 * PAGE, tail)):
@@ -165,10 +161,8 @@ def archive(folder: Path, manifest: Manifest, data: bytes) -> None:
     source = open_source(str(path))
     source.description()
     for entry in source.entries:
-        try:
+        with suppress(Rejected):
             read(source.kind, source.root, entry)
-        except Rejected:
-            pass
 
 
 def image(folder: Path, manifest: Manifest, data: bytes) -> None:
@@ -217,10 +211,8 @@ def main() -> None:
     manifest = _manifest.load(built)
 
     def once(data: bytes) -> None:
-        try:
+        with suppress(ValueError, Rejected):
             TARGETS[name](folder, manifest, data)
-        except (ValueError, Rejected):
-            pass
 
     atheris.Setup([sys.argv[0], *sys.argv[4:]], once)
     atheris.Fuzz()

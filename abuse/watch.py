@@ -25,7 +25,7 @@ def spawn_watched(
 ) -> Process:
     """As `spawn`; what it did that it must not do is in `log` with the suffix .deeds."""
     deeds = log.with_suffix(".deeds")
-    homes = [os.path.realpath(path) for path in [*allowed, "/dev"]]
+    homes = [os.path.realpath(path) for path in [*map(str, allowed), "/dev"]]
 
     def watched() -> None:
         note = os.open(deeds, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -49,7 +49,7 @@ def _deeds(event: str, details: tuple[Any, ...], homes: list[str], hidden: str) 
     touched: list[Any] = []
     if event == "open":
         path, _, flags = details
-        if isinstance(path, str | bytes) and os.path.realpath(path) == os.fsencode(hidden).decode():
+        if isinstance(path, str | bytes) and os.path.realpath(os.fsdecode(path)) == hidden:
             return [f"the secret was opened: {path!r}"]
         if isinstance(flags, int) and flags & WRITING:
             touched = [path]

@@ -188,7 +188,7 @@ def load(folder: Path) -> Manifest:
 
 
 def _plain(manifest: Manifest) -> bool:
-    """Whether names are text and counts are whole numbers from 0, as a hostile file's may not be."""
+    """Whether names are text and counts whole numbers from 0, as a hostile file's may not be."""
     settings, ledger = manifest.settings, manifest.ledger
     files = [*manifest.shards, manifest.index, manifest.rejected]
     counts = [n for file in files for n in (file.count, file.bytes)]
