@@ -70,6 +70,7 @@ lock: $(VENV)/audit  ## Choose anew the versions and hashes that tests can be ru
 	$(VENV)/audit/bin/uv pip compile pyproject.toml --extra demo --extra train --extra test -q \
 	  --universal --python-version 3.11 --generate-hashes --upgrade --no-annotate --no-header \
 	  --no-emit-index-url --no-emit-find-links -o requirements-test.lock
+	@sed -i '1i # What the tests need, for Python 3.11 to 3.13; chosen by `make lock`.' requirements-test.lock
 
 audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; fails where it cannot.
 	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-test.lock || { \
