@@ -88,7 +88,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     Its sha256 is checked first, 60 bytes a record, and that its places lie in their shards: every
     later read trusts it.
     """
-    path = folder / INDEX
+    path, sizes = folder / INDEX, sizes_of(manifest)
     check_size(path, manifest.index.bytes)
     check_sha256(path, manifest.index.sha256)
     index = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -96,12 +96,14 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         raise ValueError(
             f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
         )
-    begin = 0
-    for shard in manifest.shards:
-        rows = index[begin : begin + shard.count]
-        begin += shard.count
-        if misplaced(rows, shard.bytes, *sizes_of(manifest)).any():
-            raise ValueError(f"{path} has a record of {shard.name} that cannot lie in it; rebuild")
+    with path.open("rb") as file:  # not through the map, which would keep all of it in memory
+        file.seek(index.offset)
+        for shard in manifest.shards:
+            rows = np.fromfile(file, INDEX_DTYPE, shard.count)
+            if misplaced(rows, shard.bytes, *sizes).any():
+                raise ValueError(
+                    f"{path} has a record of {shard.name} that cannot lie in it; rebuild the set"
+                )
     return index
 
 
