@@ -15,10 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from abuse.cases import PAGE, REPOSITORY, RESULTS, renewed, save, table
+from abuse.cases import PAGE, REPOSITORY, RESULTS, SECTIONS, renewed, save, table
 from abuse.forked import spawn
-
-SECTIONS = ("kills", "inputs", "fuzz", "damage", "faults", "archives")
 
 
 def main() -> int:
@@ -43,10 +41,9 @@ def main() -> int:
         facts = run_section(section, asked.scale, asked.seed, asked.keep)
         save(path, section, facts)
         lost += sum(row["lost"] for row in facts["rows"])
-    if path == RESULTS:
+    if path.resolve() == RESULTS.resolve():
         results = json.loads(RESULTS.read_text())
-        ordered = {section: results[section] for section in SECTIONS if section in results}
-        PAGE.write_text(renewed(PAGE.read_text(), ordered))
+        PAGE.write_text(renewed(PAGE.read_text(), results))
     print(f"\n{lost} lost; rows with their provenance: {path}")
     return int(lost > 0)
 

@@ -4,6 +4,7 @@ In: a function. Out: its process in a group of its own, its output in a file, an
 The forking process must not have computed anything in threads: a fork does not copy them.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Process:
@@ -79,6 +82,7 @@ def spawn(function: Callable[..., Any], *arguments: Any, log: Path) -> Process:
     status = 70
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # or Ctrl-C would leave it behind
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

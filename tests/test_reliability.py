@@ -13,7 +13,7 @@ from conftest import REPOSITORY, settings
 
 import preprocess.sources
 from abuse.broken import KINDS
-from abuse.cases import PAGE, RESULTS, Case, renewed
+from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
 from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
 from shards import ShardSet, load, verify_shards
@@ -28,7 +28,7 @@ from shards.verify import damaged_files
 def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():
     results = json.loads(RESULTS.read_text())
     assert renewed(PAGE.read_text(), results) == PAGE.read_text()
-    assert {"kills", "inputs", "fuzz", "damage", "faults", "archives"} == set(results)
+    assert set(results) == set(SECTIONS)
     rows = [row for facts in results.values() for row in facts["rows"]]
     assert all(row["tried"] == row["survived"] + row["lost"] for row in rows)
     assert sum(row["lost"] for row in rows) == 0
