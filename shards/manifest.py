@@ -193,14 +193,17 @@ def _plain(manifest: Manifest) -> bool:
     files = [*manifest.shards, manifest.index, manifest.rejected]
     counts = [n for file in files for n in (file.count, file.bytes)]
     counts += [ledger.inputs, ledger.written, *ledger.rejected.values()]
-    counts += [getattr(settings, field.name) for field in fields(Settings) if field.type is int]
+    sides = [getattr(settings, field.name) for field in fields(Settings) if field.type is int]
+    sides.remove(settings.shard_size)
     texts = [text for file in files for text in (file.name, file.sha256)]
     texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
     texts += [*manifest.classes, *manifest.detectors]
     parts: list[object] = [manifest.source, manifest.versions, manifest.fidelity, ledger.rejected]
     parts += [detector.options for detector in settings.detectors]
+    counts += [*sides, settings.shard_size]
     return (
         all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+        and max(sides) <= 1 << 16  # so that no product of them overflows
         and all(isinstance(text, str) for text in texts)
         and all(isinstance(part, dict) for part in parts)
         and isinstance(manifest.classes, list)

@@ -99,11 +99,13 @@ def test_an_index_of_false_places_is_refused(field, value, built):
 
 @pytest.mark.parametrize(
     "change",
-    [{"shards": [{"name": "a", "count": "1", "bytes": 1, "sha256": ""}]}, {"classes": "abc"},
+    [{"settings": {"grid": 1 << 40}}, {"settings": {"bank": "2"}}, {"shards": [{"name": "a", "count": "1", "bytes": 1, "sha256": ""}]}, {"classes": "abc"},
      {"ledger": {"inputs": 1.5, "written": 1.5, "rejected": {}}}, {"versions": []}],
 )  # fmt: skip
 def test_a_manifest_of_other_types_is_damaged_not_a_crash(change, built):
-    content = json.loads((built / "manifest.json").read_text()) | change
+    content = json.loads((built / "manifest.json").read_text())
+    change = {k: content[k] | v if k == "settings" else v for k, v in change.items()}
+    content |= change
     del content["checksum"]
     content["checksum"] = _manifest.fingerprint(content)
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
