@@ -146,7 +146,12 @@ def kill(job: Job, arena: Path, kills: int, seed: int) -> Case:
         out = arena / "out"
         shutil.rmtree(out, ignore_errors=True)
         processes = start(job, out, arena)
-        time.sleep(rng.uniform(0, lasts))
+        if rng.random() < 0.5:  # half of the kills fall on the writing, not on what comes before
+            while processes[0].poll() is None and not (out.exists() and any(out.iterdir())):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, lasts / 2))
+        else:
+            time.sleep(rng.uniform(0, lasts))
         alone = (job.workers or job.ranks > 1) and rng.random() < 0.5
         if not strike(processes, alone):
             early += 1  # it was over already: not a kill

@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import random
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 
@@ -43,12 +46,21 @@ def test_a_loss_is_counted():
     assert case.row()["losses"] == ["it broke"]
 
 
+@pytest.mark.slow
+def test_a_section_runs_and_writes_its_rows(tmp_path):
+    path = tmp_path / "results.json"
+    line = [sys.executable, "-m", "abuse", "damage", "--scale", "0.01", "--results", str(path)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(path.read_text())["damage"]
+    assert {"python", "commit", "date"} <= set(facts["provenance"])
+    assert all(row["case"] in done.stdout for row in facts["rows"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_images_follow_from_the_seed(kind, photos):
     if kind == "bombs":
         pytest.skip("takes seconds to pack")
-    import random
-
     data = [path.read_bytes() for path in photos[:3]]
     make = KINDS[kind][0]
     assert make(random.Random(3), data) == make(random.Random(3), data)
@@ -99,9 +111,15 @@ def test_an_index_of_false_places_is_refused(field, value, built):
 
 @pytest.mark.parametrize(
     "change",
-    [{"settings": {"grid": 1 << 40}}, {"settings": {"bank": "2"}}, {"shards": [{"name": "a", "count": "1", "bytes": 1, "sha256": ""}]}, {"classes": "abc"},
-     {"ledger": {"inputs": 1.5, "written": 1.5, "rejected": {}}}, {"versions": []}],
-)  # fmt: skip
+    [
+        {"settings": {"grid": 1 << 40}},
+        {"settings": {"bank": "2"}},
+        {"shards": [{"name": "a", "count": "1", "bytes": 1, "sha256": ""}]},
+        {"ledger": {"inputs": 1.5, "written": 1.5, "rejected": {}}},
+        {"classes": "abc"},
+        {"versions": []},
+    ],
+)
 def test_a_manifest_of_other_types_is_damaged_not_a_crash(change, built):
     content = json.loads((built / "manifest.json").read_text())
     change = {k: content[k] | v if k == "settings" else v for k, v in change.items()}
