@@ -24,6 +24,8 @@ PACKAGES = (
     "torchvision",
     "webdataset",
     "litdata",
+    "safetensors",
+    "atheris",
 )
 
 

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from conftest import REPOSITORY, settings
 import preprocess.sources
 from abuse.broken import KINDS
 from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
+from abuse.forked import spawn
+from abuse.watch import spawn_watched
 from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
 from shards import ShardSet, load, verify_shards
@@ -44,6 +47,34 @@ def test_a_loss_is_counted():
     assert not case.trial("it broke")
     assert (case.tried, case.survived, case.lost) == (2, 1, 1)
     assert case.row()["losses"] == ["it broke"]
+
+
+def test_a_watched_process_cannot_hide_what_it_does(tmp_path):
+    secret, out = tmp_path / "secret", tmp_path / "out"
+    secret.write_text("s")
+    out.mkdir()
+
+    def deeds() -> None:
+        (out / "mine").write_text("allowed")
+        (tmp_path / "theirs").write_text("not")
+        secret.read_text()
+        os.rename(out / "mine", tmp_path / "moved")
+        os.system("true")
+
+    process = spawn_watched(
+        deeds, log=tmp_path / "x.log", secret=secret, allowed=[out, tmp_path / "x.log"]
+    )
+    assert process.wait(20) == 0, process.text()
+    noted = (tmp_path / "x.deeds").read_text().splitlines()
+    assert [line.split(" ")[0] for line in noted] == ["open", "the", "os.rename", "os.system"]
+
+
+def test_a_hung_process_ends_with_its_group_and_a_status_is_told(tmp_path):
+    process = spawn(time.sleep, 60, log=tmp_path / "hung.log")
+    assert process.wait(0.1) is None
+    assert process.status == 128 + 9
+    assert spawn(sys.exit, 3, log=tmp_path / "three.log").wait(20) == 3
+    assert spawn(int, "x", log=tmp_path / "raised.log").wait(20) == 70
 
 
 @pytest.mark.slow
