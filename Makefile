@@ -16,7 +16,7 @@ OUT ?= data/$(DATASET)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
 # Other datasets than the demo lie at DATA, or are looked for where people keep them.
 SOURCE = $(if $(filter demo,$(DATASET)),$(if $(DATA),$(DATA),demo),$(DATASET)$(if $(DATA),:$(DATA)))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme clean
+.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,13 +60,26 @@ test-slow: $(VENV)/test  ## Run the long tests too.
 check: $(VENV)/test  ## Lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy shards preprocess train evaluate bench kamim.py
+	$(BIN)/mypy shards preprocess train evaluate bench abuse kamim.py
 
 bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
 	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" $(if $(FLAGS),$(FLAGS),--save)
 
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"
+
+abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="kills --scale 0.05".
+	$(BIN)/python -m abuse $(FLAGS)
+
+lock: $(VENV)/audit  ## Choose anew the versions and hashes that tests can be run with.
+	$(VENV)/audit/bin/uv pip compile pyproject.toml --extra demo --extra train --extra test -q \
+	  --universal --python-version 3.11 --generate-hashes --upgrade --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links -o requirements-test.lock
+	@sed -i '1i # What the tests need, for Python 3.11 to 3.13; chosen by `make lock`.' requirements-test.lock
+
+audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; fails where it cannot.
+	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-test.lock || { \
+	  echo 'audit: vulnerabilities were found, or they could not be looked up (above); nothing is vouched for' >&2; exit 1; }
 
 readme: $(VENV)/core  ## Render the README's and docs/scaling.md's tables from bench/results.
 	$(BIN)/python -m bench.readme
@@ -103,6 +116,14 @@ $(VENV)/core: pyproject.toml | $(VENV)/bin/python
 	@echo 'installing into $(VENV) ...' >&2
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo]'
 	@touch $@
+
+$(VENV)/abuse: pyproject.toml | $(VENV)/test
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,test,abuse]'
+	@touch $@
+
+# An environment of its own: what audits and locks is not part of what is audited and locked.
+$(VENV)/audit: | $(VENV)/bin/python
+	@$(PYTHON) -m venv $@ && $@/bin/pip install -q --disable-pip-version-check pip-audit uv || { rm -rf $@; exit 2; }
 
 $(VENV)/train: pyproject.toml | $(VENV)/core
 	@echo 'installing torch and timm into $(VENV) (about 6 GB, some minutes) ...' >&2

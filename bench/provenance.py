@@ -25,6 +25,8 @@ PACKAGES = (
     "torchvision",
     "webdataset",
     "litdata",
+    "safetensors",
+    "atheris",
 )
 
 

@@ -232,10 +232,10 @@ def export_hf(
 ) -> None:
     """Write a ViT's encoder by Hugging Face's names, for ViTModel with layer_norm_eps 1e-6."""
     import torch
-    from safetensors.torch import save_file
 
     from evaluate.encoder import load_encoder
     from evaluate.huggingface import from_timm
+    from train.export import write_tensors
 
     if target.exists():
         raise ValueError(f"{target} exists; name another file or remove it")
@@ -243,7 +243,5 @@ def export_hf(
     if not hasattr(model, "blocks"):
         raise ValueError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    save_file(from_timm(model.state_dict()), temporary, {"format": "pt"})
-    temporary.replace(target)
+    write_tensors(from_timm(model.state_dict()), target, {"format": "pt"})
     print(target)

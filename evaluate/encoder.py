@@ -67,9 +67,12 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 
 def _from_file(path: Path) -> tuple[nn.Module, int]:
     if path.suffix == ".safetensors":
-        tensors = load_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
+        try:
+            tensors = load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no sound .safetensors file: {error}") from None
         if is_huggingface(tensors):
             return _from_huggingface(tensors, path)
         if "model" not in facts:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from evaluate.encoder import Encoder, tokens
@@ -19,6 +20,7 @@ from shards.crops import crop_frames, to_device
 from shards.loader import Loader
 from shards.plan import InOrder, Plan
 from shards.writing import progress
+from train.export import write_tensors
 from train.inputs import normalised
 
 Pool = Literal["mean", "cls"]
@@ -97,8 +99,9 @@ def cached(
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         features, labels = extract(encoder, records, block, pool, device)
-        temporary = path.with_suffix(".tmp")
-        save_file({"features": features, "labels": labels}, temporary)
-        temporary.replace(path)
-    tensors = load_file(path)
+        write_tensors({"features": features, "labels": labels}, path, {"format": "pt"})
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from None
     return tensors["features"], tensors["labels"]

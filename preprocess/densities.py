@@ -25,6 +25,7 @@ Image = NDArray[np.uint8]  # RGB [H, W, 3]
 Floats = NDArray[np.float64]
 
 SEED = 0  # of the boxes of views and banks; a training run has its own
+LONGEST = 16  # crops' sides of a view: a source of 1 x 10,000 px would become 2 million px long
 FLOOR = 0.2  # views' worth of sight below which a map cell has nothing to go by, and is 0
 
 
@@ -98,12 +99,15 @@ def maps_of(
 
 def map_views(number: int, size: tuple[int, int], settings: Settings) -> list[View]:
     """What the map of input `number` is made from: the whole source, squeezed as a random crop
-    squeezes it, and settings.map_crops random crops, all of the training distribution.
+    squeezes it (to LONGEST crops at most), and settings.map_crops random crops, all of the training
+    distribution.
     """
     boxes, _ = _boxes(VIEW, number, settings.map_crops + 1, size, settings)
     side, (height, width) = settings.crop, size
     _, _, tall, wide = boxes[0]
-    whole = View((0, 0, height, width), round(side * height / tall), round(side * width / wide))
+    rows, columns = round(side * height / tall), round(side * width / wide)
+    longest = LONGEST * side
+    whole = View((0, 0, height, width), min(rows, longest), min(columns, longest))
     return [whole, *(View(box, side, side) for box in boxes[1:])]
 
 

@@ -4,6 +4,7 @@ In: places and names below them. Out: listings, open files, ranges of bytes. Not
 out of its folder: such a name comes back with a flaw, or is refused where it is a part of many.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from shards import remote
 from shards.remote import is_url
 
 Result = TypeVar("Result")
+# Not the image's fault: a build stops, and goes on when the machine is well again.
+MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 
 
 class Found(NamedTuple):
@@ -163,7 +166,7 @@ def read_all(where: str) -> bytes:
 
 def read_file(where: str, limit: int) -> bytes:
     """The first `limit` bytes of a file of its own. Raises Rejected with reason vanished,
-    unreadable or not-a-file; OSError if a store cannot be reached.
+    unreadable or not-a-file; OSError if a store cannot be reached or the machine is at fault.
     """
     try:
         if is_url(where):
@@ -173,7 +176,7 @@ def read_file(where: str, limit: int) -> bytes:
     except FileNotFoundError:
         raise Rejected("vanished", "it was listed and is gone") from None
     except OSError as error:
-        if is_url(where):
+        if is_url(where) or error.errno in MACHINE:
             raise
         raise Rejected("unreadable", error.strerror or str(error)) from None
     try:
@@ -182,6 +185,8 @@ def read_file(where: str, limit: int) -> bytes:
                 raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
             return file.read(limit)
     except OSError as error:
+        if error.errno in MACHINE:
+            raise
         raise Rejected("unreadable", error.strerror or str(error)) from None
 
 
@@ -203,6 +208,8 @@ def read_part(where: str, start: int, size: int) -> bytes:
     except FileNotFoundError:
         raise Rejected("vanished", "it was listed and is gone") from None
     except OSError as error:
+        if error.errno in MACHINE:
+            raise
         raise Rejected("unreadable", error.strerror or str(error)) from None
 
 

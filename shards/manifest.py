@@ -207,6 +207,30 @@ def parse(path: Path | str, data: bytes) -> Manifest:
     return _parse(path, data, content)
 
 
+def _plain(manifest: Manifest) -> bool:
+    """Whether names are text and counts whole numbers from 0, as a hostile file's may not be."""
+    settings, ledger = manifest.settings, manifest.ledger
+    files = [*manifest.shards, manifest.index, manifest.rejected]
+    counts = [n for file in files for n in (file.count, file.bytes)]
+    counts += [ledger.inputs, ledger.written, *ledger.rejected.values()]
+    sides = [getattr(settings, field.name) for field in fields(Settings) if field.type is int]
+    sides.remove(settings.shard_size)
+    texts = [text for file in files for text in (file.name, file.sha256)]
+    texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
+    texts += [*manifest.classes, *manifest.detectors]
+    parts: list[object] = [manifest.source, manifest.versions, manifest.fidelity, ledger.rejected]
+    parts += [detector.options for detector in settings.detectors]
+    counts += [*sides, settings.shard_size]
+    return (
+        all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+        and max(sides) <= 1 << 16  # so that no product of them overflows
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(part, dict) for part in parts)
+        and isinstance(manifest.classes, list)
+        and [type(share) in (int, float) for share in settings.area] == [True, True]
+    )
+
+
 def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
     damaged = ValueError(f"{path} is damaged: its content does not match its checksum; rebuild it")
     content.pop("checksum", None)
@@ -226,7 +250,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
                 "rejected": File(**content["rejected"]),
             }
         )
-        whole = to_json(manifest) == data
+        whole = to_json(manifest) == data and _plain(manifest)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise damaged from None
     if not whole:

@@ -18,7 +18,7 @@ from shards import manifest as _manifest
 from shards.bank import BANK_CELL, from_rows, row_bytes
 from shards.manifest import INDEX, Manifest
 from shards.plan import Ints
-from shards.record import Record, key_of, npy_bytes, unpacked
+from shards.record import Record, key_of, npy_bytes, npy_header, unpacked
 from shards.webdataset import INDEX_DTYPE, parse_record
 
 if TYPE_CHECKING:
@@ -120,9 +120,10 @@ class Held:
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     """The set's index, INDEX_DTYPE [records], memory-mapped. Raises ValueError if it is wrong.
 
-    Its sha256 is checked first, 60 bytes a record: every later read trusts it.
+    Its sha256 is checked first, 60 bytes a record, and that its places lie in their shards: every
+    later read trusts it.
     """
-    path = folder / INDEX
+    path, sizes = folder / INDEX, sizes_of(manifest)
     check_size(path, manifest.index.bytes)
     check_sha256(path, manifest.index.sha256)
     index = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -130,12 +131,49 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         raise ValueError(
             f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
         )
+    with path.open("rb") as file:  # not through the map, which would keep all of it in memory
+        file.seek(index.offset)
+        for shard in manifest.shards:
+            rows = np.fromfile(file, INDEX_DTYPE, shard.count)
+            if misplaced(rows, shard.bytes, *sizes).any():
+                raise ValueError(
+                    f"{path} has a record of {shard.name} that cannot lie in it; rebuild the set"
+                )
     return index
 
 
+def sizes_of(manifest: Manifest) -> tuple[int, int]:
+    """Bytes of each record's maps and bank, as the index has them."""
+    settings = manifest.settings
+    detectors = len(settings.detectors)
+    maps = (detectors, settings.grid, settings.grid // 2)
+    bank = (settings.bank, row_bytes(detectors, settings.crop // BANK_CELL))
+    header = len if manifest.container == "webdataset" else lambda data: 0
+    bank_bytes = header(npy_header(bank)) + prod(bank) if settings.bank else 0
+    return header(npy_header(maps)) + prod(maps), bank_bytes
+
+
+def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArray[np.bool_]:
+    """Which rows of an index are of no record in a shard of `size` bytes, whose maps and bank have
+    `maps` and `bank` bytes: whoever reads them would read elsewhere, or divide by zero.
+    """
+    start, end = rows["start"], rows["start"] + rows["bytes"]
+    wrong = (start > size) | (end > size) | (rows["height"] == 0) | (rows["width"] == 0)
+    wrong |= (rows["maps_bytes"] != maps) | (rows["bank_bytes"] != bank)
+    for name, length in (("frame", rows["frame_bytes"]), ("maps", np.uint64(maps + bank))):
+        place = rows[name]
+        wrong |= (place < start) | (place > end) | (length > end - place)
+    return np.asarray(wrong)
+
+
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless the content of `path` has the sha256 `expected` (hex)."""
-    actual = sha256_of(path)
+    """Raise ValueError unless the content of `path` can be read and has this sha256 (hex)."""
+    try:
+        actual = sha256_of(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); restore it or rebuild the set"
+        ) from None
     if actual != expected:
         raise ValueError(
             f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "

@@ -189,17 +189,20 @@ def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     import subprocess
     import sys
 
-    index = np.zeros(1_281_000, INDEX_DTYPE)
-    index["key"] = np.arange(len(index))
-    index["height"], index["width"] = 375, 500
+    from shards.reader import sizes_of
     from shards.record import npy_bytes
 
+    index = np.zeros(1_281_000, INDEX_DTYPE)
+    index["key"] = np.arange(len(index))
+    index["height"], index["width"], index["bytes"] = 375, 500, 1 << 16
+    index["maps_bytes"], index["bank_bytes"] = sizes_of(records.manifest)
     folder = tmp_path / "large"
     folder.mkdir()
-    shard = replace(records.manifest.shards[0], count=1000, bytes=0)
+    shard = replace(records.manifest.shards[0], count=1000, bytes=1 << 16)
     shards = [replace(shard, name=f"shard-{n:06d}.tar") for n in range(1281)]
     for file in shards:
         (folder / file.name).touch()
+        os.truncate(folder / file.name, 1 << 16)
     ledger = replace(records.manifest.ledger, inputs=len(index), written=len(index))
     manifest = replace(
         records.manifest,

@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 import timm  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from shards.writing import alone  # noqa: E402
 from train import checkpoint  # noqa: E402
 from train.export import export  # noqa: E402
 from train.log import read_metrics  # noqa: E402
@@ -138,6 +139,14 @@ def test_two_processes_train_on_the_same_batches_as_one(shards, tmp_path):
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
     assert len(losses(tmp_path / "two")) == 20
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(shards, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with alone(out, out / ".lock"), pytest.raises(ValueError, match="another process is writing"):
+        run(shards, out, resume=True)
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_accumulation_gives_the_gradients_of_one_large_batch(shards, tmp_path):

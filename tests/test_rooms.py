@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "train": {"shards"},
     "evaluate": {"shards", "train"},
 }
-ROOMS = {*MAY_IMPORT, "bench"}
+ROOMS = {*MAY_IMPORT, "abuse", "bench"}
 
 
 def imported(path):

@@ -25,6 +25,12 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except RuntimeError as error:  # so torch calls a write that failed, as on a full disk
+        cause = error.__context__ if isinstance(error.__context__, OSError) else None
+        detail = cause.strerror if cause else str(error).splitlines()[0]
+        raise OSError(
+            cause and cause.errno, f"checkpoint not written ({detail})", str(path)
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     for old in [*sorted(folder.glob("step-*.pt"))[:-KEEP], *folder.glob("*.tmp")]:

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from train import checkpoint
 from train.model import encoder_options
@@ -23,6 +25,20 @@ def encoder_state(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
+    """Write `tensors` and `facts` as a .safetensors file that appears when it is whole, or raise
+    OSError.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, facts)
+        temporary.replace(path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(None, f"not written ({error})", str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def export(source: Path, target: Path) -> str:
     """Write the encoder of checkpoint `source` to `target`; returns the line that loads it.
 
@@ -35,8 +51,6 @@ def export(source: Path, target: Path) -> str:
     options = encoder_options(recipe["model"], recipe["size"], recipe["options"])
     metadata = {"model": recipe["model"], "options": json.dumps(options), "format": "pt"}
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    save_file(encoder_state(state), temporary, metadata)
-    temporary.replace(target)
+    write_tensors(encoder_state(state), target, metadata)
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return f"timm.create_model({recipe['model']!r}, {arguments})"

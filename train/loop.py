@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shards import writing
 from shards.crops import to_device
 from train import checkpoint
 from train.check import check, wanted_maps
@@ -102,12 +103,12 @@ def pretrain(run: Run) -> None:
     part = recipe.batch // (ranks * micro_steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = Stop()
-    log = Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext()
+    held = writing.alone(run.out, run.out / ".lock") if rank == 0 else nullcontext()
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     waited, since = 0.0, time.perf_counter()
     clock = since - seconds  # training began then, had it never paused
 
-    with log:
+    with held, Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext() as log:
         for step in range(first, last):
             if masking.due(step):
                 began = time.perf_counter()

@@ -1,0 +1,219 @@
+"""What kills, damage and hostile input once broke, each in small; and the page of their figures."""
+
+import errno
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, settings
+
+import preprocess.places
+from abuse.broken import KINDS
+from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
+from abuse.forked import spawn
+from abuse.watch import spawn_watched
+from preprocess.densities import LONGEST, map_views
+from preprocess.sources import Entry, read
+from shards import ShardSet, load, verify_shards
+from shards import manifest as _manifest
+from shards.loader import Loader
+from shards.manifest import INDEX
+from shards.plan import Plan
+from shards.record import npy_bytes
+from shards.verify import damaged_files
+
+
+def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():
+    results = json.loads(RESULTS.read_text())
+    assert renewed(PAGE.read_text(), results) == PAGE.read_text()
+    assert set(results) == set(SECTIONS)
+    rows = [row for facts in results.values() for row in facts["rows"]]
+    assert all(row["tried"] == row["survived"] + row["lost"] for row in rows)
+    assert sum(row["lost"] for row in rows) == 0
+    assert min(row["tried"] for row in rows) > 0  # or a case was not run where this was measured
+
+
+def test_a_loss_is_counted():
+    case = Case("section", "name")
+    assert case.trial("")
+    assert not case.trial("it broke")
+    assert (case.tried, case.survived, case.lost) == (2, 1, 1)
+    assert case.row()["losses"] == ["it broke"]
+
+
+def test_a_watched_process_cannot_hide_what_it_does(tmp_path):
+    secret, out = tmp_path / "secret", tmp_path / "out"
+    secret.write_text("s")
+    out.mkdir()
+
+    def deeds() -> None:
+        (out / "mine").write_text("allowed")
+        (tmp_path / "theirs").write_text("not")
+        secret.read_text()
+        os.rename(out / "mine", tmp_path / "moved")
+        os.system("true")
+
+    process = spawn_watched(
+        deeds, log=tmp_path / "x.log", secret=secret, allowed=[out, tmp_path / "x.log"]
+    )
+    assert process.wait(20) == 0, process.text()
+    noted = (tmp_path / "x.deeds").read_text().splitlines()
+    assert [line.split(" ")[0] for line in noted] == ["open", "the", "os.rename", "os.system"]
+
+
+def test_a_hung_process_ends_with_its_group_and_a_status_is_told(tmp_path):
+    process = spawn(time.sleep, 60, log=tmp_path / "hung.log")
+    assert process.wait(0.1) is None
+    assert process.status == 128 + 9
+    assert spawn(sys.exit, 3, log=tmp_path / "three.log").wait(20) == 3
+    assert spawn(int, "x", log=tmp_path / "raised.log").wait(20) == 70
+
+
+@pytest.mark.slow
+def test_a_section_runs_and_writes_its_rows(tmp_path):
+    path = tmp_path / "results.json"
+    line = [sys.executable, "-m", "abuse", "damage", "--scale", "0.01", "--results", str(path)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(path.read_text())["damage"]
+    assert {"python", "commit", "date"} <= set(facts["provenance"])
+    assert all(row["case"] in done.stdout for row in facts["rows"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_images_follow_from_the_seed(kind, photos):
+    if kind == "bombs":
+        pytest.skip("takes seconds to pack")
+    data = [path.read_bytes() for path in photos[:3]]
+    make = KINDS[kind][0]
+    assert make(random.Random(3), data) == make(random.Random(3), data)
+
+
+@pytest.mark.parametrize("size", [(65_500, 1), (1, 65_500), (10_000, 1)])
+def test_a_view_of_a_thread_of_an_image_stays_small(size):
+    """It had been 12 million px long: minutes, then no memory."""
+    chosen = settings(crop=192)
+    whole = map_views(0, size, chosen)[0]
+    assert max(whole.rows, whole.columns) == LONGEST * 192
+    assert map_views(0, (300, 400), chosen)[0].columns < 300
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ESTALE])
+def test_a_machine_at_fault_is_not_blamed_on_the_images(number, tmp_path, monkeypatch):
+    """All inputs had been rejected for good once file descriptors ran out."""
+
+    def failing(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(preprocess.places.os, "open", failing)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        read("folder", tmp_path, Entry("a.jpg", 0, 1))
+
+
+def reseal(folder, index):
+    """Write `index`, and a manifest that agrees with it, as an attacker would."""
+    manifest = load(folder)
+    file = _manifest.write_file(folder / INDEX, npy_bytes(index), len(index))
+    _manifest.write(folder, replace(manifest, index=file))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("start", 1 << 63), ("frame", 0), ("frame_bytes", 1 << 31), ("maps", 1 << 40), ("height", 0),
+     ("maps_bytes", 7), ("bank_bytes", 0), ("bytes", (1 << 32) - 1)],
+)  # fmt: skip
+def test_an_index_of_false_places_is_refused(field, value, built):
+    """The loader had divided by zero, or asked for 4 GB of a small file."""
+    index = np.load(built / INDEX)
+    index[field][3] = value
+    reseal(built, index)
+    with pytest.raises(ValueError, match="cannot lie in it"):
+        ShardSet(built)
+    assert "cannot lie in it" in verify_shards(built)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"grid": 1 << 40}},
+        {"settings": {"bank": "2"}},
+        {"shards": [{"name": "a", "count": "1", "bytes": 1, "sha256": ""}]},
+        {"ledger": {"inputs": 1.5, "written": 1.5, "rejected": {}}},
+        {"classes": "abc"},
+        {"versions": []},
+    ],
+)
+def test_a_manifest_of_other_types_is_damaged_not_a_crash(change, built):
+    content = json.loads((built / "manifest.json").read_text())
+    change = {k: content[k] | v if k == "settings" else v for k, v in change.items()}
+    content |= change
+    del content["checksum"]
+    content["checksum"] = _manifest.fingerprint(content)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (built / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="is damaged"):
+        load(built)
+
+
+def test_a_file_that_cannot_be_read_is_a_line_of_damage(built):
+    manifest = load(built)
+    (built / "rejected.jsonl").unlink()
+    (line,) = damaged_files(built, manifest)
+    assert "rejected.jsonl cannot be read" in line
+
+
+def test_a_changed_bank_of_sound_hashes_is_no_crash(built):
+    records = ShardSet(built)
+    row = records.index[0]
+    shard = built / records.shards[0].name
+    data = bytearray(shard.read_bytes())
+    at = int(row["maps"] + row["maps_bytes"])
+    data[at : at + 4] = b"\0\0\0\0"
+    shard.write_bytes(data)
+    loader = Loader(ShardSet(built), Plan(len(records), 8, 0), 0, 5, bank=True)
+    with pytest.raises(ValueError, match="bank that is not as the manifest says"):
+        list(loader)
+
+
+def test_weights_that_cannot_be_written_or_read_are_one_line(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from evaluate.encoder import load_encoder
+    from train import checkpoint
+    from train.export import write_tensors
+
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04not tensors")
+    with pytest.raises(ValueError, match=r"no sound .safetensors file"):
+        load_encoder(str(tmp_path / "x.safetensors"), torch.device("cpu"))
+    with pytest.raises(OSError, match="not written"):
+        write_tensors({"a": torch.zeros(2)}, tmp_path / "nowhere" / "y.safetensors", {})
+
+    def full(*arguments: object) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint not written"):
+        checkpoint.save(tmp_path / "checkpoints", 3, {})
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_lock_has_hashes_for_all_that_tests_need_and_names_no_host():
+    text = (REPOSITORY / "requirements-test.lock").read_text()
+    assert "://" not in text
+    assert "--index" not in text
+    pins = re.split(r"\n(?=\S)", text.strip())
+    pins = [pin for pin in pins if not pin.startswith("#")]
+    assert all("==" in pin and "--hash=sha256:" in pin for pin in pins)
+    locked = {pin.split("==")[0].strip().lower() for pin in pins}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["demo"], *extras["train"], *extras["test"]]
+    names = {re.split(r"[\s<>=!~;\[]", line)[0].lower() for line in wanted}
+    assert names <= locked, names - locked
