@@ -52,7 +52,7 @@ doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 	@$(BIN)/kamim doctor
 
 test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: $(VENV)/test  ## Run the long tests too.
 	$(BIN)/python -m pytest -q -m 'slow or not slow'

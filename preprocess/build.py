@@ -30,11 +30,11 @@ from preprocess.shard import (
 from preprocess.sources import Source
 from shards import File, Ledger, Manifest, Settings
 from shards import manifest as _manifest
-from shards.manifest import INDEX, MANIFEST, REJECTED, write_atomically
+from shards.manifest import INDEX, MANIFEST, REJECTED
 from shards.record import npy_bytes
 from shards.verify import damaged_files
 from shards.webdataset import INDEX_DTYPE
-from shards.writing import alone, progress
+from shards.writing import alone, progress, write_atomically
 
 WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between

@@ -26,9 +26,10 @@ from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
 from preprocess.sources import Entry, read, read_in_order
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
-from shards.manifest import FORMAT_VERSION, fingerprint, write_atomically
+from shards.manifest import FORMAT_VERSION, fingerprint
 from shards.record import key_of
 from shards.webdataset import shard_name
+from shards.writing import write_atomically
 
 PLAN = "plan.json"  # in the work folder: what is being built
 UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share

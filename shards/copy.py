@@ -15,10 +15,10 @@ from pathlib import Path
 
 from shards import manifest as _manifest
 from shards import remote
-from shards.manifest import MANIFEST, File, Manifest, sync_folder, write_atomically
+from shards.manifest import MANIFEST, File, Manifest
 from shards.reader import check_sha256
 from shards.remote import is_url
-from shards.writing import alone, progress
+from shards.writing import alone, progress, sync_folder, write_atomically
 
 MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its manifest
 LOCK = ".lock"

@@ -6,12 +6,12 @@ back only if every byte is as written. FORMAT.md lists its fields.
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from shards.writing import write_atomically
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -124,43 +124,10 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def temporary_of(path: Path) -> Path:
-    """A name beside `path` that no other process uses, on this machine or any other."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
-
-
-def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
-    """Write `data` to `path` so that after a crash the file is whole, or as it was before.
-
-    Not `durable`, that holds for a killed process but not for a power cut, and saves two syncs.
-    """
-    temporary = temporary_of(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)
-
-
 def write_file(path: Path, data: bytes, count: int) -> File:
     """Write `data` to `path` atomically; returns its row: `count` records, size and sha256."""
     write_atomically(path, data)
     return File(path.name, count, len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_json(manifest: Manifest) -> bytes:

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.manifest import File, temporary_of
+from shards.manifest import File
 from shards.record import (
     JPEG,
     KEY_DIGITS,
@@ -27,6 +27,7 @@ from shards.record import (
     npy_size,
     packed,
 )
+from shards.writing import temporary_of
 
 INDEX_DTYPE = np.dtype(
     [

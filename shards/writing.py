@@ -1,10 +1,12 @@
-"""What every long write of a set shares: one writer a folder, and progress that fits its reader.
+"""What every write of a set shares: whole files or none, one writer a folder, progress to read.
 
-In: a folder, or what is being worked through. Out: the folder held by this process; lines on
-stderr.
+In: bytes and a path; a folder; what is being worked through. Out: a file that survives a crash; the
+folder held by this process; lines on stderr.
 """
 
 import fcntl
+import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,39 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+
+def temporary_of(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on this machine or any other."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write `data` to `path` so that after a crash the file is whole, or as it was before.
+
+    Not `durable`, that holds for a killed process but not for a power cut, and saves two syncs.
+    """
+    temporary = temporary_of(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
