@@ -314,8 +314,7 @@ def job(small_source, tmp_path):
     facts = preprocess.build._facts(source, settings())
     with preprocess.build._claim(out) as work:
         (work / "plan.json").write_text(preprocess.build.json.dumps(facts))
-        root = source.root.resolve()
-        job = Job(settings(), "folder", root, out, work, None, False, fingerprint(facts))
+        job = Job(settings(), "folder", source.root, out, work, None, False, fingerprint(facts))
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 
 
