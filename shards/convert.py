@@ -48,6 +48,8 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     temporary = out / f"{BETON}.tmp"
     with alone(out, out / LOCK), ExitStack() as tidy:
         tidy.callback(temporary.unlink, missing_ok=True)
+        for stale in out.glob("*.tmp"):
+            stale.unlink()
         records = progress("converting", len(source), map(source.__getitem__, range(len(source))))
         index = write_beton(temporary, records, len(source), layout_of(manifest))
         size, digest = temporary.stat().st_size, sha256_of(temporary)
@@ -74,10 +76,16 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
         if manifest.fingerprint != fingerprint:
             raise ValueError(f"{out} holds another set; name a new folder")
         return manifest
-    others = names - {BETON, f"{BETON}.tmp", INDEX, REJECTED, LOCK}
+    ours = (BETON, INDEX, REJECTED, MANIFEST)
+    others = {name for name in names - {*ours, LOCK} if not _left_by_a_kill(name, ours)}
     if others:
         raise ValueError(f"{out} holds something else ({min(others)}); name a new or empty folder")
     return None
+
+
+def _left_by_a_kill(name: str, ours: tuple[str, ...]) -> bool:
+    """Whether `name` is of a file that was being written for one of `ours`."""
+    return name.endswith(".tmp") and name.startswith(tuple(f"{each}." for each in ours))
 
 
 def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:

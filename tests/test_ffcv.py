@@ -189,6 +189,10 @@ def test_a_conversion_killed_at_any_moment_is_done_again(built, tmp_path):
         time.sleep(0.25 + 0.12 * number)
         process.kill()
         process.wait()
+    (tmp_path / "killed").mkdir(exist_ok=True)
+    for name in (layout.BETON, "index.npy.0a1b2c.tmp", "manifest.json.0a1b2c.tmp"):
+        (tmp_path / "killed" / name).write_bytes(b"cut of")  # wherever a kill may fall
+    (tmp_path / "killed" / "manifest.json").unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "40 records" in done.stdout
     assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
