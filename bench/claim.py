@@ -1,6 +1,6 @@
 """The papers' claims tried in small: runs of several methods and seeds in, tables out.
 
-In: the folder that docs/results/cifar10/run.sh fills. Out: results.json with provenance, and the
+In: folders that docs/results/cifar10/run.sh filled. Out: results.json with provenance, and the
 tables of the README.md beside it between their markers, rendered from results.json.
 """
 
@@ -18,6 +18,10 @@ TITLES = {
     "small_simmim": "SimMIM",
     "small": "KAMIM, FAST, T 0.25, least weight 1 (published)",
     "small_mean": "KAMIM, FAST, T 0.25, mean weight 1",
+    "small_famt": "KAMIM + FAMT",
+    "small_mae": "MAE",
+    "small_mae_amt": "MAE + AMT",
+    "small_mae_famt": "MAE + FAMT",
     "random": "random weights, not trained",
 }
 
@@ -25,13 +29,14 @@ TITLES = {
 def gather(runs: Path) -> list[dict[str, Any]]:
     """A row a method: probes and diagnostics of each seed. `runs` holds METHOD-seed-N folders."""
     found: dict[str, list[Path]] = {}
-    for probe in sorted(runs.glob("*/probe/probe.json")):
+    for probe in sorted(runs.glob("*-seed-*/probe/probe.json")):
         found.setdefault(probe.parts[-3].rpartition("-seed-")[0], []).append(probe.parent.parent)
     diagnoses = json.loads((runs / "analysis" / "analysis.json").read_text())
     by_run = {Path(title).name: facts for title, facts in diagnoses.items()}
     rows = [_row(method, folders, by_run) for method, folders in found.items()]
-    untrained = json.loads((runs / "random" / "probe.json").read_text())
-    rows.append({"method": "random", **_accuracies([untrained]), **by_run["random:small"]})
+    if (runs / "random" / "probe.json").exists():
+        untrained = json.loads((runs / "random" / "probe.json").read_text())
+        rows.append({"method": "random", **_accuracies([untrained]), **by_run["random:small"]})
     return sorted(rows, key=lambda row: list(TITLES).index(row["method"]))
 
 
@@ -64,6 +69,18 @@ def _accuracies(probes: list[dict[str, Any]]) -> dict[str, list[float]]:
     return heads | {"knn": [p["knn"] for p in probes]}
 
 
+def seconds(row: dict[str, Any], costs: dict[str, dict[str, float]]) -> float:
+    """CPU seconds that a run's steps and attention passes take by their measured costs."""
+    recipe, cost = row["recipe"], costs[row["method"]]
+    if recipe.get("sample_by", "none") == "none":
+        return row["steps"] * cost["step_ms"] / 1000
+    an_epoch, early = row["steps"] / recipe["epochs"], recipe["random_epochs"]
+    passes = 1 + int((recipe["epochs"] - early - 1e-9) / recipe["refresh_epochs"])
+    plain = costs["small_mae" if recipe["method"] == "mae" else "small"]["step_ms"]
+    steps = early * plain + (recipe["epochs"] - early) * cost["step_ms"]
+    return an_epoch * (steps + passes * cost["look_ms"]) / 1000
+
+
 def spread(values: list[float], scale: float = 100, digits: int = 2) -> str:
     """Mean and sample deviation as text."""
     text = f"{scale * statistics.mean(values):.{digits}f}"
@@ -74,15 +91,18 @@ def spread(values: list[float], scale: float = 100, digits: int = 2) -> str:
 
 def render(results: dict[str, Any]) -> str:
     """The tables and their circumstances, as Markdown."""
-    rows = results["rows"]
-    seeds = max(row.get("seeds", 1) for row in rows)
-    lines = [f"| mean ± deviation of {seeds} seeds | top-1, % | top-5, % | 20-NN, % | "
-             "masked PSNR, dB | mean weight |", "|---|---|---|---|---|---|"]  # fmt: skip
+    rows, costs = results["rows"], results.get("costs", {})
+    lines = ["| mean ± deviation | seeds | epochs | CPU s | top-1, % | top-5, % | 20-NN, % | "
+             "masked PSNR, dB | mean weight |", "|---|" + "---|" * 8]  # fmt: skip
     for row in rows:
         accuracies = " | ".join(spread(row[name]) for name in ("top1", "top5", "knn"))
-        psnr = spread(row["psnr_masked"], 1) if "psnr_masked" in row else ""
-        weight = spread(row["mean_weight"], 1) if "mean_weight" in row else ""
-        lines.append(f"| {TITLES[row['method']]} | {accuracies} | {psnr} | {weight} |")
+        trained = "steps" in row
+        psnr = spread(row["psnr_masked"], 1) if trained else ""
+        weight = spread(row["mean_weight"], 1) if trained else ""
+        spent = f"{seconds(row, costs):.0f}" if trained and costs else ""
+        epochs = f"{row['recipe']['epochs']:g}" if trained else ""
+        lines.append(f"| {TITLES[row['method']]} | {row.get('seeds', 1)} | {epochs} | {spent} | "
+                     f"{accuracies} | {psnr} | {weight} |")  # fmt: skip
     depth = len(rows[0]["blocks"])
     uniform = rows[0]["blocks"][0]["uniform"]
     lines += ["", f"| attention distance, px (uniform {uniform:.2f}) / mutual information | "
@@ -90,13 +110,16 @@ def render(results: dict[str, Any]) -> str:
     lines.append("|---|" + "---|" * depth)
     for row in rows:
         cells = (f"{block['distance']:.2f} / {block['nmi']:.4f}" for block in row["blocks"])
-        lines.append(f"| {TITLES[row['method']]} | {' | '.join(cells)} |")
+        epochs = f", {row['recipe']['epochs']:g} epochs" if "recipe" in row else ""
+        lines.append(f"| {TITLES[row['method']]}{epochs} | {' | '.join(cells)} |")
     machine = f"{results['cores']} cores of an {results['cpu']}, no GPU"
     recipe = rows[0]["recipe"]
-    lines += ["", f"CIFAR-10, 50,000 images at {recipe['size']} px, {recipe['epochs']:g} epochs of "
-              f"batch {recipe['batch']} = {rows[0]['steps']} steps; fast probe of block 3 of "
-              f"{depth}, 10,000 test images, 3 heads an encoder; {machine}; "
+    lines += ["", f"CIFAR-10, 50,000 images at {recipe['size']} px, batch {recipe['batch']}; fast "
+              f"probe of block 3 of {depth}, 10,000 test images, 3 heads an encoder; {machine}; "
               f"torch {results['versions'].get('torch')}; {results['date']}.", ""]  # fmt: skip
+    if costs:
+        lines.insert(-1, "CPU s: steps and attention passes of a run, at what each costs on one "
+                         "core, measured apart in turn.")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -107,15 +130,20 @@ def renewed(text: str, results: dict[str, Any]) -> str:
     return before + begin + render(results) + end + rest.split(end)[1]
 
 
-def main(runs: Path, name: str) -> None:
-    """Gather `runs` into docs/results/`name` and render its README."""
-    folder = FOLDER / name
-    results = {"rows": gather(runs), **provenance()}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    readme = folder / "README.md"
+def main(name: str, folders: list[Path]) -> None:
+    """Gather `folders` of runs into docs/results/`name` and render its README.
+
+    costs.json in the first, of bench.throw.costs, gives the seconds of runs.
+    """
+    rows = [row for folder in folders for row in gather(folder)]
+    results: dict[str, Any] = {"rows": rows, **provenance()}
+    if (folders[0] / "costs.json").exists():
+        results["costs"] = json.loads((folders[0] / "costs.json").read_text())
+    (FOLDER / name / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    readme = FOLDER / name / "README.md"
     readme.write_text(renewed(readme.read_text(), results))
     print(readme)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], [Path(word) for word in sys.argv[2:]])

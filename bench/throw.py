@@ -129,6 +129,25 @@ def measure(backbone: str, batch: int, steps: int, repeats: int) -> dict[str, An
     return row
 
 
+def costs(names: list[str], batch: int, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
+    """CPU milliseconds on one core that a step of each recipe takes, and a look at its attention.
+
+    Medians of interleaved repeats; what other work a machine does changes them least of all times.
+    """
+    torch.set_num_threads(1)
+    tensors = made_up(batch, torch.device("cpu"))
+    work = {name: step_of(find_recipe(name), tensors, torch.device("cpu")) for name in names}
+    spent = {(name, part): list[float]() for name in names for part in ("step", "look")}
+    for _ in range(repeats):
+        for (name, part), times in spent.items():
+            train, look = work[name]
+            begin = time.process_time()
+            (train if part == "step" else look)()
+            times.append(time.process_time() - begin)
+    return {name: {f"{part}_ms": round(1000 * spread(spent[name, part], 6)["median"], 1)
+                   for part in ("step", "look")} for name in names}  # fmt: skip
+
+
 def main(backbones: list[str], repeats: int, save: bool) -> None:
     """Measure each backbone, print a table, and append the rows if asked to."""
     cuda = torch.cuda.is_available()

@@ -162,7 +162,7 @@ def test_a_small_experiment_is_gathered_seed_by_seed(tmp_path):
         ("random", [0.35]),
     ]
     page = claim.render({"rows": rows, **provenance()})
-    assert "| KAMIM, FAST, T 0.25, least weight 1 (published) | 40.00 ± 7.07 |" in page
+    assert "| KAMIM, FAST, T 0.25, least weight 1 (published) | 2 | 2 |  | 40.00 ± 7.07 |" in page
 
 
 def test_the_scaling_page_is_rendered_from_the_results():
