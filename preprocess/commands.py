@@ -14,6 +14,7 @@ import shards
 from preprocess.backends import Backend, check
 from preprocess.build import shard_size_for
 from preprocess.datasets import NAMED, PLACED
+from preprocess.defaults import DEFAULTS
 from preprocess.words import Json, at_least, between, print_json, say
 from shards.bank import BANK_CELL
 from shards.manifest import REJECTED
@@ -51,28 +52,30 @@ def build(
     ] = None,
     frame: Annotated[
         int, typer.Option(help="Side of the stored square, px. At least crop / sqrt(area).")
-    ] = 256,
-    quality: Annotated[int, typer.Option(help="JPEG quality of frames, 1 to 100; 0: raw.")] = 90,
+    ] = DEFAULTS.frame,
+    quality: Annotated[
+        int, typer.Option(help="JPEG quality of frames, 1 to 100; 0: raw.")
+    ] = DEFAULTS.quality,
     crop: Annotated[
         int, typer.Option(help="Side of the training crops that densities are for, px.")
-    ] = 192,
+    ] = DEFAULTS.crop,
     area: Annotated[
         float, typer.Option(help="Least share of the source that such a crop shows.")
-    ] = 0.67,
+    ] = DEFAULTS.area[0],
     map_crops: Annotated[
         int, typer.Option(help="Random crops that a map averages over, beside the whole.")
-    ] = 3,
+    ] = DEFAULTS.map_crops,
     bank: Annotated[
         int, typer.Option(help="Crops an image to store with their exact densities.")
-    ] = 0,
-    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = 54,
+    ] = DEFAULTS.bank,
+    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = DEFAULTS.grid,
     mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
     detect_on: Annotated[
         DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
     ] = "source",
     shard_size: Annotated[
         int, typer.Option(help="Inputs a shard; 0: 1000, fewer for small sources.")
-    ] = 0,
+    ] = DEFAULTS.shard_size,
     jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
     backend: Annotated[Backend, typer.Option(help="What runs them.")] = "loky",
     scheduler: Annotated[
@@ -103,7 +106,7 @@ def build(
         frame=at_least("--frame", frame, 16),
         quality=between("--quality", quality, 0, 100),
         crop=_crop(crop),
-        area=(between("--area", area, 0.01, 1), 1.0),
+        area=(between("--area", area, 0.01, 1), DEFAULTS.area[1]),
         map_crops=between("--map-crops", map_crops, 0, 64),
         bank=between("--bank", bank, 0, 255),
         grid=_even("--grid", between("--grid", grid, 2, 254)),

@@ -9,20 +9,22 @@ from typing import Any
 from shards import Detector, Settings
 from shards.plan import AREA
 
+# docs/decisions.md has the measurements behind each.
+DEFAULTS = Settings(
+    frame=256,
+    quality=90,
+    crop=192,
+    area=AREA,
+    map_crops=3,
+    bank=0,
+    grid=54,
+    mark="ring",
+    detect_on="source",
+    detectors=(),
+    shard_size=0,
+)
+
 
 def default_settings(detectors: tuple[Detector, ...], shard_size: int, **changes: Any) -> Settings:
-    """The defaults with `changes`; docs/decisions.md has the measurements behind each."""
-    plain = Settings(
-        frame=256,
-        quality=90,
-        crop=192,
-        area=AREA,
-        map_crops=3,
-        bank=0,
-        grid=54,
-        mark="ring",
-        detect_on="source",
-        detectors=detectors,
-        shard_size=shard_size,
-    )
-    return replace(plain, **changes)
+    """The defaults for `detectors`, with `changes`."""
+    return replace(DEFAULTS, detectors=detectors, shard_size=shard_size, **changes)

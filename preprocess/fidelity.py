@@ -6,6 +6,7 @@ ignore the image, detection on the crop a little to the side or flipped, and ano
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from tarfile import BLOCKSIZE
 
 import cv2
 import joblib
@@ -218,6 +219,6 @@ def storage(records: ShardSet) -> dict[str, float]:
     mean = {name: float(index[name].astype(np.float64).mean()) for name in names}
     member = index["maps_bytes"].astype(np.int64) + index["bank_bytes"]
     if records.manifest.container == "webdataset":
-        member = 512 + -(-member // 512) * 512
+        member = BLOCKSIZE + -(-member // BLOCKSIZE) * BLOCKSIZE
     added = member.sum() / (index["bytes"].astype(np.int64) - member).sum()
     return {name: round(value) for name, value in mean.items()} | {"added": round(float(added), 4)}

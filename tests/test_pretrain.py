@@ -13,10 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from conftest import REPOSITORY, settings
-
-import preprocess
-from preprocess import build_shards, open_source
+from conftest import REPOSITORY
 
 torch = pytest.importorskip("torch")
 import timm  # noqa: E402
@@ -41,11 +38,8 @@ TINY = replace(
 
 
 @pytest.fixture
-def shards(small_source, tmp_path):
-    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
-    chosen = settings(frame=120, detectors=detectors, crop=96, bank=2)
-    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
-    return tmp_path / "shards"
+def shards(built):
+    return built
 
 
 def losses(out):
