@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -369,6 +370,32 @@ def test_stopped_before_at_and_after_a_refresh_it_goes_on_bitwise(name, shards, 
     assert (maps.min(1) < maps.max(1)).all()
     assert not list((tmp_path / "whole").glob("*.tmp"))
     assert "attention of 40 records" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_across_refreshes_losses_and_attention_are_those_of_a_calm_run(shards, tmp_path):
+    command = [sys.executable, "-m", "kamim", "pretrain", str(shards), "--recipe", "small_mae_famt"]
+    command += ["--epochs", "5", "--batch", "8", "--save-every", "2", "--log-every", "1"]
+    command += ["--workers", "1", "--resume", "auto", "--check", "size", "--out"]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    subprocess.run([*command, calm], check=True, capture_output=True)
+    names = sorted(path.name for path in calm.glob("attention-*.npy"))
+    assert len(names) == 2
+    midway = 0
+    for name in names:  # as the pass begins, and some steps after it
+        for wanted in (f"{name}*", name):
+            process = subprocess.Popen([*command, killed], stderr=subprocess.DEVNULL)
+            while not list(killed.glob(wanted)) and process.poll() is None:
+                time.sleep(0.001)
+            midway += process.poll() is None
+            process.kill()
+            process.wait()
+    assert midway >= 3
+    subprocess.run([*command, killed], check=True, capture_output=True)
+    assert losses(killed) == losses(calm)
+    for name in names:
+        assert (killed / name).read_bytes() == (calm / name).read_bytes()
 
 
 def test_seconds_of_training_go_on_and_lost_attention_is_told(shards, tmp_path):
