@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.markers import renewed_parts
 from bench.provenance import provenance
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = REPOSITORY / "docs" / "reliability.md"
-BEGIN, END = "<!-- abuse: begin -->\n", "<!-- abuse: end -->\n"
 SECTIONS = ("kills", "inputs", "fuzz", "damage", "faults", "archives")
 KEPT = 5  # descriptions of losses that a row keeps
 
@@ -94,6 +94,4 @@ def render(results: dict[str, Any]) -> str:
 def renewed(text: str, results: dict[str, Any]) -> str:
     """`text` of the page with the part between its markers rendered anew, sections in order."""
     results = {section: results[section] for section in SECTIONS if section in results}
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + render(results) + END + after
+    return renewed_parts(text, {"abuse": render(results)})

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.markers import renewed_parts
 from bench.provenance import provenance
 from train.log import read_metrics
 
@@ -125,9 +126,7 @@ def render(results: dict[str, Any]) -> str:
 
 def renewed(text: str, results: dict[str, Any]) -> str:
     """`text` with what stands between its markers rendered anew."""
-    begin, end = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
-    before, rest = text.split(begin)
-    return before + begin + render(results) + end + rest.split(end)[1]
+    return renewed_parts(text, {"tables": render(results)})
 
 
 def main(name: str, folders: list[Path]) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.markers import renewed_parts
 from bench.plots import FACTORS, ORDER, WAYS
 from bench.provenance import RESULTS
 
@@ -180,17 +181,12 @@ def render_throw() -> str:
 def renewed(text: str) -> str:
     """`text` of a README with the parts between the markers rendered anew."""
     parts = {
-        "measured": render,
-        "fidelity": render_fidelity,
-        "versus": render_versus,
-        "throw": render_throw,
+        "measured": render(),
+        "fidelity": render_fidelity(),
+        "versus": render_versus(),
+        "throw": render_throw(),
     }
-    for name, part in parts.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = before + begin + part() + end + after
-    return text
+    return renewed_parts(text, parts)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.markers import renewed_parts
 from bench.provenance import RESULTS
 from bench.readme import newest
 from preprocess.defaults import default_settings
@@ -182,13 +183,14 @@ def _origin(row: dict[str, Any]) -> str:
 
 def renewed(text: str) -> str:
     """`text` of the page with its tables rendered anew."""
-    for name, part in {"cost": cost, "storage": storage, "network": network, "driver": driver,
-                       "loading": loading}.items():  # fmt: skip
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = before + begin + part() + end + after
-    return text
+    parts = {
+        "cost": cost(),
+        "storage": storage(),
+        "network": network(),
+        "driver": driver(),
+        "loading": loading(),
+    }
+    return renewed_parts(text, parts)
 
 
 if __name__ == "__main__":

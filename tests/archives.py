@@ -22,10 +22,10 @@ def picture(seed, suffix=".jpg", mode="RGB", side=(40, 48)):
     return stream.getvalue()
 
 
-def tar_bytes(members):
+def tar_bytes(members, mode="w"):
     """A tar of (name, data); data None is a link to /etc/passwd."""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             if data is None:

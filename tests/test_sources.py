@@ -1,10 +1,9 @@
 """Listing: a fixed order, labels from folders, odd names, nothing followed out of its root."""
 
-import io
 import os
-import tarfile
 
 import pytest
+from archives import tar_bytes
 
 from preprocess import Rejected, open_source
 from preprocess.sources import read
@@ -93,13 +92,7 @@ def test_a_pipe_named_as_an_image_does_not_hang(tree):
 
 
 def make_tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            if data is None:
-                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            info.size = len(data or b"")
-            archive.addfile(info, io.BytesIO(data or b""))
+    path.write_bytes(tar_bytes(members, mode))
 
 
 def test_a_tar_is_listed_by_class_below_the_folder_they_share(tmp_path):
