@@ -71,7 +71,7 @@ def run_digest(folder: str) -> dict[str, Any]:
     from train.log import read_metrics
 
     run = Path(folder)
-    timed = ("images_per_s", "waiting")
+    timed = ("images_per_s", "waiting", "seconds")
     rows = [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run)]
     newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None
