@@ -28,23 +28,13 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
         raise SystemExit("the fuzzer is not installed; type: pip install 'kamim[abuse]'")
     make_source(arena / "source", 6, seed, classes=2)
     subprocess.run(["tar", "cf", arena / "source.tar", "-C", arena, "source"], check=True)
-    line: list[object] = [
-        sys.executable,
-        "-m",
-        "kamim",
-        "shards",
-        "build",
-        arena / "source",
-        arena / "built",
-    ]
-    line += [*SMALL, "--shard-size", 3, "--jobs", 1]
-    subprocess.run(
-        [str(word) for word in line], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL
-    )
+    line = [sys.executable, "-m", "kamim", "shards", "build", f"{arena}/source", f"{arena}/built"]
+    line += [*map(str, SMALL), "--shard-size", "3", "--jobs", "1"]
+    subprocess.run(line, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     memory = Path("/dev/shm")  # some MB; on a disk, a set's syncs would take most of the time
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else arena) as fast:
         for name in TARGETS:
-            corpus, scratch = arena / f"corpus-{name}", Path(fast) / name
+            corpus, scratch = arena / f"corpus-{name}", Path(fast) / name.replace(" ", "-")
             for folder in (corpus, scratch):
                 folder.mkdir()
             for number, data in enumerate(seeds(name, arena / "built", arena / f"seed-{name}")):

@@ -1,4 +1,4 @@
-"""Every parser of ours as a function of hostile bytes, for a coverage-guided fuzzer.
+"""Every parser of sets as a function of hostile bytes, for a coverage-guided fuzzer.
 
 `python -m abuse.targets NAME SET FOLDER [libFuzzer's options]`: a small set to make seeds from and
 a folder to write into in, a fuzzer's exit status out: 0 if nothing but ValueError and Rejected, the
@@ -30,8 +30,9 @@ def _instrumented() -> Any:
 
 
 with _instrumented():
-    from preprocess import Rejected, decode_image, open_source
-    from preprocess.sources import read
+    from abuse import source_targets
+    from abuse.source_targets import packed, unpacked
+    from preprocess import Rejected
     from shards import File, Ledger, Manifest, ShardSet, decode_frame, verify_shards
     from shards import manifest as _manifest
     from shards.beton import BETON, PAGE, check_tables, layout_of
@@ -45,21 +46,6 @@ with _instrumented():
 ROW = INDEX_DTYPE.itemsize
 SUFFIXES = (JPEG, MAPS, LABEL, META, RAW)
 Target = Callable[[Path, Manifest, bytes], None]
-
-
-def packed(parts: list[bytes]) -> bytes:
-    """Parts behind their lengths, as `unpacked` reads them."""
-    return b"".join(len(part).to_bytes(3, "little") + part for part in parts)
-
-
-def unpacked(data: bytes, count: int) -> list[bytes]:
-    """Up to `count` parts of any bytes."""
-    parts: list[bytes] = []
-    while data and len(parts) < count:
-        size = int.from_bytes(data[:3], "little")
-        parts.append(data[3 : 3 + size])
-        data = data[3 + size :]
-    return parts
 
 
 def record(folder: Path, manifest: Manifest, data: bytes) -> None:
@@ -154,30 +140,16 @@ def _claim(
     return made
 
 
-def archive(folder: Path, manifest: Manifest, data: bytes) -> None:
-    """A tar of source images: its listing, and every entry read."""
-    path = folder / "source.tar"
-    path.write_bytes(data)
-    source = open_source(str(path))
-    source.description()
-    for entry in source.entries:
-        with suppress(Rejected):
-            read(source.kind, source.root, entry)
-
-
-def image(folder: Path, manifest: Manifest, data: bytes) -> None:
-    """A source image."""
-    decode_image(data)
-
-
 TARGETS: dict[str, Target] = {
     "record": record, "members": members, "manifest": manifest_, "tar": tar, "beton": beton,
-    "archive": archive, "image": image,
+    **source_targets.TARGETS,
 }  # fmt: skip
 
 
 def seeds(name: str, built: Path, scratch: Path) -> list[bytes]:
     """Real files of the set `built` as inputs of a target."""
+    if name in source_targets.TARGETS:
+        return source_targets.seeds(name, built, scratch)
     records = ShardSet(built)
     shard = (built / records.shards[0].name).read_bytes()
     count = records.shards[0].count
@@ -193,10 +165,6 @@ def seeds(name: str, built: Path, scratch: Path) -> list[bytes]:
         return [(built / MANIFEST).read_bytes()]
     if name == "tar":
         return [packed([rows, shard]), packed([rows[:ROW], slices[0] + bytes(1024)])]
-    if name == "archive":
-        return [shard, *slices, (built.parent / "source.tar").read_bytes()]
-    if name == "image":
-        return [records[n].frame for n in range(count)]
     convert_to_ffcv(built, scratch / "ffcv")
     copy = ShardSet(scratch / "ffcv")
     data = (scratch / "ffcv" / BETON).read_bytes()

@@ -81,7 +81,7 @@ def build_shards(
             _write_missing(source, job, backend, scheduler, jobs)
             complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up
-        shutil.rmtree(out / WORK)
+        shutil.rmtree(out / WORK, ignore_errors=True)  # as whoever finished it may be doing now
     if complete.ledger.rejected_share > max_rejected:
         raise BuildError(
             f"{complete.ledger.rejected_share:.1%} of the inputs were rejected, more than "
@@ -172,7 +172,7 @@ def _claim(out: Path) -> Iterator[Path]:
         yield work
         for stale in out.glob("*.tmp"):  # a killed build's orphan may have outlived the kill
             stale.unlink(missing_ok=True)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
 
 
 def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs: int) -> None:

@@ -37,6 +37,8 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     fingerprint = _manifest.fingerprint(facts)
     finished = _finished(out, fingerprint)
     if finished:
+        if (out / LOCK).exists():  # killed between the manifest and the tidying up
+            (out / LOCK).unlink(missing_ok=True)
         return finished
     out.mkdir(parents=True, exist_ok=True)
     manifest = replace(

@@ -58,8 +58,11 @@ def alone(folder: Path, lock: Path) -> Iterator[None]:
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing into {folder}; wait for it") from None
+            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+        except OSError:  # held, or its last holder removed it since it was opened
+            ours = False
+        if not ours:
+            raise ValueError(f"another process is writing into {folder}; wait for it")
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """What kills, damage and hostile input once broke, each in small; and the page of their figures."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -24,11 +25,13 @@ from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
 from shards import ShardSet, load, verify_shards
 from shards import manifest as _manifest
+from shards.convert import LOCK, convert_to_ffcv
 from shards.loader import Loader
 from shards.manifest import INDEX
 from shards.plan import Plan
 from shards.record import npy_bytes
 from shards.verify import damaged_files
+from shards.writing import alone
 
 
 def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():
@@ -116,6 +119,27 @@ def test_a_machine_at_fault_is_not_blamed_on_the_images(number, tmp_path, monkey
     monkeypatch.setattr(preprocess.places.os, "open", failing)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         read("folder", tmp_path, Entry("a.jpg", 0, 1))
+
+
+def test_a_lock_left_behind_a_finished_conversion_goes(built, tmp_path):
+    """Killed in the moment between the manifest and the lock's end, it had stayed for good."""
+    made = convert_to_ffcv(built, tmp_path / "ffcv")
+    (tmp_path / "ffcv" / LOCK).touch()
+    assert convert_to_ffcv(built, tmp_path / "ffcv") == made
+    assert not (tmp_path / "ffcv" / LOCK).exists()
+
+
+def test_a_lock_that_its_last_holder_removed_is_not_held(tmp_path, monkeypatch):
+    """Opened before and taken after its removal, it had let two write at once."""
+    lock, take = tmp_path / "lock", fcntl.flock
+
+    def late(file, how) -> None:
+        lock.unlink()
+        take(file, how)
+
+    monkeypatch.setattr("shards.writing.fcntl.flock", late)
+    with pytest.raises(ValueError, match="another process is writing"), alone(tmp_path, lock):
+        pass
 
 
 def reseal(folder, index):
