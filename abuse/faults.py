@@ -9,8 +9,9 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
         case = Case("faults", name)
         for job, wanted, _ in known:
             for value in values:
-                case.trial(_through(job, arena, wanted, partial(place, value), f"{value}"))
+                case.trial(_through(job, arena, wanted, f"{value}", behind, partial(place, value)))
         yield case
     yield clock(arena, known, times, seed)
     yield twice(arena, known, times, seed)
@@ -74,11 +75,11 @@ def one_line(process: Process, status: int | None) -> str:
     return ""
 
 
-def _through(job: Job, arena: Path, wanted: Any, prepare: Callable[[], object], what: str) -> str:
-    """`job` once behind `prepare`, once without; what went wrong."""
+def _through(job: Job, arena: Path, wanted: Any, what: str, *how: Any) -> str:
+    """`job` once through the function and first arguments `how`, once without; what was wrong."""
     out = arena / "out"
     shutil.rmtree(out, ignore_errors=True)
-    process = spawn(behind, prepare, *job.arguments(out), log=arena / "fault.log")
+    process = spawn(*how, *job.arguments(out), log=arena / "fault.log")
     status = process.wait(LIMIT)
     flaw = "" if status == 0 else one_line(process, status)
     if not flaw:
@@ -154,17 +155,18 @@ def memory(arena: Path, known: list[Any]) -> Case:
     """/dev/shm without room, where semaphores of worker processes are made."""
     case = Case("faults", "/dev/shm full")
     for job, wanted, _ in known:
-        out, log = arena / "out", arena / "fault.log"
-        shutil.rmtree(out, ignore_errors=True)
-        arguments = [a if a != "tiny" else "small" for a in job.arguments(out)]
-        if arguments != job.arguments(out) or "probe" in job.name:
-            continue  # a fresh interpreter does not know the smallest recipe
-        process = spawn(_without_memory, *arguments, log=log)
-        status = process.wait(LIMIT)
-        flaw = "" if status == 0 else one_line(process, status)
-        flaw = flaw or again(job, out, arena, wanted)
-        case.trial(f"{job.name}: {flaw}" if flaw else "")
+        # A fresh interpreter, which alone makes semaphores anew, does not know the smallest recipe.
+        usual = replace(job, name=f"{job.name}, usual recipe", arguments=partial(_usual, job))
+        if usual.arguments(arena) != job.arguments(arena):
+            job, (wanted, _) = usual, calm(usual, arena)
+        case.trial(_through(job, arena, wanted, "", _without_memory))
     return case
+
+
+def _usual(job: Job, out: Path) -> list[object]:
+    """The arguments with the recipe `small` in place of `tiny`."""
+    usual = {"tiny": "small", "random:tiny": "random:small"}
+    return [usual.get(str(each), each) for each in job.arguments(out)]
 
 
 def _without_memory(*arguments: object) -> None:
@@ -217,10 +219,8 @@ def twice(arena: Path, known: list[Any], times: int, seed: int) -> Case:
 
 def worker(arena: Path, known: list[Any], times: int, seed: int) -> Case:
     """SIGKILL to a worker process, as when memory runs out."""
-    case, rng = (
-        Case("faults", "a worker killed as for want of memory"),
-        random.Random(f"oom {seed}"),
-    )
+    case = Case("faults", "a worker killed as for want of memory")
+    rng = random.Random(f"oom {seed}")
     job, wanted, lasts = next(each for each in known if each[0].workers)
     struck = 0
     while struck < times and case.tried < 4 * times:

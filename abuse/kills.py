@@ -21,6 +21,7 @@ from abuse.forked import Process, call, kamim, spawn
 from abuse.material import SMALL, files, make_source, probe_digest, run_digest
 
 LIMIT = 180  # seconds for any one command: a second's work on a quiet machine
+STOPPED = 10  # seconds that a rank may outlive another's death; torchrun stops it sooner
 INPUTS = 96
 
 
@@ -174,7 +175,7 @@ def strike(processes: list[Process], alone: bool) -> bool:
         else:
             processes[0].kill()
     for process in processes if not alone else processes[1:]:
-        process.wait(0 if not alone else LIMIT)
+        process.wait(0 if not alone else STOPPED)
     if alone:
         while processes[0].poll() is None:
             time.sleep(0.001)

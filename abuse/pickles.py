@@ -54,7 +54,7 @@ def checkpoints(arena: Path, built: Path) -> Case:
         for line in lines:
             log = arena / "pickle.log"
             process = spawn_watched(kamim, *line, log=log, secret=canary, allowed=[arena])
-            flaw = _refused(process.wait(LIMIT), process.text(), log.with_suffix(".deeds"), canary)
+            flaw = refused(process.wait(LIMIT), process.text(), log.with_suffix(".deeds"), canary)
             case.trial(f"{line[0]} {path.name}: {flaw}" if flaw else "")
     return case
 
@@ -74,7 +74,7 @@ def _write_weights(folder: str, canary: str) -> None:
     (place / "old.bin").write_bytes(pickle.dumps(payload, protocol=0))
 
 
-def _refused(status: int | None, text: str, deeds: Path, canary: Path) -> str:
+def refused(status: int | None, text: str, deeds: Path, canary: Path) -> str:
     """What is wrong with how a hostile file was met."""
     if canary.exists():
         canary.unlink()
@@ -109,7 +109,7 @@ def arrays(arena: Path, built: Path) -> Case:
                 log = arena / "array.log"
                 process = spawn_watched(kamim, *line, log=log, secret=canary, allowed=[arena])
                 status, deeds = process.wait(LIMIT), log.with_suffix(".deeds")
-                flaw = _refused(2 if source and status == 0 else status,
+                flaw = refused(2 if source and status == 0 else status,
                                 "kamim: built" if source and status == 0 else process.text(),
                                 deeds, canary)  # fmt: skip
                 case.trial(f"{line[:2]}, {name}: {flaw}" if flaw else "")

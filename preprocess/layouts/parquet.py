@@ -6,6 +6,8 @@ schema's metadata says; a row group is read once and kept.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -66,11 +68,25 @@ def image(root: str, part: str, row: int) -> bytes:
 def _value(where: str, row: int) -> Any:
     """What the column of images holds in row `row`."""
     version = version_of(where)
-    starts = _starts(where, version)
-    if row >= starts[-1]:
-        raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
-    group = int(np.searchsorted(starts, row, side="right")) - 1
-    return _group(where, version, group)[row - int(starts[group])].as_py()
+    with _parsing(where):
+        starts = _starts(where, version)
+        if row >= starts[-1]:
+            raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        return _group(where, version, group)[row - int(starts[group])].as_py()
+
+
+@contextmanager
+def _parsing(where: str) -> Iterator[None]:
+    """Nearly anything that damaged bytes raise within, as a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        # OSErrors of damage have no number, a disk's have one; a store is asked again.
+        elsewhere = isinstance(error, OSError) and (error.errno is not None or is_url(where))
+        if elsewhere or isinstance(error, Rejected) or type(error) is ValueError:
+            raise
+        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
 
 
 def _words(error: Exception) -> str:
@@ -81,14 +97,10 @@ def _words(error: Exception) -> str:
 @lru_cache(maxsize=8)
 def _file(where: str, version: tuple[int, ...]) -> Any:
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
-    try:
-        return ParquetFile(opened(where, ahead=False), pre_buffer=is_url(where))
-    except ArrowException as error:
-        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
+    return ParquetFile(opened(where, ahead=False), pre_buffer=is_url(where))
 
 
 @lru_cache(maxsize=8)
@@ -126,12 +138,10 @@ def _columns(schema: Any, where: str) -> Columns:
 
 
 def _list_part(where: str, part: Found) -> tuple[Columns, list[Entry]]:
-    file = _file(where, version_of(where))
-    columns = _columns(file.schema_arrow, where)
-    try:
+    with _parsing(where):
+        file = _file(where, version_of(where))
+        columns = _columns(file.schema_arrow, where)
         return columns, _entries(file, columns, part.name, part.size, where)
-    except OSError as error:
-        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
 
 
 def _entries(file: Any, columns: Columns, part: str, size: int, where: str) -> list[Entry]:
