@@ -27,21 +27,14 @@ def layouts(arena: Path, photos: list[bytes], secret: Path) -> Case:
         place = arena / f"layout-{layout.__name__}"
         (place / "data_256").mkdir(parents=True)
         (place / "data_256" / "way").symlink_to(secret.parent)
-        far = [
-            "../" * 12 + str(secret)[1:],
-            str(secret),
-            f"way/{secret.name}",
-            f"data_256/way/{secret.name}",
-        ]
+        far = ["../" * 12 + str(secret)[1:], str(secret)]
+        far += [f"way/{secret.name}", f"data_256/way/{secret.name}"]
         source = layout(place, photos, far)
         flaw = built(arena, source, place / "out", secret, layout.__name__, len(photos))
         case.trial(flaw)
+    log, canary = arena / "trick.log", arena / "canary"
     for trick in (cifar, listed):
-        place, log, canary = (
-            arena / f"trick-{trick.__name__}",
-            arena / "trick.log",
-            arena / "canary",
-        )
+        place = arena / f"trick-{trick.__name__}"
         place.mkdir()
         words = ["shards", "build", trick(place, photos, canary), place / "out", *SMALL]
         process = spawn_watched(kamim, *words, log=log, secret=secret, allowed=[place / "out"])

@@ -20,7 +20,9 @@ import preprocess.places
 from abuse.broken import KINDS
 from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
 from abuse.forked import spawn
+from abuse.source_targets import parquet_of
 from abuse.watch import spawn_watched
+from preprocess import open_source
 from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
 from shards import ShardSet, load, verify_shards
@@ -140,6 +142,17 @@ def test_a_lock_that_its_last_holder_removed_is_not_held(tmp_path, monkeypatch):
     monkeypatch.setattr("shards.writing.fcntl.flock", late)
     with pytest.raises(ValueError, match="another process is writing"), alone(tmp_path, lock):
         pass
+
+
+def test_a_parquet_of_damaged_facts_is_refused_by_name(tmp_path):
+    """Arrow's error of damage is an OSError: it had been taken for the disk's."""
+    pytest.importorskip("pyarrow")
+    data = bytearray(parquet_of([b"x", b"y"]))
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[footer : footer + 8] = b"\xff" * 8
+    (tmp_path / "x.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.parquet is no whole Parquet file"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
 
 
 def reseal(folder, index):
