@@ -17,6 +17,7 @@ from typing import Any
 
 from abuse.cases import PAGE, REPOSITORY, RESULTS, SECTIONS, renewed, save, table
 from abuse.forked import spawn
+from bench.provenance import provenance
 
 
 def main() -> int:
@@ -36,10 +37,10 @@ def main() -> int:
     known = json.loads(path.read_text()) if path.exists() else {}
     sections = [s for s in asked.sections or SECTIONS if not (asked.missing and s in known)]
     print("| section | case | tried | survived | lost | |\n|---|---|---|---|---|---|", flush=True)
-    lost = 0
+    lost, origin = 0, provenance()  # as it was before results were written
     for section in sections:
         facts = run_section(section, asked.scale, asked.seed, asked.keep)
-        save(path, section, facts)
+        save(path, section, facts | {"provenance": origin})
         lost += sum(row["lost"] for row in facts["rows"])
     if path.resolve() == RESULTS.resolve():
         results = json.loads(RESULTS.read_text())

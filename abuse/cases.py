@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.markers import renewed_parts
-from bench.provenance import provenance
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results.json"
@@ -62,9 +61,9 @@ def table(section: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def save(path: Path, section: str, facts: dict[str, Any]) -> None:
-    """Put the newest run of `section`, with its provenance, in place of the one in `path`."""
+    """Put the newest run of `section` in place of the one in `path`."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[section] = facts | {"provenance": provenance()}
+    known[section] = facts
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
