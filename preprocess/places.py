@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from preprocess.decode import Rejected
 from shards import remote
 from shards.remote import is_url
+from shards.retry import retried
 
 Result = TypeVar("Result")
 # Not the image's fault: a build stops, and goes on when the machine is well again.
@@ -51,7 +52,7 @@ def names_in(folder: str) -> list[str]:
         files, path = remote.filesystem(folder)
         files.invalidate_cache()
         try:
-            rows = remote.retried(folder, lambda: files.ls(path, detail=False))
+            rows = retried(folder, lambda: files.ls(path, detail=False))
         except FileNotFoundError:
             rows = []
         names = [row.rstrip("/").rpartition("/")[2] for row in rows]
@@ -130,7 +131,7 @@ def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
 def _whole(path: str) -> Found:
     if is_url(path):
         files, there = remote.filesystem(path)
-        return Found("", int(remote.retried(path, lambda: files.info(there))["size"] or 0), 0)
+        return Found("", int(retried(path, lambda: files.info(there))["size"] or 0), 0)
     return Found("", os.stat(path).st_size, 0)
 
 

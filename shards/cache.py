@@ -17,7 +17,8 @@ from typing import NamedTuple
 from shards.manifest import File, Manifest, fingerprint
 from shards.plan import Ints
 from shards.reader import Held, check_sha256, check_size
-from shards.store import LOG, Store
+from shards.retry import LOG
+from shards.store import Store
 
 FOLDER, PART = "kamim-", ".part"
 TRIES = 2  # at a file that does not arrive as the manifest says

@@ -18,6 +18,7 @@ from shards import remote
 from shards.manifest import MANIFEST, File, Manifest
 from shards.reader import check_sha256
 from shards.remote import is_url
+from shards.retry import retried
 from shards.writing import alone, progress, sync_folder, write_atomically
 
 MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its manifest
@@ -113,7 +114,7 @@ def _copy_file(source: str, target: str, file: File, there: bool) -> bool:
             check_sha256(path, file.sha256)
             files, folder = remote.filesystem(target)
             name = f"{folder}/{file.name}"
-            remote.retried(f"{target}/{file.name}", lambda: files.put_file(str(path), name))
+            retried(f"{target}/{file.name}", lambda: files.put_file(str(path), name))
         return True
     temporary = Path(target) / f"{file.name}.{os.getpid()}.tmp"
     try:
@@ -145,7 +146,7 @@ def _fetch(place: str, name: str, path: Path) -> None:
         if is_url(place):
             files, folder = remote.filesystem(place)
             there = f"{folder}/{name}"
-            remote.retried(f"{place}/{name}", lambda: files.get_file(there, str(path)))
+            retried(f"{place}/{name}", lambda: files.get_file(there, str(path)))
         else:
             shutil.copyfile(Path(place) / name, path)
     except FileNotFoundError:
@@ -158,7 +159,7 @@ def _sizes(place: str) -> dict[str, int]:
         files, folder = remote.filesystem(place)
         files.invalidate_cache()
         try:
-            rows = remote.retried(place, lambda: files.ls(folder, detail=True))
+            rows = retried(place, lambda: files.ls(folder, detail=True))
         except FileNotFoundError:
             return {}
         names = ((row["name"].rstrip("/").rpartition("/")[2], row["size"]) for row in rows)
@@ -178,7 +179,7 @@ def _read(place: str, name: str) -> bytes | None:
 def _write(place: str, name: str, data: bytes) -> None:
     if is_url(place):
         files, folder = remote.filesystem(place)
-        remote.retried(f"{place}/{name}", lambda: files.pipe_file(f"{folder}/{name}", data))
+        retried(f"{place}/{name}", lambda: files.pipe_file(f"{folder}/{name}", data))
     else:
         write_atomically(Path(place) / name, data)
 
@@ -186,6 +187,6 @@ def _write(place: str, name: str, data: bytes) -> None:
 def _remove(place: str, name: str) -> None:
     if is_url(place):
         files, folder = remote.filesystem(place)
-        remote.retried(f"{place}/{name}", lambda: files.rm_file(f"{folder}/{name}"))
+        retried(f"{place}/{name}", lambda: files.rm_file(f"{folder}/{name}"))
     else:
         (Path(place) / name).unlink(missing_ok=True)

@@ -1,17 +1,16 @@
 """Files wherever fsspec reaches: an s3://, gs://, hf:// or https:// URL in, bytes and names out.
 
-A failure that may pass is tried again after growing pauses. Credentials are the client library's
-affair. Paths of this machine never come here, so they need no fsspec.
+A failure that may pass is tried again. Credentials are the client library's affair. Paths of this
+machine never come here, so they need no fsspec.
 """
 
 import hashlib
 import re
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries
+from shards.retry import INSTALL, retried
+
 BLOCK = 8 << 20  # a request's wait costs what some MB do, and the next block comes meanwhile
 CLIENTS = {
     "s3": "s3fs",
@@ -21,7 +20,6 @@ CLIENTS = {
     "https": "aiohttp",
 }
 TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "updated")
-Result = TypeVar("Result")
 
 
 class RemoteFile(NamedTuple):
@@ -40,59 +38,43 @@ def is_url(where: object) -> bool:
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's client for `url`, and the path it knows it by.
 
-    Raises ValueError if the library for it is missing or nothing knows its protocol.
+    Raises ValueError if the library for it is missing, nothing knows its protocol, or it holds a
+    secret.
     """
-    protocol = url.partition("://")[0]
+    protocol, _, rest = url.partition("://")
+    if not rest:
+        raise ValueError(f"{url} names no place; use one as s3://bucket/folder")
+    if "@" in rest.partition("/")[0] or (protocol in {"http", "https"} and "?" in rest):
+        # The URL goes into run.json, manifests and messages.
+        raise ValueError(
+            f"a {protocol}:// URL may hold no password or signature; give them to the client "
+            "library (its environment variables or files)"
+        )
     try:
         import fsspec.core
-    except ImportError:
-        raise ValueError(f"{url} needs fsspec; type: pip install 'kamim[remote]'") from None
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **_options(protocol)))
     except ImportError as error:
         needs = CLIENTS.get(protocol, error.name or protocol)
-        raise ValueError(f"{url} needs {needs}; type: pip install 'kamim[remote]'") from None
+        raise ValueError(f"{url} needs {needs}; {INSTALL}") from None
     except ValueError as error:
         raise ValueError(f"{url}: {error}; give s3://, gs://, hf:// or https://") from None
 
 
-def retried(url: str, call: Callable[[], Result]) -> Result:
-    """`call()`, again after each of PAUSES while it fails in a way that may pass.
+def _options(protocol: str) -> dict[str, Any]:
+    """What a client library must be told: our tries, not its own; no end to a long download."""
+    if protocol in {"http", "https"}:
+        from aiohttp import ClientTimeout
 
-    Raises FileNotFoundError if there is no such thing, else OSError, in one line, for the last
-    failure.
-    """
-    for pause in (*PAUSES, None):
-        try:
-            return call()
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every client has its own kinds
-            if pause is None or _final(error):
-                words = " ".join(str(error).split())[:200] or type(error).__name__
-                tries = "" if _final(error) else f" in {len(PAUSES) + 1} tries"
-                raise OSError(
-                    f"{url} could not be reached{tries} ({words}); what is finished is kept"
-                ) from None
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+        timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        return {"client_kwargs": {"timeout": timeout}}
+    if protocol in {"s3", "s3a"}:
+        from fsspec.config import conf
 
-
-def _final(error: Exception) -> bool:
-    """Whether trying again cannot help: a refusal, or a mistake of ours."""
-    refused = (
-        PermissionError,
-        IsADirectoryError,
-        NotADirectoryError,
-        ImportError,
-        NotImplementedError,
-    )
-    status = getattr(error, "status", None)
-    return (
-        isinstance(error, (*refused, TypeError, ValueError, LookupError))
-        or "Credential" in type(error).__name__
-        or (isinstance(status, int) and 400 <= status < 500 and status not in {408, 429})
-    )
+        # botocore's own five tries take ten seconds, of them some by chance.
+        ours = {"retries": {"total_max_attempts": 1}, "connect_timeout": 30}
+        return {"config_kwargs": ours | conf.get("s3", {}).get("config_kwargs", {})}
+    return {}
 
 
 def read_range(url: str, start: int, size: int) -> bytes:

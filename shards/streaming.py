@@ -8,7 +8,8 @@ from pathlib import Path
 from shards.cache import Copies
 from shards.manifest import MANIFEST, parse
 from shards.reader import ShardSet
-from shards.store import PATIENCE, Store
+from shards.retry import PATIENCE
+from shards.store import Store
 
 
 def open_remote(

@@ -1,14 +1,15 @@
 """Sources and finished sets in stores: a real S3 server and a real web server on loopback."""
 
+import errno
 import http.server
 import os
 import re
 import socket
 import threading
-import time
 
 import archives
 import fsspec
+import numpy as np
 import pytest
 from archives import picture, tar_bytes
 from conftest import contents, settings
@@ -16,15 +17,16 @@ from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
 from preprocess.sources import read
-from shards import remote, verify_shards
+from shards import retry, verify_shards
 from shards.copy import copy_set
 
 MEMBERS = [(f"{c}/{n}.jpg", picture(n)) for n, c in enumerate("aabbbcc")]
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01))
+def little_patience(monkeypatch):
+    monkeypatch.setattr(retry, "PATIENCE", 1)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_a_store_that_is_gone_stops_the_build_in_one_line(web, local, tmp_path):
     (local / "photos").rename(root / "photos")
     source = open_source(f"{url}/photos")
     handler.fails = 1  # every request
-    with pytest.raises(OSError, match="could not be reached in 3 tries") as caught:
+    with pytest.raises(OSError, match="could not be reached for 1 s") as caught:
         build_shards(source, tmp_path / "out", settings(), 1, max_rejected=1)
     assert "\n" not in str(caught.value)
     handler.fails = 0
@@ -195,22 +197,48 @@ def test_protocols_and_missing_clients_are_one_line(monkeypatch):
         open_source("s3://bucket/x")
 
 
-def test_pauses_grow_and_refusals_are_not_repeated(monkeypatch):
-    slept, calls = [], []
-    monkeypatch.setattr(remote, "PAUSES", (1, 2, 4))
-    monkeypatch.setattr(time, "sleep", slept.append)
+def test_pauses_grow_until_patience_ends_and_refusals_are_not_repeated(monkeypatch, caplog):
+    now, calls = [1000.0], []
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retry.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
 
     def failing(error):
-        calls.append(error)
+        calls.append(now[0])
         raise error
 
-    with pytest.raises(OSError, match="in 4 tries"):
-        remote.retried("u", lambda: failing(ConnectionError("reset")))
-    assert (slept, len(calls)) == ([1, 2, 4], 4)
-    for error in (PermissionError("403"), FileNotFoundError("404")):
-        with pytest.raises(OSError, match=str(error)):
-            remote.retried("u", lambda error=error: failing(error))
-    assert len(calls) == 6
+    with pytest.raises(ConnectionError, match=r"u could not be reached for 20 s .*: reset"):
+        retry.retried("u", lambda: failing(ConnectionError("reset")), patience=20)
+    pauses = np.diff(calls)
+    assert pauses == pytest.approx([0.01 * 2**n for n in range(10)], abs=0.15)
+    assert [record.getMessage() for record in caplog.records] == [
+        "u: ConnectionError: reset; trying again"
+    ]
+    calls.clear()
+    for error, kind in {
+        PermissionError("denied"): ValueError, FileNotFoundError("gone"): FileNotFoundError,
+        IsADirectoryError("a folder"): ValueError, OSError(errno.ENOSPC, "full"): OSError,
+    }.items():  # fmt: skip
+        with pytest.raises(kind, match=error.strerror or str(error)):
+            retry.retried("u", lambda error=error: failing(error))
+    assert len(calls) == 4
+
+
+def test_nobody_waiting_has_all_the_patience(monkeypatch):
+    now, tries = [1000.0], []
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retry.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+
+    def away():
+        tries.append(now[0])
+        if now[0] < 1500:
+            raise ConnectionError("away")
+        return "there"
+
+    assert retry.retried("u", away, patience=40, needed=lambda: now[0] > 1490) == "there"
+    now[0] = 1000.0
+    with pytest.raises(ConnectionError, match="for 20 s"):
+        retry.retried("u", away, patience=20, needed=lambda: now[0] > 1100)
+    assert 1110 < now[0] < 1140
 
 
 def test_a_copy_goes_there_and_back_and_is_the_same(s3, web, local, tmp_path):
@@ -233,7 +261,7 @@ def test_a_copy_goes_there_and_back_and_is_the_same(s3, web, local, tmp_path):
 
 def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path, monkeypatch):
     built, there = local / "of-photos", "s3://bucket/broken/set"
-    real, done = remote.retried, []
+    real, done = retry.retried, []
 
     def stopping(url, call):
         if url.endswith("shard-000001.tar"):
@@ -242,7 +270,7 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
         return real(url, call)
 
     for target in (there, str(tmp_path / "here")):
-        monkeypatch.setattr(remote, "retried", stopping)
+        monkeypatch.setattr("shards.copy.retried", stopping)
         monkeypatch.setattr("shards.copy._fetch", lambda place, name, path: stopping(
             name, lambda: path.write_bytes((built / name).read_bytes())))  # fmt: skip
         with pytest.raises(KeyboardInterrupt):

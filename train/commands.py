@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shards.remote import is_url
-from shards.store import PATIENCE
+from shards.retry import PATIENCE
 
 app = typer.Typer()
 

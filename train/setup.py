@@ -16,7 +16,7 @@ from torch import nn
 
 from shards import Manifest, ShardSet
 from shards.manifest import Detector
-from shards.store import PATIENCE
+from shards.retry import PATIENCE
 from train import checkpoint
 from train.log import say
 from train.recipes import Recipe

@@ -17,7 +17,8 @@ from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
 from preprocess.places import Found, join, of_each, opened, parts_below, version_of
 from preprocess.splits import of_split
-from shards.remote import is_url, retried
+from shards.remote import is_url
+from shards.retry import retried
 
 
 class Columns(NamedTuple):

@@ -1,0 +1,100 @@
+"""A call to a store's client library, tried again while its failure may pass.
+
+In: a URL for messages and a call. Out: its result, or one line. A server away or a cut connection
+is tried again at doubling intervals; no such bucket or no access is not.
+"""
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+PATIENCE = 300.0  # seconds
+FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
+LONGEST_LINE = 200  # characters of a client library's own words
+INSTALL = "type: pip install 'kamim[remote]'"
+LOG = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+BARRED, GONE, PASSING = (401, 403), (404, 410), (408, 425, 429)  # of HTTP's 4xx
+OURS = (TypeError, ValueError, LookupError, NotImplementedError, IsADirectoryError,
+        NotADirectoryError)  # fmt: skip
+Result = TypeVar("Result")
+
+
+def retried(
+    url: str,
+    call: Callable[[], Result],
+    patience: float | None = None,
+    needed: Callable[[], bool] = lambda: True,
+) -> Result:
+    """`call()`, again and again until it returns, is hopeless, or was needed for too long.
+
+    patience: seconds, PATIENCE by default. `needed` is asked now and then whether someone waits,
+    which is when patience counts, and may raise to give up. Raises FileNotFoundError if there is no
+    such thing, ValueError if no further try would help, ConnectionError when patience has ended.
+    """
+    patience = PATIENCE if patience is None else patience
+    wait, waited, begin = FIRST_WAIT, 0.0, 0.0
+    while True:
+        needed()
+        try:
+            result = call()
+        except Exception as error:  # every client has its own kinds
+            needed()  # its own wish to end goes before what came of it
+            _refuse(url, error)
+            reason = f"{type(error).__name__}: {_line(error)}"
+        else:
+            if begin:
+                LOG.warning("%s answers again", url)
+            return result
+        if not begin:
+            LOG.warning("%s: %s; trying again", url, reason)
+            begin = time.monotonic()
+        end = time.monotonic() + wait
+        while time.monotonic() < end:
+            time.sleep(min(0.1, wait))
+            needed()
+        waited, begin = waited + needed() * (time.monotonic() - begin), time.monotonic()
+        wait = min(2 * wait, LONGEST_WAIT)
+        if waited > patience:
+            raise ConnectionError(
+                f"{url} could not be reached for {patience:g} s ({reason}); once the store is "
+                "back, the same command goes on"
+            )
+
+
+def _refuse(url: str, error: Exception) -> None:
+    """Raise, as one clear line, an error that no further try would mend."""
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in GONE:
+        raise FileNotFoundError(f"{url} is not there ({_line(error)})") from None
+    if isinstance(error, ImportError):
+        raise ValueError(f"{url} cannot be used: {_line(error)}; {INSTALL}") from None
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise error
+    barred = isinstance(error, PermissionError) or "Credential" in type(error).__name__
+    if barred or status in BARRED:
+        raise ValueError(
+            f"no access to {url} ({_line(error)}); give the client library its credentials, "
+            "by its environment variables or files"
+        ) from None
+    wrong = "Validation" in type(error).__name__  # botocore, of a bucket's name
+    refused = 400 <= status < 500 and status not in PASSING
+    if wrong or refused or isinstance(error, OURS):
+        raise ValueError(f"{url} cannot be used ({_line(error)})") from None
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status an error of a client library carries, or 0."""
+    for place, name in ((error, "status"), (error, "code"),
+                        (getattr(error, "response", None), "status_code")):  # fmt: skip
+        status = getattr(place, name, None)
+        if isinstance(status, int):
+            return status
+    return 0
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
