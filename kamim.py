@@ -7,6 +7,7 @@ asked for was done, 1 it was not, 2 the request itself was wrong, 130 or 143 it 
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import NoReturn
 
@@ -47,10 +48,17 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A line in place of a trace; whoever waits for the thread says what it means for the rest."""
+    print(f"{failure.exc_type.__name__} in a thread: {failure.exc_value}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and a status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        threading.excepthook = _thread_failed
     signal.signal(signal.SIGTERM, _terminate)
     # When workers are ended in the middle, joblib's resource tracker may warn of semaphores that
     # are gone already; nothing is left behind, and it would be the last thing a user reads.

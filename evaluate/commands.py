@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from shards.writing import alone, write_atomically
+
 app = typer.Typer()
 
 What = Annotated[
@@ -63,18 +65,19 @@ def probe(
 
     task = _open(encoder, train, val, block, pool, device)
     folder = out or Path("probes") / Path(encoder.replace(":", "-")).stem
-    known, asked = (cached(folder, task.model, records, task.block, pool, task.device)
-                    for records in (task.learn, task.test))  # fmt: skip
-    near = nearest_neighbours(known, asked, task.classes, neighbours)
-    row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
-    if protocol == "fast":
-        scores = [linear_probe(known, asked, task.classes, seed, round(epochs) or 30,
-                               device=task.device) for seed in range(seeds)]  # fmt: skip
-        row |= {"top1": [round(s.top1, 4) for s in scores]}
-        row |= {"top5": [round(s.top5, 4) for s in scores], "rates": [s.rate for s in scores]}
-    else:
-        row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
-    _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
+    with alone(folder):
+        known, asked = (cached(folder, task.model, records, task.block, pool, task.device)
+                        for records in (task.learn, task.test))  # fmt: skip
+        near = nearest_neighbours(known, asked, task.classes, neighbours)
+        row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
+        if protocol == "fast":
+            scores = [linear_probe(known, asked, task.classes, seed, round(epochs) or 30,
+                                   device=task.device) for seed in range(seeds)]  # fmt: skip
+            row |= {"top1": [round(s.top1, 4) for s in scores]}
+            row |= {"top5": [round(s.top5, 4) for s in scores], "rates": [s.rate for s in scores]}
+        else:
+            row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
+        _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
 
 
 @app.command()
@@ -100,8 +103,9 @@ def finetune(
     task.block = task.model.blocks
     folder = out or Path("finetuned") / Path(encoder.replace(":", "-")).stem
     row = task.facts() | {"recipe": recipe}
-    row |= _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
-    _report(row, folder / "finetune.json", json_output, "")
+    with alone(folder):
+        row |= _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
+        _report(row, folder / "finetune.json", json_output, "")
 
 
 @dataclass(slots=True)
@@ -178,7 +182,7 @@ def _supervised(
 
 
 def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
-    path.write_text(json.dumps(row, indent=2) + "\n")
+    write_atomically(path, (json.dumps(row, indent=2) + "\n").encode("ascii"))
     if json_output:
         print(json.dumps(row))
         return
@@ -220,7 +224,9 @@ def analyse(
     loaded = {name: load_encoder(name, torch.device("cpu")) for name in names}
     ours = {name: chosen(Path(name)) for name in names
             if Path(name).is_dir() or Path(name).suffix == ".pt"}  # fmt: skip
-    for warning in analyse(loaded, ours, records, out, images):
+    with alone(out):
+        warnings = analyse(loaded, ours, records, out, images)
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(out / "analysis.html")
 

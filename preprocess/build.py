@@ -34,7 +34,7 @@ from shards.manifest import INDEX, MANIFEST, REJECTED
 from shards.record import npy_bytes
 from shards.verify import damaged_files
 from shards.webdataset import INDEX_DTYPE
-from shards.writing import alone, progress, write_atomically
+from shards.writing import alone, progress, sweep, write_atomically
 
 WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between
@@ -165,13 +165,10 @@ def _compare(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
 def _claim(out: Path) -> Iterator[Path]:
     """The build's work folder, held by this process alone; it goes when the build is finished."""
     work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
     with alone(out, work / "lock"):
-        for stale in [*out.glob("*.tmp"), *work.glob("*.tmp")]:
-            stale.unlink(missing_ok=True)
+        sweep(work)
         yield work
-        for stale in out.glob("*.tmp"):  # a killed build's orphan may have outlived the kill
-            stale.unlink(missing_ok=True)
+        sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
 
 

@@ -14,9 +14,7 @@ from shards.beton import BETON, layout_of, write_beton
 from shards.manifest import INDEX, MANIFEST, REJECTED, Manifest
 from shards.reader import ShardSet, sha256_of
 from shards.record import decode_frame, npy_bytes
-from shards.writing import alone, progress
-
-LOCK = ".lock"
+from shards.writing import LEFT, LOCK, alone, progress, temporary_of
 
 
 def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
@@ -40,18 +38,15 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         if (out / LOCK).exists():  # killed between the manifest and the tidying up
             (out / LOCK).unlink(missing_ok=True)
         return finished
-    out.mkdir(parents=True, exist_ok=True)
     manifest = replace(
         source.manifest,
         container="ffcv",
         settings=replace(settings, quality=0) if raw else settings,
         fingerprint=fingerprint,
     )
-    temporary = out / f"{BETON}.tmp"
-    with alone(out, out / LOCK), ExitStack() as tidy:
+    temporary = temporary_of(out / BETON)
+    with alone(out), ExitStack() as tidy:
         tidy.callback(temporary.unlink, missing_ok=True)
-        for stale in out.glob("*.tmp"):
-            stale.unlink()
         records = progress("converting", len(source), map(source.__getitem__, range(len(source))))
         index = write_beton(temporary, records, len(source), layout_of(manifest))
         size, digest = temporary.stat().st_size, sha256_of(temporary)
@@ -78,16 +73,11 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
         if manifest.fingerprint != fingerprint:
             raise ValueError(f"{out} holds another set; name a new folder")
         return manifest
-    ours = (BETON, INDEX, REJECTED, MANIFEST)
-    others = {name for name in names - {*ours, LOCK} if not _left_by_a_kill(name, ours)}
+    ours = {BETON, INDEX, REJECTED, MANIFEST, LOCK}
+    others = {name for name in names if LEFT.sub("", name) not in ours}
     if others:
         raise ValueError(f"{out} holds something else ({min(others)}); name a new or empty folder")
     return None
-
-
-def _left_by_a_kill(name: str, ours: tuple[str, ...]) -> bool:
-    """Whether `name` is of a file that was being written for one of `ours`."""
-    return name.endswith(".tmp") and name.startswith(tuple(f"{each}." for each in ours))
 
 
 def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:

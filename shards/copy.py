@@ -19,10 +19,9 @@ from shards.manifest import MANIFEST, File, Manifest
 from shards.reader import check_sha256
 from shards.remote import is_url
 from shards.retry import retried
-from shards.writing import alone, progress, sync_folder, write_atomically
+from shards.writing import LOCK, alone, progress, sync_folder, temporary_of, write_atomically
 
 MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its manifest
-LOCK = ".lock"
 
 
 def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
@@ -46,8 +45,7 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
     folder = Path(target)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{target} is a file; name a folder for the shards")
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, folder / LOCK):
+    with alone(folder):
         return manifest, _copy_files(source, target, manifest, data, jobs)
 
 
@@ -116,7 +114,7 @@ def _copy_file(source: str, target: str, file: File, there: bool) -> bool:
             name = f"{folder}/{file.name}"
             retried(f"{target}/{file.name}", lambda: files.put_file(str(path), name))
         return True
-    temporary = Path(target) / f"{file.name}.{os.getpid()}.tmp"
+    temporary = temporary_of(Path(target) / file.name)
     try:
         _fetch(source, file.name, temporary)
         check_sha256(temporary, file.sha256)

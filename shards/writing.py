@@ -6,6 +6,7 @@ folder held by this process; lines on stderr.
 
 import fcntl
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,10 +16,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+LOCK = ".lock"
+LEFT = re.compile(r"\.[0-9a-f]{12}\.tmp")  # how names of temporary_of end
+
 
 def temporary_of(path: Path) -> Path:
     """A name beside `path` that no other process uses, on this machine or any other."""
     return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`, where nobody else may write."""
+    for path in folder.glob("*.tmp"):
+        if LEFT.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
@@ -50,11 +61,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path, lock: Path) -> Iterator[None]:
-    """Hold `lock`, a file in `folder` that is made and removed here, or raise ValueError.
+def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Write into `folder`, made if need be, as nobody else does, or raise ValueError.
 
-    The kernel lets go of it when the process dies, however it dies.
+    `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
+    the process dies, however it dies. What a killed process left half written there goes.
     """
+    lock = lock or folder / LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,6 +78,7 @@ def alone(folder: Path, lock: Path) -> Iterator[None]:
         if not ours:
             raise ValueError(f"another process is writing into {folder}; wait for it")
         try:
+            sweep(folder)
             yield
         finally:
             lock.unlink(missing_ok=True)

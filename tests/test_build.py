@@ -117,7 +117,7 @@ def test_a_restart_does_only_what_is_missing(small_source, tmp_path, monkeypatch
         build_shards(source, out, settings(), jobs=1)
     assert not (out / "manifest.json").exists()
     (out / "shard-000001.tar").unlink()  # lost after its row was written
-    (out / "shard-000009.tar.123.tmp").write_bytes(b"left by a kill")
+    (out / "shard-000009.tar.0123456789ab.tmp").write_bytes(b"left by a kill")
     written.clear()
     build_shards(source, out, settings(), jobs=1)
     assert written == [1, 6, 7, 8, 9]

@@ -190,7 +190,7 @@ def test_a_conversion_killed_at_any_moment_is_done_again(built, tmp_path):
         process.kill()
         process.wait()
     (tmp_path / "killed").mkdir(exist_ok=True)
-    for name in (layout.BETON, "index.npy.0a1b2c.tmp", "manifest.json.0a1b2c.tmp"):
+    for name in (layout.BETON, "index.npy.0123456789ab.tmp", "manifest.json.0123456789ab.tmp"):
         (tmp_path / "killed" / name).write_bytes(b"cut of")  # wherever a kill may fall
     (tmp_path / "killed" / "manifest.json").unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -279,7 +279,7 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
         with pytest.raises(ValueError, match="holds another set of shards, or part of one"):
             copy_set(str(local / "of-photos.tar"), target)
         if "://" not in target:
-            (tmp_path / "here" / "shard-000001.tar.99.tmp").write_bytes(b"left by a kill")
+            (tmp_path / "here" / "shard-000001.tar.0123456789ab.tmp").write_bytes(b"left by a kill")
         _, copied = copy_set(str(built), target)
         assert 0 < copied < 4
         with pytest.raises(ValueError, match="holds another set of shards"):

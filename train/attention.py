@@ -5,7 +5,6 @@ over the whole frames; read back without unpickling. AMT (arXiv 2211.15362, mae-
 least to most, mean over heads.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.crops import crop_frames, to_device
+from shards.writing import temporary_of
 from train.inputs import normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
@@ -63,7 +63,7 @@ def write_attention(path: Path, encoder: Any, loader: Any, count: int, size: int
     """
     rank, ranks = place
     patches = (size // encoder.patch_embed.patch_size[0]) ** 2
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     maps = None
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

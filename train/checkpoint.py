@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from shards.writing import sweep, temporary_of
+
 VERSION = 1
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
 
@@ -18,7 +20,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` as the checkpoint after `step` optimizer steps; drop all but the newest."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             torch.save({"version": VERSION, "step": step, **state}, file)
@@ -33,8 +35,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
-    for old in [*sorted(folder.glob("step-*.pt"))[:-KEEP], *folder.glob("*.tmp")]:
+    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
         old.unlink(missing_ok=True)
+    sweep(folder)
     return path
 
 

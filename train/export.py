@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from shards.writing import write_atomically
 from train import checkpoint
 from train.model import encoder_options
 
@@ -26,17 +26,12 @@ def encoder_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
-    """Write `tensors` and `facts` as a .safetensors file that appears when it is whole, or raise
-    OSError.
+    """Write `tensors` and `facts` as a .safetensors file that appears when it is whole.
+
+    Costs a copy of them in memory: the library's own way to a file leaves a nameless one behind
+    when it is killed.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, facts)
-        temporary.replace(path)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(None, f"not written ({error})", str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save(tensors, facts))
 
 
 def export(source: Path, target: Path) -> str:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+from shards.writing import write_atomically
+
 METRICS = "metrics.jsonl"
 
 
@@ -26,9 +28,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def trim(run: Path, step: int) -> None:
     """Drop the rows from `step` on, which a killed run wrote after its last checkpoint."""
     kept = [row for row in read_metrics(run) if row["step"] < step]
-    temporary = run / f"{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(run / METRICS)
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    write_atomically(run / METRICS, lines.encode("ascii"), durable=False)
 
 
 class Log:

@@ -103,7 +103,7 @@ def pretrain(run: Run) -> None:
     part = recipe.batch // (ranks * micro_steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = Stop()
-    held = writing.alone(run.out, run.out / ".lock") if rank == 0 else nullcontext()
+    held = writing.alone(run.out) if rank == 0 else nullcontext()
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     waited, since = 0.0, time.perf_counter()
     clock = since - seconds  # training began then, had it never paused
