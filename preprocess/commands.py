@@ -18,6 +18,7 @@ from preprocess.defaults import DEFAULTS
 from preprocess.words import Json, at_least, between, print_json, say
 from shards.bank import BANK_CELL
 from shards.manifest import REJECTED
+from shards.record import LARGEST
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 
@@ -103,7 +104,7 @@ def build(
     loaders do.
     """
     settings = shards.Settings(
-        frame=at_least("--frame", frame, 16),
+        frame=between("--frame", frame, 16, LARGEST),
         quality=between("--quality", quality, 0, 100),
         crop=_crop(crop),
         area=(between("--area", area, 0.01, 1), DEFAULTS.area[1]),

@@ -22,6 +22,7 @@ KEY_DIGITS = 9
 UINT8 = np.dtype(np.uint8)
 JPEG, RAW = "jpg", "frame.npy"
 LABEL, META, MAPS = "cls", "json", "maps.npy"
+LARGEST = 8192  # px of a frame's side; a record that says more asks for gigabytes
 LEVEL = 17  # maps have the 16 densities 0, 17, ... 255 of 255: more would be lost in their error
 
 
@@ -152,6 +153,12 @@ def decode_frame(frame: bytes) -> NDArray[np.uint8]:
         return npy_array(frame)
     if not frame.endswith(b"\xff\xd9"):
         raise ValueError("the JPEG frame does not end in an end-of-image marker")
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(frame)
+    except ValueError as error:
+        raise ValueError(f"the frame is not a JPEG that decodes ({error})") from None
+    if max(height, width) > LARGEST:
+        raise ValueError(f"the frame says {width} x {height} px; there are none beyond {LARGEST}")
     pixels = cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR_RGB)
     if pixels is None:
         raise ValueError("the frame is not a JPEG that decodes")

@@ -13,6 +13,7 @@ import time
 import tomllib
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY, settings
@@ -27,7 +28,7 @@ from abuse.watch import spawn_watched
 from preprocess import open_source
 from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
-from shards import ShardSet, load, verify_shards
+from shards import ShardSet, decode_frame, load, verify_shards
 from shards import manifest as _manifest
 from shards.convert import convert_to_ffcv
 from shards.loader import Loader
@@ -206,6 +207,27 @@ def test_a_thread_that_fails_is_a_line(capsys, monkeypatch):
     thread.start()
     thread.join()
     assert capsys.readouterr().err.startswith("FileNotFoundError in a thread: ")
+
+
+def test_a_frame_that_says_it_is_huge_is_refused_before_it_is_made():
+    """Five kilobytes had become five gigabytes."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    data = bytearray(cv2.imencode(".jpg", pixels)[1].tobytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = (40_000).to_bytes(2, "big") * 2
+    with pytest.raises(ValueError, match=r"says 40000 x 40000 px"):
+        decode_frame(bytes(data))
+
+
+def test_a_parquet_of_more_rows_than_bytes_is_refused(tmp_path):
+    """A list of all its rows had been made first, however many it said it has."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    picture = pyarrow.array([b""]).dictionary_encode()
+    rows = pyarrow.DictionaryArray.from_arrays(np.zeros(100_000, np.int32), picture.dictionary)
+    parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"says 100000 rows in \d+ bytes"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
 
 
 def reseal(folder, index):

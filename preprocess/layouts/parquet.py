@@ -101,7 +101,13 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
-    return ParquetFile(opened(where, ahead=False), pre_buffer=is_url(where))
+    stream = opened(where, ahead=False)
+    file, size = ParquetFile(stream, pre_buffer=is_url(where)), stream.seek(0, os.SEEK_END)
+    if not 0 <= file.metadata.num_rows <= size:  # a list of so many would come before any picture
+        raise ValueError(
+            f"{where} says {file.metadata.num_rows} rows in {size} bytes; it is damaged"
+        )
+    return file
 
 
 @lru_cache(maxsize=8)
