@@ -230,6 +230,17 @@ def test_a_parquet_of_more_rows_than_bytes_is_refused(tmp_path):
         open_source(f"parquet:{tmp_path}/x.parquet")
 
 
+def test_a_parquet_group_of_more_rows_than_its_file_is_refused(tmp_path):
+    """Arrow reserves memory by the group's own count: a kilobyte had asked for 256 GB."""
+    pytest.importorskip("pyarrow")
+    data = parquet_of([b"x"] * 100)
+    hundred, many = b"\xc8\x01", b"\xc8\x7f"  # as Thrift writes 100 and 8,164
+    at = data.rindex(hundred)
+    (tmp_path / "x.parquet").write_bytes(data[:at] + many + data[at + 2 :])
+    with pytest.raises(ValueError, match=r"says 8164 rows in \d+ bytes"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
+
+
 def reseal(folder, index):
     """Write `index`, and a manifest that agrees with it, as an attacker would."""
     manifest = load(folder)

@@ -103,10 +103,11 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
         raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
     stream = opened(where, ahead=False)
     file, size = ParquetFile(stream, pre_buffer=is_url(where)), stream.seek(0, os.SEEK_END)
-    if not 0 <= file.metadata.num_rows <= size:  # a list of so many would come before any picture
-        raise ValueError(
-            f"{where} says {file.metadata.num_rows} rows in {size} bytes; it is damaged"
-        )
+    facts = file.metadata
+    groups = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
+    # Lists of so many rows, ours and Arrow's, would be made before any of them is read.
+    if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or facts.num_rows > size:
+        raise ValueError(f"{where} says {sum(groups)} rows in {size} bytes; it is damaged")
     return file
 
 
