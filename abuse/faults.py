@@ -19,19 +19,13 @@ from typing import Any
 from abuse import places
 from abuse.cases import Case
 from abuse.forked import Process, behind, call, fresh, kamim, spawn
-from abuse.kills import INPUTS, LIMIT, Job, finish, jobs, start, warm_up
-from abuse.material import SMALL, make_source
+from abuse.kills import LIMIT, Job, finish, jobs, start, warm_up
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
     """A case a fault, of all commands."""
     warm_up()
-    source = make_source(arena / "source", INPUTS, seed)
-    for name, where in {"set": source, "val": make_source(arena / "other", 24, seed + 1)}.items():
-        process = spawn(kamim, "shards", "build", where, arena / name, *SMALL,
-                        log=arena / "setup.log")  # fmt: skip
-        assert process.wait(LIMIT) == 0, process.text()
-    known = [(job, *calm(job, arena)) for job in jobs(source, arena) if job.ranks == 1]
+    known = [(job, *calm(job, arena)) for job in jobs(arena, seed) if job.ranks == 1]
     times = max(1, round(5 * scale))
     shares = [random.Random(f"shares {seed}").uniform(0.02, 0.98) for _ in range(times)]
     if places.allowed():
@@ -165,8 +159,11 @@ def memory(arena: Path, known: list[Any]) -> Case:
 
 def _usual(job: Job, out: Path) -> list[object]:
     """The arguments with the recipe `small` in place of `tiny`."""
-    usual = {"tiny": "small", "random:tiny": "random:small"}
-    return [usual.get(str(each), each) for each in job.arguments(out)]
+    tiny = {"tiny", "tiny_amt", "random:tiny"}
+    return [
+        each.replace("tiny", "small") if isinstance(each, str) and each in tiny else each
+        for each in job.arguments(out)
+    ]
 
 
 def _without_memory(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of build, convert, pretrain and probe; then the same command again.
+"""SIGKILL at random moments of each command that takes long; then the same command again.
 
 In: small sets and the smallest model. Out: cases; survived means that what was killed and went on
 ended with the bytes, losses and tensors of what was left in peace.
@@ -13,12 +13,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from abuse.cases import Case
 from abuse.forked import Process, call, kamim, spawn
-from abuse.material import SMALL, files, make_source, probe_digest, run_digest
+from abuse.material import SMALL, files, make_source, run_digest, tuned_digest
 
 LIMIT = 180  # seconds for any one command: a second's work on a quiet machine
 STOPPED = 10  # seconds that a rank may outlive another's death; torchrun stops it sooner
@@ -73,7 +74,7 @@ def finish(processes: list[Process]) -> str:
 
 
 def warm_up() -> None:
-    """Import what takes seconds, once for all forks, and add the smallest recipe, `tiny`."""
+    """Import what takes seconds, once for all forks, and add the smallest recipes, `tiny`..."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch: two ranks share
     for slow in ("matplotlib.pyplot", "torch.utils.tensorboard.writer", "sklearn.manifold",
                  "skimage.metrics", "train.loop", "evaluate.analyse", "evaluate.features",
@@ -82,26 +83,29 @@ def warm_up() -> None:
     from train.recipes import RECIPES, find_recipe
 
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-    RECIPES["tiny"] = lambda: replace(find_recipe("small"), options=small)
+    for kind in ("", "_amt"):
+        usual = find_recipe(f"small{kind}")
+        RECIPES[f"tiny{kind}"] = partial(replace, usual, options=small)
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
-    """A case a command, of 200 kills in all at scale 1."""
+    """A case a command, of 275 kills in all at scale 1."""
     warm_up()
-    source = make_source(arena / "source", INPUTS, seed)
-    made = {"set": source, "val": make_source(arena / "other", 24, seed + 1)}
-    for name, where in made.items():
-        log = arena / "setup.log"
-        process = spawn(kamim, "shards", "build", where, arena / name, *SMALL, log=log)
-        assert process.wait(LIMIT) == 0, process.text()
-    for job in jobs(source, arena):
+    for job in jobs(arena, seed):
         yield kill(job, arena, max(1, round(job.share * scale)), seed)
 
 
-def jobs(source: Path, arena: Path) -> list[Job]:
-    """What is killed. The probe's encoder is a run that the probe itself does not change."""
-    small = ["--recipe", "tiny", "--batch", 8, "--epochs", 2, "--detector", "fast"]
-    small += ["--device", "cpu", "--save-every", 2, "--log-every", 1, "--resume", "auto"]
+def jobs(arena: Path, seed: int) -> list[Job]:
+    """What is killed, and the sets that it works on, made in `arena`."""
+    source = make_source(arena / "source", INPUTS, seed)
+    other = make_source(arena / "other", 24, seed + 1)
+    for words in (["build", source, arena / "set", *SMALL], ["build", other, arena / "val", *SMALL],
+                  ["convert", arena / "set", "--out", arena / "ffcv"]):  # fmt: skip
+        process = spawn(kamim, "shards", *words, log=arena / "setup.log")
+        assert process.wait(LIMIT) == 0, process.text()
+    sets = [arena / "set", arena / "val"]
+    small = ["--batch", 8, "--epochs", 2, "--detector", "fast", "--device", "cpu"]
+    small += ["--save-every", 2, "--log-every", 1, "--resume", "auto"]
 
     def build(processes: int) -> Callable[[Path], list[object]]:
         flags = [*SMALL, "--shard-size", 4, "--jobs", processes]
@@ -110,12 +114,17 @@ def jobs(source: Path, arena: Path) -> list[Job]:
     def convert(frames: str) -> Callable[[Path], list[object]]:
         return lambda out: ["shards", "convert", arena / "set", "--out", out, "--frames", frames]
 
-    def pretrain(out: Path) -> list[object]:
-        return ["pretrain", arena / "set", "--out", out, *small]
+    def pretrain(shards: str, recipe: str = "tiny") -> Callable[[Path], list[object]]:
+        return lambda out: ["pretrain", arena / shards, "--out", out, "--recipe", recipe, *small]
 
     def probe(out: Path) -> list[object]:
-        sets = [arena / "set", arena / "val"]
         return ["probe", "random:tiny", *sets, "--out", out, "--epochs", 4, "--seeds", 2]
+
+    def finetune(out: Path) -> list[object]:
+        return ["finetune", "random:tiny", *sets, "--out", out, "--epochs", 4, "--batch", 16]
+
+    def copy(out: Path) -> list[object]:
+        return ["shards", "copy", arena / "ffcv", out]
 
     def bytes_of(folder: str) -> dict[str, Any]:
         return files(Path(folder))
@@ -126,9 +135,13 @@ def jobs(source: Path, arena: Path) -> list[Job]:
         Job("build, 2 processes", build(2), bytes_of, end, 25, workers=True),
         Job("convert, JPEG frames", convert("jpeg"), bytes_of, end, 20),
         Job("convert, raw frames", convert("raw"), bytes_of, end, 20),
-        Job("pretrain, 1 process", pretrain, run_digest, last, 45),
-        Job("pretrain, 2 processes", pretrain, run_digest, last, 25, ranks=2),
-        Job("probe", probe, probe_digest, "probe.json", 30),
+        Job("copy", copy, bytes_of, end, 15),
+        Job("pretrain, 1 process", pretrain("set"), run_digest, last, 45),
+        Job("pretrain, 2 processes", pretrain("set"), run_digest, last, 25, ranks=2),
+        Job("pretrain, AMT", pretrain("set", "tiny_amt"), run_digest, last, 20),
+        Job("pretrain from .beton", pretrain("ffcv"), run_digest, last, 20),
+        Job("probe", probe, bytes_of, "probe.json", 30),
+        Job("finetune", finetune, tuned_digest, "finetune.json", 20),
     ]
 
 

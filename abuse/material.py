@@ -64,15 +64,30 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def run_digest(folder: str) -> dict[str, Any]:
-    """Losses of a training run, to the last bit, and its newest checkpoint; leftovers, if any."""
-    import torch
-
-    from train import checkpoint
+    """Losses of a training run, to the last bit, its newest weights, attention maps, leftovers."""
     from train.log import read_metrics
 
     run = Path(folder)
     timed = ("images_per_s", "waiting", "seconds")
     rows = [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run)]
+    maps = {n: digest for n, digest in files(run).items() if n.endswith(".npy")}
+    left = sorted(str(path.relative_to(run)) for path in run.rglob("*.tmp"))
+    return {"rows": rows, "checkpoint": _weights(run), "maps": maps, "left": left}
+
+
+def tuned_digest(folder: str) -> dict[str, Any]:
+    """Files of a fine-tuning; of its newest checkpoint, which has dates in it, the weights."""
+    found = {n: d for n, d in files(Path(folder)).items() if not n.endswith(".pt")}
+    (run,) = (path.parent for path in Path(folder).glob("*/checkpoints"))
+    return {"files": found, "checkpoint": _weights(run)}
+
+
+def _weights(run: Path) -> str:
+    """A digest of all tensors of the newest checkpoint of `run`."""
+    import torch
+
+    from train import checkpoint
+
     newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None
     state, digest = checkpoint.load(newest), hashlib.sha256()
@@ -91,11 +106,4 @@ def run_digest(folder: str) -> dict[str, Any]:
             digest.update(repr(value).encode())
 
     walk({"model": state["model"], "optimizer": state["optimizer"], "step": state["step"]})
-    left = sorted(str(path.relative_to(run)) for path in run.rglob("*.tmp"))
-    return {"rows": rows, "checkpoint": digest.hexdigest(), "left": left}
-
-
-def probe_digest(folder: str) -> dict[str, Any]:
-    """The result and the kept features of a probe."""
-    found = files(Path(folder))
-    return found
+    return digest.hexdigest()
