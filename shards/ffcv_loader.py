@@ -22,6 +22,28 @@ from shards.reader import ShardSet
 HINT = "type: make ffcv, or see `kamim doctor`"
 
 
+def _ffcv() -> Any:
+    """FFCV, kept from setting torch's number of threads.
+
+    It sets that to 1 when imported, to its own when a loader begins, and again from its thread, in
+    the middle of a step: how a step's sums are shared out, and so their last bits, went with it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    import ffcv
+    import numba
+    from ffcv.pipeline.compiler import Compiler
+
+    def of_numba_alone(cls: Any, count: int) -> None:
+        cls.num_threads = count
+        numba.set_num_threads(count)
+
+    Compiler.set_num_threads = classmethod(of_numba_alone)
+    torch.set_num_threads(threads)
+    return ffcv
+
+
 class FfcvLoader:
     """As shards.loader.Loader, for a set whose container is FFCV.
 
@@ -44,7 +66,7 @@ class FfcvLoader:
         prefetch: int = 3,
     ) -> None:
         try:
-            import ffcv
+            ffcv = _ffcv()
             from ffcv.fields.basics import IntDecoder
             from ffcv.fields.ndarray import NDArrayDecoder
             from ffcv.fields.rgb_image import SimpleRGBImageDecoder

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -110,6 +111,24 @@ def test_pretraining_gives_the_same_losses_where_the_frames_are_equal(small_sour
 
 @pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_of_torch_is_the_users(threads, converted):
+    """FFCV had set it to its own, in the middle of a step: a loss's last bits went with it."""
+    before, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(threads)
+        records = ShardSet(converted)
+        loader = FfcvLoader(records, Plan(len(records), 8, 0), 0, 3, workers=2)
+        seen = [torch.get_num_threads() for _ in loader]
+        fresh = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        fresh.start()  # it takes the number that any thread set last
+        fresh.join()
+        assert {*seen, *found} == {threads}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_dead_pipeline_thread_is_noticed(built, tmp_path, monkeypatch):
     from ffcv.loader.epoch_iterator import EpochIterator
 
