@@ -102,9 +102,9 @@ def finetune(
     task = _open(encoder, train, val, 0, "mean", device)
     task.block = task.model.blocks
     folder = out or Path("finetuned") / Path(encoder.replace(":", "-")).stem
-    row = task.facts() | {"recipe": recipe}
     with alone(folder):
-        row |= _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
+        found = _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
+        row = task.facts() | {"recipe": recipe} | found
         _report(row, folder / "finetune.json", json_output, "")
 
 
@@ -124,14 +124,10 @@ class _Task:
     def facts(self) -> dict[str, Any]:
         """What a result stands beside."""
         return {
-            "encoder": self.encoder,
-            "block": self.block,
-            "blocks": self.model.blocks,
-            "pool": self.pool,
-            "train": str(self.learn.folder),
-            "val": str(self.test.folder),
+            "encoder": self.encoder, "block": self.block, "blocks": self.model.blocks,
+            "pool": self.pool, "train": str(self.learn.folder), "val": str(self.test.folder),
             "samples": [len(self.learn), len(self.test)],
-        }
+        }  # fmt: skip
 
 
 def _open(
@@ -225,9 +221,8 @@ def analyse(
     ours = {name: chosen(Path(name)) for name in names
             if Path(name).is_dir() or Path(name).suffix == ".pt"}  # fmt: skip
     with alone(out):
-        warnings = analyse(loaded, ours, records, out, images)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        for warning in analyse(loaded, ours, records, out, images):
+            print(f"warning: {warning}", file=sys.stderr)
     print(out / "analysis.html")
 
 
