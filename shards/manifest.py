@@ -152,6 +152,12 @@ def load(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        scheme, slashes, rest = str(folder).partition(":/")
+        if slashes and scheme.isalnum():  # a URL that became a path
+            raise ValueError(
+                f"{scheme}://{rest} is not on this machine; copy it, and each file of it is "
+                f"checked: kamim shards copy {scheme}://{rest} FOLDER"
+            ) from None
         raise ValueError(
             f"{folder} has no {MANIFEST}: it is not a finished set of shards; "
             f"build one with `kamim shards build SOURCE {folder}`"

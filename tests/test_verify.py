@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +176,9 @@ def test_redetect_notices_another_detector(built, small_source, monkeypatch):
 def test_moving_a_set_changes_nothing(built, tmp_path):
     shutil.move(built, tmp_path / "elsewhere")
     assert verify_shards(tmp_path / "elsewhere", "decode") == []
+
+
+def test_a_set_in_a_store_is_sent_to_the_command_that_fetches_and_checks_it():
+    (problem,) = verify_shards(Path("s3://bucket/set"))
+    assert "s3://bucket/set is not on this machine" in problem
+    assert "kamim shards copy s3://bucket/set FOLDER" in problem
