@@ -162,7 +162,10 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.CRITICAL)
     except OSError as error:
-        raise Lost(f"no Ray at {scheduler or 'this machine'} ({_first_line(error)})") from None
+        hint = "; if it asks for a token, set RAY_AUTH_MODE=token" if scheduler else ""
+        raise Lost(
+            f"no Ray at {scheduler or 'this machine'} ({_first_line(error)}{hint})"
+        ) from None
     except (RuntimeError, ValueError) as error:  # of another version, say
         raise BuildError(f"Ray at {scheduler or 'this machine'}: {_first_line(error)}") from None
     finally:

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -234,6 +236,32 @@ def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert "has no module 'preprocess': install kamim" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("token", ["", "0123456789abcdef0123456789abcdef"])
+def test_a_running_ray_cluster_is_joined_by_its_address(
+    token, small_source, calm, tmp_path, monkeypatch
+):
+    pytest.importorskip("ray")
+    auth = {"RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN": token}
+    place = tempfile.mkdtemp(prefix="ray")  # tmp_path is too long for its sockets
+    port, options = free_port(), ["--num-cpus", 2, "--object-store-memory", 100_000_000]
+    options += ["--include-dashboard=false", "--disable-usage-stats", "--temp-dir", place]
+    line = ["shards", "build", small_source, tmp_path / "out", *SMALL, "--backend", "ray",
+            "--scheduler", f"127.0.0.1:{port}"]  # fmt: skip
+    with started("ray.scripts.scripts", "start", "--head", "--block", "--port", port, *options,
+                 env={**SLOW, **auth}) as head:  # fmt: skip
+        wait_for(port)
+        for name, value in auth.items():
+            monkeypatch.setenv(name, value)
+        done = kamim(*line)
+        os.killpg(head.pid, signal.SIGTERM)  # it ends what it started, in groups of their own
+        head.wait(timeout=60)
+    shutil.rmtree(place)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == calm
 
 
 @pytest.mark.slow
