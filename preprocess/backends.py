@@ -158,16 +158,14 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
     if not scheduler:
         place = {"address": "local", "num_cpus": jobs or joblib.cpu_count()}
         place |= {"include_dashboard": False, "object_store_memory": 100_000_000}
+    where = f"{scheduler}, for a token with RAY_AUTH_MODE=token" if scheduler else "this machine"
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.CRITICAL)
     except OSError as error:
-        hint = "; if it asks for a token, set RAY_AUTH_MODE=token" if scheduler else ""
-        raise Lost(
-            f"no Ray at {scheduler or 'this machine'} ({_first_line(error)}{hint})"
-        ) from None
+        raise Lost(f"no Ray at {where} ({_first_line(error)})") from None
     except (RuntimeError, ValueError) as error:  # of another version, say
-        raise BuildError(f"Ray at {scheduler or 'this machine'}: {_first_line(error)}") from None
+        raise BuildError(f"Ray at {where}: {_first_line(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray puts its own in the place of ours
