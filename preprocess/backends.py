@@ -47,9 +47,7 @@ def check(backend: str, scheduler: str) -> None:
             raise ValueError(f"--scheduler {scheduler} needs --backend dask or --backend ray")
         return
     if importlib.util.find_spec(PACKAGES[backend]) is None:
-        raise ValueError(
-            f"--backend {backend} needs a library; type: pip install 'kamim[{backend}]'"
-        )
+        raise ValueError(f"{backend} is not installed; type: pip install 'kamim[{backend}]'")
     if scheduler and (backend, scheduler) != ("ray", "auto"):
         _knock(backend, _address(scheduler))
 
@@ -154,10 +152,10 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of GPUs
     import ray
 
-    place: dict[str, Any] = {"address": scheduler}
+    place: dict[str, Any] = {"address": scheduler or "local"}
     if not scheduler:
-        place = {"address": "local", "num_cpus": jobs or joblib.cpu_count()}
-        place |= {"include_dashboard": False, "object_store_memory": 100_000_000}
+        place |= {"num_cpus": jobs or joblib.cpu_count(), "include_dashboard": False,
+                  "object_store_memory": 100_000_000}  # fmt: skip
     where = f"{scheduler}, for a token with RAY_AUTH_MODE=token" if scheduler else "this machine"
     handler = signal.getsignal(signal.SIGTERM)
     try:
