@@ -195,6 +195,8 @@ def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs:
                     bar.update(written.inputs)
                     tries = 0
             except backends.Lost as lost:
+                if any(read_row(job.work, job.out, n) for n in missing):  # out of our sight
+                    tries = 0
                 tries += 1
                 if tries > TRIES:
                     raise BuildError(
@@ -203,7 +205,7 @@ def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs:
                 bar.write(f"{lost}; trying again, {tries} of {TRIES}", file=sys.stderr)
                 time.sleep(PAUSE_SECONDS * tries)
                 for n in [n for n in missing if read_row(job.work, job.out, n)]:
-                    missing.discard(n)  # finished out of our sight
+                    missing.discard(n)
                     bar.update(len(source.entries[parts[n]]))
             finally:
                 results.close()

@@ -381,6 +381,26 @@ def test_a_loky_worker_that_dies_costs_one_try(small_source, calm, tmp_path, cap
     assert "a worker process died, perhaps for want of memory" in capsys.readouterr().err
 
 
+def test_an_engine_lost_before_it_told_of_a_shard_is_looked_for_again(
+    small_source, calm, tmp_path, monkeypatch
+):
+    """Shards counted only once told of: a scheduler that died early had ended the build."""
+    run, lost = backends.run, []
+
+    def silent(backend, scheduler, jobs, work, tasks, scratch):
+        if not lost:
+            work(*next(tasks))
+            lost.append(backends.Lost("the engine is gone"))
+            raise lost[0]
+        yield from run(backend, scheduler, jobs, work, tasks, scratch)
+
+    monkeypatch.setattr(preprocess.build.backends, "run", silent)
+    monkeypatch.setattr(preprocess.build, "PAUSE_SECONDS", 0)
+    build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
+    assert contents(tmp_path / "out") == calm
+    assert lost
+
+
 def _dies_once(job, number, entries):
     if number == 3:
         try:
