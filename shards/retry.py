@@ -19,6 +19,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BARRED, GONE, PASSING = (401, 403), (404, 410), (408, 425, 429)  # of HTTP's 4xx
 OURS = (TypeError, ValueError, LookupError, NotImplementedError, IsADirectoryError,
         NotADirectoryError)  # fmt: skip
+# Stores that do not answer, and the call that said so: one line, not one for each request.
+AWAY: dict[str, object] = {}
 Result = TypeVar("Result")
 
 
@@ -35,6 +37,7 @@ def retried(
     such thing, ValueError if no further try would help, ConnectionError when patience has ended.
     """
     patience = PATIENCE if patience is None else patience
+    store, mine = "/".join(url.split("/")[:3]), object()
     wait, waited, begin = FIRST_WAIT, 0.0, 0.0
     while True:
         needed()
@@ -45,12 +48,12 @@ def retried(
             _refuse(url, error)
             reason = f"{type(error).__name__}: {_line(error)}"
         else:
-            if begin:
-                LOG.warning("%s answers again", url)
+            if AWAY.pop(store, None):
+                LOG.warning("%s answers again", store)
             return result
-        if not begin:
+        if not begin and AWAY.setdefault(store, mine) is mine:
             LOG.warning("%s: %s; trying again", url, reason)
-            begin = time.monotonic()
+        begin = begin or time.monotonic()
         end = time.monotonic() + wait
         while time.monotonic() < end:
             time.sleep(min(0.1, wait))
@@ -58,6 +61,7 @@ def retried(
         waited, begin = waited + needed() * (time.monotonic() - begin), time.monotonic()
         wait = min(2 * wait, LONGEST_WAIT)
         if waited > patience:
+            AWAY.pop(store, None)
             raise ConnectionError(
                 f"{url} could not be reached for {patience:g} s ({reason}); once the store is "
                 "back, the same command goes on"

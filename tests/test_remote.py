@@ -6,6 +6,8 @@ import os
 import re
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import archives
 import fsspec
@@ -221,6 +223,24 @@ def test_pauses_grow_until_patience_ends_and_refusals_are_not_repeated(monkeypat
         with pytest.raises(kind, match=error.strerror or str(error)):
             retry.retried("u", lambda error=error: failing(error))
     assert len(calls) == 4
+
+
+def test_an_outage_is_told_once_by_all_who_meet_it(monkeypatch, caplog):
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.2)
+    until = time.monotonic() + 0.4
+
+    def call(number):
+        if time.monotonic() < until:
+            raise ConnectionError("away")
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        urls = [f"s3://bucket/{number}" for number in range(8)]
+        found = pool.map(lambda url: retry.retried(url, lambda: call(url)), urls)
+        assert list(found) == urls
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.endswith("ConnectionError: away; trying again")
+    assert last == "s3://bucket answers again"
 
 
 def test_nobody_waiting_has_all_the_patience(monkeypatch):
