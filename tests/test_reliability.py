@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,13 +20,14 @@ import pytest
 from conftest import REPOSITORY, settings
 
 import kamim
+import preprocess.build
 import preprocess.places
 from abuse.broken import KINDS
 from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
 from abuse.forked import spawn
 from abuse.source_targets import parquet_of
 from abuse.watch import spawn_watched
-from preprocess import open_source
+from preprocess import build_shards, open_source
 from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
 from shards import ShardSet, decode_frame, load, verify_shards
@@ -156,6 +158,23 @@ def test_a_parquet_of_damaged_facts_is_refused_by_name(tmp_path):
     (tmp_path / "x.parquet").write_bytes(data)
     with pytest.raises(ValueError, match=r"x.parquet is no whole Parquet file"):
         open_source(f"parquet:{tmp_path}/x.parquet")
+
+
+def test_two_that_tidy_up_after_a_finished_build_do_not_trip_over_each_other(
+    built, small_source, monkeypatch
+):
+    remove = shutil.rmtree
+
+    def late(path, **how):
+        remove(path)  # the other was first
+        remove(path, **how)
+
+    (built / ".build").mkdir()
+    monkeypatch.setattr(preprocess.build.shutil, "rmtree", late)
+    manifest = load(built)
+    source = open_source(str(small_source))
+    assert build_shards(source, built, manifest.settings, 1) == manifest
+    assert not (built / ".build").exists()
 
 
 def test_what_a_killed_process_left_goes_and_what_a_user_left_stays(tmp_path):
