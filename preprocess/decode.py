@@ -52,7 +52,7 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
         if not data.endswith(END_OF_IMAGE):
             # OpenCV before 5 fills a cut-off picture with grey and says nothing; this does not.
             simplejpeg.decode_jpeg(data, strict=True)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
         if "Premature end" in str(error):
             raise Rejected("truncated", str(error)) from None
         return None

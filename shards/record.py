@@ -155,7 +155,7 @@ def decode_frame(frame: bytes) -> NDArray[np.uint8]:
         raise ValueError("the JPEG frame does not end in an end-of-image marker")
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(frame)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
         raise ValueError(f"the frame is not a JPEG that decodes ({error})") from None
     if max(height, width) > LARGEST:
         raise ValueError(f"the frame says {width} x {height} px; there are none beyond {LARGEST}")

@@ -17,6 +17,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from conftest import REPOSITORY, settings
 
 import kamim
@@ -27,7 +28,7 @@ from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
 from abuse.forked import spawn
 from abuse.source_targets import parquet_of
 from abuse.watch import spawn_watched
-from preprocess import build_shards, open_source
+from preprocess import Rejected, build_shards, decode_image, open_source
 from preprocess.densities import LONGEST, map_views
 from preprocess.sources import Entry, read
 from shards import ShardSet, decode_frame, load, verify_shards
@@ -236,6 +237,19 @@ def test_a_frame_that_says_it_is_huge_is_refused_before_it_is_made():
     data[at : at + 4] = (40_000).to_bytes(2, "big") * 2
     with pytest.raises(ValueError, match=r"says 40000 x 40000 px"):
         decode_frame(bytes(data))
+
+
+def test_a_jpeg_of_a_subsampling_without_a_name_is_damaged_not_a_crash():
+    """simplejpeg raises KeyError at it, which had ended the build."""
+    size, three = b"\x08\0x\0x\x03", b"\x01\x14\0\x02\x11\n\x03\x11\x01"
+    data = b"\xff\xd8\xff\xc0\0\x11" + size + three
+    data += b"\xff\xda\0\x0c\x03\x01\0\x02\x11\x03\x11..\xff\xd9"
+    with pytest.raises(KeyError):
+        simplejpeg.decode_jpeg_header(data)
+    with pytest.raises(Rejected, match=r"damaged|truncated"):
+        decode_image(data)
+    with pytest.raises(ValueError, match="not a JPEG that decodes"):
+        decode_frame(data)
 
 
 def test_a_parquet_of_more_rows_than_bytes_is_refused(tmp_path):
