@@ -134,7 +134,8 @@ def main(name: str, folders: list[Path]) -> None:
 
     costs.json in the first, of bench.throw.costs, gives the seconds of runs.
     """
-    rows = [row for folder in folders for row in gather(folder)]
+    rows = gather(folders[0])  # with the untrained encoder, which is the same in all
+    rows += [r for folder in folders[1:] for r in gather(folder) if r["method"] != "random"]
     results: dict[str, Any] = {"rows": rows, **provenance()}
     if (folders[0] / "costs.json").exists():
         results["costs"] = json.loads((folders[0] / "costs.json").read_text())

@@ -25,7 +25,6 @@ export -f one
 for seed in $seeds; do for method in $methods; do echo "$method $seed"; done; done |
     xargs -P 2 -L 1 bash -ec 'one $0 $1'
 
-runs=()
-for method in $methods; do for seed in $seeds; do runs+=("$out/$method-seed-$seed"); done; done
+runs=("$out"/*-seed-[0-9])  # those of earlier calls into the same folder too
 kamim probe random:small "$out/shards/train" "$out/shards/test" --out "$out/random"
 kamim analyse "${runs[@]}" random:small "$out/shards/test" --out "$out/analysis" --images 128
