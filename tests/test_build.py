@@ -216,7 +216,7 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
 def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
     with (
-        preprocess.build._claim(out),
+        preprocess.build.claim(out, preprocess.build.facts_of(source, settings())),
         pytest.raises(ValueError, match="another process is"),
     ):
         build_shards(source, out, settings(), 1)
