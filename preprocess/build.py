@@ -21,6 +21,7 @@ from preprocess import backends, frequency
 from preprocess.compare import (
     Facts,
     check_files,
+    check_manifest_is_not_lost,
     check_reuse,
     compare,
     facts_of_set,
@@ -39,7 +40,7 @@ from preprocess.sources import Source
 from shards import manifest as _manifest
 from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
 from shards.record import npy_bytes
-from shards.webdataset import INDEX_DTYPE, shard_name
+from shards.webdataset import INDEX_DTYPE
 from shards.writing import alone, progress, sweep, write_atomically
 
 WORK = ".build"
@@ -125,12 +126,9 @@ def _check_folder(out: Path, facts: Facts) -> Manifest | None:
     plan = out / WORK / PLAN
     if plan.is_file():
         compare(out, json.loads(plan.read_bytes()), facts)
-    elif {INDEX, shard_name(0)} & names:
-        raise ValueError(
-            f"{out} has shards but no {MANIFEST}, without which nobody knows what they hold; "
-            "restore that file, or build into a new folder"
-        )
-    elif names - {WORK} - EXTRAS:
+        return None
+    check_manifest_is_not_lost(out)
+    if names - {WORK} - EXTRAS:
         some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
         raise ValueError(f"{out} holds something else ({some}); name a new or empty folder")
     return None

@@ -165,8 +165,8 @@ def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
     least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
     if settings.frame < least:
         say(
-            f"--frame {settings.frame} is small: crops of {settings.crop} px will be enlarged; "
-            f"--frame {least} is large enough for any"
+            f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
+            f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
         )
     if jobs > joblib.cpu_count() and not scheduler:
         cores = joblib.cpu_count()

@@ -13,9 +13,10 @@ from preprocess.defaults import DEFAULTS
 from preprocess.errors import BuildError
 from preprocess.options import DEFAULTS as OPTIONS
 from preprocess.options import OF_FREQUENCY
-from shards.manifest import FREQUENCY, Manifest, Settings, load
+from shards.manifest import FREQUENCY, INDEX, MANIFEST, Manifest, Settings, load
 from shards.reader import check_size
 from shards.verify import damaged_files
+from shards.webdataset import shard_name
 
 Facts = dict[str, Any]
 PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on")
@@ -68,6 +69,15 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
     if name == "source.sha256":
         return ["source.sha256 differs: files were added, removed or changed"]
     return [f"{name} is {there} there, {here} here"]
+
+
+def check_manifest_is_not_lost(out: Path) -> None:
+    """ValueError if `out` holds shards of a set whose manifest is gone."""
+    if not (out / MANIFEST).exists() and any((out / n).exists() for n in (INDEX, shard_name(0))):
+        raise ValueError(
+            f"{out} has shards but no {MANIFEST}, without which nobody knows what they hold; "
+            "restore that file, or build into a new folder"
+        )
 
 
 def check_reuse(reuse: Path, facts: Facts) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import backends
-from preprocess.build import claim, facts_of, job_of, shard_size_for, write_missing
-from preprocess.compare import compare, facts_of_set, flags_of
+from preprocess.build import WORK, claim, facts_of, job_of, shard_size_for, write_missing
+from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError
-from preprocess.shard import Job, read_row, rejected_line, row_path
+from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
 from preprocess.sources import Source, read
 from shards import manifest as _manifest
-from shards.manifest import File, Manifest, Settings
+from shards.manifest import MANIFEST, File, Manifest, Settings
 from shards.reader import sizes_of
 from shards.record import npy_bytes
 from shards.verify import flaws_of_files
@@ -42,6 +42,9 @@ def repair_shards(
     BuildError if a file can no longer be built to the bytes that the manifest says.
     """
     backends.check(backend, scheduler)
+    if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
+        raise ValueError(f"{out} is unfinished; the same command without --repair goes on")
+    check_manifest_is_not_lost(out)
     finished, facts = _manifest.load(out), facts_of(source, settings)
     if finished.container != "webdataset":
         raise ValueError(f"{out} is an FFCV set; remove it and convert the set it was made from")

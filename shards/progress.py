@@ -28,7 +28,8 @@ class Bar(tqdm):  # type: ignore[misc]
         terminal = sys.stderr.isatty()
         self.ended = threading.Event()
         self.pace = TERMINAL_SECONDS if terminal else LOG_SECONDS
-        named |= {"mininterval": 0.1} if terminal else {"miniters": math.inf, "ncols": 78}
+        by_the_clock = {"miniters": math.inf, "maxinterval": math.inf, "ncols": 78}
+        named |= {"mininterval": 0.1} if terminal else by_the_clock
         named |= {"file": sys.stderr if terminal else _Lines(), "delay": delay}
         super().__init__(*given, **named)
         facts = weakref.ref(self), self.ended, delay, self.pace

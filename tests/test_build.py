@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contents, settings
+from conftest import REPOSITORY, contents, settings
 
 import preprocess
 import shards
@@ -71,7 +70,7 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
     def rows():
         return len(list((tmp_path / "out").glob(".build/*[0-9].json")))
 
-    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    slow = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/tests/slow_build:{REPOSITORY}"}
     while kills < 20:
         process = subprocess.Popen(
             command, start_new_session=True, stderr=subprocess.DEVNULL, env=slow

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 KAMIM = [sys.executable, "-m", "kamim"]
 SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
@@ -112,7 +112,7 @@ def test_too_many_rejected_is_status_1(small_source, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_source, tmp_path):
     out = tmp_path / "out"
-    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    slow = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/tests/slow_build:{REPOSITORY}"}
     slow["SLOW_SECONDS"] = "0.2"
     command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
     process = subprocess.Popen(
