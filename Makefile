@@ -15,7 +15,9 @@ YOURS := folder webdataset parquet shards
 comma := ,
 # Shards of your images are named after where they lie, those of a dataset after the dataset.
 NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
-OUT ?= data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
+ifeq ($(OUT),)
+override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
+endif
 # Other datasets than the demo lie at DATA, or are looked for where people keep them.
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
 
@@ -25,7 +27,7 @@ GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
 ifneq ($(UNKNOWN),)
 NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' $(UNKNOWN) $(KNOWN))
-$(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) there are $(KNOWN))
+$(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
 .PHONY: help setup words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme abuse lock audit clean
