@@ -28,20 +28,13 @@ from preprocess.compare import (
     reuse_hint,
 )
 from preprocess.errors import BuildError
-from preprocess.shard import (
-    PLAN,
-    Job,
-    confirm,
-    library_versions,
-    read_row,
-    write_shard,
-)
+from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
 from preprocess.sources import Source
 from shards import manifest as _manifest
 from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
 from shards.record import npy_bytes
 from shards.webdataset import INDEX_DTYPE
-from shards.writing import alone, progress, sweep, write_atomically
+from shards.writing import alone, progress, sweep, waiting, write_atomically
 
 WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between
@@ -85,7 +78,8 @@ def build_shards(
             job = job_of(source, settings, out, work, reuse, on_error == "fail")
             numbers = range(-(-len(source.entries) // settings.shard_size))
             write_missing(source, job, numbers, backend, scheduler, jobs)
-            complete = _publish(source, job, facts)
+            with waiting("writing the index"):
+                complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up
         with suppress(ValueError), alone(out, out / WORK / "lock"):  # or a repair is under way
             shutil.rmtree(out / WORK, ignore_errors=True)  # as whoever finished it may do now
@@ -100,10 +94,12 @@ def build_shards(
 
 def facts_of(source: Source, settings: Settings) -> Facts:
     """All that a record's bytes depend on; a build goes on only where all of it is equal."""
+    with waiting(f"hashing the list of {len(source.entries)} inputs"):
+        described = source.description()
     facts = {
         "format_version": _manifest.FORMAT_VERSION,
         "settings": asdict(settings),
-        "source": source.description(),
+        "source": described,
         "versions": library_versions(settings),
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
@@ -231,7 +227,7 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         format_version=_manifest.FORMAT_VERSION,
         container="webdataset",
         settings=job.settings,
-        source=source.description(),
+        source=facts["source"],
         classes=source.classes,
         versions=facts["versions"],
         fingerprint=_manifest.fingerprint(facts),

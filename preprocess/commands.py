@@ -147,7 +147,10 @@ def build(
         manifest = preprocess.build_shards(
             listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
         )
-    except (ValueError, preprocess.BuildError) as error:  # what it says to type can be typed
+    except (ValueError, preprocess.BuildError) as error:
+        if " SOURCE " not in str(error):
+            raise
+        # What it says to type can be typed.
         words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
         words += f"{compare.flags_of(settings, chosen)} "
         raise type(error)(str(error).replace(" SOURCE ", words)) from None

@@ -152,7 +152,7 @@ def test_make_refuses_words_before_it_builds(clone):
     }.items():
         done = run(f"make shards {words}", clone)
         assert (done.returncode, done.stdout) == (2, ""), words
-        said = [l for l in done.stderr.splitlines() if not l.startswith("make: ***")]
+        said = [row for row in done.stderr.splitlines() if not row.startswith("make: ***")]
         assert len(said) == 1, done.stderr
         assert line in said[0]
         assert not (clone / "data" / "no").exists()
