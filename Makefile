@@ -4,19 +4,33 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-DATASET ?= demo
+# DATA alone is a folder, a tar or a URL of yours.
+DATASET ?= $(if $(DATA),folder,demo)
 DETECTOR ?= fast
 FORMAT ?= webdataset
 FRAMES ?= jpeg
 JOBS ?= 0
 BACKEND ?= loky
-RECIPE ?= vit_base
+YOURS := folder webdataset parquet shards
 comma := ,
-OUT ?= data/$(DATASET)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
+# Shards of your images are named after where they lie, those of a dataset after the dataset.
+NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
+ifeq ($(OUT),)
+override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
+endif
 # Other datasets than the demo lie at DATA, or are looked for where people keep them.
-SOURCE = $(if $(filter demo,$(DATASET)),$(if $(DATA),$(DATA),demo),$(DATASET)$(if $(DATA),:$(DATA)))
+SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
 
-.PHONY: help setup shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme abuse lock audit clean
+# A misspelt variable would build something else than what was asked for.
+KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
+ifneq ($(UNKNOWN),)
+NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' $(UNKNOWN) $(KNOWN))
+$(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
+endif
+
+.PHONY: help setup words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,9 +47,18 @@ setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 # What a URL, Parquet or a cluster needs is installed when it is asked for.
 NEEDS = $(if $(findstring ://,$(DATA)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
 
-shards: $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
-	@if [ "$(FORMAT)" != webdataset ] && [ "$(FORMAT)" != ffcv ]; then \
-	  echo 'FORMAT=$(FORMAT) is unknown; there are webdataset and ffcv' >&2; exit 2; fi
+# Before anything is installed or built.
+words:
+	@case "$(FORMAT)" in webdataset|ffcv) ;; *) \
+	  echo 'FORMAT=$(FORMAT) is unknown; there are webdataset and ffcv' >&2; exit 2;; esac
+	@case "$(FRAMES)" in jpeg|raw) ;; *) \
+	  echo 'FRAMES=$(FRAMES) is unknown; there are jpeg and raw' >&2; exit 2;; esac
+	@if [ -n "$(filter $(YOURS),$(DATASET))" ] && [ -z "$(DATA)" ]; then \
+	  echo 'DATASET=$(DATASET) needs DATA=path or URL of it' >&2; exit 2; fi
+	@if [ "$(DATASET)" = demo ] && [ -n "$(DATA)" ]; then \
+	  echo 'DATASET=demo brings its own photographs; leave DATASET out to take those at DATA=$(DATA)' >&2; exit 2; fi
+
+shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
 	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
 
@@ -44,7 +67,7 @@ verify: $(VENV)/core  ## Check shards: OUT.
 
 pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
 	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards' >&2; exit 2; fi
-	@$(BIN)/kamim pretrain "$(SHARDS)" --recipe "$(RECIPE)" $(FLAGS)
+	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(FLAGS)
 
 ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 
@@ -106,6 +129,13 @@ bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DA
 clean:  ## Remove the virtual environment and caches; never shards.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
+# What is installed, how large it is on disk, what pip is told. Of pip only errors are shown.
+define install
+@echo 'installing $(1) into $(VENV) (about $(2)) ...' >&2
+@begin=$$SECONDS; $(3)/pip install -qq --disable-pip-version-check --root-user-action=ignore $(4) && \
+  echo "installed $(1) in $$((SECONDS - begin)) s" >&2
+endef
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
@@ -113,26 +143,24 @@ $(VENV)/bin/python:
 	  echo 'Python cannot make a virtual environment; type: apt-get install python3-venv' >&2; exit 2; }
 
 $(VENV)/core: pyproject.toml | $(VENV)/bin/python
-	@echo 'installing into $(VENV) ...' >&2
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo]'
+	$(call install,OpenCV and what else builds shards,0.5 GB,$(BIN),-e '.[demo]')
 	@touch $@
 
 $(VENV)/abuse: pyproject.toml | $(VENV)/test
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,test,abuse]'
+	$(call install,Atheris,50 MB,$(BIN),-e '.[demo$(comma)train$(comma)test$(comma)abuse]')
 	@touch $@
 
 # An environment of its own: what audits and locks is not part of what is audited and locked.
 $(VENV)/audit: | $(VENV)/bin/python
-	@$(PYTHON) -m venv $@ && $@/bin/pip install -q --disable-pip-version-check pip-audit uv || { rm -rf $@; exit 2; }
+	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
+	$(call install,pip-audit and uv,0.1 GB,$@/bin,pip-audit uv) || { rm -rf $@; exit 2; }
 
 $(VENV)/train: pyproject.toml | $(VENV)/core
-	@echo 'installing torch and timm into $(VENV) (about 6 GB, some minutes) ...' >&2
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train]'
+	$(call install,torch and timm,6 GB,$(BIN),-e '.[demo$(comma)train]')
 	@touch $@
 
 $(VENV)/dask $(VENV)/ray: $(VENV)/%: pyproject.toml | $(VENV)/core
-	@echo 'installing $* into $(VENV) ...' >&2
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,$*]'
+	$(call install,$*,$(if $(filter ray,$*),0.3 GB,50 MB),$(BIN),-e '.[demo$(comma)$*]')
 	@touch $@
 
 # FFCV is source only and asks for opencv-python, a second cv2: hence --no-deps.
@@ -143,20 +171,19 @@ $(VENV)/ffcv: pyproject.toml | $(VENV)/train
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq $(FFCV_PACKAGES) >/dev/null; \
 	  elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo apt-get install -y -qq $(FFCV_PACKAGES) >/dev/null; \
 	  else echo 'FFCV needs system packages; type: sudo apt-get install $(FFCV_PACKAGES)' >&2; exit 2; fi; fi
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,ffcv]'
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps ffcv==1.0.2
+	$(call install,FFCV,0.3 GB,$(BIN),-e '.[demo$(comma)train$(comma)ffcv]' && $(BIN)/pip install -qq --disable-pip-version-check --root-user-action=ignore --no-deps ffcv==1.0.2)
 	@touch $@
 
 $(VENV)/remote: pyproject.toml | $(VENV)/core
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,remote]'
+	$(call install,what reads s3:// gs:// hf:// and https://,0.15 GB,$(BIN),-e '.[demo$(comma)remote]')
 	@touch $@
 
 $(VENV)/parquet: pyproject.toml | $(VENV)/core
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,parquet]'
+	$(call install,pyarrow,0.2 GB,$(BIN),-e '.[demo$(comma)parquet]')
 	@touch $@
 
 # Where FFCV cannot be installed, its tests skip, visibly, and the others run.
 $(VENV)/test: pyproject.toml | $(VENV)/train
 	@$(MAKE) --no-print-directory ffcv || true
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,train,test]'
+	$(call install,what tests need,0.7 GB,$(BIN),-e '.[demo$(comma)train$(comma)test]')
 	@touch $@

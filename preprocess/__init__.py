@@ -1,17 +1,34 @@
 """Looks at every source image once and writes frames and keypoint densities into shards.
 
 In: a dataset by name, path or URL. Out: a finished set of shards. Works without torch.
+What a name needs is imported when it is asked for: a command line answers before OpenCV is there.
 """
 
-from preprocess.build import build_shards
-from preprocess.decode import Rejected, decode_image
-from preprocess.densities import bank_of, density_maps
-from preprocess.detectors import detector_settings
-from preprocess.fidelity import measure_fidelity, storage
-from preprocess.pictures import draw_fidelity, write_picture
-from preprocess.redetect import redetect_maps
-from preprocess.shard import BuildError
-from preprocess.sources import Source, open_source
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from preprocess.build import build_shards
+    from preprocess.decode import Rejected, decode_image
+    from preprocess.densities import bank_of, density_maps
+    from preprocess.detectors import detector_settings
+    from preprocess.errors import BuildError
+    from preprocess.fidelity import measure_fidelity, storage
+    from preprocess.pictures import draw_fidelity, write_picture
+    from preprocess.redetect import redetect_maps
+    from preprocess.sources import Source, open_source
+
+_HOMES = {
+    "build": ["build_shards"],
+    "decode": ["Rejected", "decode_image"],
+    "densities": ["bank_of", "density_maps"],
+    "detectors": ["detector_settings"],
+    "errors": ["BuildError"],
+    "fidelity": ["measure_fidelity", "storage"],
+    "pictures": ["draw_fidelity", "write_picture"],
+    "redetect": ["redetect_maps"],
+    "sources": ["Source", "open_source"],
+}
 
 __all__ = [
     "BuildError",
@@ -29,3 +46,11 @@ __all__ = [
     "storage",
     "write_picture",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"preprocess.{home}"), name)
+            return value
+    raise AttributeError(f"module 'preprocess' has no attribute {name!r}")

@@ -20,13 +20,13 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import joblib
 
-from preprocess.shard import BuildError
+from preprocess.defaults import Backend
+from preprocess.errors import BuildError
 
-Backend = Literal["loky", "dask", "ray"]
 Tasks = Iterator[tuple[Any, ...]]
 Results = Generator[Any, None, None]
 PACKAGES = {"dask": "distributed", "ray": "ray"}

@@ -8,8 +8,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,23 @@ import joblib
 import numpy as np
 
 from preprocess import backends, frequency
-from preprocess.shard import (
-    PLAN,
-    BuildError,
-    Job,
-    confirm,
-    library_versions,
-    read_row,
-    write_shard,
+from preprocess.compare import (
+    Facts,
+    check_files,
+    check_manifest_is_not_lost,
+    check_reuse,
+    compare,
+    facts_of_set,
+    reuse_hint,
 )
+from preprocess.errors import BuildError
+from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
 from preprocess.sources import Source
-from shards import File, Ledger, Manifest, Settings
 from shards import manifest as _manifest
-from shards.manifest import INDEX, MANIFEST, REJECTED
+from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
 from shards.record import npy_bytes
-from shards.verify import damaged_files
 from shards.webdataset import INDEX_DTYPE
-from shards.writing import alone, progress, sweep, write_atomically
+from shards.writing import alone, progress, sweep, waiting, write_atomically
 
 WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between
@@ -62,26 +62,27 @@ def build_shards(
     `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
     or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
-    ValueError if `out` holds anything else or other settings or inputs, BuildError if an input is
-    rejected and on_error is `fail`, if no input could be used, if the engine is lost for good, or,
-    after a complete build, if more than the share `max_rejected` of inputs was rejected.
+    ValueError if `out` holds anything else or other settings or inputs, BuildError if a finished
+    set lacks a file or one has another size (repair_shards mends it), if an input is rejected and
+    on_error is `fail`, if no input could be used, if the engine is lost for good, or, after a
+    complete build, if more than the share `max_rejected` of inputs was rejected.
     """
     frequency.check_bank(settings)
     backends.check(backend, scheduler)
-    facts = _facts(source, settings)
+    facts = facts_of(source, settings)
     complete = _check_folder(out, facts)
     if complete is None:
         if reuse:
-            _check_reuse(reuse, facts)
-        with _claim(out) as work:
-            write_atomically(work / PLAN, json.dumps(facts).encode("ascii"))
-            folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-            fail, plan = on_error == "fail", _manifest.fingerprint(facts)
-            job = Job(settings, source.kind, source.root, *folders, fail, plan)
-            _write_missing(source, job, backend, scheduler, jobs)
-            complete = _publish(source, job, facts)
+            check_reuse(reuse, facts)
+        with claim(out, facts) as work:
+            job = job_of(source, settings, out, work, reuse, on_error == "fail")
+            numbers = range(-(-len(source.entries) // settings.shard_size))
+            write_missing(source, job, numbers, backend, scheduler, jobs)
+            with waiting("writing the index"):
+                complete = _publish(source, job, facts)
     elif (out / WORK).exists():  # killed between the manifest and the tidying up
-        shutil.rmtree(out / WORK, ignore_errors=True)  # as whoever finished it may be doing now
+        with suppress(ValueError), alone(out, out / WORK / "lock"):  # or a repair is under way
+            shutil.rmtree(out / WORK, ignore_errors=True)  # as whoever finished it may do now
     if complete.ledger.rejected_share > max_rejected:
         raise BuildError(
             f"{complete.ledger.rejected_share:.1%} of the inputs were rejected, more than "
@@ -91,98 +92,93 @@ def build_shards(
     return complete
 
 
-def _facts(source: Source, settings: Settings) -> dict[str, Any]:
+def facts_of(source: Source, settings: Settings) -> Facts:
     """All that a record's bytes depend on; a build goes on only where all of it is equal."""
+    with waiting(f"hashing the list of {len(source.entries)} inputs"):
+        described = source.description()
     facts = {
         "format_version": _manifest.FORMAT_VERSION,
         "settings": asdict(settings),
-        "source": source.description(),
+        "source": described,
         "versions": library_versions(settings),
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
     return plain
 
 
-def _check_folder(out: Path, facts: dict[str, Any]) -> Manifest | None:
+def _check_folder(out: Path, facts: Facts) -> Manifest | None:
     """The finished set in `out` if it is this one, None if it is ours to write, else ValueError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder for the shards")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
         finished = _manifest.load(out)
-        _compare(out, _facts_of(finished), facts)
+        there = facts_of_set(finished)
+        compare(out, there, facts, reuse_hint(out, there, facts))
+        if finished.container != "webdataset":
+            raise ValueError(f"{out} is an FFCV set, and complete; name a new folder for shards")
+        check_files(out, finished)
         return finished
     plan = out / WORK / PLAN
     if plan.is_file():
-        _compare(out, json.loads(plan.read_bytes()), facts)
-    elif names - {WORK}:
-        some = ", ".join(sorted(names)[:3])
+        compare(out, json.loads(plan.read_bytes()), facts)
+        return None
+    check_manifest_is_not_lost(out)
+    if names - {WORK} - EXTRAS:
+        some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
         raise ValueError(f"{out} holds something else ({some}); name a new or empty folder")
     return None
 
 
-def _facts_of(finished: Manifest) -> dict[str, Any]:
-    """What _facts said when the finished set was built."""
-    return {
-        "format_version": finished.format_version,
-        "settings": json.loads(json.dumps(asdict(finished.settings))),
-        "source": finished.source,
-        "versions": finished.versions,
-    }
-
-
-def _check_reuse(reuse: Path, facts: dict[str, Any]) -> None:
-    """ValueError unless the set in `reuse` is sound and has the frames that `facts` ask for."""
-    finished = _manifest.load(reuse)
-    if finished.container != "webdataset":
-        raise ValueError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
-    there, asked = _facts_of(finished), {**facts, "settings": {}, "versions": {}}
-    for name in ("frame", "quality"):
-        asked["settings"][name] = facts["settings"][name]
-    for name in finished.versions:
-        asked["versions"][name] = facts["versions"].get(name, finished.versions[name])
-    _compare(reuse, there, asked)
-    damage = damaged_files(reuse, finished)
-    if damage:
-        raise ValueError(damage[0])
-
-
-def _compare(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    changed = [
-        f"{part}.{name} is {there[part].get(name)} there, {value} here"
-        for part in ("settings", "source", "versions")
-        for name, value in asked[part].items()
-        if there[part].get(name) != value
-    ]
-    if there["format_version"] != asked["format_version"] or changed:
-        raise ValueError(
-            f"{out} holds shards of other inputs or settings: {'; '.join(changed[:3])}; "
-            "use the same ones to go on, or name a new folder"
-        )
-
-
 @contextmanager
-def _claim(out: Path) -> Iterator[Path]:
-    """The build's work folder, held by this process alone; it goes when the build is finished."""
+def claim(out: Path, facts: Facts) -> Iterator[Path]:
+    """The work folder of the build of `facts`, which are written there for all of its processes.
+
+    This process alone holds it; it goes when the build is finished.
+    """
     work = out / WORK
     with alone(out, work / "lock"):
         sweep(work)
+        write_atomically(work / PLAN, json.dumps(facts).encode("ascii"))
         yield work
         sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
 
 
-def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs: int) -> None:
-    """Write every shard that has no row yet, with progress on stderr.
+def job_of(
+    source: Source,
+    settings: Settings,
+    out: Path,
+    work: Path,
+    reuse: Path | None = None,
+    fail: bool = False,
+) -> Job:
+    """What the tasks of this build share, with paths in full."""
+    folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
+    plan = _manifest.fingerprint(json.loads((work / PLAN).read_bytes()))
+    return Job(settings, source.kind, source.root, *folders, fail, plan)
+
+
+def write_missing(
+    source: Source,
+    job: Job,
+    numbers: Iterable[int],
+    backend: str,
+    scheduler: str,
+    jobs: int,
+    title: str = "building",
+) -> None:
+    """Write every shard of `numbers` that has no row yet, with progress on stderr.
 
     An engine that is gone is looked for again, TRIES times without a new shard in between.
     """
-    size, inputs = job.settings.shard_size, len(source.entries)
-    parts = {n: slice(n * size, n * size + size) for n in range(-(-inputs // size))}
+    size = job.settings.shard_size
+    parts = {n: slice(n * size, n * size + size) for n in numbers}
+    inputs = sum(len(source.entries[part]) for part in parts.values())
     missing = {n for n in parts if read_row(job.work, job.out, n) is None}
     seen = inputs - sum(len(source.entries[parts[n]]) for n in missing)
     tries = TRIES  # until a first shard arrives, a failure is for the user to see
-    with progress("building", inputs, initial=seen) as bar:
+    with progress(title, inputs, initial=seen) as bar:
         while missing:
             tasks = ((job, n, source.entries[parts[n]]) for n in sorted(missing))
             most = min(jobs or joblib.cpu_count(), len(missing)) if not scheduler else jobs
@@ -211,7 +207,7 @@ def _write_missing(source: Source, job: Job, backend: str, scheduler: str, jobs:
                 results.close()
 
 
-def _publish(source: Source, job: Job, facts: dict[str, Any]) -> Manifest:
+def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
     """Join the rows into index, list of rejected inputs and manifest, in that order."""
     size, inputs = job.settings.shard_size, len(source.entries)
     files, indexes, reasons, rejected = [], [], dict[str, int](), []
@@ -231,7 +227,7 @@ def _publish(source: Source, job: Job, facts: dict[str, Any]) -> Manifest:
         format_version=_manifest.FORMAT_VERSION,
         container="webdataset",
         settings=job.settings,
-        source=source.description(),
+        source=facts["source"],
         classes=source.classes,
         versions=facts["versions"],
         fingerprint=_manifest.fingerprint(facts),

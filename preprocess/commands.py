@@ -3,6 +3,8 @@
 In: what a user typed. Out: results on stdout, notes on stderr; ValueError names a bad argument.
 """
 
+import math
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,15 +12,12 @@ from typing import Annotated, Literal
 import typer
 
 import preprocess
-import shards
-from preprocess.backends import Backend, check
-from preprocess.build import shard_size_for
-from preprocess.datasets import NAMED, PLACED
-from preprocess.defaults import DEFAULTS
+from preprocess.defaults import DATASETS, DEFAULTS, Backend
+from preprocess.options import parsed_detector
 from preprocess.words import Json, at_least, between, print_json, say
-from shards.bank import BANK_CELL
-from shards.manifest import REJECTED
-from shards.record import LARGEST
+from shards.limits import BANK_CELL, LARGEST
+from shards.manifest import REJECTED, Detector, Manifest, Settings
+from shards.writing import waiting
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 
@@ -33,7 +32,7 @@ def build(
         str,
         typer.Argument(
             help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
-            f"NAME:PATH: demo, {', '.join((*NAMED, *PLACED))}."
+            f"NAME:PATH: {', '.join(DATASETS)}."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; new, or to be finished.")],
@@ -52,7 +51,8 @@ def build(
         typer.Option(help="OpenCV's option of a detector, as fast.threshold=20. Repeatable."),
     ] = None,
     frame: Annotated[
-        int, typer.Option(help="Side of the stored square, px. At least crop / sqrt(area).")
+        int,
+        typer.Option(help="Side of the stored square, px. Best at least crop / sqrt(area)."),
     ] = DEFAULTS.frame,
     quality: Annotated[
         int, typer.Option(help="JPEG quality of frames, 1 to 100; 0: raw.")
@@ -64,21 +64,21 @@ def build(
         float, typer.Option(help="Least share of the source that such a crop shows.")
     ] = DEFAULTS.area[0],
     map_crops: Annotated[
-        int, typer.Option(help="Random crops that a map averages over, beside the whole.")
+        int, typer.Option(help="Random crops that a map averages over, besides the whole image.")
     ] = DEFAULTS.map_crops,
     bank: Annotated[
-        int, typer.Option(help="Crops an image to store with their exact densities.")
+        int, typer.Option(help="Crops stored per image, with their exact densities.")
     ] = DEFAULTS.bank,
-    grid: Annotated[int, typer.Option(help="Cells a side of a density map.")] = DEFAULTS.grid,
+    grid: Annotated[int, typer.Option(help="Cells along a side of a density map.")] = DEFAULTS.grid,
     mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
     detect_on: Annotated[
         DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
     ] = "source",
     shard_size: Annotated[
-        int, typer.Option(help="Inputs a shard; 0: 1000, fewer for small sources.")
+        int, typer.Option(help="Inputs per shard; 0: 1000, fewer for small sources.")
     ] = DEFAULTS.shard_size,
-    jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
-    backend: Annotated[Backend, typer.Option(help="What runs them.")] = "loky",
+    jobs: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
+    backend: Annotated[Backend, typer.Option(help="What runs the processes.")] = "loky",
     scheduler: Annotated[
         str,
         typer.Option(
@@ -95,15 +95,22 @@ def build(
         Path | None,
         typer.Option(help="A finished set of this source, to copy frames and equal maps from."),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Hash a finished set, build again what is damaged.")
+    ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Take a named dataset that is not all there.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Write frames and keypoint densities of every image of SOURCE into shards under OUT.
 
-    Stopped or killed, the same command goes on where it was. The bytes written depend on inputs
-    and settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
+    Stopped or killed, the same command goes on where it was. On a finished set it checks that each
+    file is there with its size; --repair hashes them, too. The bytes written depend on inputs and
+    settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
     loaders do.
     """
-    settings = shards.Settings(
+    settings = Settings(
         frame=between("--frame", frame, 16, LARGEST),
         quality=between("--quality", quality, 0, 100),
         crop=_crop(crop),
@@ -118,22 +125,67 @@ def build(
     )
     at_least("--jobs", jobs, 0)
     between("--max-rejected", max_rejected, 0, 1)
-    check(backend, scheduler)  # listing a large source takes a while
-    listed = preprocess.open_source(source, split)
-    if not shard_size:
-        settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
+    if repair and reuse:
+        raise ValueError("--repair builds from the source itself; leave --reuse out")
+    from preprocess import backends, compare, detectors
+    from preprocess import repair as repairs
+    from preprocess.build import shard_size_for
+
+    for each in settings.detectors:
+        detectors.check_detector(each)
+    backends.check(backend, scheduler)  # listing a large source takes a while
+    _warn(settings, jobs, scheduler)
+    with waiting(f"listing {source}"):
+        listed = preprocess.open_source(source, split, partial)
+    chosen = shard_size_for(len(listed.entries))
+    settings = settings if shard_size else replace(settings, shard_size=chosen)
+    _say_what_is_listed(listed)
+    try:
+        if repair:
+            mended = repairs.repair_shards(listed, out, settings, jobs, backend, scheduler)
+            say(f"{out}: {len(mended)} files were repaired{': ' * bool(mended)}{', '.join(mended)}")
+        manifest = preprocess.build_shards(
+            listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
+        )
+    except (ValueError, preprocess.BuildError) as error:
+        if " SOURCE " not in str(error):
+            raise
+        # What it says to type can be typed.
+        words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
+        words += f"{compare.flags_of(settings, chosen)} "
+        raise type(error)(str(error).replace(" SOURCE ", words)) from None
+    if json_output:
+        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
+        print_json({**facts, **asdict(manifest.ledger)})
+    else:
+        _print(out, manifest)
+
+
+def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
+    """Say what will work less well than it seems."""
+    import joblib
+
+    least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
+    if settings.frame < least:
+        say(
+            f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
+            f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
+        )
+    if jobs > joblib.cpu_count() and not scheduler:
+        cores = joblib.cpu_count()
+        say(f"--jobs {jobs} on {cores} cores is not faster than --jobs {cores}, and needs memory")
+
+
+def _say_what_is_listed(listed: "preprocess.Source") -> None:
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
     unlabelled = sum(entry.label < 0 for entry in listed.entries)
     if unlabelled:
         say(f"{unlabelled} of {len(listed.entries)} images have no label")
-    manifest = preprocess.build_shards(
-        listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
-    )
+
+
+def _print(out: Path, manifest: Manifest) -> None:
     ledger = manifest.ledger
-    if json_output:
-        print_json({"out": str(out), "fingerprint": manifest.fingerprint, **asdict(ledger)})
-        return
     rejected = "".join(f", {n} {reason}" for reason, n in ledger.rejected.items())
     print(
         f"{out}: {ledger.inputs} inputs = {ledger.written} written + "
@@ -144,7 +196,7 @@ def build(
         say(f"the rejected inputs and their reasons are in {out / REJECTED}")
 
 
-def _detectors(names: str, assignments: list[str]) -> tuple[shards.Detector, ...]:
+def _detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
     """Detectors from `fast,orb` and `fast.threshold=20`. Raises ValueError, saying what is."""
     options: dict[str, dict[str, str]] = {name.strip(): {} for name in names.split(",")}
     if len(options) != len(names.split(",")):
@@ -157,7 +209,7 @@ def _detectors(names: str, assignments: list[str]) -> tuple[shards.Detector, ...
                 f"--detector-option {assignment!r} is not DETECTOR.OPTION=VALUE for one of {names}"
             )
         options[name][option] = text
-    return tuple(preprocess.detector_settings(name, chosen) for name, chosen in options.items())
+    return tuple(parsed_detector(name, chosen) for name, chosen in options.items())
 
 
 def _even(option: str, value: int) -> int:

@@ -1,13 +1,19 @@
-"""The settings that `kamim shards build` takes when nothing else is asked for.
+"""What `kamim shards build` can be asked for by name, and the settings it takes unasked.
 
 In: detectors and a shard size. Out: Settings, for builds from Python and for the command's help.
+Imports no library, so that the command line answers at once.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from shards import Detector, Settings
-from shards.plan import AREA
+from shards.limits import AREA
+from shards.manifest import Detector, Settings
+
+Backend = Literal["loky", "dask", "ray"]
+# Every name of datasets.py, which needs NumPy (tested).
+_PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
+DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards")
 
 # docs/decisions.md has the measurements behind each.
 DEFAULTS = Settings(

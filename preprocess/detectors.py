@@ -1,7 +1,7 @@
 """FAST, ORB and SIFT as OpenCV has them: a grey image in, keypoint centres out. And options.
 
 In: uint8 grey [S, S]. Out: float32 (x, y) pixel-centre coordinates; no OpenCV object gets out.
-Defaults are OpenCV's, which are the published ones (KAMIM utils/dataset_loaders.py).
+What options there are, and their defaults, is in options.py.
 """
 
 from collections.abc import Mapping
@@ -13,33 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import frequency
-from shards import Detector
-from shards.manifest import FREQUENCY
+from preprocess.options import DEFAULTS, Option, parsed_detector
+from shards.manifest import Detector
 
-Option = int | float | bool
-
-# Option names are OpenCV's own, so its documentation is ours. `make` turns them into a detector.
-DEFAULTS: dict[str, dict[str, Option]] = {
-    "fast": {"threshold": 10, "nonmaxSuppression": True, "type": 2},  # 2 is TYPE_9_16
-    "orb": {
-        "nfeatures": 500,
-        "scaleFactor": 1.2,
-        "nlevels": 8,
-        "edgeThreshold": 31,
-        "firstLevel": 0,
-        "WTA_K": 2,
-        "scoreType": 0,  # Harris
-        "patchSize": 31,
-        "fastThreshold": 20,
-    },
-    "sift": {
-        "nfeatures": 0,
-        "nOctaveLayers": 3,
-        "contrastThreshold": 0.04,
-        "edgeThreshold": 10.0,
-        "sigma": 1.6,
-    },
-}
+__all__ = ["DEFAULTS", "check_detector", "detect", "detector_settings"]
 
 
 def detector_settings(name: str, options: Mapping[str, str] | None = None) -> Detector:
@@ -47,35 +24,21 @@ def detector_settings(name: str, options: Mapping[str, str] | None = None) -> De
 
     Raises ValueError, listing what there is, for an unknown name or option or a bad value.
     """
-    known = DEFAULTS | {FREQUENCY: frequency.DEFAULTS}
-    if name not in known:
-        raise ValueError(f"unknown detector {name!r}; there are {', '.join(known)}")
-    chosen = dict(known[name])
-    for option, text in (options or {}).items():
-        if option not in chosen:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(chosen)}")
-        chosen[option] = _parse(f"{name}.{option}", text, chosen[option])
-    settings = Detector(name, chosen)
-    if not settings.has_keypoints:
-        frequency.check_options(settings)
-        return settings
-    try:
-        detect(settings, np.zeros((192, 192), np.uint8))
-    except cv2.error as error:
-        raise ValueError(f"OpenCV refuses {name} with {chosen}: {error.err}") from None
+    settings = parsed_detector(name, options or {})
+    check_detector(settings)
     return settings
 
 
-def _parse(name: str, text: str, default: Option) -> Option:
+def check_detector(settings: Detector) -> None:
+    """ValueError unless `settings` make a detector: OpenCV's are tried on a grey square."""
+    if not settings.has_keypoints:
+        frequency.check_options(settings)
+        return
     try:
-        if isinstance(default, bool):
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        value = type(default)(text)
-    except (ValueError, KeyError):
-        raise ValueError(f"{name}={text!r} is no {type(default).__name__}") from None
-    if not np.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={text} must be a finite number of at least 0")
-    return value
+        detect(settings, np.zeros((192, 192), np.uint8))
+    except cv2.error as error:
+        name, chosen = settings.name, settings.options
+        raise ValueError(f"OpenCV refuses {name} with {chosen}: {error.err}") from None
 
 
 @lru_cache(maxsize=16)

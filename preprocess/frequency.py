@@ -13,9 +13,6 @@ from shards import Detector, Settings
 from shards.weights import between
 
 SIDE = 96  # px that the whole source is squeezed to: its low frequencies need no more
-# cutoff: cycles a side at half power; 7 are as many as 14 patches a side can tell.
-# scale: grey levels of 255, root mean square of a cell, that are 1; 2 % of ImageNet's are above.
-DEFAULTS: dict[str, int | float | bool] = {"cutoff": 7.0, "scale": 120.0}
 MOST = SIDE / 4  # cycles a side; beyond, squeezing to SIDE is a low pass of its own
 
 

@@ -13,8 +13,7 @@ import preprocess
 import shards
 from preprocess.commands import app
 from preprocess.words import Json, at_least, between, print_json, say
-from shards.convert import convert_to_ffcv
-from shards.copy import copy_set
+from shards.writing import waiting
 
 Level = Literal["structure", "checksum", "decode", "redetect"]
 
@@ -89,7 +88,7 @@ def fidelity(
     temperature: Annotated[float, typer.Option(help="T of the weights.")] = 0.25,
     w_ps: Annotated[int, typer.Option(help="Side of a weight cell, px.")] = 8,
     seed: Annotated[int, typer.Option(help="Decides the crops.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
     json_output: Json = False,
 ) -> None:
     """Measure densities read off maps and bank against detection on the crop itself.
@@ -127,12 +126,13 @@ def fidelity(
     say(f"examples: {picture}")
 
 
-def _source_of(records: shards.ShardSet, where: str | None, split: str) -> preprocess.Source:
+def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "preprocess.Source":
     """The source named, or the demo's; ValueError if there is none to go by."""
     kind = records.manifest.source["kind"]
     if where is None and kind != "demo":
         raise ValueError(f"name what {records.folder} was built from by --source")
-    return preprocess.open_source(where or "demo", split)
+    with waiting(f"listing {where or 'demo'}"):
+        return preprocess.open_source(where or "demo", split)
 
 
 @app.command()
@@ -145,22 +145,29 @@ def convert(
     frames: Annotated[
         Literal["jpeg", "raw"], typer.Option(help="Copy the JPEG bytes, or store pixels.")
     ] = "jpeg",
+    json_output: Json = False,
 ) -> None:
     """Write a finished WebDataset set as an FFCV set, and verify it record by record.
 
     Needs no FFCV; training on the result does.
     """
+    from shards.convert import convert_to_ffcv
+
     suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
     target = out or folder.with_name(folder.name + suffix)
     manifest = convert_to_ffcv(folder, target, frames)
-    print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+    if json_output:
+        facts = {"out": str(target), "fingerprint": manifest.fingerprint}
+        print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
+    else:
+        print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
 
 
 @app.command()
 def copy(
-    source: Annotated[str, typer.Argument(help="A finished set: its folder, or its URL.")],
-    target: Annotated[str, typer.Argument(help="Where it shall be: a folder, or a URL.")],
-    jobs: Annotated[int, typer.Option(help="Files under way at a time.")] = 4,
+    source: Annotated[str, typer.Argument(help="A finished set: its folder or URL.")],
+    target: Annotated[str, typer.Argument(help="Destination folder or URL.")],
+    jobs: Annotated[int, typer.Option(help="Files copied at a time.")] = 4,
     json_output: Json = False,
 ) -> None:
     """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
@@ -168,6 +175,8 @@ def copy(
     Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
     same command copies only what is missing.
     """
+    from shards.copy import copy_set
+
     manifest, copied = copy_set(source, target, at_least("--jobs", jobs, 1))
     if json_output:
         print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
+from preprocess.errors import BuildError
 from preprocess.sources import Entry, read, read_in_order
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.manifest import FORMAT_VERSION, fingerprint
@@ -34,10 +35,6 @@ from shards.writing import write_atomically
 PLAN = "plan.json"  # in the work folder: what is being built
 UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share
 PATIENCE_SECONDS = 60  # for which a network file system may not yet show what another wrote
-
-
-class BuildError(Exception):
-    """A build that stopped or ended short of what was asked; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +100,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
                         f"{entry.name!r} was rejected ({error.reason}: {error.detail}); repair or "
                         "remove it, or go on without it by --on-error quarantine"
                     ) from None
-                facts = {"key": key_of(index), "source": entry.name}
-                facts |= {"reason": error.reason, "detail": error.detail}
-                rejected.append(facts)
+                rejected.append(rejected_line(index, entry, error))
                 if unread < 0 and error.reason in UNREAD:
                     unread = index - first
                 continue
@@ -115,6 +110,12 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     # A row that a power cut damages or loses only means that its shard is built again.
     write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"), durable=False)
     return Written(number, len(entries), writer.file.bytes, socket.gethostname(), unread)
+
+
+def rejected_line(index: int, entry: Entry, error: Rejected) -> dict[str, str]:
+    """What rejected.jsonl says of input number `index`."""
+    facts = {"key": key_of(index), "source": entry.name}
+    return {**facts, "reason": error.reason, "detail": error.detail}
 
 
 def _check_here(job: Job) -> None:

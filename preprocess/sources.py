@@ -26,7 +26,7 @@ AHEAD = 16  # requests under way at a time: a store answers each after tens of m
 __all__ = ["Entry", "Source", "open_source", "read", "read_in_order"]
 
 
-def open_source(where: str, split: str = "") -> Source:
+def open_source(where: str, split: str = "", partial: bool = False) -> Source:
     """List the source `where`: a dataset's name as `imagenet` or `imagenet:PATH`, or the path or
     URL of a folder or an uncompressed tar of class folders.
 

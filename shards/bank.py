@@ -10,7 +10,8 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
-BANK_CELL = 8  # px of a crop's side that one count covers; counts are 0 to 64
+from shards.limits import BANK_CELL as BANK_CELL
+
 CROP = np.dtype([("box", "<u4", 4), ("flips", "u1", 2)])  # what stands before a slot's counts
 
 

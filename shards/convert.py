@@ -11,18 +11,20 @@ import numpy as np
 
 from shards import manifest as _manifest
 from shards.beton import BETON, layout_of, write_beton
-from shards.manifest import INDEX, MANIFEST, REJECTED, Manifest
+from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, Manifest
 from shards.reader import ShardSet, sha256_of
 from shards.record import decode_frame, npy_bytes
-from shards.writing import LEFT, LOCK, alone, progress, temporary_of
+from shards.verify import flaws_of_files
+from shards.writing import LEFT, LOCK, alone, progress, temporary_of, waiting
 
 
 def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     """Write the set in `folder` as an FFCV set into `out`; returns its manifest.
 
     frames: `jpeg` copies the JPEG bytes, `raw` stores pixels. A finished `out` of the same source
-    is left as it is; what a killed conversion left is done again. Raises ValueError, naming shard
-    and key, at a damaged record, and if `out` holds anything else.
+    is hashed, and left as it is if it is whole; what is damaged there, or was left by a killed
+    conversion, is done again. Raises ValueError, naming shard and key, at a damaged record, and if
+    `out` holds anything else.
     """
     source = ShardSet(folder)
     settings = source.manifest.settings
@@ -49,7 +51,8 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         tidy.callback(temporary.unlink, missing_ok=True)
         records = progress("converting", len(source), map(source.__getitem__, range(len(source))))
         index = write_beton(temporary, records, len(source), layout_of(manifest))
-        size, digest = temporary.stat().st_size, sha256_of(temporary)
+        with waiting(f"hashing {BETON}"):
+            size, digest = temporary.stat().st_size, sha256_of(temporary)
         rejected, rows = (folder / REJECTED).read_bytes(), source.manifest.rejected.count
         manifest = replace(
             manifest,
@@ -64,7 +67,7 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
 
 
 def _finished(out: Path, fingerprint: str) -> Manifest | None:
-    """The finished conversion in `out`, None if there is room for one, else ValueError."""
+    """The finished, whole conversion in `out`, None if one is to be written, else ValueError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder for the FFCV set")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -72,8 +75,9 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
         manifest = _manifest.load(out)
         if manifest.fingerprint != fingerprint:
             raise ValueError(f"{out} holds another set; name a new folder")
-        return manifest
-    ours = {BETON, INDEX, REJECTED, MANIFEST, LOCK}
+        flaws = flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected])
+        return None if flaws else manifest
+    ours = {BETON, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
     others = {name for name in names if LEFT.sub("", name) not in ours}
     if others:
         raise ValueError(f"{out} holds something else ({min(others)}); name a new or empty folder")

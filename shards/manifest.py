@@ -18,6 +18,8 @@ MANIFEST = "manifest.json"
 INDEX = "index.npy"
 REJECTED = "rejected.jsonl"
 FREQUENCY = "frequency"  # the one map that is not of keypoints
+# What else a finished set's folder may hold: pages and pictures that commands write there.
+EXTRAS = frozenset({"inspect.html", "fidelity.png", "README.md"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,12 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
 def write_file(path: Path, data: bytes, count: int) -> File:
     """Write `data` to `path` atomically; returns its row: `count` records, size and sha256."""
     write_atomically(path, data)
-    return File(path.name, count, len(data), hashlib.sha256(data).hexdigest())
+    return File(path.name, count, len(data), sha256_of_bytes(data))
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """sha256 (hex) of `data`."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def to_json(manifest: Manifest) -> bytes:
@@ -205,7 +212,10 @@ def _plain(manifest: Manifest) -> bool:
 
 
 def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
-    damaged = ValueError(f"{path} is damaged: its content does not match its checksum; rebuild it")
+    damaged = ValueError(
+        f"{path} is damaged: its content does not match its checksum; restore it, or build the set "
+        "anew in another folder"
+    )
     content.pop("checksum", None)
     if set(content) != {field.name for field in fields(Manifest)}:
         raise damaged

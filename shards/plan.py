@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.limits import AREA
+
 if TYPE_CHECKING:
     from shards.windows import Windows
 
@@ -20,8 +22,8 @@ ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
 # First part of every hash: what the number is for (3 is train's masks).
 ORDER, CROP, SLOT, BANK, VIEW, TRIAL, SHARDS, WINDOW = 1, 2, 4, 5, 6, 7, 8, 9
 TRIES = 10  # torchvision's RandomResizedCrop
-# The published crop: area, ratio in source pixels, probability of either flip.
-AREA, RATIO, FLIPS = (0.67, 1.0), (3 / 4, 4 / 3), (0.5, 0.5)
+# The published crop, beside AREA: ratio in source pixels, probability of either flip.
+RATIO, FLIPS = (3 / 4, 4 / 3), (0.5, 0.5)
 
 
 def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:

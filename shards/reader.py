@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shards import manifest as _manifest
 from shards.bank import BANK_CELL, from_rows, row_bytes
-from shards.manifest import INDEX, Manifest
+from shards.manifest import INDEX, MANIFEST, Manifest
 from shards.plan import Ints
 from shards.record import Record, key_of, npy_bytes, npy_header, unpacked
 from shards.webdataset import INDEX_DTYPE, parse_record
@@ -137,7 +137,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
             rows = np.fromfile(file, INDEX_DTYPE, shard.count)
             if misplaced(rows, shard.bytes, *sizes).any():
                 raise ValueError(
-                    f"{path} has a record of {shard.name} that cannot lie in it; rebuild the set"
+                    f"{path} has a record of {shard.name} that cannot lie in it; {mending(path)}"
                 )
     return index
 
@@ -171,13 +171,11 @@ def check_sha256(path: Path, expected: str) -> None:
     try:
         actual = sha256_of(path)
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); restore it or rebuild the set"
-        ) from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {mending(path)}") from None
     if actual != expected:
         raise ValueError(
             f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
-            f"{expected[:12]}...; restore it or rebuild the set"
+            f"{expected[:12]}...; {mending(path)}"
         )
 
 
@@ -192,10 +190,18 @@ def check_size(path: Path, expected: int) -> None:
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing, the manifest lists it; restore it or rebuild the set"
-        ) from None
+        raise ValueError(f"{path} is missing, the manifest lists it; {mending(path)}") from None
     if actual != expected:
         raise ValueError(
-            f"{path} has {actual} bytes, the manifest says {expected}; restore it or rebuild"
+            f"{path} has {actual} bytes, the manifest says {expected}; {mending(path)}"
         )
+
+
+def mending(path: Path) -> str:
+    """What to do about `path`, a file of a set that is missing or damaged."""
+    folder = path.parent
+    if path.suffix == ".beton" or any(folder.glob("*.beton")):
+        return f"convert it again: kamim shards convert FOLDER --out {folder}"
+    if not (folder / MANIFEST).exists():  # a copy under way, or a cache of a store's shards
+        return "restore it where it came from"
+    return f"restore it, or type: kamim shards build SOURCE {folder} --repair"

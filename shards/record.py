@@ -17,12 +17,12 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from shards.bank import Bank, from_rows, to_rows
+from shards.limits import LARGEST
 
 KEY_DIGITS = 9
 UINT8 = np.dtype(np.uint8)
 JPEG, RAW = "jpg", "frame.npy"
 LABEL, META, MAPS = "cls", "json", "maps.npy"
-LARGEST = 8192  # px of a frame's side; a record that says more asks for gigabytes
 LEVEL = 17  # maps have the 16 densities 0, 17, ... 255 of 255: more would be lost in their error
 
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from shards import manifest as _manifest
 from shards.bank import BANK_CELL
 from shards.beton import check_tables, layout_of
-from shards.manifest import INDEX, REJECTED, Manifest, Settings
+from shards.manifest import INDEX, REJECTED, File, Manifest, Settings
 from shards.reader import ShardSet, check_sha256, check_size, load_index
 from shards.record import Record, decode_frame, key_of
 from shards.webdataset import headers
+from shards.writing import progress
 
 LEVELS = ("structure", "checksum", "decode")
 
@@ -51,7 +52,7 @@ def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> lis
     if (np.diff(keys) <= 0).any():
         problems.append(f"{folder / INDEX}: keys do not rise; records are doubled or out of order")
     begin = 0
-    for shard in manifest.shards:
+    for shard in progress("checking", len(manifest.shards), manifest.shards, unit="shard", delay=1):
         rows = index[begin : begin + shard.count]
         begin += shard.count
         try:
@@ -97,9 +98,22 @@ def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
     checked whenever it is loaded.
     """
     files = [*manifest.shards, manifest.rejected][part::parts]
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
-        flaws = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
-        return [flaw for flaw in flaws if flaw]
+    return list(flaws_of_files(folder, files).values())
+
+
+def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:
+    """What is wrong with each of `files` whose bytes are not as written, by name."""
+    flaws = {}
+    with (
+        ThreadPoolExecutor(joblib.cpu_count()) as pool,
+        progress("hashing", sum(file.bytes for file in files), unit="B", delay=1) as bar,
+    ):
+        found = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
+        for file, flaw in zip(files, found, strict=True):
+            bar.update(file.bytes)
+            if flaw:
+                flaws[file.name] = flaw
+    return flaws
 
 
 def _flaw_of_file(path: Path, sha256: str) -> str:
@@ -113,7 +127,7 @@ def _flaw_of_file(path: Path, sha256: str) -> str:
 def _decode(folder: Path) -> list[str]:
     records = ShardSet(folder)
     problems = []
-    for number in range(len(records)):
+    for number in progress("decoding", len(records), range(len(records)), delay=1):
         try:
             problem = _flaw(records[number], records.manifest)
         except ValueError as error:

@@ -5,6 +5,7 @@ or hosts) and one index row a record, so that any record can be read without sca
 """
 
 import hashlib
+import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -172,6 +173,24 @@ def parse_record(data: bytes) -> Record:
     if len(keys) != 1 or at != len(data):
         raise ValueError(f"the slice holds parts of the records {sorted(keys)}, not one whole one")
     return from_members(keys.pop(), parts)
+
+
+def index_of(path: Path, maps_bytes: int, bank_bytes: int) -> NDArray[np.void]:
+    """The index of the whole shard at `path` as its writer had it, of records whose maps and bank
+    have these bytes.
+    """
+    rows, block = [], tarfile.BLOCKSIZE
+    with path.open("rb") as file:
+        for frame, maps, label, meta in zip(*[headers(path)] * 4, strict=True):
+            small = []
+            for _, at, size in (label, meta):
+                file.seek(at + block)
+                small.append(file.read(size))
+            facts, end = json.loads(small[1]), meta[1] + block + -(-meta[2] // block) * block
+            places = (int(frame[0].partition(".")[0]), frame[1], frame[1] + block, maps[1] + block)
+            sizes = (frame[2], maps_bytes, bank_bytes, end - frame[1])
+            rows.append((*places, *sizes, facts["height"], facts["width"], int(small[0])))
+    return np.array(rows, INDEX_DTYPE)
 
 
 def headers(path: Path) -> Iterator[tuple[str, int, int]]:

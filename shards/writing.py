@@ -4,17 +4,15 @@ In: bytes and a path; a folder; what is being worked through. Out: a file that s
 folder held by this process; lines on stderr.
 """
 
+import errno
 import fcntl
 import os
 import re
 import secrets
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 LOCK = ".lock"
 LEFT = re.compile(r"\.[0-9a-f]{12}\.tmp")  # how names of temporary_of end
@@ -65,7 +63,8 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
     """Write into `folder`, made if need be, as nobody else does, or raise ValueError.
 
     `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
-    the process dies, however it dies. What a killed process left half written there goes.
+    the process dies, however it dies. What a killed process left half written there goes. The
+    OSError of a full disk names the folder and what to do.
     """
     lock = lock or folder / LOCK
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +79,41 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
         try:
             sweep(folder)
             yield
+        except OSError as error:
+            raise _named_if_full(error, folder) from error
         finally:
             lock.unlink(missing_ok=True)
 
 
-def progress(title: str, total: int, items: Iterable[Any] | None = None, initial: int = 0) -> Any:
-    """A tqdm of images on stderr, over `items` if there are any: ten times a second on a terminal,
-    every ten seconds in a log.
+def progress(
+    title: str,
+    total: float,
+    items: Iterable[Any] | None = None,
+    initial: int = 0,
+    unit: str = "img",
+    delay: float = 0,
+) -> Any:
+    """A tqdm on stderr, over `items` if there are any: often on a terminal, a line every ten
+    seconds in a log. With `delay`, work that takes fewer seconds shows nothing.
     """
-    pace = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(items, title, total, initial=initial, unit="img", mininterval=pace)
+    from shards.progress import Bar
+
+    scale = unit == "B"
+    return Bar(items, title, total, unit=unit, unit_scale=scale, initial=initial, delay=delay)
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Say on stderr what is being done, and for how long, while the block takes over a second."""
+    from shards.progress import Bar
+
+    with Bar(None, title, bar_format="{desc} ... {elapsed}", delay=1):
+        yield
+
+
+def _named_if_full(error: OSError, folder: Path) -> OSError:
+    """`error`, or what to do about it if the disk of `folder` is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    words = "the disk is full; free space, then run the same command again (what is done is kept)"
+    return OSError(error.errno, words, str(folder))

@@ -339,9 +339,8 @@ def test_a_missing_library_is_named_with_what_to_type(backend, monkeypatch):
 def job(small_source, tmp_path):
     """A job whose first shard was written, as on another machine."""
     source, out = open_source(str(small_source)), tmp_path / "out"
-    facts = preprocess.build._facts(source, settings())
-    with preprocess.build._claim(out) as work:
-        (work / "plan.json").write_text(preprocess.build.json.dumps(facts))
+    facts = preprocess.build.facts_of(source, settings())
+    with preprocess.build.claim(out, facts) as work:
         job = Job(settings(), "folder", source.root, out, work, None, False, fingerprint(facts))
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 

@@ -107,3 +107,18 @@ def test_tables_that_do_not_fit_the_index_are_found_by_structure(converted):
     (converted / "manifest.json").write_bytes(to_json(replace(manifest, shards=[file])))
     (problem,) = verify_shards(converted, "structure")
     assert "header or metadata are not those of its index" in problem
+
+
+def test_a_damaged_conversion_is_done_again_and_never_called_fine(built, tmp_path):
+    out = tmp_path / "out"
+    convert_to_ffcv(built, out)
+    whole = contents(out)
+    for name in ("records.beton", "index.npy"):
+        data = bytearray(whole[name])
+        data[len(data) // 2] ^= 1
+        (out / name).write_bytes(data)
+        convert_to_ffcv(built, out)
+        assert contents(out) == whole
+    (out / "records.beton").unlink()
+    assert convert_to_ffcv(built, out).count == 40
+    assert contents(out) == whole

@@ -1,5 +1,6 @@
 """The build: same bytes whatever happens, a ledger that balances, refusals in one line."""
 
+import errno
 import json
 import os
 import random
@@ -8,16 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contents, settings
+from conftest import REPOSITORY, contents, settings
 
 import preprocess
 import shards
 from preprocess import BuildError, build_shards, open_source
 from preprocess.build import shard_size_for
+from preprocess.repair import repair_shards
 from shards import ShardSet, verify_shards
 from shards.convert import convert_to_ffcv
 
@@ -71,7 +72,7 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
     def rows():
         return len(list((tmp_path / "out").glob(".build/*[0-9].json")))
 
-    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    slow = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/tests/slow_build:{REPOSITORY}"}
     while kills < 20:
         process = subprocess.Popen(
             command, start_new_session=True, stderr=subprocess.DEVNULL, env=slow
@@ -216,7 +217,7 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
 def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
     with (
-        preprocess.build._claim(out),
+        preprocess.build.claim(out, preprocess.build.facts_of(source, settings())),
         pytest.raises(ValueError, match="another process is"),
     ):
         build_shards(source, out, settings(), 1)
@@ -320,3 +321,155 @@ def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):
 
 def test_shard_sizes_share_out_small_sources_and_stay_at_a_thousand():
     assert [shard_size_for(n) for n in (1, 800, 50_000, 1_281_167)] == [16, 16, 781, 1000]
+
+
+def damage(out, name):
+    """One bit of a file flipped, its size as before."""
+    data = bytearray((out / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["shard-000003.tar", "index.npy", "rejected.jsonl"])
+def test_a_finished_set_without_a_file_is_no_success(name, small_source, tmp_path):
+    (small_source / "class0" / "bad.jpg").write_bytes(b"x")
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    build_shards(source, out, settings(), 1, max_rejected=1)
+    whole = (out / name).read_bytes()
+    for content in (None, whole + b"x"):
+        (out / name).unlink(missing_ok=True)
+        if content:
+            (out / name).write_bytes(content)
+        with pytest.raises(BuildError, match=rf"{name} .*kamim shards build SOURCE .* --repair"):
+            build_shards(source, out, settings(), 1, max_rejected=1)
+
+
+def test_repair_builds_what_is_damaged_and_nothing_else(small_source, tmp_path, monkeypatch):
+    (small_source / "class1" / "bad.jpg").write_bytes(b"x")
+    (small_source / "class3" / "empty.jpg").write_bytes(b"")
+    source, out, chosen = open_source(str(small_source)), tmp_path / "out", settings(bank=1)
+    build_shards(source, out, chosen, 1, max_rejected=1)
+    whole = contents(out)
+    (out / "shard-000002.tar").unlink()
+    damaged = ["shard-000005.tar", "index.npy", "rejected.jsonl"]
+    for name in damaged:
+        damage(out, name)
+    (out / "inspect.html").write_text("a page")
+    numbers, real = [], preprocess.build.write_shard
+    monkeypatch.setattr(
+        preprocess.build, "write_shard", lambda j, n, e: (numbers.append(n), real(j, n, e))[1]
+    )
+    assert repair_shards(source, out, chosen, 1) == ["shard-000002.tar", *damaged]
+    assert numbers == [2, 5]
+    assert contents(out) == {**whole, "inspect.html": b"a page"}
+    assert repair_shards(source, out, chosen, 1) == []
+    assert numbers == [2, 5]
+
+
+def test_a_killed_repair_goes_on(small_source, tmp_path, monkeypatch):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    build_shards(source, out, settings(), 1)
+    whole, real, numbers = contents(out), preprocess.build.write_shard, []
+    for number in (1, 4, 7):
+        damage(out, f"shard-{number:06d}.tar")
+
+    def stopping(job, number, entries):
+        if number == 7 and numbers == [1, 4]:
+            raise KeyboardInterrupt
+        numbers.append(number)
+        return real(job, number, entries)
+
+    monkeypatch.setattr(preprocess.build, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        repair_shards(source, out, settings(), 1)
+    numbers.append("again")
+    assert len(repair_shards(source, out, settings(), 1)) == 3
+    assert numbers == [1, 4, "again", 7]
+    assert contents(out) == whole
+
+
+def test_repair_keeps_what_it_cannot_better(small_source, tmp_path):
+    """An image that cannot be read any more: the damaged shard stays, the error names it."""
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    build_shards(source, out, settings(), 1)
+    whole = contents(out)
+    damage(out, "shard-000000.tar")
+    damaged = contents(out)
+    image = small_source / source.entries[0].name
+    image.rename(tmp_path / "away.jpg")
+    for _ in range(2):
+        with pytest.raises(BuildError, match=r"shard-000000.tar cannot be built to the bytes"):
+            repair_shards(source, out, settings(), 1)
+        assert contents_of_files(out) == damaged
+    (tmp_path / "away.jpg").rename(image)
+    assert repair_shards(source, out, settings(), 1) == ["shard-000000.tar"]
+    assert contents(out) == whole
+
+
+def contents_of_files(folder):
+    """As contents, without the folder of an unfinished repair."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_repair_refuses_what_it_cannot_know(small_source, tmp_path):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    with pytest.raises(ValueError, match="is not a finished set"):
+        repair_shards(source, out, settings(), 1)
+    assert not out.exists()
+    build_shards(source, out, settings(), 1)
+    flags = r"settings.frame is 64 there, 72 here; give those of the set .*--detector fast --frame"
+    with pytest.raises(ValueError, match=flags):
+        repair_shards(source, out, settings(frame=72), 1)
+    (out / "manifest.json").unlink()
+    before = contents(out)
+    for work in (repair_shards, build_shards):
+        with pytest.raises(ValueError, match=r"has shards but no manifest.json.* restore"):
+            work(source, out, settings(), 1)
+    assert contents(out) == before
+
+
+def test_pages_of_ours_are_nothing_foreign(small_source, tmp_path):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    out.mkdir()
+    (out / "inspect.html").write_text("of a set that was removed")
+    assert build_shards(source, out, settings(), 1).count == 40
+
+
+def test_what_differs_is_said_by_name_and_never_nested(small_source, tmp_path):
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    build_shards(source, out, settings(), 1)
+    more = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
+    fewer = (preprocess.detector_settings("fast", {"threshold": "20"}),)
+    for changes, words in [
+        ({"detectors": more}, "settings.detectors is fast there, fast,orb here; keep its frames"),
+        ({"detectors": fewer}, "fast.threshold is 10 there, 20 here;"),
+        ({"area": (0.5, 1.0)}, "settings.area is 0.67 there, 0.5 here;"),
+    ]:
+        with pytest.raises(ValueError, match=r"\S") as caught:
+            build_shards(source, out, settings(**changes), 1)
+        assert words in str(caught.value)
+        assert "{" not in str(caught.value)
+        assert "[" not in str(caught.value)
+    with pytest.raises(ValueError, match=rf"build SOURCE {out}-orb --reuse {out}$"):
+        build_shards(source, out, settings(detectors=more), 1)
+
+
+def test_flags_of_settings_are_those_that_give_them():
+    from preprocess.compare import flags_of
+
+    chosen = settings(detectors=(preprocess.detector_settings("fast", {"threshold": "20"}),))
+    assert flags_of(chosen, 4) == (
+        "--detector fast --detector-option fast.threshold=20 --frame 64 --crop 64 --map-crops 1 "
+        "--grid 16"
+    )
+    assert flags_of(replace(chosen, area=(0.5, 1.0)), 16).endswith("--area 0.5 --shard-size 4")
+
+
+def test_a_full_disk_names_the_place_and_what_to_do(small_source, tmp_path, monkeypatch):
+    def full(job, number, entries):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preprocess.build, "write_shard", full)
+    with pytest.raises(OSError, match="the disk is full; free space, then run the same") as caught:
+        build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
+    assert caught.value.filename == str(tmp_path / "out")

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import get_args
 
 import pytest
+from conftest import REPOSITORY
 
 KAMIM = [sys.executable, "-m", "kamim"]
 SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
@@ -97,6 +98,80 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     assert "shard-000002.tar" in json.loads(bad.stdout)["problems"][0]
 
 
+def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):
+    out = tmp_path / "out"
+    assert kamim("shards", "build", small_source, out, *SMALL).returncode == 0
+    (out / "shard-000002.tar").unlink()
+    done = kamim("shards", "build", small_source, out, *SMALL)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"kamim: {out / 'shard-000002.tar'} is missing")
+    assert done.stderr.count("\n") == 1
+    mended = kamim(*done.stderr.split("type: kamim ")[1].split())
+    assert mended.returncode == 0, mended.stderr
+    assert "1 files were repaired: shard-000002.tar" in mended.stderr
+    more = kamim("shards", "build", small_source, out, *SMALL, "--detector", "fast,orb")
+    assert more.returncode == 2
+    typed = more.stderr.splitlines()[-1].split("new folder: kamim ")[1].split()
+    assert kamim(*typed).returncode == 0
+    assert kamim("shards", "verify", f"{out}-orb").returncode == 0
+
+
+def test_small_frames_and_too_many_jobs_are_said(small_source, tmp_path):
+    flags = ["--frame", "100", "--map-crops", "0", "--jobs", "999"]
+    done = kamim("shards", "build", small_source, tmp_path / "out", *flags)
+    assert done.returncode == 0
+    said = done.stderr.splitlines()
+    assert "--frame 100 is small for --crop 192 and --area 0.67" in said[0]
+    assert said[0].endswith("give --frame 235 or more")
+    assert said[1].startswith("--jobs 999 on ")
+    fits = kamim("shards", "build", small_source, tmp_path / "b", "--frame", "235", "--jobs", "1")
+    assert "is small" not in fits.stderr
+    assert "cores" not in fits.stderr
+
+
+def test_convert_speaks_json(small_source, tmp_path):
+    out = tmp_path / "out"
+    assert kamim("shards", "build", small_source, out, *SMALL).returncode == 0
+    done = kamim("shards", "convert", out, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["out"], result["records"]) == (f"{out}-ffcv", 40)
+    assert result["bytes"] == (tmp_path / "out-ffcv" / "records.beton").stat().st_size
+
+
+def test_words_are_checked_before_any_library_is_there(tmp_path):
+    """What the command line imports to answer; typing the wrong word costs no more."""
+    heavy = ("cv2", "numpy", "joblib", "pandas", "torch", "tqdm", "PIL", "simplejpeg")
+    code = (
+        "import sys, typer, preprocess.commands as c, preprocess.set_commands\n"
+        "try: c.app(sys.argv[1:], standalone_mode=False)\n"
+        "except ValueError as error: print(error)\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    for arguments, words in [
+        (["build", "--help"], "Usage"),
+        (["build", "demo", str(tmp_path / "out"), "--detector", "fsat"], "unknown detector 'fsat'"),
+        (["build", "demo", str(tmp_path / "out"), "--crop", "190"], "give 192"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+        )
+        assert words in done.stdout, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+    control = subprocess.run(
+        [sys.executable, "-c", f"import cv2\n{code}", "build", "--help"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "cv2" in control.stdout.splitlines()[-1]
+
+
+def test_help_names_every_dataset_and_backend():
+    from preprocess import backends, datasets, defaults
+
+    assert ("demo", *datasets.NAMED, *datasets.PLACED) == defaults.DATASETS
+    assert set(backends.PACKAGES) | {"loky"} == set(get_args(defaults.Backend))
+
+
 def test_too_many_rejected_is_status_1(small_source, tmp_path):
     (small_source / "class0" / "empty.jpg").write_bytes(b"")
     done = kamim("shards", "build", small_source, tmp_path / "out", *SMALL)
@@ -112,7 +187,7 @@ def test_too_many_rejected_is_status_1(small_source, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_source, tmp_path):
     out = tmp_path / "out"
-    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slow_build")}
+    slow = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/tests/slow_build:{REPOSITORY}"}
     slow["SLOW_SECONDS"] = "0.2"
     command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
     process = subprocess.Popen(

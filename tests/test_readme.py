@@ -139,6 +139,70 @@ def test_make_says_what_is_missing(clone):
         assert re.search(rf"^{target} ", listing, re.M)
 
 
+def test_make_refuses_words_before_it_builds(clone):
+    for words, line in {
+        "DATAA=mine": "there is no variable DATAA; did you mean DATA?",
+        "dataset=cifar10": "there is no variable dataset; did you mean DATASET?",
+        "FORMATT=ffcv": "did you mean FORMAT?",
+        "COLOUR=red": "the variables are BACKEND DATA DATASET",
+        "FORMAT=zip OUT=data/no": "FORMAT=zip is unknown; there are webdataset and ffcv",
+        "FRAMES=png FORMAT=ffcv OUT=data/no": "FRAMES=png is unknown; there are jpeg and raw",
+        "DATASET=folder OUT=data/no": "DATASET=folder needs DATA=path or URL of it",
+        "DATASET=demo DATA=mine OUT=data/no": "leave DATASET out to take those at DATA=mine",
+    }.items():
+        done = run(f"make shards {words}", clone)
+        assert (done.returncode, done.stdout) == (2, ""), words
+        said = [row for row in done.stderr.splitlines() if not row.startswith("make: ***")]
+        assert len(said) == 1, done.stderr
+        assert line in said[0]
+        assert not (clone / "data" / "no").exists()
+
+
+def test_make_names_shards_of_your_images_after_their_folder(clone, tmp_path):
+    (tmp_path / "my photos").mkdir()
+    for words, source, out in [
+        ("", "demo", "data/demo-fast"),
+        ("OUT=", "demo", "data/demo-fast"),
+        (f"DATA={tmp_path}/mine", f"{tmp_path}/mine", "data/mine-fast"),
+        (f"DATA='{tmp_path}/my photos/'", f"{tmp_path}/my photos/", "data/my photos-fast"),
+        ("DATA=s3://b/c.tar SPLIT=val", "s3://b/c.tar", "data/c-val-fast"),
+        ("DATASET=webdataset DATA=w", "webdataset:w", "data/w-fast"),
+        ("DATASET=cifar10 DATA=/d DETECTOR=fast,orb", "cifar10:/d", "data/cifar10-fast-orb"),
+        ("DATASET=cifar10 OUT=here", "cifar10", "here"),
+    ]:
+        printed = run(f"make -n shards {words}", clone).stdout
+        assert f'shards build "{source}" "{out}"' in printed, printed
+
+
+def test_make_leaves_the_recipe_to_the_command(clone):
+    assert "--recipe" not in run("make -n pretrain SHARDS=x", clone).stdout
+    assert '--recipe "small"' in run("make -n pretrain SHARDS=x RECIPE=small", clone).stdout
+
+
+def test_make_says_one_line_before_and_one_after_it_installs(clone, tmp_path):
+    """A pip that warns where it is not told to be quiet, and fails where it is told to."""
+    pip = tmp_path / ".venv" / "bin" / "pip"
+    pip.parent.mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    pip.write_text(
+        '#!/bin/sh\ncase "$*" in *-qq*) ;; *) echo WARNING: of pip >&2;; esac\n'
+        'echo "$PIP_SAYS" >&2\nexit $PIP_EXITS\n'
+    )
+    pip.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(clone / name, tmp_path)
+    failed = run("PIP_SAYS='ERROR: no network' PIP_EXITS=1 make setup", tmp_path)
+    assert failed.returncode == 2
+    assert "ERROR: no network" in failed.stderr
+    assert "installed" not in failed.stderr
+    assert not (tmp_path / ".venv" / "core").exists()
+    done = run("PIP_SAYS= PIP_EXITS=0 make setup", tmp_path)
+    before, after = [line for line in done.stderr.splitlines() if line]
+    assert re.fullmatch(r"installing .* into .venv \(about 0.5 GB\) ...", before)
+    assert re.fullmatch(r"installed .* in \d+ s", after)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_no_file_is_too_long():
     for room in ("shards", "preprocess", "train", "evaluate", "bench", "abuse"):
         for path in (REPOSITORY / room).rglob("*.py"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from conftest import settings
 started = time.process_time()
 source = preprocess.open_source(sys.argv[1])
-facts = preprocess.build._facts(source, settings(shard_size=1000))
+facts = preprocess.build.facts_of(source, settings(shard_size=1000))
 assert preprocess.build._check_folder(Path(sys.argv[2]), facts) is None
 seconds = time.process_time() - started
 # Not ru_maxrss, which begins with what the process that started this one had.
