@@ -124,6 +124,8 @@ def build(
         settings = replace(settings, shard_size=shard_size_for(len(listed.entries)))
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
+    if listed.sets:
+        say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
     unlabelled = sum(entry.label < 0 for entry in listed.entries)
     if unlabelled:
         say(f"{unlabelled} of {len(listed.entries)} images have no label")
