@@ -142,8 +142,8 @@ def check_counts(source: Source, name: str, split: str) -> None:
     if far or len(source.classes) != dataset.classes:
         raise ValueError(
             f"{source.root} holds {images:,} images of {len(source.classes):,} classes, and {name} "
-            f"(split {split}) has {published[split]:,} of {dataset.classes:,}; name where all of "
-            "it lies, or take what is there by --partial (make: FLAGS=--partial)"
+            f"(split {split}) has {published[split]:,} images of {dataset.classes:,} classes; name "
+            "where all of it lies, or take what is there by --partial (make: FLAGS=--partial)"
         )
 
 

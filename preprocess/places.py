@@ -172,8 +172,8 @@ def _is_gone(path: str) -> bool:
 def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
     """The archives below `root`, by name; `root` itself, as the part "", if it is one.
 
-    Raises ValueError at one that leads out of the folder or is no file, and at a folder that cannot
-    be listed; a finished set of ours below `root` is left out.
+    Raises ValueError if there is none, at one that leads out of the folder or is no file, and at a
+    folder that cannot be listed; a finished set of ours below `root` is left out.
     """
     if kind_of(root) == "file":
         return [_whole(root)]
@@ -186,6 +186,8 @@ def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
     for file in found:
         if file.flaw:
             raise ValueError(f"{join(root, file.name.lstrip('/'))!r} cannot be read: {file.flaw}")
+    if not found:
+        raise ValueError(f"{root} holds no {suffixes[0]}; name one, or a folder of them")
     return sorted(found, key=lambda file: os.fsencode(file.name))
 
 

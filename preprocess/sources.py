@@ -102,7 +102,7 @@ def _nearest(where: str) -> str:
     near = get_close_matches(name.lower(), ("demo", *NAMED, *PLACED), 1)
     if not near:
         return ""
-    place = f":{given or 'PATH'}" if colon or near[0] in PLACED else ""
+    place = f":{given or 'PATH'}" if near[0] in PLACED or (colon and near[0] != "demo") else ""
     return f"is it {near[0]}{place}? Else "
 
 
