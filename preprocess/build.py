@@ -5,7 +5,6 @@ restart does only what is missing, and the manifest, written last, says that all
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -19,7 +18,6 @@ import joblib
 import numpy as np
 
 from preprocess import backends, frequency
-from preprocess.places import inside
 from preprocess.shard import (
     PLAN,
     BuildError,
@@ -29,12 +27,11 @@ from preprocess.shard import (
     read_row,
     write_shard,
 )
-from preprocess.sources import Source
+from preprocess.sources import Source, check_outside
 from shards import File, Ledger, Manifest, Settings
 from shards import manifest as _manifest
 from shards.manifest import INDEX, MANIFEST, REJECTED
 from shards.record import npy_bytes
-from shards.remote import is_url
 from shards.verify import damaged_files
 from shards.webdataset import INDEX_DTYPE
 from shards.writing import alone, progress, sweep, write_atomically
@@ -65,14 +62,14 @@ def build_shards(
     `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
     or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
-    ValueError if `out` lies in the source's folder or holds anything else or other settings or
-    inputs, BuildError if an input is rejected and on_error is `fail`, if no input could be used, if
-    the engine is lost for good, or, after a complete build, if more than the share `max_rejected`
-    of inputs was rejected.
+    ValueError if `out` lies in the source or holds anything else or other settings or inputs,
+    BuildError if an input is rejected and on_error is `fail`, if no input could be used, if the
+    engine is lost for good, or, after a complete build, if more than the share `max_rejected` was
+    rejected.
     """
     frequency.check_bank(settings)
     backends.check(backend, scheduler)
-    _check_outside(source, out)
+    check_outside(source, out)
     facts = _facts(source, settings)
     complete = _check_folder(out, facts)
     if complete is None:
@@ -94,16 +91,6 @@ def build_shards(
             f"them, see {out / REJECTED}, and accept with a larger --max-rejected"
         )
     return complete
-
-
-def _check_outside(source: Source, out: Path) -> None:
-    """ValueError if `out` is in the source's folder, whose next listing would then be another."""
-    root = source.root
-    if not is_url(root) and os.path.isdir(root) and inside(str(out), os.path.realpath(root)):
-        raise ValueError(
-            f"{out} lies in the source's folder {root}, and its files would be inputs of the next "
-            "build; name a folder outside of it (make: OUT=folder)"
-        )
 
 
 def _facts(source: Source, settings: Settings) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from preprocess.layouts.folder import list_folder
 from preprocess.layouts.parquet import list_parquet
 from preprocess.layouts.tar import list_tar
 from preprocess.layouts.webdataset import list_webdataset
-from preprocess.places import join, kind_of, names_in
+from preprocess.listing import names_in
+from preprocess.places import join, kind_of
 from preprocess.splits import SPLITS
 from shards.remote import is_url
 
@@ -109,7 +110,7 @@ def list_dataset(name: str, given: str, split: str) -> Source:
     if given and not kind_of(given):
         raise ValueError(f"there is no {given} to read {name} from; name where it lies")
     for base in filter(kind_of, [given] if given else usual_places(name)):
-        if not given and not is_url(base) and not os.access(base, os.R_OK | os.X_OK):
+        if not given and _is_closed(base, name):
             continue
         for below in dataset.names(split):
             where = join(base, below)
@@ -121,6 +122,12 @@ def list_dataset(name: str, given: str, split: str) -> Source:
                 if source is not None:
                     return source
     raise ValueError(_not_found(name, given, split))
+
+
+def _is_closed(base: str, name: str) -> bool:
+    """Whether a usual place is not for us to look into; of one called as the dataset, we say so."""
+    closed = not is_url(base) and not os.access(base, os.R_OK | os.X_OK)
+    return closed and os.path.basename(base) != name
 
 
 def split_of(name: str, split: str) -> str:

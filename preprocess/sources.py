@@ -19,12 +19,13 @@ from preprocess.entry import FLAWS, MAX_BYTES, SUFFIXES, Entry, Source
 from preprocess.layouts import cifar, finished, parquet
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import list_tar
-from preprocess.places import join, kind_of, names_in, read_file, read_part
+from preprocess.listing import inside, names_in
+from preprocess.places import join, kind_of, read_file, read_part
 from shards.remote import is_url
 
 AHEAD = 16  # requests under way at a time: a store answers each after tens of milliseconds
 
-__all__ = ["Entry", "Source", "open_source", "read", "read_in_order"]
+__all__ = ["Entry", "Source", "check_outside", "open_source", "read", "read_in_order"]
 
 
 def open_source(where: str, split: str = "", partial: bool = False) -> Source:
@@ -112,6 +113,16 @@ def _unplaced(name: str) -> str:
         return f"{name}: gives no place; give {name}:PATH, or {name} alone to have it looked for"
     line = f"{name} is read from a place of yours; give {name}:PATH (make: DATA=PATH)"
     return f"{line}, or ./{name} for the folder of that name" if os.path.isdir(name) else line
+
+
+def check_outside(source: Source, out: Path) -> None:
+    """ValueError if `out` is in the source's folder, whose next listing would then be another."""
+    root = source.root
+    if not is_url(root) and os.path.isdir(root) and inside(str(out), os.path.realpath(root)):
+        raise ValueError(
+            f"{out} lies in the source's folder {root}, and its files would be inputs of the next "
+            "build; name a folder outside of it (make: OUT=folder)"
+        )
 
 
 def _check_listed(source: Source) -> None:

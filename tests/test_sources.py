@@ -249,7 +249,7 @@ def test_permissions_are_respected_by_name(tree, tmp_path):
     assert "ValueError: '/root/b/' cannot be listed" in done.stderr
 
 
-def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source, tmp_path, capsys):
+def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source, tmp_path):
     """Their pictures had been inputs, and their folders classes."""
     before = open_source(str(small_source))
     (built / "fidelity.png").write_bytes(picture(0))
@@ -265,6 +265,11 @@ def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source,
     assert source.ignored == 1  # the manifest.json of others
     with pytest.raises(ValueError, match=r"is a finished set of shards; .* by shards:"):
         open_source(str(small_source / "demo-fast"))
+    command = [sys.executable, "-m", "kamim", "shards", "build", str(small_source)]
+    flags = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
+    done = subprocess.run([*command, str(tmp_path / "out"), *flags], capture_output=True, text=True)
+    assert "40 inputs = 40 written" in done.stdout
+    assert "2 folders of finished shards were left out, as class1/deep/demo-fast" in done.stderr
     listed = open_source(f"webdataset:{built}")  # named itself, it is one of tars
     assert len(listed.entries) == 40
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
+from preprocess.listing import names_in
 from preprocess.pickles import load_dictionary
-from preprocess.places import join, kind_of, names_in, opened, read_all, version_of
+from preprocess.places import join, kind_of, opened, read_all, version_of
 
 PIXELS = 3 * 32 * 32
 LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB
@@ -56,9 +57,9 @@ _NAMES100 = """
     cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
     lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
     oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
-    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
-    trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
     """
 NAMES100 = tuple(_NAMES100.split())
 

@@ -6,16 +6,8 @@ In: its path or URL. Out: its images, sub-folders in byte order as the classes 0
 import os
 
 from preprocess.entry import SUFFIXES, Entry, Source
-from preprocess.places import (
-    OURS,
-    Found,
-    children_of,
-    facts_of,
-    files_below,
-    holds_set,
-    inside,
-    join,
-)
+from preprocess.listing import OURS, Found, children_of, facts_of, files_below, holds_set, inside
+from preprocess.places import join
 from shards import remote
 from shards.manifest import MANIFEST
 from shards.remote import is_url
@@ -27,12 +19,10 @@ def list_folder(root: str, split: str = "") -> Source:
     Folders that hold finished shards of ours are left out. Raises ValueError if `root` is one, or
     cannot be listed.
     """
-    if holds_set(root):
-        raise ValueError(
-            f"{root} is a finished set of shards; its frames are read by shards:{root}"
-        )
     if is_url(root):
         return _list_store(root)
+    if holds_set(root):
+        raise ValueError(_is_ours(root))
     entries: list[Entry] = []
     ignored = 0
     home = os.path.realpath(root)
@@ -64,6 +54,10 @@ def list_folder(root: str, split: str = "") -> Source:
     return Source("folder", root, entries, classes, ignored, tuple(sets))
 
 
+def _is_ours(root: str) -> str:
+    return f"{root} is a finished set of shards; its frames are read by shards:{root}"
+
+
 def entry_of(file: Found, label: int) -> Entry | None:
     """The entry of one file, or of a folder with a flaw; None if it is not named as an image."""
     if not file.name.lower().endswith((*SUFFIXES, "/")):
@@ -74,8 +68,11 @@ def entry_of(file: Found, label: int) -> Entry | None:
 def _list_store(root: str) -> Source:
     """The same images in the same order, from names alone: a store has no folders."""
     found = [file for file in remote.find(root) if not file.name.startswith(".")]
-    sets = [file.name.rpartition("/")[0] for file in found if file.name.endswith(f"/{MANIFEST}")]
-    sets = [name for name in sets if holds_set(join(root, name))]
+    folders = [file.name.rpartition("/") for file in found]
+    sets = [folder for folder, _, name in folders if name == MANIFEST]
+    sets = [folder for folder in sets if holds_set(join(root, folder))]
+    if "" in sets:
+        raise ValueError(_is_ours(root))
     ours = tuple(f"{name}/" for name in sets)
     found = [file for file in found if not file.name.startswith(ours)]
     found.sort(key=lambda file: _order(file.name))

@@ -9,7 +9,8 @@ from typing import Any
 
 from preprocess.entry import Source
 from preprocess.layouts.folder import entry_of, list_folder
-from preprocess.places import kind_of, look_up, names_in, read_all
+from preprocess.listing import look_up, names_in
+from preprocess.places import kind_of, read_all
 
 
 def places_of(split: str) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.places import Found, join, of_each, opened, parts_below, version_of
+from preprocess.listing import Found, parts_below
+from preprocess.places import join, of_each, opened, version_of
 from preprocess.splits import of_split
 from shards.remote import is_url
 from shards.retry import retried
