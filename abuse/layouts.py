@@ -30,14 +30,15 @@ def layouts(arena: Path, photos: list[bytes], secret: Path) -> Case:
         far = ["../" * 12 + str(secret)[1:], str(secret)]
         far += [f"way/{secret.name}", f"data_256/way/{secret.name}"]
         source = layout(place, photos, far)
-        flaw = built(arena, source, place / "out", secret, layout.__name__, len(photos))
+        flaw = built(arena, source, Path(f"{place}-out"), secret, layout.__name__, len(photos))
         case.trial(flaw)
     log, canary = arena / "trick.log", arena / "canary"
     for trick in (cifar, listed):
         place = arena / f"trick-{trick.__name__}"
         place.mkdir()
-        words = ["shards", "build", trick(place, photos, canary), place / "out", *SMALL]
-        process = spawn_watched(kamim, *words, log=log, secret=secret, allowed=[place / "out"])
+        out = Path(f"{place}-out")
+        words = ["shards", "build", trick(place, photos, canary), out, "--partial", *SMALL]
+        process = spawn_watched(kamim, *words, log=log, secret=secret, allowed=[out])
         status = process.wait(LIMIT)
         flaw = refused(status, process.text(), log.with_suffix(".deeds"), canary)
         case.trial(f"{trick.__name__}: {flaw}" if flaw else "")

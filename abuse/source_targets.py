@@ -42,7 +42,7 @@ def unpacked(data: bytes, count: int) -> list[bytes]:
 
 def _read_all(where: str) -> None:
     """List a source and read every entry."""
-    source = open_source(where)
+    source = open_source(where, partial=True)
     source.description()
     for entry in source.entries:
         with suppress(Rejected):
@@ -81,7 +81,7 @@ def lists(folder: Path, manifest: Manifest, data: bytes) -> None:
         with suppress(ValueError):
             _read_all(where)
     with suppress(ValueError):
-        open_source(f"imagenet:{folder}", "val")
+        open_source(f"imagenet:{folder}", "val", partial=True)
 
 
 TARGETS: dict[str, Callable[[Path, Manifest, bytes], None]] = {

@@ -112,7 +112,7 @@ def _into_folder(source: Path, info: tarfile.TarInfo, photo: bytes) -> bool:
 def built(arena: Path, source: object, out: Path, secret: Path, trick: str, sound: int) -> str:
     """What went wrong with a build of `source`, which holds at least `sound` sound photographs."""
     around, log = Around(arena), arena / "archive.log"
-    flags = [*SMALL, "--jobs", 1, "--max-rejected", 1]
+    flags = [*SMALL, "--jobs", 1, "--max-rejected", 1, "--partial"]
     process = spawn_watched(kamim, "shards", "build", source, out, *flags,
                             log=log, secret=secret, allowed=[out])  # fmt: skip
     status = process.wait(LIMIT)

@@ -63,7 +63,7 @@ def _measure(
     from preprocess import open_source
     from train.setup import find_device
 
-    source, cores = open_source(where), joblib.cpu_count()
+    source, cores = open_source(where, partial=True), joblib.cpu_count()
     effort = versus.Effort(0.7, 2) if quick else versus.Effort(seconds, repeats)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:

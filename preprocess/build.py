@@ -29,7 +29,7 @@ from preprocess.compare import (
 )
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
-from preprocess.sources import Source
+from preprocess.sources import Source, check_outside
 from shards import manifest as _manifest
 from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
 from shards.record import npy_bytes
@@ -62,13 +62,14 @@ def build_shards(
     `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
     or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
-    ValueError if `out` holds anything else or other settings or inputs, BuildError if a finished
-    set lacks a file or one has another size (repair_shards mends it), if an input is rejected and
-    on_error is `fail`, if no input could be used, if the engine is lost for good, or, after a
-    complete build, if more than the share `max_rejected` of inputs was rejected.
+    ValueError if `out` lies in the source or holds anything else or other settings or inputs,
+    BuildError if a finished set lacks a file or one has another size (repair_shards mends it), if
+    an input is rejected and on_error is `fail`, if no input could be used, if the engine is lost
+    for good, or, after a complete build, if more than the share `max_rejected` was rejected.
     """
     frequency.check_bank(settings)
     backends.check(backend, scheduler)
+    check_outside(source, out)
     facts = facts_of(source, settings)
     complete = _check_folder(out, facts)
     if complete is None:

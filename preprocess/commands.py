@@ -179,6 +179,8 @@ def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
 def _say_what_is_listed(listed: "preprocess.Source") -> None:
     if listed.ignored:
         say(f"{listed.ignored} files are not named as images and were ignored")
+    if listed.sets:
+        say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
     unlabelled = sum(entry.label < 0 for entry in listed.entries)
     if unlabelled:
         say(f"{unlabelled} of {len(listed.entries)} images have no label")

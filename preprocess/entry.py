@@ -13,7 +13,7 @@ MAX_BYTES = 1 << 30
 FLAWS = {
     "link": "it leads out of the source; build from the folder it leads to, or copy the file in",
     "not-a-file": "it is a folder, pipe, socket, device, link or sparse member",
-    "unreadable": "its facts could not be read when the source was listed",
+    "unreadable": "it could not be read, or as a folder listed, when the source was listed",
     "vanished": "the dataset's list names it and it is not there",
 }
 
@@ -24,7 +24,8 @@ class Entry(NamedTuple):
     `part` is the file below the root that holds it (empty: the root itself, or a file of its own),
     `offset` where it begins there: a byte in a tar, else the number of a row. `stamp` is the
     modification time (ns) of a file, its store's tag as a number, or the bytes of a part. `flaw`
-    is why it cannot be read, if listing already showed it.
+    is why it cannot be read, if listing already showed it; a folder that could not be listed is one
+    entry, whose name ends in a slash.
     """
 
     name: str
@@ -39,7 +40,8 @@ class Entry(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Source:
     """A listed source. `kind` says how an image is read, `root` is a path or URL, `classes` name
-    the labels; `ignored` files have no image's name.
+    the labels; `ignored` files have no image's name; `sets` are folders in it, left out, of
+    finished shards of ours.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Source:
     entries: list[Entry]
     classes: list[str]
     ignored: int
+    sets: tuple[str, ...] = ()
 
     def description(self) -> dict[str, Any]:
         """What the manifest says of the source; equal descriptions mean equal inputs."""

@@ -1,7 +1,6 @@
-"""Files of a source by path or URL: what is there, in a fixed order, and their bytes.
+"""Files of a source by path or URL, and their bytes.
 
-In: places and names below them. Out: listings, open files, ranges of bytes. Nothing is followed
-out of its folder: such a name comes back with a flaw, or is refused where it is a part of many.
+In: places, and ranges of bytes in them. Out: what they are, open files, bytes.
 """
 
 import errno
@@ -10,26 +9,15 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import PurePosixPath
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 
 from preprocess.decode import Rejected
 from shards import remote
 from shards.remote import is_url
-from shards.retry import retried
 
 Result = TypeVar("Result")
 # Not the image's fault: a build stops, and goes on when the machine is well again.
 MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
-
-
-class Found(NamedTuple):
-    """A file below a root: its name there, bytes, a stamp that changes with it, and any flaw."""
-
-    name: str
-    size: int
-    stamp: int
-    flaw: str = ""
 
 
 def join(root: str, name: str) -> str:
@@ -42,105 +30,6 @@ def kind_of(where: str) -> str:
     if is_url(where):
         return remote.kind_of(where)
     return "folder" if os.path.isdir(where) else "file" if os.path.isfile(where) else ""
-
-
-def names_in(folder: str) -> list[str]:
-    """Names right below a folder, in byte order; none if there is no such folder."""
-    if not is_url(folder):
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-    else:
-        files, path = remote.filesystem(folder)
-        files.invalidate_cache()
-        try:
-            rows = retried(folder, lambda: files.ls(path, detail=False))
-        except FileNotFoundError:
-            rows = []
-        names = [row.rstrip("/").rpartition("/")[2] for row in rows]
-    return sorted(names, key=os.fsencode)
-
-
-def facts_of(path: str, root: str, home: str) -> Found:
-    """What is known of the local file `path` below `root`; links may lead anywhere in `home`."""
-    name = path[len(root) :].lstrip("/")  # relpath costs more than the rest of a listing
-    try:
-        facts = os.lstat(path)
-        if stat.S_ISLNK(facts.st_mode):
-            if not inside(path, home):
-                return Found(name, 0, 0, "link")
-            facts = os.stat(path)
-    except OSError:
-        return Found(name, 0, 0, "unreadable")
-    if not stat.S_ISREG(facts.st_mode):
-        return Found(name, 0, 0, "not-a-file")
-    return Found(name, facts.st_size, facts.st_mtime_ns)
-
-
-def inside(path: str, home: str) -> bool:
-    """Whether `path`, with all its links followed, lies in `home`."""
-    return os.path.commonpath([os.path.realpath(path), home]) == home
-
-
-def files_below(folder: str, root: str, home: str) -> Iterator[Found]:
-    """Every file of the local `folder` at any depth, in byte order, files before folders."""
-    # followlinks stays off: a link to a parent folder would never end.
-    for here, below, files in os.walk(folder):
-        below.sort(key=os.fsencode)
-        for name in sorted(files, key=os.fsencode):
-            yield facts_of(os.path.join(here, name), root, home)
-
-
-def look_up(root: str, names: Iterable[str]) -> Iterator[Found]:
-    """The files called `names` below `root`, as a dataset's list names them, in that order."""
-    if is_url(root):
-        there = {file.name: Found(*file) for file in remote.find(root)}
-        yield from (there.get(name, Found(name, 0, 0, "vanished")) for name in names)
-        return
-    home = os.path.realpath(root)
-    folders: dict[str, bool] = {}
-    for name in names:
-        folder = os.path.dirname(name)
-        if folder not in folders:
-            safe = ".." not in PurePosixPath(folder).parts and not os.path.isabs(folder)
-            folders[folder] = safe and inside(os.path.join(root, folder), home)
-        if not folders[folder] or "\0" in name:
-            yield Found(name, 0, 0, "link")
-        elif not os.path.lexists(path := os.path.join(root, name)):
-            yield Found(name, 0, 0, "vanished")
-        else:
-            yield facts_of(path, root, home)._replace(name=name)
-
-
-def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
-    """The archives below `root`, by name; `root` itself, as the part "", if it is one.
-
-    Raises ValueError at one that leads out of the folder or is no file.
-    """
-    if kind_of(root) == "file":
-        return [_whole(root)]
-    if is_url(root):
-        found = [Found(*file) for file in remote.find(root)]
-    else:
-        found = list(files_below(root, root, _home(os.path.realpath(root))))
-    found = [file for file in found if file.name.lower().endswith(suffixes)]
-    for file in found:
-        if file.flaw:
-            raise ValueError(f"{join(root, file.name)!r} cannot be read: {file.flaw}")
-    return sorted(found, key=lambda file: os.fsencode(file.name))
-
-
-def _whole(path: str) -> Found:
-    if is_url(path):
-        files, there = remote.filesystem(path)
-        return Found("", int(retried(path, lambda: files.info(there))["size"] or 0), 0)
-    return Found("", os.stat(path).st_size, 0)
-
-
-def _home(root: str) -> str:
-    """Where links below `root` may lead: the Hugging Face cache keeps all files of a dataset in
-    `blobs`, and links to them in `snapshots/REVISION`.
-    """
-    before, snapshots, _ = root.partition("/snapshots/")
-    return before if snapshots and os.path.isdir(os.path.join(before, "blobs")) else root
 
 
 def opened(where: str, ahead: bool = True) -> BinaryIO:

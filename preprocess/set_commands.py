@@ -132,7 +132,7 @@ def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "pr
     if where is None and kind != "demo":
         raise ValueError(f"name what {records.folder} was built from by --source")
     with waiting(f"listing {where or 'demo'}"):
-        return preprocess.open_source(where or "demo", split)
+        return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
 
 
 @app.command()

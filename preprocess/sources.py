@@ -8,22 +8,24 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from preprocess import demo
-from preprocess.datasets import NAMED, PLACED, list_dataset
+from preprocess.datasets import NAMED, PLACED, check_counts, list_dataset
 from preprocess.decode import Rejected
 from preprocess.entry import FLAWS, MAX_BYTES, SUFFIXES, Entry, Source
 from preprocess.layouts import cifar, finished, parquet
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import list_tar
-from preprocess.places import join, kind_of, names_in, read_file, read_part
+from preprocess.listing import inside, names_in
+from preprocess.places import join, kind_of, read_file, read_part
 from shards.remote import is_url
 
 AHEAD = 16  # requests under way at a time: a store answers each after tens of milliseconds
 
-__all__ = ["Entry", "Source", "open_source", "read", "read_in_order"]
+__all__ = ["Entry", "Source", "check_outside", "open_source", "read", "read_in_order"]
 
 
 def open_source(where: str, split: str = "", partial: bool = False) -> Source:
@@ -32,15 +34,23 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
 
     Sub-folders of a root, in byte order, are the classes 0, 1, ...; images beside them get label
     -1. `split` names one of a dataset's; empty is its training set. Raises ValueError if there is
-    no such place or no image in it, and OSError if a store cannot be reached.
+    no such place or no image in it, and OSError if a store cannot be reached; also ValueError,
+    unless `partial` takes what is there, if a folder in it cannot be listed or a dataset's classes
+    or images are far from those published.
     """
     name, colon, given = where.partition(":")
     if where == "demo":
         source = _demo(split)
-    elif name in NAMED or (name in PLACED and colon):
+    elif name in NAMED or name in PLACED:
+        if not given and (colon or name in PLACED):
+            raise ValueError(_unplaced(name))
         source = list_dataset(name, _place(given), split)
     else:
         source = _list_place(where, split)
+    if not partial:
+        _check_listed(source)
+        if name in NAMED:
+            check_counts(source, name, split)
     if not source.entries:
         raise ValueError(
             f"no images under {source.root}; expected class folders of files named "
@@ -69,12 +79,61 @@ def _list_place(where: str, split: str) -> Source:
     kind = kind_of(place)
     if not kind:
         raise ValueError(
-            f"no source at {where}: give a folder or a .tar by its path or URL, or a dataset as "
-            f"NAME or NAME:PATH; there are demo, {', '.join((*NAMED, *PLACED))}"
+            f"no source at {where}: {_nearest(where)}give a folder or a .tar by its path or URL, "
+            f"or a dataset as NAME or NAME:PATH; there are demo, {', '.join((*NAMED, *PLACED))}"
         )
     if split:
         return list_dataset("folder", place, split)
-    return list_folder(place) if kind == "folder" else list_tar(place)
+    if kind == "folder":
+        return list_folder(place)
+    try:
+        return list_tar(place)
+    except ValueError:
+        if {".tar", ".tgz"} & set(PurePosixPath(place).suffixes):
+            raise
+        raise ValueError(
+            f"{where} is a file, and no uncompressed .tar; give a folder of photographs, such a "
+            f".tar, or a dataset as NAME:PATH{_hint(place)}"
+        ) from None
+
+
+def _nearest(where: str) -> str:
+    """The dataset that was likely meant, as the beginning of a sentence."""
+    name, colon, given = where.partition(":")
+    near = get_close_matches(name.lower(), ("demo", *NAMED, *PLACED), 1)
+    if not near:
+        return ""
+    place = f":{given or 'PATH'}" if near[0] in PLACED or (colon and near[0] != "demo") else ""
+    return f"is it {near[0]}{place}? Else "
+
+
+def _unplaced(name: str) -> str:
+    """What to say of a name whose place is not given."""
+    if name in NAMED:
+        return f"{name}: gives no place; give {name}:PATH, or {name} alone to have it looked for"
+    line = f"{name} is read from a place of yours; give {name}:PATH (make: DATA=PATH)"
+    return f"{line}, or ./{name} for the folder of that name" if os.path.isdir(name) else line
+
+
+def check_outside(source: Source, out: Path) -> None:
+    """ValueError if `out` is in the source's folder, whose next listing would then be another."""
+    root = source.root
+    if not is_url(root) and os.path.isdir(root) and inside(str(out), os.path.realpath(root)):
+        raise ValueError(
+            f"{out} lies in the source's folder {root}, and its files would be inputs of the next "
+            "build; name a folder outside of it (make: OUT=folder)"
+        )
+
+
+def _check_listed(source: Source) -> None:
+    """ValueError at a folder that could not be listed: nobody knows how many images are in it."""
+    for entry in source.entries:
+        if entry.flaw == "unreadable" and entry.name.endswith("/"):
+            raise ValueError(
+                f"{join(source.root, entry.name)!r} cannot be listed, and its images would be left "
+                "out; make it readable for this user (chmod -R u+rX), or take what is there by "
+                "--partial (make: FLAGS=--partial)"
+            )
 
 
 def _hint(root: str) -> str:

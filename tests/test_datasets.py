@@ -9,11 +9,16 @@ import archives
 import numpy as np
 import pytest
 from archives import WNIDS
-from conftest import settings
+from conftest import DATA, settings
 
 import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
 from preprocess.sources import read
+
+
+def small(where, split=""):
+    """A few images in the layout of a dataset."""
+    return open_source(where, split, partial=True)
 
 
 def found(source):
@@ -41,14 +46,14 @@ def test_imagenet_is_the_same_from_the_tar_of_tars_from_folders_and_from_kaggle(
         for name in sorted(images[wnid])
     ]
     for place in (tar, tar.parent, kaggle, kaggle / "ILSVRC", plain, plain.parent, whole):
-        source = open_source(f"imagenet:{place}")
+        source = small(f"imagenet:{place}")
         assert source.classes == list(WNIDS), place
         assert found(source) == expected, place
     for name, _, data in expected:  # the PNG called JPEG and the CMYK one among them
         assert decode_image(data).shape == (40, 48, 3), name
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     manifests = [
-        build_shards(open_source(f"imagenet:{place}"), tmp_path / "out" / str(n), settings(), 1)
+        build_shards(small(f"imagenet:{place}"), tmp_path / "out" / str(n), settings(), 1)
         for n, place in enumerate((tar, plain))
     ]
     assert [shard.sha256 for shard in manifests[0].shards] == [
@@ -66,19 +71,19 @@ def test_imagenets_validation_set_has_kaggles_answers(images, tmp_path):
     names = [f"ILSVRC2012_val_0000000{n}" for n in (1, 2, 3)]
     archives.unpack([(f"{n}.JPEG", archives.picture(k)) for k, n in enumerate(names)], flat)
     with pytest.raises(ValueError, match=r"put Kaggle's LOC_val_solution.csv beside it"):
-        open_source(f"imagenet:{tmp_path}", "val")
+        small(f"imagenet:{tmp_path}", "val")
     rows = [f"{n},{w} 1 2 3 4 {w} 5 6 7 8" for n, w in zip(names, reversed(WNIDS), strict=True)]
     answers = tmp_path / "LOC_val_solution.csv"
     answers.write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
-    source = open_source(f"imagenet:{tmp_path}", "val")
+    source = small(f"imagenet:{tmp_path}", "val")
     assert [(e.name, e.label) for e in source.entries] == [
         (f"{n}.JPEG", 2 - k) for k, n in enumerate(names)
     ]
     answers.write_text("\n".join(["ImageId,PredictionString", *rows[:2]]) + "\n")
     with pytest.raises(ValueError, match=r"gives 'ILSVRC2012_val_00000003.JPEG' no class"):
-        open_source(f"imagenet:{tmp_path}", "val")
+        small(f"imagenet:{tmp_path}", "val")
     archives.imagenet_folder(tmp_path / "sorted" / "val", images)
-    assert open_source(f"imagenet:{tmp_path / 'sorted'}", "val").classes == list(WNIDS)
+    assert small(f"imagenet:{tmp_path / 'sorted'}", "val").classes == list(WNIDS)
 
 
 def test_a_stray_folder_among_imagenets_classes_is_refused(images, tmp_path):
@@ -86,7 +91,7 @@ def test_a_stray_folder_among_imagenets_classes_is_refused(images, tmp_path):
     (root / "new_class").mkdir()
     (root / "new_class" / "x.jpg").write_bytes(archives.picture(0))
     with pytest.raises(ValueError, match="'new_class' among ImageNet's classes"):
-        open_source(f"imagenet:{root}")
+        small(f"imagenet:{root}")
     assert len(open_source(f"folder:{root}").classes) == 4
 
 
@@ -103,12 +108,12 @@ def test_a_damaged_inner_tar_is_one_clear_line(images, tmp_path):
     for bad in (damaged, larger, negative, data[: place + 100]):
         tar.write_bytes(bad)
         with pytest.raises(ValueError, match=r"is not a whole uncompressed .tar") as caught:
-            open_source(f"imagenet:{tmp_path}")
+            small(f"imagenet:{tmp_path}")
         assert "\n" not in str(caught.value)
         assert str(tar) in str(caught.value)
     tar.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"'n01443537.tar' in .*no header at byte \d+"):
-        open_source(f"imagenet:{tmp_path}")
+        small(f"imagenet:{tmp_path}")
 
 
 PYTHON2, BYTES_KEYS = (
@@ -128,7 +133,7 @@ def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
               tmp_path / "1" / "cifar-10-python.tar.gz",
               *(tmp_path / n for n in "1234")]  # fmt: skip
     for place in places:
-        source = open_source(f"cifar10:{place}")
+        source = small(f"cifar10:{place}")
         assert source.classes == archives.CIFAR10_NAMES
         assert [entry.label for entry in source.entries] == [(b + r) % 10 for b in range(5)
                                                              for r in range(4)]  # fmt: skip
@@ -137,10 +142,10 @@ def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
             row = archives.cifar_pixels(number // 4, 4)[number % 4]
             assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
         for split in ("test", "val"):
-            test = open_source(f"cifar10:{place}", split)
+            test = small(f"cifar10:{place}", split)
             assert [entry.label for entry in test.entries] == [5, 6, 7, 8]
     assert source.entries[0].name == "data_batch_1/00000"
-    names = [entry.name for entry in open_source(f"cifar10:{tmp_path / '1'}").entries]
+    names = [entry.name for entry in small(f"cifar10:{tmp_path / '1'}").entries]
     assert names[0] == "data_batch_1/leptodactylus_s_000000.png"
 
 
@@ -148,7 +153,7 @@ def test_cifar100_has_fine_labels(tmp_path):
     archives.unpack(archives.cifar100_python(), tmp_path / "python")
     archives.unpack(archives.cifar100_binary(), tmp_path / "binary")
     for where in ("python", "binary"):
-        source = open_source(f"cifar100:{tmp_path / where}")
+        source = small(f"cifar100:{tmp_path / where}")
         assert source.classes == [f"fine{n}" for n in range(100)]
         assert [entry.label for entry in source.entries] == [99, 98, 97, 96]
         pixels = decode_image(read(source.kind, source.root, source.entries[2]))
@@ -161,12 +166,12 @@ def test_cifar_as_a_tar_or_folders_of_class_folders(tmp_path):
     (tmp_path / "train.tar").write_bytes(archives.tar_bytes(members))
     archives.unpack(members, tmp_path / "folders")
     for place in (tmp_path, tmp_path / "train.tar", tmp_path / "folders"):
-        source = open_source(f"cifar10:{place}")
+        source = small(f"cifar10:{place}")
         assert source.classes == ["cat", "dog"]
         assert [entry.label for entry in source.entries] == [0, 0, 1, 1]
     members = [(name.replace("train", "test"), data) for name, data in members]
     archives.unpack(members, tmp_path / "folders")  # now it has what CIFAR-100's files are called
-    assert open_source(f"cifar100:{tmp_path / 'folders'}").classes == ["cat", "dog"]
+    assert small(f"cifar100:{tmp_path / 'folders'}").classes == ["cat", "dog"]
 
 
 class Hostile:
@@ -194,7 +199,7 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
         root = tmp_path / str(abs(hash(words)))
         archives.unpack(members.items(), root)
         with pytest.raises(ValueError, match=words) as caught:
-            open_source(f"cifar10:{root}")
+            small(f"cifar10:{root}")
         assert "data_batch_3 in" in str(caught.value)
     assert not mark.exists()
 
@@ -208,7 +213,7 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
     }.items():
         archives.unpack((members | {name: data}).items(), tmp_path / words)
         with pytest.raises(ValueError, match=words):
-            open_source(f"cifar10:{tmp_path / words}")
+            small(f"cifar10:{tmp_path / words}")
     for number, table in enumerate([
         {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
         {"data": archives.cifar_pixels(0, 2), "labels": 7},
@@ -220,28 +225,28 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
             "cifar-10-batches-py/data_batch_4": pickle.dumps(table)}  # fmt: skip
         archives.unpack(python.items(), tmp_path / f"python{number}")
         if number == 0:
-            assert len(open_source(f"cifar10:{tmp_path / 'python0'}").entries) == 18
+            assert len(small(f"cifar10:{tmp_path / 'python0'}").entries) == 18
             continue
         with pytest.raises(ValueError, match="data_batch_4 in"):
-            open_source(f"cifar10:{tmp_path / f'python{number}'}")
+            small(f"cifar10:{tmp_path / f'python{number}'}")
     del members[name]
     archives.unpack(members.items(), tmp_path / "gone")
     with pytest.raises(ValueError, match=r"lacks data_batch_2.bin"):
-        open_source(f"cifar10:{tmp_path / 'gone'}")
+        small(f"cifar10:{tmp_path / 'gone'}")
     archive = archives.packed(archives.cifar10_python(), tmp_path / "cifar-10-python.tar.gz")
     archive.write_bytes(archive.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"is not a whole .tar.gz"):
-        open_source(f"cifar10:{archive}")
+        small(f"cifar10:{archive}")
 
 
 def test_inaturalist_by_its_json_and_by_its_folders(tmp_path):
     root = archives.inaturalist(tmp_path)
-    source = open_source(f"inaturalist:{root}")
+    source = small(f"inaturalist:{root}")
     assert source.classes == list(archives.SPECIES)
     assert [entry.label for entry in source.entries] == [0, 0, 0, 1, 1]
     assert all(decode_image(data).shape == (40, 48, 3) for _, _, data in found(source))
     (root / "train.json").unlink()
-    folders = open_source(f"inaturalist:{root}")
+    folders = small(f"inaturalist:{root}")
     assert [(e.label, e.size) for e in folders.entries] == [
         (e.label, e.size) for e in source.entries
     ]
@@ -258,7 +263,7 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     images = [{"id": 100 + n, "file_name": name} for n, name in enumerate(names)]
     images.append({"id": 40, "file_name": f"train/{archives.SPECIES[0]}/00000000.jpg"})
     root = archives.inaturalist(tmp_path / "i", images=images)
-    source = open_source(f"inaturalist:{root}")
+    source = small(f"inaturalist:{root}")
     reasons = {}
     for entry in source.entries:
         try:
@@ -274,32 +279,32 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     }.items():
         archives.inaturalist(root, **changes)
         with pytest.raises(ValueError, match=words):
-            open_source(f"inaturalist:{root}")
+            small(f"inaturalist:{root}")
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_places365_small_and_large(large, tmp_path):
     root = archives.places365(tmp_path / "p", large)
-    source = open_source(f"places365:{root}")
+    source = small(f"places365:{root}")
     assert source.classes == ["a/airfield", "a/airplane_cabin", "b/bow_window/indoor"]
     assert [entry.label for entry in source.entries] == [0, 0, 1, 1, 2, 2]
     assert source.entries[4].name == "b/bow_window/indoor/00000001.jpg"
-    val = open_source(f"places365:{root}", "val")
+    val = small(f"places365:{root}", "val")
     assert [(e.name[-5], e.label) for e in val.entries] == [("1", 2), ("2", 1), ("3", 0)]
     with pytest.raises(ValueError, match=r"places365_train_challenge.txt from the archive"):
-        open_source(f"places365:{root}", "train-challenge")
+        small(f"places365:{root}", "train-challenge")
     lists = root / "filelist_places365-standard"
     lists.mkdir()
     for path in root.glob("*.txt"):
         path.rename(lists / path.name)
-    assert open_source(f"places365:{root}").description() == source.description()
+    assert small(f"places365:{root}").description() == source.description()
     listing = lists / "places365_val.txt"
     listing.write_text("Places365_val_00000001.jpg 365\n")
     with pytest.raises(ValueError, match="label 365, no category has"):
-        open_source(f"places365:{root}", "val")
+        small(f"places365:{root}", "val")
     listing.write_text("Places365_val_00000001.jpg\n")
     with pytest.raises(ValueError, match="line 1: not a name and a label"):
-        open_source(f"places365:{root}", "val")
+        small(f"places365:{root}", "val")
 
 
 def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -318,27 +323,167 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
     images = archives.imagenet_images()
     archives.imagenet_tar(tmp_path / "home" / "datasets" / "imagenet" / "ILSVRC2012_img_train.tar",
                           images)  # fmt: skip
-    assert len(open_source("imagenet").entries) == 9
+    assert len(small("imagenet").entries) == 9
     archives.unpack(archives.cifar10_python(), tmp_path / "data")  # where torchvision puts it
-    assert len(open_source("cifar10").entries) == 20
+    assert len(small("cifar10").entries) == 20
     for where, split, words in [
         ("imagenet", "test", "has no split test; it has train, val"),
         ("demo", "val", "the demo has no split val"),
         ("webdataset:", "", "read from a place of yours"),
         ("parquet:/nowhere", "", "no parquet source at /nowhere"),
-        ("pets", "", r"no source at pets: .*NAME:PATH; there are demo, imagenet, cifar10"),
+        ("pets", "", r"no source at pets: give .*NAME:PATH; there are demo, imagenet, cifar10"),
+        ("imagenet:", "", r"gives no place; give imagenet:PATH"),
+        ("folder", "", r"give folder:PATH \(make: DATA=PATH\)$"),
+        ("folder:", "", r"give folder:PATH \(make: DATA=PATH\)"),
+        ("CIFAR-10", "", r"is it cifar10\? Else"),
+        ("imagnet:/x", "", r"is it imagenet:/x\? Else"),
+        ("shard", "", r"is it shards:PATH\? Else"),
+        ("dmeo", "", r"is it demo\? Else"),
     ]:
         with pytest.raises(ValueError, match=words):
             open_source(where, split)
 
 
 def test_the_command_takes_names_and_splits(tmp_path):
-    archives.unpack(archives.cifar10_python(), tmp_path)
-    command = [sys.executable, "-m", "kamim", "shards", "build", f"cifar10:{tmp_path}"]
-    small = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
-    command += [str(tmp_path / "out"), *small, "--split", "test"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "4 inputs = 4 written + 0 rejected" in done.stdout, done.stderr
+    archives.unpack(archives.cifar10_python(), tmp_path / "few")
+    archives.unpack([(f"{split}/cat/{split}.png", archives.picture(1, ".png")) for split in
+                     ("train", "test")], tmp_path / "mine")  # fmt: skip
+    command = [sys.executable, "-m", "kamim", "shards", "build"]
+    flags = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
+    flags += ["--split", "test"]
+
+    def run(source):
+        words = [*command, source, str(tmp_path / "out"), *flags]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    few = run(f"cifar10:{tmp_path / 'few'}")
+    assert (few.returncode, few.stderr.count("\n")) == (2, 1)
+    assert "holds 4 images of 10 classes, and cifar10 (split test) has 10,000" in few.stderr
+    assert not (tmp_path / "out").exists()
+    done = run(f"folder:{tmp_path / 'mine'}")
+    assert "1 inputs = 1 written + 0 rejected" in done.stdout, done.stderr
     manifest = shards.load(tmp_path / "out")
-    assert manifest.classes == archives.CIFAR10_NAMES
-    assert manifest.source == open_source(f"cifar10:{tmp_path}", "test").description()
+    assert manifest.classes == ["cat"]
+    assert manifest.source == open_source(f"folder:{tmp_path / 'mine'}", "test").description()
+
+
+@pytest.fixture
+def nobodys(tmp_path, monkeypatch):
+    """A machine that has no dataset in the usual places, and is in a folder of its own."""
+    monkeypatch.setattr(datasets, "BASES", ("data", "."))
+    monkeypatch.delenv("KAMIM_DATA", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "cifar100", "inaturalist", "places365"])
+@pytest.mark.parametrize("split", ["", "train", "val"])
+def test_what_nobody_named_is_no_dataset(name, split, nobodys):
+    """A set built before with the pictures that commands left in it, and a package called train,
+    had been taken for CIFAR.
+    """
+    picture = archives.picture(0)
+    names = ["data/demo-fast/fidelity.png", "data/photos/a/1.jpg", "train/figures/loss.png",
+             "train/model.py", "val/x/1.jpg", f"{name}/train/dog/1.jpg",
+             f"{name}/test/dog/1.jpg"]  # fmt: skip
+    archives.unpack([(path, picture) for path in names], nobodys)
+    (nobodys / "train.tar").write_bytes(archives.tar_bytes([("a/1.jpg", picture)]))
+    (nobodys / "test.tar").write_bytes(b"no tar")
+    for partial in (False, True):
+        with pytest.raises(ValueError, match=f"^{name} .* was not found: looked for") as caught:
+            open_source(name, split, partial)
+        assert "\n" not in str(caught.value)
+
+
+def test_class_folders_stand_for_cifar_where_names_and_counts_are_as_published(
+    nobodys, monkeypatch
+):
+    """In a searched place by their names; where DATA names them, whatever they are called."""
+    monkeypatch.setitem(datasets.NAMED["cifar10"].splits, "test", 100)
+    for number, classes in enumerate((archives.CIFAR10_NAMES, [f"{n}" for n in range(10)])):
+        members = [(f"test/{c}/{n}.png", archives.picture(n)) for c in classes for n in range(10)]
+        place = nobodys / str(number)
+        archives.unpack(members, place / "folders" / "cifar10")
+        (place / "tars" / "cifar10").mkdir(parents=True)
+        (place / "tars" / "cifar10" / "test.tar").write_bytes(archives.tar_bytes(members))
+        for kind in ("folders", "tars"):
+            monkeypatch.setenv("KAMIM_DATA", str(place / kind))
+            given = open_source(f"cifar10:{place / kind / 'cifar10'}", "test")
+            assert (given.classes, len(given.entries)) == (classes, 100)
+            if number == 0:
+                assert open_source("cifar10", "test") == given
+                continue
+            with pytest.raises(ValueError, match="taken only where PATH gives them"):
+                open_source("cifar10", "test")
+
+
+def test_counts_far_from_those_published_are_refused(nobodys, monkeypatch):
+    monkeypatch.setitem(datasets.NAMED["cifar10"].splits, "test", 100)
+    names = archives.CIFAR10_NAMES
+    wrong = {"98": (names, 98), "97": (names, 97), "102": (names, 102), "103": (names, 103),
+             "nine": (names[:9], 99), "eleven": ([*names, "yak"], 99)}  # fmt: skip
+    for word, (classes, count) in wrong.items():
+        place = nobodys / word
+        archives.unpack([(f"{classes[n % len(classes)]}/{n}.png", b"") for n in range(count)],
+                        place)  # fmt: skip
+        if word in ("98", "102"):
+            assert len(open_source(f"cifar10:{place}", "test").entries) == count
+            continue
+        with pytest.raises(ValueError, match=r"name where all of it lies, .*--partial") as caught:
+            open_source(f"cifar10:{place}", "test")
+        found = f"{place} holds {count} images of {len(classes)} classes"
+        assert f"{found}, and cifar10 (split test) has 100 images of 10" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(open_source(f"cifar10:{place}", "test", partial=True).entries) == count
+
+
+def test_part_of_a_published_layout_is_refused_wherever_it_is(images, nobodys, monkeypatch):
+    archives.imagenet_folder(nobodys / "data" / "imagenet" / "train", images)
+    archives.inaturalist(nobodys / "data" / "inaturalist")
+    archives.places365(nobodys / "data" / "places365")
+    archives.unpack(archives.cifar100_python(), nobodys / "data")
+    for name, found in {
+        "imagenet": ("9 images of 3 classes", "1,281,167 images of 1,000 classes"),
+        "inaturalist": ("5 images of 2 classes", "2,686,843 images of 10,000 classes"),
+        "places365": ("6 images of 3 classes", "1,803,460 images of 365 classes"),
+        "cifar100": ("4 images of 100 classes", "50,000 images of 100 classes"),
+    }.items():
+        for where in (name, f"{name}:{nobodys / 'data' / name}"):
+            where = where.replace("data/cifar100", "data/cifar-100-python")
+            with pytest.raises(ValueError, match="--partial") as caught:
+                open_source(where)
+            assert all(words in str(caught.value) for words in found)
+            assert small(where).entries
+    for path in (nobodys / "data" / "inaturalist" / "train").rglob("*0.jpg"):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds 4 images of 2 classes"):  # 5 are listed, 4 there
+        open_source("inaturalist")
+
+
+def test_a_class_called_train_is_no_split(nobodys):
+    """It is one of CIFAR-100's."""
+    classes = list(datasets.NAMED["cifar100"].folders)
+    assert len(classes) == 100
+    assert classes == sorted(classes)
+    archives.unpack([(f"all/{c}/1.png", archives.picture(0)) for c in classes], nobodys)
+    source = small(f"cifar100:{nobodys / 'all'}")
+    assert source.classes == classes
+
+
+def test_only_the_split_asked_for_is_taken(nobodys):
+    """Its name is no class, even if a part is enough."""
+    archives.unpack([("c/train/cat/1.png", archives.picture(0))], nobodys)
+    for split in ("test", "val"):
+        with pytest.raises(ValueError, match=r"holds no split test of cifar10; .* there is train"):
+            small(f"cifar10:{nobodys / 'c'}", split)
+
+
+def test_cifar_as_it_is_at_hand_is_whole(monkeypatch):
+    if not (DATA / "cifar10" / "train.tar").exists():
+        pytest.skip(f"no CIFAR-10 under {DATA}; set KAMIM_DATA to the folder that has it")
+    monkeypatch.setenv("KAMIM_DATA", str(DATA))
+    for split, count in (("train", 50_000), ("test", 10_000)):
+        source = open_source("cifar10", split)
+        assert source.root == os.path.realpath(DATA / "cifar10" / f"{split}.tar")
+        assert (source.classes, len(source.entries)) == (archives.CIFAR10_NAMES, count)

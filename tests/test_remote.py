@@ -4,6 +4,7 @@ import errno
 import http.server
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -147,7 +148,9 @@ def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
     images = archives.imagenet_images()
     tar = archives.imagenet_tar(tmp_path / "ILSVRC2012_img_train.tar", images)
     s3.put(str(tar), "bucket/imagenet/ILSVRC2012_img_train.tar")
-    here, there = open_source(f"imagenet:{tar}"), open_source("imagenet:s3://bucket/imagenet")
+    here, there = (
+        open_source(f"imagenet:{place}", partial=True) for place in (tar, "s3://bucket/imagenet")
+    )
     assert there.description() == here.description()
     last = there.entries[-1]
     assert read(there.kind, there.root, last) == read(here.kind, here.root, last)
@@ -159,9 +162,25 @@ def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
     (root / "wds" / "0.tar").write_bytes(tar_bytes([("a.jpg", picture(5)), ("a.cls", b"1")]))
     for name, count in {"inaturalist:{}/inat": 5, "cifar10:{}/cifar-10-python.tar.gz": 20,
                         "parquet:{}/data/": 1, "webdataset:{}/wds": 1}.items():  # fmt: skip
-        source = open_source(name.format(url))
+        source = open_source(name.format(url), partial=True)
         assert len(source.entries) == count
         assert read(source.kind, source.root, source.entries[0])
+
+
+def test_finished_sets_in_a_store_are_left_out(web, local):
+    url, root, _ = web
+    (local / "photos").rename(root / "photos")
+    before = open_source(f"{url}/photos")
+    (local / "of-photos" / "fidelity.png").write_bytes(picture(0))
+    shutil.copytree(local / "of-photos", root / "photos" / "deep" / "demo-fast")
+    (root / "photos" / "app").mkdir()
+    (root / "photos" / "app" / "manifest.json").write_text("{}")
+    after = open_source(f"{url}/photos")
+    assert after.sets == ("deep/demo-fast",)
+    assert {entry.name for entry in after.entries} == {entry.name for entry in before.entries}
+    assert after.ignored == before.ignored + 1
+    with pytest.raises(ValueError, match="is a finished set of shards"):
+        open_source(f"{url}/photos/deep/demo-fast")
 
 
 def test_a_store_that_is_gone_stops_the_build_in_one_line(web, local, tmp_path):

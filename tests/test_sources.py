@@ -1,11 +1,17 @@
 """Listing: a fixed order, labels from folders, odd names, nothing followed out of its root."""
 
 import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
-from archives import tar_bytes
+from archives import picture, tar_bytes, unpack
+from conftest import settings
 
-from preprocess import Rejected, open_source
+from preprocess import Rejected, build_shards, open_source
+from preprocess.layouts.folder import list_folder
 from preprocess.sources import read
 
 ODD = ["ünï.jpg", "with space.jpg", "quote'\"s.jpg", "dot.in.name.jpg", "new\nline.png"]
@@ -134,6 +140,162 @@ def test_sources_that_cannot_be_listed_say_so(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=words):
             open_source(str(tmp_path / name))
+
+
+def test_three_mistakes_are_three_lines(tree):
+    """What is given is missing, is a file of another kind, or lacks the split."""
+    (tree / "train").mkdir()
+    photo = tree / "loose.jpg"
+    parquet = tree / "rows.parquet"
+    parquet.write_bytes(b"x" * 600)
+    (tree / "x.tar").write_bytes(tar_bytes([("a/1.jpg", b"x")]))
+    for where, split, words in [
+        (f"{tree}/c", "", f"no source at {tree}/c: give a folder"),
+        (f"folder:{tree}/c", "", f"no folder source at {tree}/c: there is no such place"),
+        (f"imagenet:{tree}/c", "", f"there is no {tree}/c to read imagenet from"),
+        (str(photo), "", f"{photo} is a file, and no uncompressed .tar; give a folder"),
+        (str(parquet), "", f"say parquet:{parquet}"),
+        (f"cifar10:{photo}", "", f"{photo} is not a whole uncompressed .tar"),
+        (f"places365:{photo}", "", f"{photo} is a file that is no places365"),
+        (f"parquet:{tree}/a", "", f"{tree}/a holds no .parquet; name one"),
+        (f"webdataset:{tree}/a", "", f"{tree}/a holds no .tar; name one"),
+        (str(tree), "val", f"{tree} has no folder val for --split val; by --split there is train"),
+        (f"folder:{tree}/a", "val", "has no folder val for --split val; leave --split out"),
+        (f"{tree}/x.tar", "val", f"{tree}/x.tar is one file and has no split val"),
+        (f"imagenet:{tree}/a", "val", f"{tree}/a holds no imagenet (split val): looked for"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            open_source(where, split)
+        assert "\n" not in str(caught.value)
+
+
+def test_folder_takes_a_tar_as_a_path_does(tmp_path):
+    make_tar(tmp_path / "x.tar", [("a/1.jpg", b"x")])
+    assert open_source(f"folder:{tmp_path}/x.tar") == open_source(f"{tmp_path}/x.tar")
+
+
+def test_a_folder_called_as_a_layout_is_read_by_its_path_only(tree, monkeypatch):
+    """`make shards DATASET=shards` in a checkout had listed the package of that name."""
+    monkeypatch.chdir(tree)
+    (tree / "a").rename(tree / "shards")
+    with pytest.raises(ValueError, match=r"give shards:PATH .*, or ./shards for the folder"):
+        open_source("shards")
+    assert open_source("./shards").entries
+
+
+def refuse(monkeypatch, *folders):
+    """Reading the `folders` fails, also for root, whom permissions do not stop."""
+    real, refused = os.scandir, {str(folder) for folder in folders}
+
+    def scandir(path="."):
+        if str(path) in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+@pytest.mark.parametrize("name", ["a", "a/deeper"])
+def test_a_folder_that_cannot_be_listed_stops_or_is_in_the_ledger(
+    name, small_source, tmp_path, monkeypatch
+):
+    (small_source / "a" / "deeper").mkdir(parents=True)
+    unpack([("a/1.jpg", picture(1)), ("a/deeper/2.jpg", picture(2))], small_source)
+    whole = open_source(str(small_source))
+    refuse(monkeypatch, small_source / name)
+    with pytest.raises(ValueError, match=r"a(/deeper)?/' cannot be listed, .*chmod") as caught:
+        open_source(str(small_source))
+    assert f"'{small_source / name}/'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    source = open_source(str(small_source), partial=True)
+    assert source.classes == whole.classes  # labels do not shift
+    assert [e.label for e in source.entries if e.flaw] == [whole.classes.index("a")]
+    manifest = build_shards(source, tmp_path / "out", settings(), 1, max_rejected=1)
+    ledger = manifest.ledger
+    assert (ledger.rejected, ledger.inputs) == ({"unreadable": 1}, len(source.entries))
+    assert f'"source": "{name}/"' in (tmp_path / "out" / "rejected.jsonl").read_text()
+
+
+def test_a_root_that_cannot_be_listed_is_one_line(tree, monkeypatch):
+    refuse(monkeypatch, tree)
+    for where in (str(tree), f"imagenet:{tree}", f"webdataset:{tree}", f"folder:{tree}"):
+        with pytest.raises(ValueError, match=r"cannot be (listed|read)") as caught:
+            open_source(where, partial=True)
+        assert str(tree) in str(caught.value)
+
+
+AS_NOBODY = """
+import os, sys
+from preprocess import open_source
+os.chroot(sys.argv[1])  # folders above may be closed to others
+os.setgroups([])
+os.setuid(65534)
+print([entry.name for entry in open_source("/root", partial=True).entries if entry.flaw])
+open_source("/root")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_permissions_are_respected_by_name(tree, tmp_path):
+    """As a user without rights: a folder that cannot be listed, and files without facts."""
+    tmp_path.chmod(0o755)
+    (tree / "b").chmod(0o311)
+    (tree / "a" / "deeper").chmod(0o644)
+    command = [sys.executable, "-c", AS_NOBODY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "chroot" in done.stderr:
+        pytest.skip(f"chroot is not allowed here: {done.stderr.splitlines()[-1]}")
+    assert done.stdout == "['a/deeper/z.jpg', 'b/']\n", done.stderr
+    assert "ValueError: '/root/b/' cannot be listed" in done.stderr
+
+
+def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source, tmp_path):
+    """Their pictures had been inputs, and their folders classes."""
+    before = open_source(str(small_source))
+    (built / "fidelity.png").write_bytes(picture(0))
+    (built / "below").mkdir()
+    (built / "below" / "x.png").write_bytes(picture(0))
+    for place in ("demo-fast", "class1/deep/demo-fast"):
+        shutil.copytree(built, small_source / place)
+    (small_source / "class2" / "manifest.json").write_text('{"name": "an app"}')
+    source = open_source(str(small_source))
+    assert source.sets == ("class1/deep/demo-fast", "demo-fast")
+    assert source.entries == before.entries
+    assert source.classes == before.classes
+    assert source.ignored == 1  # the manifest.json of others
+    with pytest.raises(ValueError, match=r"is a finished set of shards; .* by shards:"):
+        open_source(str(small_source / "demo-fast"))
+    command = [sys.executable, "-m", "kamim", "shards", "build", str(small_source)]
+    flags = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
+    done = subprocess.run([*command, str(tmp_path / "out"), *flags], capture_output=True, text=True)
+    assert "40 inputs = 40 written" in done.stdout
+    assert "2 folders of finished shards were left out, as class1/deep/demo-fast" in done.stderr
+    listed = open_source(f"webdataset:{built}")  # named itself, it is one of tars
+    assert len(listed.entries) == 40
+
+
+def test_links_out_of_a_class_are_named(tree, tmp_path):
+    """A linked folder within a class had been left out without a word."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "x.jpg").write_bytes(b"x")
+    (tree / "a" / "far").symlink_to(tmp_path / "far")
+    flawed = [entry for entry in open_source(str(tree)).entries if entry.flaw]
+    assert [(entry.name, entry.label, entry.flaw) for entry in flawed] == [("a/far/", 0, "link")]
+
+
+def test_an_out_in_the_source_is_refused(small_source, tmp_path):
+    source = open_source(str(small_source))
+    (tmp_path / "way").symlink_to(small_source)
+    for out in (small_source, small_source / "out", small_source / "class0" / "out",
+                tmp_path / "way" / "out", small_source / ".." / "source" / "out"):  # fmt: skip
+        with pytest.raises(ValueError, match="name a folder outside of it") as caught:
+            build_shards(source, out, settings(), 1)
+        assert str(out) in str(caught.value)
+        assert str(small_source) in str(caught.value)
+        assert not (small_source / "out").exists()
+    assert list_folder(str(small_source)) == source
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("a/1.jpg", picture(0))]))
+    build_shards(open_source(str(tmp_path / "x.tar")), tmp_path / "source-out", settings(), 1)
 
 
 def test_the_demo_has_at_least_256_photographs(demo_images):

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.layouts.folder import list_folder
-from preprocess.layouts.tar import list_tar
+from preprocess.listing import names_in
 from preprocess.pickles import load_dictionary
-from preprocess.places import join, kind_of, names_in, opened, read_all, version_of
+from preprocess.places import join, kind_of, opened, read_all, version_of
 
 PIXELS = 3 * 32 * 32
 LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB
@@ -50,6 +49,20 @@ CIFAR100 = (
             {"train": ("train.bin",), "test": ("test.bin",)}, "fine_label_names.txt", skip=1),
 )  # fmt: skip
 
+NAMES10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+           "truck")  # fmt: skip
+_NAMES100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+    cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+    lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """
+NAMES100 = tuple(_NAMES100.split())
+
 
 def places10(split: str) -> tuple[str, ...]:
     """Where a split of CIFAR-10 lies below the folder of the dataset."""
@@ -80,7 +93,7 @@ def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> 
     """Raises ValueError at a missing batch, a pickle of something else or a label out of range."""
     packed = where.endswith((".tar.gz", ".tgz"))
     if kind_of(where) == "file" and not packed:
-        return list_tar(where)
+        return None
     members = _names_in_archive(where) if packed else {name: name for name in names_in(where)}
     for archive in archives:
         batches = archive.batches[split]
@@ -96,7 +109,7 @@ def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> 
                 raise ValueError(f"{where} lacks {batch}; take the complete archive")
             entries += _entries(where, members[batch], archive, count)
         return Source("cifar", where, entries, _classes(where, members, archive, count), 0)
-    return None if packed or not names_in(where) else list_folder(where)
+    return None
 
 
 def _names_in_archive(where: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ from dataclasses import replace
 from preprocess.entry import SUFFIXES, Entry, Source
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import entry_of, list_tar, members
-from preprocess.places import join, kind_of, names_in, opened, read_all
+from preprocess.listing import names_in
+from preprocess.places import join, kind_of, opened, read_all
 
 WNID = re.compile(r"n\d{8}")
 ANSWERS = "LOC_val_solution.csv"
@@ -34,16 +35,19 @@ def list_imagenet(where: str, split: str) -> Source | None:
         return _list_train(where) if split == "train" else _list_val(where)
     names = names_in(where)
     if any(WNID.fullmatch(name) for name in names):
-        source = list_folder(where)
-        strange = next((name for name in source.classes if not WNID.fullmatch(name)), None)
-        if strange is not None:
-            raise ValueError(
-                f"{where} holds the folder {strange!r} among ImageNet's classes and labels would "
-                f"shift; move it away, or take every folder as a class by folder:{where}"
-            )
-        return source
+        return _by_wnid(list_folder(where))
     flat = any(name.startswith("ILSVRC2012_val_") for name in names)
     return _list_val(where) if flat and split == "val" else None
+
+
+def _by_wnid(source: Source) -> Source:
+    strange = next((name for name in source.classes if not WNID.fullmatch(name)), None)
+    if strange is not None:
+        raise ValueError(
+            f"{source.root} holds the folder {strange!r} among ImageNet's classes and labels would "
+            f"shift; move it away, or take every folder as a class by folder:{source.root}"
+        )
+    return source
 
 
 def _list_train(where: str) -> Source:
@@ -63,7 +67,7 @@ def _list_train(where: str) -> Source:
                     continue
                 found.append(entry_of(info, f"{wnid}/{info.name.removeprefix('./')}"))
     if not inner:
-        return list_tar(where)
+        return _by_wnid(list_tar(where))
     found.sort()
     classes = sorted({entry.name.partition("/")[0] for entry in found})
     labels = {wnid: label for label, wnid in enumerate(classes)}
@@ -75,7 +79,7 @@ def _list_val(where: str) -> Source:
     """Validation images in one flat folder or tar, labelled by Kaggle's list of answers."""
     source = list_tar(where) if kind_of(where) == "file" else list_folder(where)
     if source.classes:
-        return source
+        return _by_wnid(source)
     folder, answers = where, ""
     while not answers and os.path.basename(folder):
         folder = folder.rpartition("/")[0]

@@ -9,7 +9,8 @@ from typing import Any
 
 from preprocess.entry import Source
 from preprocess.layouts.folder import entry_of, list_folder
-from preprocess.places import kind_of, look_up, names_in, read_all
+from preprocess.listing import look_up, names_in
+from preprocess.places import kind_of, read_all
 
 
 def places_of(split: str) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ def _list_json(where: str) -> Source:
         labels = [label_of[category_of[n]] if n in category_of else -1 for n, _ in images]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = f"{type(error).__name__}: {error}"[:200]
-        raise ValueError(f"{where} is no list of iNaturalist's ({words})") from None
+        raise ValueError(f"{where} is no list of iNaturalist's ({words}); fetch it again") from None
     found = zip(look_up(where.rpartition("/")[0], names), labels, strict=True)
     entries = sorted(entry for file, label in found if (entry := entry_of(file, label)))
     if entries and all(entry.flaw == "vanished" for entry in entries):

@@ -15,7 +15,8 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.places import Found, join, of_each, opened, parts_below, version_of
+from preprocess.listing import Found, parts_below
+from preprocess.places import join, of_each, opened, version_of
 from preprocess.splits import of_split
 from shards.remote import is_url
 from shards.retry import retried
@@ -87,7 +88,9 @@ def _parsing(where: str) -> Iterator[None]:
         elsewhere = isinstance(error, OSError) and (error.errno is not None or is_url(where))
         if elsewhere or isinstance(error, Rejected) or type(error) is ValueError:
             raise
-        raise ValueError(f"{where} is no whole Parquet file ({_words(error)})") from None
+        raise ValueError(
+            f"{where} is no whole Parquet file ({_words(error)}); fetch it again"
+        ) from None
 
 
 def _words(error: Exception) -> str:
@@ -107,7 +110,7 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
     groups = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
     # Lists of so many rows, ours and Arrow's, would be made before any of them is read.
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or facts.num_rows > size:
-        raise ValueError(f"{where} says {sum(groups)} rows in {size} bytes; it is damaged")
+        raise ValueError(f"{where} says {sum(groups)} rows in {size} bytes; fetch it again")
     return file
 
 

@@ -8,7 +8,8 @@ import os
 
 from preprocess.entry import Source
 from preprocess.layouts.folder import entry_of, list_folder
-from preprocess.places import join, kind_of, look_up, names_in, read_all
+from preprocess.listing import look_up, names_in
+from preprocess.places import join, kind_of, read_all
 
 LISTS = {
     "train": ("places365_train_standard.txt", "places365_train_challenge.txt"),

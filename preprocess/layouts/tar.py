@@ -66,5 +66,5 @@ def members(
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise ValueError(
             f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
-            "once with gunzip or the like, so that images can be read in any order"
+            "once with gunzip or the like, else fetch it again or name another place"
         ) from None

@@ -12,16 +12,8 @@ from typing import BinaryIO
 
 from preprocess.entry import Entry, Source
 from preprocess.layouts.tar import entry_of, members
-from preprocess.places import (
-    join,
-    kind_of,
-    look_up,
-    names_in,
-    of_each,
-    opened,
-    parts_below,
-    read_all,
-)
+from preprocess.listing import look_up, names_in, parts_below
+from preprocess.places import join, kind_of, of_each, opened, read_all
 from preprocess.splits import of_split
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
