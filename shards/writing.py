@@ -9,6 +9,8 @@ import os
 import re
 import secrets
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,3 +92,30 @@ def progress(title: str, total: int, items: Iterable[Any] | None = None, initial
     """
     pace = 0.1 if sys.stderr.isatty() else 10
     return tqdm(items, title, total, initial=initial, unit="img", mininterval=pace)
+
+
+@contextmanager
+def busy(title: str) -> Iterator[None]:
+    """Say on stderr that `title` is under way and for how long: every second on a terminal, every
+    ten seconds in a log. For work that has no steps to count.
+    """
+    terminal, done, begin = sys.stderr.isatty(), threading.Event(), time.monotonic()
+
+    def tell(end: str) -> None:
+        line = f"{title}: {time.monotonic() - begin:.0f} s"
+        sys.stderr.write(f"\r{line}{end}" if terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def watch() -> None:
+        while not done.wait(1 if terminal else 10):
+            tell("")
+
+    watcher = threading.Thread(target=watch, daemon=True, name="busy")
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        if terminal and time.monotonic() - begin > 1:
+            tell("\n")
