@@ -177,7 +177,9 @@ def _page(found: dict[str, Any], warnings: list[str]) -> str:
             parts.append(f"<p>Masked pixels: PSNR {facts['psnr_masked']:.2f} dB, SSIM "
                          f"{facts['ssim_masked']:.3f}")  # fmt: skip
         if facts["blocks"]:
-            parts.append("<div class=wide><table><tr>" + "".join(f"<th>{key}" for key in facts["blocks"][0]))
+            parts.append(
+                "<div class=wide><table><tr>" + "".join(f"<th>{key}" for key in facts["blocks"][0])
+            )
             for row in facts["blocks"]:
                 parts.append("<tr>" + "".join(f"<td>{value}" for value in row.values()))
             parts.append("</table></div>")

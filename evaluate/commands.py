@@ -260,7 +260,7 @@ def export_hf(
     target: Annotated[
         Path,
         typer.Argument(
-            help="Folder to write, for from_pretrained; or a .safetensors file, without config.json."
+            help="Folder to write, for from_pretrained; or one file, if it ends in .safetensors."
         ),
     ],
 ) -> None:

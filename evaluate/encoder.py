@@ -50,7 +50,8 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
     Face's ViT (or its .bin, or the folder of either); `timm:NAME` with timm's weights;
-    `random:NAME` without, of a model or a recipe. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
+    `random:NAME` without, of a model or a recipe. Raises ValueError, in one line, if it is none of
+    these or its tensors do not fit.
     """
     kind, _, name = what.partition(":")
     if kind in ("timm", "random"):

@@ -54,20 +54,19 @@ def linear_probe(
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     steps = epochs * -(-len(features) // batch)
     step = 0
-    bar = progress(f"heads of seed {seed}", epochs * len(features))
-    for _ in range(epochs):
-        for part in torch.randperm(len(features), generator=shuffle).split(batch):
-            for group in optimizer.param_groups:
-                turn = torch.cos(torch.tensor(torch.pi * step / steps)).item()
-                group["lr"] = group["peak"] * 0.5 * (1 + turn)
-            x, y = (features[part] - mean) / std, labels[part]
-            loss = torch.stack([F.cross_entropy(head(x), y) for head in heads]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            bar.update(len(part))
-    bar.close()
+    with progress(f"heads of seed {seed}", epochs * len(features)) as bar:
+        for _ in range(epochs):
+            for part in torch.randperm(len(features), generator=shuffle).split(batch):
+                for group in optimizer.param_groups:
+                    turn = torch.cos(torch.tensor(torch.pi * step / steps)).item()
+                    group["lr"] = group["peak"] * 0.5 * (1 + turn)
+                x, y = (features[part] - mean) / std, labels[part]
+                loss = torch.stack([F.cross_entropy(head(x), y) for head in heads]).sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+                bar.update(len(part))
     with torch.inference_mode():
         held_x = (chosen_on[0] - mean) / std
         scores = [(head(held_x).argmax(1) == chosen_on[1]).float().mean().item() for head in heads]

@@ -178,30 +178,32 @@ def train_supervised(
     }
     first = _restore(out, facts, model, optimizer, device)
     model.train()
-    bar = progress(f"training, seed {seed}", total * plan.batch, initial=first * plan.batch)
     stream = whole_frames(learn, plan, first, total, model.encoder[0].size, device)
-    for step, (frames, labels) in enumerate(stream, start=first):
-        pixels = frames.round().to(torch.uint8)
-        images, soft = augmented(pixels, labels, classes, recipe, seed, step)
-        rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), soft, label_smoothing=recipe.smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        bar.update(plan.batch)
-        if (step + 1) % epoch == 0 or step + 1 == total:
-            # The row first: what a kill leaves too much of, the next start trims.
-            with (out / METRICS).open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": loss.item(), "lr": rate}) + "\n")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(out / "checkpoints", step + 1, state | {"run": facts})
-    bar.close()
+    done = first * plan.batch
+    with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
+        for step, (frames, labels) in enumerate(stream, start=first):
+            pixels = frames.round().to(torch.uint8)
+            images, soft = augmented(pixels, labels, classes, recipe, seed, step)
+            rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), soft, label_smoothing=recipe.smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            bar.update(plan.batch)
+            if (step + 1) % epoch == 0 or step + 1 == total:
+                # The row first: what a kill leaves too much of, the next start trims.
+                with (out / METRICS).open("a") as file:
+                    file.write(
+                        json.dumps({"step": step + 1, "loss": loss.item(), "lr": rate}) + "\n"
+                    )
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(out / "checkpoints", step + 1, state | {"run": facts})
     return accuracy(model, test, device)
 
 

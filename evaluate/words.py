@@ -36,8 +36,8 @@ def check_installed(packages: dict[str, str]) -> None:
 
 
 def file_of(what: str) -> Path:
-    """The file that holds the encoder `what`: of a run its newest checkpoint, of a folder in Hugging
-    Face's layout its tensors. Raises ValueError if there is none.
+    """The file that holds the encoder `what`: of a run its newest checkpoint, of a folder for
+    from_pretrained its tensors. Raises ValueError if there is none.
     """
     path = Path(what)
     if path.is_dir():
