@@ -198,10 +198,9 @@ def train_supervised(
             bar.update(plan.batch)
             if (step + 1) % epoch == 0 or step + 1 == total:
                 # The row first: what a kill leaves too much of, the next start trims.
+                row = {"step": step + 1, "loss": loss.item(), "lr": rate}
                 with (out / METRICS).open("a") as file:
-                    file.write(
-                        json.dumps({"step": step + 1, "loss": loss.item(), "lr": rate}) + "\n"
-                    )
+                    file.write(json.dumps(row) + "\n")
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint.save(out / "checkpoints", step + 1, state | {"run": facts})
     return accuracy(model, test, device)

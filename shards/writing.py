@@ -95,20 +95,18 @@ def progress(title: str, total: int, items: Iterable[Any] | None = None, initial
 
 
 @contextmanager
-def busy(title: str) -> Iterator[None]:
-    """Say on stderr that `title` is under way and for how long: every second on a terminal, every
-    ten seconds in a log. For work that has no steps to count.
+def busy(title: str, pace: float = 0) -> Iterator[None]:
+    """Say on stderr that `title` is under way and for how long, every `pace` seconds; 0: every
+    second on a terminal, every ten in a log. For work that has no steps to count.
     """
     terminal, done, begin = sys.stderr.isatty(), threading.Event(), time.monotonic()
-
-    def tell(end: str) -> None:
-        line = f"{title}: {time.monotonic() - begin:.0f} s"
-        sys.stderr.write(f"\r{line}{end}" if terminal else f"{line}\n")
-        sys.stderr.flush()
+    pace = pace or (1 if terminal else 10)
 
     def watch() -> None:
-        while not done.wait(1 if terminal else 10):
-            tell("")
+        while not done.wait(pace):
+            line = f"{title}: {time.monotonic() - begin:.0f} s"
+            sys.stderr.write(f"\r{line}" if terminal else f"{line}\n")
+            sys.stderr.flush()
 
     watcher = threading.Thread(target=watch, daemon=True, name="busy")
     watcher.start()
@@ -117,5 +115,6 @@ def busy(title: str) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-        if terminal and time.monotonic() - begin > 1:
-            tell("\n")
+        if terminal:
+            sys.stderr.write("\r\033[K")  # the line goes: what was found takes its place
+            sys.stderr.flush()
