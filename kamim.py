@@ -4,12 +4,13 @@ Results go to stdout (JSON with --json), logs and progress to stderr. Exit statu
 asked for was done, 1 it was not, 2 the request itself was wrong, 130 or 143 it was stopped.
 """
 
+import json
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,11 +33,17 @@ app.add_typer(bench.commands.app)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the parts as JSON.")] = False,
+) -> None:
     """Say what this machine has, what is missing for what, and what to type."""
     from bench.doctor import examine
 
-    for part, state, hint in examine():
+    rows = examine()
+    if json_output:
+        parts = [{"part": part, "state": state, "type": hint} for part, state, hint in rows]
+        print(json.dumps(parts, indent=2))
+    for part, state, hint in [] if json_output else rows:
         print(f"{part:20s} {state}{f'; type: {hint}' if hint else ''}")
 
 

@@ -23,7 +23,9 @@ def bench(
     source: Annotated[
         str, typer.Argument(help="Folder or .tar of class folders, or: demo.")
     ] = "demo",
-    quick: Annotated[bool, typer.Option("--quick", help="Three minutes, coarser.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="FAST alone, coarser: four minutes on two cores.")
+    ] = False,
     only: Annotated[str, typer.Option(help="Parts, by commas.")] = ",".join(PARTS),
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each loader and repeat.")] = 2.5,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 5,
@@ -57,11 +59,14 @@ def bench(
 def _measure(
     where: str, parts: list[str], quick: bool, seconds: float, repeats: int
 ) -> list[dict[str, Any]]:
-    import joblib
+    from shards.writing import waiting
 
-    from bench import build, meaning, step, versus
-    from preprocess import open_source
-    from train.setup import find_device
+    with waiting("loading PyTorch and the loaders"):
+        import joblib
+
+        from bench import build, meaning, step, versus
+        from preprocess import open_source
+        from train.setup import find_device
 
     source, cores = open_source(where, partial=True), joblib.cpu_count()
     effort = versus.Effort(0.7, 2) if quick else versus.Effort(seconds, repeats)
@@ -79,11 +84,13 @@ def _measure(
         if "step" in parts:
             device = find_device("auto")
             cuda = device.type == "cuda"
-            records = versus.prepare_set(source, folder)
+            records = versus.prepare_set(source, folder, quick)
             recipes = ["vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base"]
             for recipe in recipes if cuda else ["small"]:
                 short = {"steps": 3, "repeats": 2} if quick else {"steps": 40 if cuda else 8}
-                rows.append(step.measure(records, recipe, device, 256 if cuda else 64, **short))
+                with waiting(f"training steps of {recipe}"):
+                    row = step.measure(records, recipe, device, 256 if cuda else 64, **short)
+                rows.append(row)
     if "build" in parts:
         for detector in ("fast",) if quick else build.REPEATS:
             wanted = 1 if quick else build.REPEATS[detector]

@@ -6,6 +6,7 @@ between the published loader and ours, and each loader's share of what no loader
 
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from preprocess.defaults import default_settings
 from preprocess.sources import Source, read
 from shards import ShardSet
 from shards.convert import convert_to_ffcv
+from shards.writing import waiting
 
 DETECTORS = ["fast", "orb", "sift"]
 NOISY = 1.3  # most over least of a decoding ceiling in one run; beyond it, nothing is to be trusted
@@ -68,19 +70,20 @@ class Effort:
     repeats: int
 
 
-def prepare_set(source: Source, folder: Path) -> ShardSet:
-    """The set that all of ours read, with the maps of every detector, built if it is not there."""
+def prepare_set(source: Source, folder: Path, quick: bool = False) -> ShardSet:
+    """The set that all of ours read, built if it is not there: FAST's maps, not `quick` all."""
     size = shard_size_for(len(source.entries))
-    detectors = tuple(detector_settings(name) for name in DETECTORS)
+    detectors = tuple(detector_settings(name) for name in DETECTORS[: 1 if quick else None])
     build_shards(source, folder / "set", default_settings(detectors, size), max_rejected=1)
     return ShardSet(folder / "set")
 
 
 def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dict[str, Rate]:
     """Build the sets under `folder` and make every loader that this machine can run."""
-    records = prepare_set(source, folder)
-    rates = online(source, records, DETECTORS, cores)
-    for name in (*DETECTORS, None):
+    records = prepare_set(source, folder, quick)
+    detectors = records.manifest.detectors
+    rates = online(source, records, detectors, cores)
+    for name in (*detectors, None):
         rates[f"offline, WebDataset: {name}"] = offline(records, name)
     _as_files(source, folder / "files")
     rates["ImageFolder: None"] = image_folder(folder / "files", cores)
@@ -134,16 +137,22 @@ def measure(
     """Images a second of every loader, `effort.repeats` times, in turn; and of a warm-up before."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    warm, images = {}, {}
+    warm, images, wanted = {}, {}, 0.0
     for name, rate in rates.items():
-        warm[name] = rate(count)
+        begin = time.perf_counter()
+        with waiting(f"warm-up  {name}"):
+            warm[name] = rate(count)
+        wanted += max(time.perf_counter() - begin, effort.seconds)
         images[name] = max(count, round(warm[name] * effort.seconds))
         print(f"warm-up  {name:45s} {warm[name]:9,.0f} images/s", file=sys.stderr, flush=True)
     found: dict[str, list[float]] = {name: [] for name in rates}
     for repeat in range(effort.repeats):
-        print(f"repeat {repeat + 1} of {effort.repeats}", file=sys.stderr, flush=True)
+        left = (effort.repeats - repeat) * wanted
+        print(f"repeat {repeat + 1} of {effort.repeats}, about {left:.0f} s left",
+              file=sys.stderr, flush=True)  # fmt: skip
         for name, rate in rates.items():
-            found[name].append(rate(images[name]))
+            with waiting(f"repeat {repeat + 1}  {name}"):
+                found[name].append(rate(images[name]))
     return found, warm
 
 

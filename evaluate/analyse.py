@@ -16,6 +16,7 @@ from evaluate.attention import COLLAPSED, diagnose
 from evaluate.encoder import Encoder, tokens
 from shards import ShardSet, decode_frame
 from shards.crops import crop_frames
+from shards.writing import waiting
 from train import checkpoint
 from train.inputs import MEAN, STD, normalised
 from train.loss import block_masks
@@ -79,8 +80,9 @@ def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> tuple[Tenso
 
 def analyse(
     encoders: dict[str, Encoder], models: dict[str, Path], records: ShardSet, out: Path, count: int
-) -> list[str]:
-    """Write the page into `out`; returns a warning for each encoder whose attention collapsed.
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the page into `out`; returns its figures, and a warning for each encoder whose
+    attention collapsed.
 
     `models` are the checkpoints of ours among them, for reconstructions. Swins have no figures of
     attention: their windows see 7 x 7 tokens at most.
@@ -88,9 +90,11 @@ def analyse(
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     warnings = []
-    for title, encoder in encoders.items():
-        images = images_of(records, encoder.size, count)
-        rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
+    for number, (title, encoder) in enumerate(encoders.items(), start=1):
+        place = f"{title} ({number} of {len(encoders)})"
+        with waiting(f"{place}: attention"):
+            images = images_of(records, encoder.size, count)
+            rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
         found[title] = {"blocks": rows}
         if rows and max(row["nmi"] for row in rows) < COLLAPSED:
             warnings.append(
@@ -98,14 +102,15 @@ def analyse(
                 f"{COLLAPSED} in every block, so it does not depend on the image"
             )
         if title in models:
-            found[title] |= reconstruction(models[title], images, seed=0)
-        with torch.inference_mode():
+            with waiting(f"{place}: reconstructions"):
+                found[title] |= reconstruction(models[title], images, seed=0)
+        with waiting(f"{place}: t-SNE of tokens"), torch.inference_mode():
             patches, _ = tokens(encoder, images, encoder.default_block)
-        _draw_tokens(patches, out / f"tokens-{len(found)}.png", title)
+            _draw_tokens(patches, out / f"tokens-{number}.png", title)
     (out / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
     _draw_blocks(found, out / "blocks.png")
     (out / "analysis.html").write_text(_page(found, warnings), encoding="utf-8")
-    return warnings
+    return found, warnings
 
 
 def _draw_tokens(patches: Tensor, path: Path, title: str) -> None:
@@ -156,9 +161,13 @@ def _draw_blocks(found: dict[str, Any], path: Path) -> None:
 def _page(found: dict[str, Any], warnings: list[str]) -> str:
     """Tables and pictures, self-explaining, every name escaped."""
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Analysis</title><style>"
-        "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px}"
-        "td,th{padding:.2rem .8rem .2rem 0;text-align:right}</style><h1>Analysis</h1>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        "<title>Analysis</title><style>"
+        "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;"
+        "padding:0 1rem;overflow-wrap:anywhere}img{max-width:100%;height:auto}"
+        ".wide{overflow-x:auto}td,th{padding:.2rem .8rem .2rem 0;text-align:right;"
+        "overflow-wrap:normal}</style><h1>Analysis</h1>"
     ]
     parts += [f"<p><b>{html.escape(warning)}</b>" for warning in warnings]
     parts.append("<p><img src=blocks.png alt='figures by block'><p>Dotted: uniform attention.")
@@ -168,9 +177,11 @@ def _page(found: dict[str, Any], warnings: list[str]) -> str:
             parts.append(f"<p>Masked pixels: PSNR {facts['psnr_masked']:.2f} dB, SSIM "
                          f"{facts['ssim_masked']:.3f}")  # fmt: skip
         if facts["blocks"]:
-            parts.append("<table><tr>" + "".join(f"<th>{key}" for key in facts["blocks"][0]))
+            parts.append(
+                "<div class=wide><table><tr>" + "".join(f"<th>{key}" for key in facts["blocks"][0])
+            )
             for row in facts["blocks"]:
                 parts.append("<tr>" + "".join(f"<td>{value}" for value in row.values()))
-            parts.append("</table>")
+            parts.append("</table></div>")
         parts.append(f"<img src=tokens-{number}.png alt='t-SNE of tokens'>")
     return "".join(parts) + "</html>\n"

@@ -12,14 +12,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shards.writing import alone, write_atomically
+from evaluate.words import (
+    CONFIG,
+    check_installed,
+    check_labels,
+    check_words,
+    file_of,
+    folder_for,
+)
 
 app = typer.Typer()
 
 What = Annotated[
     str,
     typer.Argument(
-        help="A run, checkpoint, exported or Hugging Face file, timm:NAME or random:NAME."
+        help="A run, checkpoint, exported or Hugging Face file or folder, timm:NAME or random:NAME."
     ),
 ]
 Train = Annotated[Path, typer.Argument(help="Shards to learn on.")]
@@ -31,7 +38,10 @@ Pooling = Annotated[
     Literal["mean", "cls"], typer.Option(help="Mean of the patch tokens, or the class token.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for what is kept and the result.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for what is kept and the result; runs/COMMAND-ENCODER by default."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -60,11 +70,12 @@ def probe(
     set, no augmentation. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or
     CutMix. Killed, the same command goes on from what is finished.
     """
+    task = _open(encoder, train, val, block, pool, device)
     from evaluate.features import cached
     from evaluate.probe import linear_probe, nearest_neighbours
+    from shards.writing import alone
 
-    task = _open(encoder, train, val, block, pool, device)
-    folder = out or Path("probes") / Path(encoder.replace(":", "-")).stem
+    folder = out or folder_for("probe", encoder)
     with alone(folder):
         known, asked = (cached(folder, task.model, records, task.block, pool, task.device)
                         for records in (task.learn, task.test))  # fmt: skip
@@ -100,8 +111,10 @@ def finetune(
     Killed, the same command goes on from the last finished epoch, to the same numbers.
     """
     task = _open(encoder, train, val, 0, "mean", device)
+    from shards.writing import alone
+
     task.block = task.model.blocks
-    folder = out or Path("finetuned") / Path(encoder.replace(":", "-")).stem
+    folder = out or folder_for("finetune", encoder)
     with alone(folder):
         found = _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
         row = task.facts() | {"recipe": recipe} | found
@@ -134,16 +147,19 @@ def _open(
     encoder: str, train: Path, val: Path, block: int, pool: Literal["mean", "cls"], device: str
 ) -> _Task:
     """The task that a user typed, checked before any work."""
-    from evaluate.encoder import load_encoder
-    from evaluate.features import check_labels
+    check_words([encoder], device)
     from shards import ShardSet
-    from train.setup import find_device
+    from shards.writing import waiting
 
     learn, test = ShardSet(train), ShardSet(val)
     classes = check_labels(learn, test)
     check_labels(test)
-    where = find_device(device)
-    model = load_encoder(encoder, where)
+    with waiting(f"loading PyTorch and {encoder}"):
+        from evaluate.encoder import load_encoder
+        from train.setup import find_device
+
+        where = find_device(device)
+        model = load_encoder(encoder, where)
     if block > model.blocks:
         raise ValueError(f"--block {block}: {encoder} has {model.blocks}")
     return _Task(encoder, model, learn, test, classes, block or model.default_block, pool, where)
@@ -178,6 +194,8 @@ def _supervised(
 
 
 def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
+    from shards.writing import write_atomically
+
     write_atomically(path, (json.dumps(row, indent=2) + "\n").encode("ascii"))
     if json_output:
         print(json.dumps(row))
@@ -197,52 +215,82 @@ def analyse(
         list[str], typer.Argument(help="Encoders as for probe, then the folder of the shards.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path(
-        "analysis"
+        "runs/analysis"
     ),
     images: Annotated[int, typer.Option(min=2, help="Frames to look at.")] = 32,
+    json_output: Json = False,
 ) -> None:
     """Attention, frequencies, tokens and reconstructions of several encoders on one page.
 
     Attention distance stands beside that of uniform attention, and a warning where attention has
     collapsed.
     """
-    import torch
-
-    from evaluate.analyse import analyse
-    from evaluate.encoder import load_encoder
-    from shards import ShardSet
-    from train.checkpoint import chosen
-
     *names, folder = encoders
     if not names:
         raise ValueError("name at least one encoder, then the folder of the shards")
+    check_words(names)
+    check_installed(
+        {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
+    )
+    from shards import ShardSet
+    from shards.writing import alone, waiting
+
     records = ShardSet(folder)
-    loaded = {name: load_encoder(name, torch.device("cpu")) for name in names}
-    ours = {name: chosen(Path(name)) for name in names
-            if Path(name).is_dir() or Path(name).suffix == ".pt"}  # fmt: skip
+    with waiting("loading PyTorch and the encoders"):
+        import torch
+
+        from evaluate.analyse import analyse
+        from evaluate.encoder import load_encoder
+
+        loaded = {name: load_encoder(name, torch.device("cpu")) for name in names}
+    files = {name: file_of(name) for name in names if Path(name).exists()}
+    ours = {name: path for name, path in files.items() if path.suffix == ".pt"}
     with alone(out):
-        for warning in analyse(loaded, ours, records, out, images):
-            print(f"warning: {warning}", file=sys.stderr)
-    print(out / "analysis.html")
+        found, warnings = analyse(loaded, ours, records, out, images)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    page = out / "analysis.html"
+    result = {"page": str(page), "warnings": warnings, "encoders": found}
+    print(json.dumps(result, indent=2) if json_output else page)
 
 
 @app.command()
 def export_hf(
     encoder: What,
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder to write, for from_pretrained; or one file, if it ends in .safetensors."
+        ),
+    ],
 ) -> None:
-    """Write a ViT's encoder by Hugging Face's names, for ViTModel with layer_norm_eps 1e-6."""
-    import torch
+    """Write a ViT's encoder for Hugging Face: config.json and model.safetensors for ViTModel.
 
-    from evaluate.encoder import load_encoder
-    from evaluate.huggingface import from_timm
-    from train.export import write_tensors
+    ViTModel.from_pretrained(TARGET, add_pooling_layer=False) loads it and gives the same features.
+    """
+    check_words([encoder])
+    alone = target.suffix == ".safetensors"
+    path = target if alone else target / "model.safetensors"
+    if target.is_file() or path.exists() or (target / CONFIG).exists():
+        kind = "file" if alone else "folder"
+        raise ValueError(f"{target} exists; name another {kind} or remove it")
+    from shards.writing import waiting, write_atomically
 
-    if target.exists():
-        raise ValueError(f"{target} exists; name another file or remove it")
-    model = load_encoder(encoder, torch.device("cpu")).model
+    with waiting(f"loading PyTorch and {encoder}"):
+        import torch
+
+        from evaluate.encoder import load_encoder
+        from evaluate.huggingface import config_of, from_timm
+        from train.export import write_tensors
+
+        model = load_encoder(encoder, torch.device("cpu")).model
     if not hasattr(model, "blocks"):
         raise ValueError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(from_timm(model.state_dict()), target, {"format": "pt"})
+    config = json.dumps(config_of(model), indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(from_timm(model.state_dict()), path, {"format": "pt", "config": config})
+    if alone:
+        print("note: from_pretrained wants a folder with a config.json; name one", file=sys.stderr)
+    else:
+        write_atomically(target / CONFIG, config.encode("ascii"))
     print(target)

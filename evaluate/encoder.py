@@ -5,6 +5,8 @@ encoder on a device, with the image side it was made for.
 """
 
 import json
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import safetensors
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluate.huggingface import is_huggingface, options_of, to_timm
+from evaluate.words import CONFIG, HUGGING_FACE, file_of
 from train import checkpoint
 from train.export import encoder_state
 from train.model import make_encoder
@@ -45,24 +49,53 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
     """The encoder that `what` names. `size` is for timm models, which come in any.
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
-    Face's ViT (or its .bin); `timm:NAME` with timm's weights; `random:NAME` without, of a model or
-    a recipe. Raises ValueError, in one line, if it is none of these or its tensors do not fit.
+    Face's ViT (or its .bin, or the folder of either); `timm:NAME` with timm's weights;
+    `random:NAME` without, of a model or a recipe. Raises ValueError, in one line, if it is none of
+    these or its tensors do not fit.
     """
     kind, _, name = what.partition(":")
     if kind in ("timm", "random"):
         torch.manual_seed(0)  # the same random weights each time
         if kind == "timm":
-            model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+            model = _from_timm(name, size)
         else:
             recipe = RECIPES[name]() if name in RECIPES else Recipe(model=name, size=size)
             size = recipe.size
             model = make_encoder(recipe.model, size, recipe.options)
         return Encoder(what, model.to(device).eval().requires_grad_(False), size)
-    path = checkpoint.chosen(Path(what))
-    if not path.is_file():
-        raise ValueError(f"{what} is no file, run folder, timm:NAME or random:NAME")
-    model, side = _from_file(path)
+    model, side = _from_file(file_of(what))
     return Encoder(what, model.to(device).eval().requires_grad_(False), side)
+
+
+def _from_timm(name: str, size: int) -> Any:
+    """timm's model with its weights, from Hugging Face or from the copy that is here."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}; see https://huggingface.co/timm")
+    # Its client tries for a minute before it says that there is no network.
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
+    except TypeError:
+        raise ValueError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
+    except Exception as error:  # the client's, httpx's and timm's own kinds
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"the weights of timm:{name} are not on this machine and {constants.ENDPOINT} does "
+                "not answer; connect once, or name a file in place of them"
+            ) from None
+        line = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise ValueError(f"the weights of timm:{name} do not load ({line})") from None
+
+
+def _answers(url: str) -> bool:
+    """Whether there is a server, whatever it says."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _from_file(path: Path) -> tuple[nn.Module, int]:
@@ -74,8 +107,8 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is no sound .safetensors file: {error}") from None
         if is_huggingface(tensors):
-            return _from_huggingface(tensors, path)
-        if "model" not in facts:
+            return _from_huggingface(tensors, path, facts.get("config"))
+        if not {"model", "options"} <= set(facts):
             raise ValueError(f"{path} does not say what it is of; `kamim export` writes that")
         options = json.loads(facts["options"])
         size = int(options.pop("img_size"))
@@ -91,8 +124,19 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
     return fitted(model, encoder_state(state), path), int(recipe["size"])
 
 
-def _from_huggingface(tensors: dict[str, Tensor], path: Path) -> tuple[nn.Module, int]:
-    options, size, eps = options_of(tensors)
+def _from_huggingface(
+    tensors: dict[str, Tensor], path: Path, config: str | None = None
+) -> tuple[nn.Module, int]:
+    """`config` is the text of its config.json; by default that beside it is read, if any."""
+    beside = path.parent / CONFIG
+    if config is None and path.name in HUGGING_FACE and beside.is_file():
+        config = beside.read_text(encoding="utf-8")
+    try:
+        options, size, eps = options_of(tensors, json.loads(config or "{}"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no whole Hugging Face ViT ({type(error).__name__}: {error})"
+        ) from None
     model = make_encoder("vit_base_patch16_224", size, options)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

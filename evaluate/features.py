@@ -6,16 +6,19 @@ is only used again for the very same set, encoder, block and pooling.
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from evaluate.encoder import Encoder, tokens
-from shards import ShardSet
+from shards import ShardSet, decode_frame
+from shards.batch import Batch, planned
 from shards.crops import crop_frames, to_device
 from shards.loader import Loader
 from shards.plan import InOrder, Plan
@@ -26,22 +29,6 @@ from train.inputs import normalised
 Pool = Literal["mean", "cls"]
 
 
-def check_labels(records: ShardSet, other: ShardSet | None = None) -> int:
-    """The number of classes; ValueError if a label is none of them or `other` has other classes."""
-    classes = records.manifest.classes
-    if len(classes) < 2:
-        raise ValueError(f"{records.folder} has {len(classes)} classes; a probe needs two or more")
-    labels = records.index["label"]
-    outside = labels[(labels < 0) | (labels >= len(classes))]
-    if len(outside):
-        raise ValueError(
-            f"{records.folder}: label {int(outside[0])} is none of its {len(classes)} classes"
-        )
-    if other is not None and other.manifest.classes != classes:
-        raise ValueError(f"{records.folder} and {other.folder} have different classes")
-    return len(classes)
-
-
 def whole_frames(
     records: ShardSet, plan: Plan | InOrder, first: int, last: int, size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -49,11 +36,25 @@ def whole_frames(
 
     Squeezed without antialias, as the published validation does it.
     """
-    for batch, tensors in to_device(Loader(records, plan, first, last, detectors=[]), device):
+    ffcv = records.manifest.container == "ffcv"
+    batches = _read(records, plan, first, last) if ffcv else Loader(
+        records, plan, first, last, detectors=[])  # fmt: skip
+    for batch, tensors in to_device(batches, device):
         real = len(batch.labels)  # the last batch of a pass in order may have fewer than its buffer
         boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(real, 4)
         flips = torch.zeros(real, 2, dtype=torch.bool, device=device)
         yield crop_frames(tensors["frames"][:real], boxes, flips, size), tensors["labels"]
+
+
+def _read(records: ShardSet, plan: Plan | InOrder, first: int, last: int) -> Iterator[Batch]:
+    """The batches of an FFCV set record by record: FFCV's own loader, which need not be installed,
+    wants batches of one size, and the last one of a pass in order is short.
+    """
+    empty = np.empty((0, 0, 0, 0), np.uint8)
+    with ThreadPoolExecutor(thread_name_prefix="reader") as pool:
+        for part in plan.parts(first, last):
+            frames = np.stack(list(pool.map(lambda n: decode_frame(records[n].frame), part[2])))
+            yield planned(records, plan, part, (frames, empty, empty))[0]
 
 
 def extract(

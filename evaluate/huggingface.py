@@ -28,6 +28,9 @@ WHOLE = {
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
+OURS = re.compile(
+    rf"blocks\.\d+\.({'|'.join(re.escape(name) for name in ('attn.qkv', *BLOCK.values()))})\."
+)
 POSITIONS = "embeddings.position_embeddings"
 
 
@@ -36,8 +39,14 @@ def is_huggingface(tensors: dict[str, Any]) -> bool:
     return any(name.removeprefix("vit.") == POSITIONS for name in tensors)
 
 
-def options_of(tensors: dict[str, Tensor]) -> tuple[dict[str, Any], int, float]:
-    """(options for timm's ViT, image side in px, eps of its norms), read off the shapes."""
+def options_of(
+    tensors: dict[str, Tensor], config: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], int, float]:
+    """(options for timm's ViT, image side in px, eps of its norms), read off the shapes.
+
+    Heads and eps are in no shape: they are those of `config`, its config.json, or as published.
+    """
+    config = config or {}
     plain = _plain(tensors)
     embed, _, patch, _ = plain["embeddings.patch_embeddings.projection.weight"].shape
     depth = 1 + max(int(n.split(".")[2]) for n in plain if n.startswith("encoder.layer."))
@@ -46,11 +55,39 @@ def options_of(tensors: dict[str, Tensor]) -> tuple[dict[str, Any], int, float]:
     options = {
         "embed_dim": embed,
         "depth": depth,
-        "num_heads": embed // HEAD,
+        "num_heads": int(config.get("num_attention_heads", embed // HEAD)),
         "patch_size": patch,
         "mlp_ratio": hidden / embed,
     }
-    return options, side * patch, EPS
+    return options, side * patch, float(config.get("layer_norm_eps", EPS))
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """The config.json of a timm ViT: what makes ViTModel compute the same.
+
+    Raises ValueError if ViTModel has no place for some of the model's tensors.
+    """
+    block, tensors = model.blocks[0], model.state_dict()
+    left = sorted(name for name in tensors if name not in WHOLE.values() and not OURS.match(name))
+    if left or set(WHOLE.values()) - set(tensors):
+        raise ValueError(f"Hugging Face's ViT has no place for this model: {(left or ['?'])[0]}")
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": model.norm.eps,
+        "image_size": model.patch_embed.img_size[0],
+        "patch_size": model.patch_embed.patch_size[0],
+        "num_channels": 3,
+        "qkv_bias": True,
+        "encoder_stride": model.patch_embed.patch_size[0],
+    }
 
 
 def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,10 +107,7 @@ def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A timm ViT's tensors by Hugging Face's names, as ViTModel inside `vit.`.
-
-    Its configuration must say layer_norm_eps 1e-6, which timm's encoders are trained with.
-    """
+    """A timm ViT's tensors by Hugging Face's names, as ViTModel inside `vit.`; see config_of."""
     found = {f"vit.{theirs}": tensors[ours] for theirs, ours in WHOLE.items()}
     numbers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
     for number in sorted(numbers):

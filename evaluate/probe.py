@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.writing import progress
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set
 
@@ -52,17 +54,19 @@ def linear_probe(
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     steps = epochs * -(-len(features) // batch)
     step = 0
-    for _ in range(epochs):
-        for part in torch.randperm(len(features), generator=shuffle).split(batch):
-            for group in optimizer.param_groups:
-                turn = torch.cos(torch.tensor(torch.pi * step / steps)).item()
-                group["lr"] = group["peak"] * 0.5 * (1 + turn)
-            x, y = (features[part] - mean) / std, labels[part]
-            loss = torch.stack([F.cross_entropy(head(x), y) for head in heads]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            step += 1
+    with progress(f"heads of seed {seed}", epochs * len(features)) as bar:
+        for _ in range(epochs):
+            for part in torch.randperm(len(features), generator=shuffle).split(batch):
+                for group in optimizer.param_groups:
+                    turn = torch.cos(torch.tensor(torch.pi * step / steps)).item()
+                    group["lr"] = group["peak"] * 0.5 * (1 + turn)
+                x, y = (features[part] - mean) / std, labels[part]
+                loss = torch.stack([F.cross_entropy(head(x), y) for head in heads]).sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+                bar.update(len(part))
     with torch.inference_mode():
         held_x = (chosen_on[0] - mean) / std
         scores = [(head(held_x).argmax(1) == chosen_on[1]).float().mean().item() for head in heads]
@@ -88,10 +92,12 @@ def nearest_neighbours(
     mean = train[0].mean(0)
     known = F.normalize(train[0] - mean)
     right = 0
-    for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
-        similarity = F.normalize(features - mean) @ known.T
-        near, which = similarity.topk(min(k, len(known)), dim=1)
-        votes = torch.zeros(len(features), classes)
-        votes.scatter_add_(1, train[1][which], (near / temperature).exp())
-        right += int((votes.argmax(1) == labels).sum())
+    with progress("nearest neighbours", len(val[0])) as bar:
+        for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
+            similarity = F.normalize(features - mean) @ known.T
+            near, which = similarity.topk(min(k, len(known)), dim=1)
+            votes = torch.zeros(len(features), classes)
+            votes.scatter_add_(1, train[1][which], (near / temperature).exp())
+            right += int((votes.argmax(1) == labels).sum())
+            bar.update(len(features))
     return right / len(val[0])

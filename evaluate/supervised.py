@@ -18,6 +18,7 @@ from evaluate.encoder import Encoder, tokens
 from evaluate.features import Pool, whole_frames
 from shards import ShardSet
 from shards.plan import InOrder, Plan, mix
+from shards.writing import progress
 from train import checkpoint
 from train.inputs import normalised
 from train.log import METRICS, trim
@@ -139,11 +140,12 @@ def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict
     model.eval()
     order, size = InOrder(len(records), 256), model.encoder[0].size
     right = torch.zeros(2)
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("test", len(records)) as bar:
         for frames, labels in whole_frames(records, order, 0, order.steps, size, device):
             logits = model(normalised(frames))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
+            bar.update(len(labels))
     top1, top5 = (right / len(records)).tolist()
     return {"top1": round(top1, 4), "top5": round(top5, 4)}
 
@@ -177,26 +179,30 @@ def train_supervised(
     first = _restore(out, facts, model, optimizer, device)
     model.train()
     stream = whole_frames(learn, plan, first, total, model.encoder[0].size, device)
-    for step, (frames, labels) in enumerate(stream, start=first):
-        pixels = frames.round().to(torch.uint8)
-        images, soft = augmented(pixels, labels, classes, recipe, seed, step)
-        rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), soft, label_smoothing=recipe.smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        if (step + 1) % epoch == 0 or step + 1 == total:
-            # The row first: what a kill leaves too much of, the next start trims.
-            with (out / METRICS).open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": loss.item(), "lr": rate}) + "\n")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(out / "checkpoints", step + 1, state | {"run": facts})
+    done = first * plan.batch
+    with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
+        for step, (frames, labels) in enumerate(stream, start=first):
+            pixels = frames.round().to(torch.uint8)
+            images, soft = augmented(pixels, labels, classes, recipe, seed, step)
+            rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), soft, label_smoothing=recipe.smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            bar.update(plan.batch)
+            if (step + 1) % epoch == 0 or step + 1 == total:
+                # The row first: what a kill leaves too much of, the next start trims.
+                row = {"step": step + 1, "loss": loss.item(), "lr": rate}
+                with (out / METRICS).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(out / "checkpoints", step + 1, state | {"run": facts})
     return accuracy(model, test, device)
 
 

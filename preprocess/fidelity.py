@@ -19,8 +19,9 @@ from preprocess.sources import Source, read
 from shards import Detector, Record, Settings, ShardSet
 from shards.bank import BANK_CELL
 from shards.plan import TRIAL, crop_boxes, unit_boxes
-from shards.visibility import visible_cells
-from shards.weights import read_map, weights
+from shards.weights import read_crop as read_map_of
+from shards.weights import weights
+from shards.writing import progress
 
 Floats = NDArray[np.float64]
 FULL = BANK_CELL**2
@@ -70,7 +71,8 @@ def measure_fidelity(
         for number, entry in zip(numbers, entries, strict=True)
     )
     found = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)
-    pairs = [_pooled(each, w_ps // BANK_CELL) for each in found]
+    counted = progress("fidelity", len(numbers), found)
+    pairs = [_pooled(each, w_ps // BANK_CELL) for each in counted]
     return {
         detector.name: {
             what: _errors([pair[detector.name][what] for pair in pairs], temperature)
@@ -153,10 +155,7 @@ def read_crop(record: Record, row: int, settings: Settings, crop: Crop) -> Float
     size = np.array([record.height]), np.array([record.width])
     box = unit_boxes(np.array([crop.box]), *size)[0].tolist()
     cells = settings.crop // BANK_CELL
-    detector = settings.detectors[row]
-    visible = visible_cells(detector, settings.crop, cells, settings.mark)
-    density = read_map(record.maps[row], (box[0], box[1], box[2], box[3]), cells, visible)
-    return density[:: -1 if crop.flips[1] else 1, :: -1 if crop.flips[0] else 1]
+    return read_map_of(record.maps[row], row, settings, box, crop.flips, cells)
 
 
 def _detector_on_crops(

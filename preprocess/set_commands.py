@@ -13,7 +13,7 @@ import preprocess
 import shards
 from preprocess.commands import app
 from preprocess.words import Json, at_least, between, print_json, say
-from shards.writing import waiting
+from shards.writing import waiting, write_atomically
 
 Level = Literal["structure", "checksum", "decode", "redetect"]
 
@@ -67,14 +67,19 @@ def inspect(
     ] = None,
     samples: Annotated[int, typer.Option(help="Frames to show.")] = 24,
     temperature: Annotated[float, typer.Option(help="T of the weights.")] = 0.25,
-    w_ps: Annotated[int, typer.Option(help="Side of a weight cell of a 192-px crop, px.")] = 8,
+    w_ps: Annotated[int, typer.Option(help="Side of a weight cell of a crop, px.")] = 8,
+    json_output: Json = False,
 ) -> None:
-    """Write one HTML page: frames with their heat maps, weight histograms and the ledger."""
+    """Write one HTML page: frames, densities, a crop with its weights, histograms, the ledger."""
     records = shards.ShardSet(folder)
-    text = shards.inspect_page(records, temperature, w_ps, at_least("--samples", samples, 1))
+    with waiting("drawing the page"):
+        text = shards.inspect_page(records, temperature, w_ps, at_least("--samples", samples, 1))
     path = page or folder / "inspect.html"
-    path.write_text(text, encoding="utf-8")
-    print(path)
+    write_atomically(path, text.encode("utf-8"))
+    if json_output:
+        print_json({"folder": str(folder), "page": str(path), "records": len(records)})
+    else:
+        print(path)
 
 
 @app.command()
@@ -110,7 +115,8 @@ def fidelity(
     facts = {"temperature": temperature, "w_ps": w_ps, "seed": seed, "detectors": headline}
     shards.manifest.write(folder, replace(records.manifest, fidelity=facts))
     picture = folder / "fidelity.png"
-    preprocess.write_picture(picture, preprocess.draw_fidelity(records, listed))
+    with waiting("drawing examples"):
+        preprocess.write_picture(picture, preprocess.draw_fidelity(records, listed))
     if json_output:
         print_json({"folder": str(folder), **facts, "detectors": found, "storage": bytes_an_image})
         return

@@ -6,50 +6,66 @@ name from the data is escaped.
 
 import base64
 import html
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.manifest import Manifest
+from shards.plan import Plan
 from shards.reader import ShardSet
 from shards.record import Record, decode_frame
-from shards.weights import read_map, weights
+from shards.weights import read_crop, read_map, weights
 
-CROP = 192  # px; the published crop, whose w_ps cells the weights are shown for
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;
-padding:0 1rem;color:#1d2026;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-table{border-collapse:collapse}td,th{padding:.25rem .8rem .25rem 0;text-align:left;
-vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}
-.row{display:flex;gap:.6rem;margin:0 0 1rem}.wide{flex-wrap:wrap;gap:1.5rem}figure{margin:0}
-img{width:100%;display:block;border-radius:3px}.row>figure{flex:0 1 208px;min-width:0}
-figcaption{font-size:12px;color:#555;overflow-wrap:anywhere}code{font-size:13px}
-svg text{font:11px system-ui,sans-serif;fill:#555}"""
+SHADES = "#440154,#3b528b,#21918c,#5ec962,#fde725"  # viridis, dark to light
+STYLE = f"""body{{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;
+padding:0 1rem;color:#1d2026;background:#fff;overflow-wrap:break-word}}
+h1{{font-size:1.5rem}}h2{{font-size:1.1rem;margin-top:2rem}}
+table{{border-collapse:collapse}}td,th{{padding:.25rem .8rem .25rem 0;text-align:left;
+vertical-align:top}}td{{overflow-wrap:anywhere}}td.n{{text-align:right;
+font-variant-numeric:tabular-nums}}
+.plots{{display:flex;flex-wrap:wrap;gap:1.5rem}}.plots svg{{max-width:100%;height:auto}}
+figure{{margin:0;min-width:0}}figcaption{{font-size:12px;margin-top:3px;color:#555}}
+svg text{{font:11px system-ui,sans-serif;fill:#555}}
+.card{{display:grid;grid-template-columns:repeat(5,1fr);gap:.8rem .6rem;
+border-top:1px solid #ddd;padding:.9rem 0}}.card dl{{grid-column:1/-1;margin:0}}
+dl div{{display:flex;gap:.5rem}}dt{{flex:0 0 2.6rem;color:#555}}dd{{margin:0;min-width:0}}
+.density{{grid-column-start:3}}
+.picture{{position:relative;overflow:hidden;border-radius:3px}}
+.picture img{{width:100%;display:block}}.cells img{{image-rendering:pixelated}}
+.box{{position:absolute;box-sizing:border-box;border:2px solid #fff;
+box-shadow:0 0 0 99rem #0006,inset 0 0 0 1px #000}}
+.bar{{height:8px;margin-top:4px;background:linear-gradient(90deg,{SHADES})}}
+.ends{{display:flex;justify-content:space-between;font-size:12px;color:#555}}
+@media(max-width:700px){{.card{{grid-template-columns:repeat(2,1fr)}}
+.density{{grid-column-start:1}}}}"""
 
 
 def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int) -> str:
-    """The page as HTML text. `samples` records, spread evenly, are shown; the weights of up to
-    512 make the histograms, each frame read whole (no crop) with CROP / w_ps cells a side.
+    """The page as HTML text. `samples` records, spread evenly, are shown, each with the crop that a
+    run of seed 0 makes of it in its first epoch; the weights of up to 512 make the histograms, each
+    frame read whole (no crop) with as many cells a side as a crop.
 
-    Raises ValueError if w_ps does not divide CROP or the temperature is not positive.
+    Raises ValueError if w_ps does not divide the crop or the temperature is not positive.
     """
-    if w_ps < 1 or CROP % w_ps:
-        raise ValueError(f"w_ps {w_ps} does not divide {CROP}; use 8, 16 or 32")
+    crop = records.manifest.settings.crop
+    if w_ps < 1 or crop % w_ps:
+        raise ValueError(f"w_ps {w_ps} does not divide {crop}; use 8, 16 or 32")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive; the published one is 0.25")
     manifest = records.manifest
-    shown = [records[n] for n in _spread(len(records), samples)]
     measured = [records[n].maps for n in _spread(len(records), 512)]
-    cells = CROP // w_ps
+    cells = crop // w_ps
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_text(records.folder.name)}"
-        f"</title><style>{STYLE}</style><h1>{_text(records.folder.name)}</h1>",
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{_text(records.folder.name)}</title><style>{STYLE}</style><h1>{_text(records.folder.name)}</h1>",
         _facts(manifest),
         _ledger(manifest),
         f"<h2>Weights at T = {temperature:g}, w_ps = {w_ps}</h2><p>Over {len(measured)} whole "
         f"frames of {cells} x {cells} cells. A weight is exp(density / T) over the frame's "
-        "smallest, so the least is 1.</p><div class='row wide'>",
+        "smallest, so the least is 1.</p><div class=plots>",
     ]
     for row, detector in enumerate(manifest.settings.detectors):
         if not detector.has_keypoints:
@@ -57,10 +73,14 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         found = [weights(read_map(m[row], (0, 0, 1, 1), cells), temperature) for m in measured]
         parts.append(_histogram(detector.name, np.concatenate([w.ravel() for w in found])))
     parts.append(
-        "</div><h2>Frames and densities</h2><p>Dark is density 0, yellow is 1: the share of a "
-        "cell's pixels that keypoint marks cover, or of the greatest low-frequency amplitude.</p>"
+        "</div><h2>Frames, densities and weights</h2><p>A density is the share of a cell's pixels "
+        "that keypoint marks cover, or of the greatest low-frequency amplitude: 0 to 1. The white "
+        "rectangle is the crop that a run of seed 0 makes of the frame in its first epoch; the "
+        f"weights, of {cells} x {cells} cells, are those that this run reads for it: how often "
+        "over the least one a cell's error counts in the loss.</p>"
     )
-    parts += [_pictures(record, manifest.detectors) for record in shown]
+    for n in _spread(len(records), samples):
+        parts.append(_card(records[n], n, manifest, cells, temperature))
     return "".join(parts) + "</html>\n"
 
 
@@ -145,8 +165,8 @@ def _histogram(name: str, values: NDArray[np.float64]) -> str:
         )
     )
     return (
-        f"<figure style='flex:0 0 {width}px'>"
-        f"<svg width='{width}' height='{height + 32}' role='img' "
+        f"<figure style='flex:0 1 {width}px'>"
+        f"<svg viewBox='0 0 {width} {height + 32}' width='{width}' role='img' "
         f"aria-label='weights of {_text(name)}'>{bars}{ticks}</svg><figcaption>"
         f"<b>{_text(name)}</b>, share of cells by weight (log scale): mean {values.mean():.2f}, "
         f"median {np.median(values):.2f}, largest {values.max():.1f}; highest bar "
@@ -154,28 +174,97 @@ def _histogram(name: str, values: NDArray[np.float64]) -> str:
     )
 
 
-def _pictures(record: Record, detectors: list[str]) -> str:
+def _card(record: Record, number: int, manifest: Manifest, cells: int, temperature: float) -> str:
+    """What record `number` is, its frame with a crop on it, that crop, and what detectors say."""
+    settings = manifest.settings
+    plan, first = Plan(manifest.count, 1, area=settings.area), np.array([0])
+    size = np.array([record.height]), np.array([record.width])
+    boxes, turned = plan.boxes(first, np.array([number]), *size)
+    box, flips = boxes[0].tolist(), turned[0].tolist()
     frame = decode_frame(record.frame)
-    figures = [
+    how = " and ".join(w for w, on in zip(("left-right", "upside down"), flips, strict=True) if on)
+    parts = [
+        _heading(record, manifest),
+        _figure(frame, "the frame, and a crop", box=box),
         _figure(
-            frame,
-            f"{record.source} (label {record.label}, source {record.width} x {record.height})",
-        )
+            crop_picture(frame, box, flips, settings.crop),
+            f"the crop{f', flipped {how}' if how else ''}",
+        ),
     ]
-    for name, density in zip(detectors, record.maps, strict=True):
-        heat = cv2.applyColorMap(density, cv2.COLORMAP_VIRIDIS)[:, :, ::-1]
-        heat = cv2.resize(heat, frame.shape[:2], interpolation=cv2.INTER_NEAREST)
-        figures.append(_figure(heat, f"{name}: mean {density.mean() / 255:.3f}"))
+    for row, detector in enumerate(settings.detectors):
+        density, name = record.maps[row], detector.name
         lit = frame * (0.25 + 0.75 * cv2.resize(density / 255, frame.shape[:2])[:, :, None])
-        figures.append(_figure(lit, f"{name}: the frame lit by its density"))
-    return f"<div class=row>{''.join(figures)}</div>"
+        end = "1, all of a cell" if detector.has_keypoints else "1, the greatest"
+        mean = f"{name}: density of the frame, mean {density.mean() / 255:.3f}"
+        parts.append(_figure(_heat(density), mean, "density", ("0", end)))
+        parts.append(_figure(lit, f"{name}: the frame lit by it"))
+        if not detector.has_keypoints:
+            continue
+        read = weights(read_crop(density, row, settings, box, flips, cells), temperature)
+        levels = np.rint(255 * (read - 1) / max(float(read.max()) - 1, 1e-9)).astype(np.uint8)
+        title = f"{name}: weights of the crop, mean {read.mean():.2f}"
+        ends = ("x 1", f"x {read.max():.3g} the least")
+        parts.append(_figure(_heat(levels), title, "weights", ends))
+    return f"<div class=card>{''.join(parts)}</div>"
 
 
-def _figure(rgb: NDArray[np.generic], caption: str) -> str:
+def _heading(record: Record, manifest: Manifest) -> str:
+    """File name, class and size, a line each; a long name may break after / _ and - alone."""
+    name = _text(record.source or f"record {record.key}")
+    for mark in "/_-":
+        name = name.replace(mark, f"{mark}<wbr>")
+    known = 0 <= record.label < len(manifest.classes)
+    of_class = f"{manifest.classes[record.label]} (label {record.label})" if known else "none"
+    lines = {
+        "file": name,
+        "class": _text(of_class),
+        "size": f"{record.width} x {record.height} px, the source's",
+    }
+    rows = "".join(f"<div><dt>{title}<dd>{line}</div>" for title, line in lines.items())
+    return f"<dl>{rows}</dl>"
+
+
+def crop_picture(
+    frame: NDArray[np.uint8], box: Sequence[float], flips: Sequence[bool], side: int
+) -> NDArray[np.uint8]:
+    """The crop of `frame` (RGB [F, F, 3]) as training makes it, uint8 [side, side, 3].
+
+    `box` is (top, left, height, width) in the unit square, `flips` are (horizontal, vertical).
+    """
+    top, left, height, width = (part * len(frame) for part in box)
+    x, y = width / side, height / side  # px of the frame a px of the crop
+    places = np.array([[x, 0, left + x / 2 - 0.5], [0, y, top + y / 2 - 0.5]])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    crop = cv2.warpAffine(frame, places, (side, side), flags=how, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(crop[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1], np.uint8)
+
+
+def _heat(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1])
+
+
+def _figure(
+    rgb: NDArray[np.generic],
+    caption: str,
+    kind: str = "",
+    ends: tuple[str, str] | None = None,
+    box: Sequence[float] | None = None,
+) -> str:
+    """A picture over its caption: cells and the bar of their colours where there are `ends`, and
+    `box`, of the unit square, drawn on it.
+    """
     bgr = np.ascontiguousarray(rgb[:, :, ::-1]).astype(np.uint8)
-    jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
-    data = base64.b64encode(jpeg.tobytes()).decode("ascii")
+    form, options = (".png", []) if ends else (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 88])
+    data = base64.b64encode(cv2.imencode(form, bgr, options)[1].tobytes()).decode("ascii")
+    mime, inside, bar = ("png" if ends else "jpeg"), "", ""
+    if box:
+        style = ";".join(f"{side}:{100 * part:.2f}%" for side, part in
+                         zip(("top", "left", "height", "width"), box, strict=True))  # fmt: skip
+        inside = f"<div class=box style='{style}'></div>"
+    if ends:
+        bar = f"<div class=bar></div><div class=ends><span>{ends[0]}</span>{ends[1]}</div>"
     return (
-        f"<figure><img alt='' src='data:image/jpeg;base64,{data}'>"
+        f"<figure class='{kind}'><div class='picture{' cells' if ends else ''}'>"
+        f"<img alt='' src='data:image/{mime};base64,{data}'>{inside}</div>{bar}"
         f"<figcaption>{_text(caption)}</figcaption></figure>"
     )

@@ -3,10 +3,14 @@
 In: a uint8 map. Out: the density and the weight of each w_ps cell of an output crop.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shards.manifest import Settings
+from shards.visibility import visible_cells
 
 
 def read_map(
@@ -31,6 +35,25 @@ def read_map(
     return np.asarray(
         np.diff(np.diff(corners, axis=0), axis=1) / area * np.multiply.outer(visible, visible)
     )
+
+
+def read_crop(
+    density: NDArray[np.uint8],
+    row: int,
+    settings: Settings,
+    box: Sequence[float],
+    flips: Sequence[bool],
+    cells: int,
+) -> NDArray[np.float64]:
+    """What a training run reads off map `row` for a crop, float64 [cells, cells], as flipped.
+
+    `density` is that map; `box` is (top, left, height, width) in the unit square, `flips` are
+    (horizontal, vertical).
+    """
+    visible = visible_cells(settings.detectors[row], settings.crop, cells, settings.mark)
+    top, left, height, width = box
+    read = read_map(density, (top, left, height, width), cells, visible)
+    return read[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
 
 
 def _ruler(grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

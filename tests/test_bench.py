@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -175,7 +176,7 @@ def test_the_sizes_of_the_scaling_page_are_those_of_the_objects(tmp_path):
     """Computed records against built ones; the driver's objects against the constants."""
     import pickle
     import tracemalloc
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from bench import scaling
     from preprocess.sources import Entry
@@ -210,3 +211,23 @@ def test_the_sizes_of_the_scaling_page_are_those_of_the_objects(tmp_path):
     assert len(pickle.dumps(listed)) == pytest.approx(65_000, rel=0.1)
     assert scaling._time(89) == "89 s"
     assert scaling._time(7200) == "2.0 h"
+
+
+def test_quick_measures_fast_alone(tmp_path):
+    source = replace(open_source("demo"), entries=open_source("demo").entries[:4])
+    assert versus.prepare_set(source, tmp_path / "quick", True).manifest.detectors == ["fast"]
+    assert versus.prepare_set(source, tmp_path / "all").manifest.detectors == versus.DETECTORS
+
+
+def test_the_time_left_is_said_before_repeats(capsys):
+    versus.measure({"a": lambda count: float(count)}, 3, versus.Effort(30, 2))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == ["repeat 1 of 2, about 60 s left", "repeat 2 of 2, about 30 s left"]
+
+
+def test_doctor_speaks_json():
+    done = kamim("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    parts = {row["part"]: row for row in json.loads(done.stdout)}
+    assert parts["Python"]["type"] == ""
+    assert {"torch", "OpenCV", "FFCV"} <= set(parts)

@@ -90,6 +90,8 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     assert kamim("shards", "verify", out, "--level", "redetect").returncode == 2
     page = kamim("shards", "inspect", out, "--samples", "3")
     assert page.stdout.strip() == str(out / "inspect.html")
+    told = json.loads(kamim("shards", "inspect", out, "--samples", "3", "--json").stdout)
+    assert told == {"folder": str(out), "page": str(out / "inspect.html"), "records": 40}
     assert kamim("shards", "inspect", out, "--w-ps", "7").returncode == 2
     with (out / "shard-000002.tar").open("r+b") as file:
         file.write(b"X")

@@ -1,13 +1,15 @@
 """Evaluation: probes that can only be right, features of the block asked for, others' weights."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import settings
+from conftest import REPOSITORY, settings
 from test_cli import kamim
 
 torch = pytest.importorskip("torch")
@@ -18,6 +20,7 @@ from test_pretrain import TINY, run  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import evaluate.supervised  # noqa: E402
+import evaluate.words  # noqa: E402
 import preprocess  # noqa: E402
 from evaluate.encoder import load_encoder, tokens  # noqa: E402
 from evaluate.features import extract  # noqa: E402
@@ -30,6 +33,7 @@ from evaluate.supervised import (  # noqa: E402
     parameter_groups,
     train_supervised,
 )
+from evaluate.words import folder_for  # noqa: E402
 from kamim import app  # noqa: E402
 from preprocess import build_shards, open_source  # noqa: E402
 from shards import ShardSet, decode_frame  # noqa: E402
@@ -313,6 +317,129 @@ def test_export_for_hugging_face(labelled, tmp_path):
     names = load_file(target)
     assert "vit.encoder.layer.1.attention.attention.query.weight" in names
     assert "exists; name another file" in typed("export-hf", tmp_path / "run", target)[2]
+
+
+def test_what_is_exported_for_hugging_face_is_loaded_by_from_pretrained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    # `small` has 4 heads of 32 channels: no shape tells that, and published ViTs have 64.
+    assert typed("export-hf", "random:small", tmp_path / "hf")[0] == 0
+    images = torch.randn(2, 3, 96, 96)
+    patches, cls = tokens(load_encoder("random:small", CPU), images, 4)
+    theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        found = theirs(images).last_hidden_state
+    torch.testing.assert_close(found[:, 1:], patches, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[:, 0], cls, atol=1e-5, rtol=1e-4)
+    assert typed("export-hf", "random:small", tmp_path / "one.safetensors")[0] == 0
+    for what in (tmp_path / "hf", tmp_path / "one.safetensors"):
+        torch.testing.assert_close(tokens(load_encoder(str(what), CPU), images, 4)[0], patches)
+    again = typed("export-hf", "random:small", tmp_path / "hf")
+    assert "exists; name another folder or remove it" in again[2]
+    scaled = typed("export-hf", "random:vit_small_patch16_dinov3", tmp_path / "other")
+    assert "has no place for this model" in scaled[2]
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_ffcv_set_gives_the_features_of_the_set_it_was_made_of(labelled, tmp_path):
+    from shards.convert import convert_to_ffcv
+
+    encoder = load_encoder("random:small", CPU)
+    for frames in ("jpeg", "raw"):
+        convert_to_ffcv(labelled, tmp_path / frames, frames)
+        sets = [extract(encoder, ShardSet(f), 4, "mean", CPU, batch=16)
+                for f in (labelled, tmp_path / frames)]  # fmt: skip
+        torch.testing.assert_close(sets[0][0], sets[1][0], atol=1e-2, rtol=1e-2)
+        assert torch.equal(sets[0][1], sets[1][1])
+
+
+def test_words_are_checked_before_torch_is_imported(labelled, tmp_path):
+    """A torch that cannot be imported stands in its place; the last command shows that it would
+    be noticed.
+    """
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch', name='torch')\n")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', REPOSITORY)}"
+    for words, said in (
+        (["probe", "nosuch.pt", "A", "B"], "nosuch.pt is no file, run folder"),
+        (["probe", tmp_path, labelled, labelled], "holds no checkpoint"),
+        (["probe", "timm:", labelled, labelled], "names no model"),
+        (["probe", "random:small", "A", labelled], "A has no manifest.json"),
+        (["finetune", "random:small", labelled, labelled, "--device", "kuda"], "auto, cpu or"),
+        (["analyse", "nosuch.pt", labelled], "nosuch.pt is no file"),
+        (["export-hf", "nosuch.pt", tmp_path / "x"], "nosuch.pt is no file"),
+        (["probe", "random:small", labelled, labelled], "torch is not installed"),
+    ):
+        done = kamim(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert said in done.stderr
+
+
+def test_commands_of_evaluation_and_benchmarks_import_nothing_heavy():
+    heavy = ["torch", "numpy", "cv2", "pandas", "joblib", "timm"]
+    code = "import sys, evaluate.commands, bench.commands; "
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_weights_that_cannot_be_fetched_are_one_line_within_seconds(labelled, tmp_path):
+    """A server that nobody is behind; Hugging Face's client would try for a minute."""
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    name, environment = "timm:vit_tiny_patch16_224", {**os.environ, **nobody}
+    begin = time.monotonic()
+    done = kamim("probe", name, labelled, labelled, "--out", tmp_path / "p", env=environment)
+    assert time.monotonic() - begin < 40  # of which most is torch
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "kamim: the weights of timm:vit_tiny_patch16_224"
+    )
+    assert "connect once" in done.stderr.splitlines()[-1]
+    assert "Retry" not in done.stderr
+    with pytest.raises(ValueError, match="timm has no model 'vit_nothing'"):
+        load_encoder("timm:vit_nothing", CPU)
+
+
+def test_a_damaged_file_of_others_is_one_line(tmp_path):
+    from_timm_names = {"vit.embeddings.position_embeddings": torch.zeros(1, 37, 64)}
+    save_file(from_timm_names, tmp_path / "part.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors", {"model": "vit"})
+    for name, words in (
+        ("part", "holds no whole Hugging Face ViT"),
+        ("cut", "is no sound .safetensors file"),
+        ("old", "does not say what it is of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_encoder(str(tmp_path / f"{name}.safetensors"), CPU)
+
+
+def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = typed("probe", "random:small", labelled, labelled, "--seeds", "1")
+    assert status == 0, error
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["probe-random-small"]
+    assert folder_for("finetune", "a/runs/my.run") == Path("runs/finetune-my.run")
+    assert folder_for("probe", "x/step-00000010.pt") == Path("runs/probe-step-00000010")
+    status, printed, error = typed("analyse", "random:small", labelled, "--images", "4", "--json")
+    assert status == 0, error
+    result = json.loads(printed)
+    assert result["page"] == "runs/analysis/analysis.html"
+    assert len(result["encoders"]["random:small"]["blocks"]) == 4
+    page = (tmp_path / result["page"]).read_text()
+    assert "<meta name=viewport" in page
+    assert "img{max-width:100%" in page
+
+
+@pytest.mark.parametrize("package", ["sklearn", "skimage"])
+def test_a_package_that_analyse_lacks_is_named_before_any_work(package, labelled, monkeypatch):
+    real = evaluate.words.find_spec
+    monkeypatch.setattr(
+        evaluate.words, "find_spec", lambda name: None if name == package else real(name)
+    )
+    _, _, error = typed("analyse", "random:small", labelled)
+    assert f"type: pip install scikit-{'learn' if package == 'sklearn' else 'image'}" in error
 
 
 def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path):

@@ -63,6 +63,7 @@ def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_se
     before = contents(demo_set)
     done = kamim("shards", "fidelity", demo_set, "--samples", "20", "--jobs", "1", "--json")
     assert done.returncode == 0, done.stderr
+    assert "fidelity: 100%" in done.stderr
     printed = json.loads(done.stdout)
     headline = load(demo_set).fidelity
     assert headline["detectors"]["orb"]["map"] == printed["detectors"]["orb"]["map"]

@@ -2,12 +2,17 @@
 
 import os
 
+import numpy as np
 import pytest
 from conftest import settings
 
 import preprocess
 from preprocess import build_shards, open_source
-from shards import ShardSet, inspect_page
+from shards import ShardSet, decode_frame, inspect_page
+from shards.inspect import crop_picture
+from shards.plan import Plan
+from shards.record import packed
+from shards.visibility import visible_cells
 
 EVIL = "<script>alert('x')<&>\".jpg"
 
@@ -25,10 +30,58 @@ def test_the_page_shows_frames_maps_histograms_and_the_ledger(small_source, tmp_
     assert "<script" not in page
     assert "<b>out" not in page
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;&amp;&gt;&quot;.jpg" in page
-    assert page.count("<img") == 40 * 5  # a frame, and a map and a lit frame per detector
+    # A frame and a crop; a map, a lit frame and the crop's weights per detector.
+    assert page.count("<img") == 40 * 8
     assert page.count("<svg") == 2
     assert "rejected: empty<td class=n>1" in page
     assert "http" not in page.replace("http-equiv", "")
     for temperature, w_ps in ((0, 8), (float("nan"), 8), (0.25, 7)):
         with pytest.raises(ValueError, match=r"positive|divide"):
             inspect_page(ShardSet(out), temperature, w_ps, 3)
+
+
+@pytest.fixture
+def records(small_source, tmp_path):
+    detectors = tuple(preprocess.detector_settings(name) for name in ("fast", "sift"))
+    chosen = settings(frame=96, crop=96, detectors=detectors)
+    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    return ShardSet(tmp_path / "set")
+
+
+def test_a_phone_shows_the_page_at_its_own_width_and_each_fact_in_a_line_of_its_own(records):
+    page = inspect_page(records, 0.25, 8, 2)
+    assert "<meta name=viewport content='width=device-width,initial-scale=1'>" in page
+    assert "@media(max-width:700px)" in page
+    record, name = records[0], records.manifest.classes[records[0].label]
+    assert f"<dt>file<dd>{record.source.replace('/', '/<wbr>')}</div>" in page
+    assert f"<dt>class<dd>{name} (label {record.label})</div>" in page
+    assert "<dt>size<dd>96 x 80 px, the source's</div>" in page
+
+
+def test_the_crop_and_its_weights_are_those_of_training(records):
+    torch = pytest.importorskip("torch")
+    from shards.crops import crop_frames, crop_maps, loss_weights
+
+    number, cells, chosen = 39, 12, records.manifest.settings
+    record, rows = records[number], records.index[[number]]
+    size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    plan = Plan(40, 16, area=chosen.area)
+    boxes, flips = plan.boxes(np.array([0]), np.array([number]), *size)
+    place = torch.from_numpy(boxes), torch.from_numpy(flips)
+    page = inspect_page(records, 0.25, 8, 2)
+    top, left, tall, wide = (100 * boxes[0]).tolist()
+    assert (
+        f"<div class=box style='top:{top:.2f}%;left:{left:.2f}%;height:{tall:.2f}%;"
+        f"width:{wide:.2f}%'>"
+    ) in page
+    for row, detector in enumerate(chosen.detectors):
+        visible = torch.from_numpy(visible_cells(detector, 96, cells, "ring")).float()
+        maps = torch.from_numpy(packed(record.maps[None, row]))
+        read = loss_weights(crop_maps(maps, *place, cells, visible), 0.25)[0]
+        assert f"{detector.name}: weights of the crop, mean {read.mean():.2f}" in page
+        assert f"x {read.max():.3g} the least" in page
+    frame = decode_frame(record.frame)
+    expected = crop_frames(torch.from_numpy(frame)[None], *place, 96)[0].permute(1, 2, 0).numpy()
+    ours = crop_picture(frame, boxes[0].tolist(), flips[0].tolist(), 96)
+    assert np.abs(ours[1:-1, 1:-1] - expected[1:-1, 1:-1]).max() < 8
+    assert np.abs(ours - expected).mean() < 1
