@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
+from preprocess.errors import BuildError
 from preprocess.sources import Entry, read, read_in_order
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.manifest import FORMAT_VERSION, fingerprint
@@ -34,10 +35,6 @@ from shards.writing import write_atomically
 PLAN = "plan.json"  # in the work folder: what is being built
 UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share
 PATIENCE_SECONDS = 60  # for which a network file system may not yet show what another wrote
-
-
-class BuildError(Exception):
-    """A build that stopped or ended short of what was asked; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
