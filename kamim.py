@@ -19,6 +19,7 @@ import evaluate.commands
 import preprocess.commands
 import preprocess.set_commands  # adds its commands to the same app
 import train.commands
+from preprocess.errors import BuildError
 
 app = typer.Typer(
     help="Keypoint-weighted masked image modelling from offline shards.",
@@ -79,7 +80,7 @@ def main() -> None:
         status = 130
     except Terminated:
         status = 143
-    except (ValueError, preprocess.BuildError) as error:
+    except (ValueError, BuildError) as error:
         status, line = 2 if isinstance(error, ValueError) else 1, str(error)
         if debug:
             raise
@@ -94,7 +95,11 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # the command line's own usage errors have it
             raise
-        status, line = 2, f"{error.format_message()} (see --help)"
+        status, text = 2, error.format_message()
+        if text.startswith("Usage: "):  # no command was given: the help, which is no error's line
+            print(text, file=sys.stderr)
+        else:
+            line = f"{text} (see --help)"
     if status in {130, 143}:  # some versions of typer turn Ctrl-C into a plain 130 themselves
         line = "stopped; what is finished is kept, the same command goes on"
     if line:

@@ -1,6 +1,10 @@
 """Shared fixtures: real photographs where they are at hand, small sources made on the spot."""
 
 import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -20,7 +24,69 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 REPOSITORY = Path(__file__).parent.parent
-DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data"))
+DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
+CACHES = (".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", "__pycache__/")
+STAMPS = ("core", "train", "ffcv", "test", "remote", "parquet")  # what make has installed
+
+
+# Tests work in folders of their own; what they start finds this checkout all the same.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+)
+
+
+def lines_of_git(root: Path, *words: str) -> list[str]:
+    """What a git command that ends its lines by NUL prints in `root`, whoever owns that."""
+    command = ["git", "-c", "safe.directory=*", *words, "-z"]
+    done = subprocess.run(command, cwd=root, capture_output=True, check=True)
+    return list(filter(None, done.stdout.decode().split("\0")))
+
+
+def source_files(root: Path) -> list[str]:
+    """Tracked files as they are now, and new ones in the folders that hold tracked ones.
+
+    What a user leaves beside them (exports, data, runs, pages) is none of the project's.
+    """
+    tracked = lines_of_git(root, "ls-files", "--cached")
+    folders = sorted({f"{name.split('/')[0]}/" for name in tracked if "/" in name})
+    new = lines_of_git(root, "ls-files", "--others", "--exclude-standard", *folders)
+    return [name for name in (*tracked, *new) if (root / name).is_file()]
+
+
+def copy_repository(folder: Path) -> Path:
+    """The project's files in `folder`, with this run's environment as .venv; returns `folder`.
+
+    Skips, visibly, where only git could say which files are the project's.
+    """
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip(f"{REPOSITORY} is no git checkout")
+    for name in source_files(REPOSITORY):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, folder / name)
+    (folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name not in STAMPS:
+            (folder / ".venv" / path.name).symlink_to(path)
+    for stamp in STAMPS:  # newer than pyproject.toml: make installs nothing from here
+        (folder / ".venv" / stamp).touch()
+    return folder
+
+
+def left_in(root: Path) -> set[str]:
+    """Untracked files and folders in `root`, ignored ones too, and tracked ones that are gone."""
+    found = lines_of_git(root, "ls-files", "--others", "--deleted", "--directory")
+    return {name for name in found if not name.endswith(CACHES)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run in an empty folder, and hold all tests to leaving the checkout as it was."""
+    git = (REPOSITORY / ".git").exists()
+    before = left_in(REPOSITORY) if git else set()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    changed = left_in(REPOSITORY) ^ before if git else set()
+    assert not changed, f"tests wrote into the checkout or took from it: {sorted(changed)}"
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,14 @@
 import fnmatch
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, copy_repository
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
-STAMPS = ("core", "train", "ffcv", "test", "remote", "parquet")
 DEVELOP = ["make check", "make test"]
 
 
@@ -26,30 +23,13 @@ def commands(block):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The tracked and new files in a folder of their own, with this run's environment as .venv."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY, capture_output=True, check=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, listed.decode().split("\0")):
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
-    (folder / ".venv").mkdir()
-    for path in Path(sys.prefix).iterdir():
-        if path.name not in STAMPS:
-            (folder / ".venv" / path.name).symlink_to(path)
-    for stamp in STAMPS:  # newer than pyproject.toml: make installs nothing from here
-        (folder / ".venv" / stamp).touch()
-    return folder
+    return copy_repository(tmp_path_factory.mktemp("clone"))
 
 
 def run(command, folder):
     quiet = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(
-        command, shell=True, cwd=folder, env=quiet, capture_output=True, text=True
-    )
+    own = {**quiet, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
 
 
 def test_every_console_block_runs_as_printed(clone):

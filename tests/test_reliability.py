@@ -92,7 +92,7 @@ def test_a_hung_process_ends_with_its_group_and_a_status_is_told(tmp_path):
 def test_a_section_runs_and_writes_its_rows(tmp_path):
     path = tmp_path / "results.json"
     line = [sys.executable, "-m", "abuse", "damage", "--scale", "0.01", "--results", str(path)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY)
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = json.loads(path.read_text())["damage"]
     assert {"python", "commit", "date"} <= set(facts["provenance"])
