@@ -83,7 +83,7 @@ def command(shards, out, *flags):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shards, tmp_path):
-    flags = ["--workers", workers, "--resume", "auto"]
+    flags = ["--workers", workers, "--resume"]
     subprocess.run(command(shards, tmp_path / "calm", *flags), check=True, capture_output=True)
     rng, out = random.Random(int(workers)), tmp_path / "killed"
     for _ in range(2):
@@ -116,7 +116,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, shards, tmp_path):
     _, log = process.communicate(timeout=60)
     assert process.returncode == 128 + number, log
     assert "Traceback" not in log
-    assert "go on with --resume auto" in log.splitlines()[-1]
+    assert "go on with --resume" in log.splitlines()[-1]
     newest = checkpoint.newest(out / "checkpoints")
     assert checkpoint.load(newest)["step"] == len(read_metrics(out))
     assert not list((out / "checkpoints").glob("*.tmp"))
@@ -265,7 +265,7 @@ def test_a_bank_of_other_crops_is_refused(changes, words, shards, tmp_path):
 
 def test_a_run_goes_on_only_as_itself(shards, tmp_path):
     run(shards, tmp_path / "out", steps=4)
-    with pytest.raises(ValueError, match=r"holds a run already \(to step 4\).*--resume auto"):
+    with pytest.raises(ValueError, match=r"holds a run already \(to step 4\).*--resume, or"):
         run(shards, tmp_path / "out")
     with pytest.raises(ValueError, match=r"recipe.peak was 0.0015, is 0.1"):
         run(shards, tmp_path / "out", recipe=replace(TINY, peak=0.1), resume=True)
@@ -391,17 +391,17 @@ def test_two_nodes_train_as_one_process_and_either_goes_on_with_the_other(shards
     assert "step 7/20" not in ends[1][1]
 
     # One process goes on with the run of two nodes, then two nodes with the run of one.
-    on_one = command(shards, parts, "--resume", "auto", "--steps", "12")
+    on_one = command(shards, parts, "--resume", "--steps", "12")
     subprocess.run(on_one, check=True, capture_output=True)
-    ends = on_nodes(*[command(shards, parts, "--resume", "auto")] * 2)
+    ends = on_nodes(*[command(shards, parts, "--resume")] * 2)
     assert [status for status, _ in ends] == [0, 0], ends
     assert "going on after step 12" in ends[0][1]
     assert losses(parts) == pytest.approx(losses(whole), rel=2e-4)
     assert len(losses(parts)) == 20
 
     # A node that does not see the run, or whose copy of the shards is damaged, stops them all.
-    first = command(shards, parts, "--resume", "auto")
-    for _, log in on_nodes(first, command(shards, own, "--resume", "auto")):
+    first = command(shards, parts, "--resume")
+    for _, log in on_nodes(first, command(shards, own, "--resume")):
         assert "after step 20" in log
         assert "must be one folder that all machines see" in log
     path = tmp_path / "copy" / "shard-000003.tar"

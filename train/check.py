@@ -13,10 +13,10 @@ from shards.manifest import Detector
 from shards.plan import FLIPS
 from shards.remote import is_url
 from shards.verify import damaged_files
-from train.log import say
 from train.method import guide_maps
 from train.model import CELL
 from train.processes import Place
+from train.progress import busy, say
 from train.recipes import Recipe
 from train.setup import Run
 
@@ -51,7 +51,10 @@ def check(run: Run, manifest: Manifest, place: Place) -> Detector | None:
     # Of a remote set every shard is hashed when it arrives, or is found in the cache.
     local = run.checksum and not is_url(run.shards)
     part = place.local_rank, place.local_ranks
-    damage = damaged_files(Path(run.shards), manifest, *part) if local else []
+    damage = []
+    if local:
+        with busy(f"hashing {len(manifest.shards):,} shards", place.rank == 0):
+            damage = damaged_files(Path(run.shards), manifest, *part)
     if damage:
         where = "" if place.ranks == 1 else f"on {socket.gethostname()}: "
         raise ValueError(f"{where}{damage[0]}")

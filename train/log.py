@@ -1,14 +1,19 @@
-"""What a run says of itself: rows to metrics.jsonl, TensorBoard and W&B, a line to stderr.
+"""What a run keeps of itself: rows in metrics.jsonl, TensorBoard and W&B.
 
-In: one row a step. Out: files in the run folder; a resumed run goes on in the same ones.
+In: one row per step. Out: files in the run folder; a resumed run goes on in the same ones.
 """
 
 import json
-import sys
+import math
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from shards.writing import write_atomically
+from train.progress import Progress
 
 METRICS = "metrics.jsonl"
 
@@ -53,8 +58,8 @@ class Log:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def rows(self, rows: list[dict[str, Any]], steps: int) -> None:
-        """Write the rows of some steps; the last may carry rates, and is shown."""
+    def rows(self, rows: list[dict[str, Any]], progress: Progress) -> None:
+        """Write the rows of some steps; the last carries rates, and is shown."""
         for row in rows:
             self.file.write(json.dumps(row) + "\n")
             for name, value in row.items():
@@ -62,7 +67,27 @@ class Log:
                     self.board.add_scalar(name, value, row["step"])
             if self.wandb is not None:
                 self.wandb.log(row, step=row["step"])
-        say(line(rows[-1], steps))
+        progress.rows(rows[-1], line(rows[-1], progress.total))
+
+
+def make_rows(
+    pending: list[tuple[int, float, Tensor]], steps_an_epoch: float, ranks: int
+) -> list[dict[str, Any]]:
+    """One row a step, with losses and weights averaged over processes. Waits for the device."""
+    values = torch.stack([value for _, _, value in pending])
+    if ranks > 1:
+        dist.all_reduce(values)
+        values /= ranks
+    rows = []
+    for (step, rate, _), (loss, norm, weight) in zip(pending, values.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {step + 1}; the last checkpoint is sound: lower the "
+                "peak learning rate or raise the temperature"
+            )
+        row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, "lr": rate}
+        rows.append(row | {"grad_norm": norm, "mean_weight": weight})
+    return rows
 
 
 def line(row: dict[str, Any], steps: int) -> str:
@@ -80,16 +105,17 @@ def line(row: dict[str, Any], steps: int) -> str:
     return "  ".join(parts)
 
 
-def say(text: str) -> None:
-    """A line on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
 def _wandb(project: str, run: Path, facts: Any) -> Any:
     try:
         import wandb
     except ImportError:
         raise ValueError("--wandb needs the package; type: pip install wandb") from None
-    # The run's own name as its id: a resumed run goes on with the same curves.
-    return wandb.init(project=project, id=run.name, resume="allow", dir=str(run), config=facts)
+    try:
+        # The run's own name as its id: a resumed run goes on with the same curves.
+        return wandb.init(project=project, id=run.name, resume="allow", dir=str(run), config=facts)
+    except Exception as error:  # its own kinds, of which most are about the login
+        detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"--wandb {project} cannot be used ({detail}); type: wandb login, or set "
+            "WANDB_MODE=offline, or leave --wandb out"
+        ) from None

@@ -4,7 +4,6 @@ In: a set of shards, a recipe, a seed. Out: a run folder: run.json, metrics.json
 events, checkpoints and, at the end, pictures. Killed and resumed, the losses are the same.
 """
 
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,12 +18,14 @@ from shards.crops import to_device
 from train import checkpoint
 from train.check import check, wanted_maps
 from train.data import make_plan, open_loader, open_records
+from train.estimate import largest_part, memory_lines, memory_needed, synchronize, time_lines
 from train.inputs import MEAN, STD, find_visible, prepare
-from train.log import Log, say
+from train.log import Log, make_rows
 from train.method import Masking, make_model
 from train.model import model_flops
-from train.pictures import draw_loss, draw_reconstructions
+from train.pictures import PICTURES, draw_loss, draw_reconstructions
 from train.processes import agree, connect, find_place, together
+from train.progress import Progress, busy, say
 from train.schedule import learning_rate
 from train.setup import (
     Run,
@@ -35,10 +36,12 @@ from train.setup import (
     parameter_groups,
     restore,
     run_facts,
+    say_where,
 )
 from train.stopping import Stop, Stopped
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
 
 def pretrain(run: Run) -> None:
@@ -55,8 +58,8 @@ def pretrain(run: Run) -> None:
     # What to train on.
     records = together(place, lambda: open_records(run))
     detector = together(place, lambda: check(run, records.manifest, place))
-    micro_steps = count_micro_steps(recipe, ranks)
-    plan = make_plan(run, records, micro_steps)
+    count_micro_steps(recipe, ranks, recipe.micro_batch)  # does the batch split at all?
+    plan = make_plan(run, records, 1)
     total = plan.steps(recipe.epochs)
     if total < 1:
         raise ValueError(
@@ -72,145 +75,173 @@ def pretrain(run: Run) -> None:
     maps = wanted_maps(recipe, detector)
 
     # The model, and where it left off.
-    torch.manual_seed(run.seed)
-    model = make_model(recipe).to(device)
-    masking = Masking(
-        recipe, run.seed, records.manifest, maps, model.encoder, steps_an_epoch, device
-    )
-    groups = parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=device.type == "cuda")
-    first, seconds = together(place, lambda: restore(run, facts, model, optimizer, device))
-    agree(place, run.out, first, facts["shards"])
-    together(place, lambda: masking.restore(run.out, first))
-    flops = model_flops(model, recipe.size, masking.example())
+    with busy("making the model", rank == 0):
+        torch.manual_seed(run.seed)
+        model = make_model(recipe).to(device)
+        masking = Masking(
+            recipe, run.seed, records.manifest, maps, model.encoder, steps_an_epoch, device
+        )
+        groups = parameter_groups(model, recipe)
+        betas = 0.9, recipe.beta2
+        optimizer = torch.optim.AdamW(groups, betas=betas, fused=device.type == "cuda")
+        first, seconds, epochs = together(
+            place, lambda: restore(run, facts, model, optimizer, device)
+        )
+        agree(place, run.out, first, facts["shards"])
+        together(place, lambda: masking.restore(run.out, first))
+        flops = model_flops(model, recipe.size, masking.example())
+        most = largest_part(recipe.micro_batch, flops, device)
+        micro_steps = count_micro_steps(recipe, ranks, most)
+        plan = replace(plan, micro_steps=micro_steps)
+        part = recipe.batch // (ranks * micro_steps)
+        needed = memory_needed(model, masking.example(), recipe.size, part, device)
+    rates = total, warmup, recipe.peak, recipe.floor, recipe.start
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    forward: Any = (
-        torch.compile(parallel, dynamic=False)
-        if run.compile and device.type == "cuda"
-        else parallel
-    )
+    compiles = run.compile and device.type == "cuda"
+    forward: Any = torch.compile(parallel, dynamic=False) if compiles else parallel
     if rank == 0:
         hiding = masking.describe()
         describe(run, records, facts, model, hiding, total, micro_steps, ranks, device)
-        if first:
-            say(f"going on after step {first}")
+        say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
+        if first < last:
+            say(*memory_lines(needed, part, device))
 
     # The stream of batches.
     mine = rank, ranks
     loader = open_loader(run, records, plan, (first, last), mine, maps, device)
     batches = to_device(loader, device)
-    part = recipe.batch // (ranks * micro_steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = Stop()
     held = writing.alone(run.out) if rank == 0 else nullcontext()
+    progress = Progress(first, last, total, recipe.batch, rank == 0 and first < last)
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
+    parts, saved = 0, first  # micro-steps of this process; the step of the newest checkpoint
     waited, since = 0.0, time.perf_counter()
-    clock = since - seconds  # training began then, had it never paused
+    now, clock = since, since - seconds  # training began then, had it never paused
 
-    with held, Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext() as log:
+    with (
+        held,
+        Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext() as log,
+        progress.running(),
+    ):
         for step in range(first, last):
-            if masking.due(step):
-                began = time.perf_counter()
-                once = replace(plan, batch=part * ranks, micro_steps=1)  # its crops are not used
-                passes = 0, -(-len(records) // once.batch)
-                frames = open_loader(run, records, once, passes, mine, [], device)
-                masking.refresh(run.out, step, model.encoder, frames, mine)
-                since += time.perf_counter() - began
-                if rank == 0:
-                    say(f"attention of {len(records):,} records looked at before step {step + 1}, "
-                        f"in {time.perf_counter() - began:.1f} s")  # fmt: skip
-            rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            noise = masking.noise(step)
-            sums = torch.zeros(2, device=device)  # loss, mean weight
-            for micro_step in range(micro_steps):
-                asked = time.perf_counter()
-                batch, tensors = next(batches)
-                waited += time.perf_counter() - asked
-                assert batch.step == step
-                images, weights = prepare(tensors, recipe, visible)
-                begin = (micro_step * ranks + rank) * part
-                hidden = masking.hidden(noise[begin : begin + part], step, batch.samples, tensors)
-                # Gradients are averaged over processes once, in the last micro-step.
-                alone = ranks > 1 and micro_step < micro_steps - 1
-                with parallel.no_sync() if alone else nullcontext():  # type: ignore[operator]
-                    with autocast:
-                        output = forward(images, *hidden)
-                    loss = model.loss(output, images, hidden, weights) / micro_steps
-                    loss.backward()
-                mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
-                sums += torch.stack([loss.detach(), mean_weight / micro_steps])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            pending.append((step, rate, torch.stack([sums[0], norm.detach(), sums[1]])))
+            progress.begin(step)
+            # Nothing that is saved changes in this block: a signal may cut it short.
+            with stop.cutting(ranks == 1):
+                if masking.due(step):
+                    began = time.perf_counter()
+                    # Each record once; its crops are not used.
+                    once = replace(plan, batch=part * ranks, micro_steps=1)
+                    passes = 0, -(-len(records) // once.batch)
+                    frames = open_loader(run, records, once, passes, mine, [], device)
+                    with progress.busy("looking at attention"):
+                        masking.refresh(run.out, step, model.encoder, frames, mine)
+                    since += time.perf_counter() - began
+                    if rank == 0:
+                        say(f"attention of {len(records):,} records looked at before step "
+                            f"{step + 1}, in {time.perf_counter() - began:.1f} s")  # fmt: skip
+                rate = learning_rate(step, *rates)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.zero_grad(set_to_none=True)
+                noise = masking.noise(step)
+                sums = torch.zeros(2, device=device)  # loss, mean weight
+                for micro_step in range(micro_steps):
+                    timed = parts == 1 and rank == 0  # the first warms up, the second is the rule
+                    if timed:
+                        synchronize(device)
+                    asked = time.perf_counter()
+                    batch, tensors = next(batches)
+                    waited += time.perf_counter() - asked
+                    assert batch.step == step
+                    images, weights = prepare(tensors, recipe, visible)
+                    begin = (micro_step * ranks + rank) * part
+                    rows = noise[begin : begin + part]
+                    hidden = masking.hidden(rows, step, batch.samples, tensors)
+                    # Gradients are averaged over processes once, in the last micro-step.
+                    alone = ranks > 1 and micro_step < micro_steps - 1
+                    with (
+                        parallel.no_sync() if alone else nullcontext(),  # type: ignore[operator]
+                        progress.busy("compiling") if compiles and not parts else nullcontext(),
+                    ):
+                        with autocast:
+                            output = forward(images, *hidden)
+                        loss = model.loss(output, images, hidden, weights) / micro_steps
+                        loss.backward()
+                    mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
+                    sums += torch.stack([loss.detach(), mean_weight / micro_steps])
+                    progress.advance(part * ranks)
+                    parts += 1
+                    if timed:
+                        synchronize(device)
+                        spent = time.perf_counter() - asked
+                        say(*time_lines(spent, micro_steps, last - first, device))
+            done = step if stop.cut else step + 1
+            if not stop.cut:
+                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                optimizer.step()
+                pending.append((step, rate, torch.stack([sums[0], norm.detach(), sums[1]])))
 
             stopping = stop.agreed(step, run.log_every, ranks, device)
-            saving = stopping or (step + 1) % run.save_every == 0 or step + 1 == last
-            # A pass over all records may take minutes, in which a signal has to wait.
-            saving = saving or masking.due(step + 1)
-            if saving or (step + 1) % run.log_every == 0:
-                rows = _rows(pending, steps_an_epoch, ranks)  # the one synchronisation
+            saving = stopping or done % run.save_every == 0 or done == last
+            # A pass over all records may take minutes, in which a signal cuts it short.
+            saving = (saving or masking.due(done)) and done > saved
+            # The first row shows that all is well. On a CPU there is no queue to wait for.
+            soon = step == first or done % run.log_every == 0 or (
+                device.type == "cpu" and ranks == 1 and time.perf_counter() - since > ROWS_PACE
+            )  # fmt: skip
+            if pending and (saving or soon):
+                written = make_rows(pending, steps_an_epoch, ranks)  # the one synchronisation
                 now = time.perf_counter()
                 spent = now - since
-                speed = len(rows) * recipe.batch / spent
-                rows[-1] |= {
+                speed = len(written) * recipe.batch / spent
+                written[-1] |= {
                     "images_per_s": speed,
                     "waiting": waited / spent,
                     "seconds": now - clock,
                 }
                 if peak:
-                    rows[-1]["mfu"] = speed * flops / (peak * ranks)
+                    written[-1]["mfu"] = speed * flops / (peak * ranks)
                 if loader.damaged:
-                    rows[-1]["damaged"] = len(loader.damaged)
+                    written[-1]["damaged"] = len(loader.damaged)
                 if rank == 0:
-                    log.rows(rows, total)  # type: ignore[union-attr]
+                    log.rows(written, progress)  # type: ignore[union-attr]
                 pending, waited, since = [], 0.0, time.perf_counter()
             if saving and rank == 0:
                 state: dict[str, Any] = {"model": model.state_dict()}
                 state |= {"optimizer": optimizer.state_dict()}
                 state |= {"run": facts, "seconds": now - clock}
-                path = checkpoint.save(run.out / "checkpoints", step + 1, state)
+                with progress.busy("saving"):
+                    checkpoint.save(run.out / "checkpoints", done, state)
                 since = time.perf_counter()
                 clock += since - now
+            saved = done if saving else saved
             if stopping:
                 if rank == 0:
-                    say(f"stopped after step {step + 1}; saved {path}; go on with --resume auto")
+                    say(
+                        f"stopped after step {done}, which is saved; go on with --resume"
+                        if done
+                        else "stopped before a step was done; the same command begins anew"
+                    )
                 batches.close()
                 raise Stopped(stop.wished)
 
     # Pictures of the last step's first images, whether this process trained on them or not.
     if rank == 0 and last == total:
-        draw_loss(run.out)
-        loader = open_loader(run, records, plan, (total - 1, total), (0, ranks), maps, device)
-        batch, tensors = next(to_device(loader, device))
-        images, weights = prepare(tensors, recipe, visible)
-        noise = masking.noise(total - 1)[:part]
-        masking.restore(run.out, total - 1, done=True)
-        hidden = masking.hidden(noise, total - 1, batch.samples, tensors)
-        with torch.no_grad(), autocast:
-            draw_reconstructions(run.out, model, images, hidden, weights, MEAN, STD)
+        with busy("drawing pictures"):
+            draw_loss(run.out)
+            parts = count_micro_steps(recipe, 1, max(PICTURES, part))
+            alike, end = replace(plan, micro_steps=parts), (total - 1, total)
+            loader = open_loader(run, records, alike, end, (0, 1), maps, device)
+            batch, tensors = next(to_device(loader, device))
+            images, weights = prepare(tensors, recipe, visible)
+            noise = masking.noise(total - 1)[: len(images)]
+            masking.restore(run.out, total - 1, done=True)
+            hidden = masking.hidden(noise, total - 1, batch.samples, tensors)
+            with torch.no_grad(), autocast:
+                draw_reconstructions(run.out, model, images, hidden, weights, MEAN, STD, PICTURES)
+        say(f"look at {run.out / 'reconstructions.png'}: crop, loss weight, what the model sees, "
+            "and what it makes of the rest")  # fmt: skip
     if ranks > 1:
         dist.destroy_process_group()
-
-
-def _rows(
-    pending: list[tuple[int, float, Tensor]], steps_an_epoch: float, ranks: int
-) -> list[dict[str, Any]]:
-    """One row a step, with losses and weights averaged over processes. Waits for the device."""
-    values = torch.stack([value for _, _, value in pending])
-    if ranks > 1:
-        dist.all_reduce(values)
-        values /= ranks
-    rows = []
-    for (step, rate, _), (loss, norm, weight) in zip(pending, values.tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {step + 1}; the last checkpoint is sound: lower the "
-                "peak learning rate or raise the temperature"
-            )
-        row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, "lr": rate}
-        rows.append(row | {"grad_norm": norm, "mean_weight": weight})
-    return rows

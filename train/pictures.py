@@ -15,6 +15,8 @@ from torch import Tensor
 
 from train.log import read_metrics
 
+PICTURES = 8  # images
+
 
 def draw_loss(run: Path) -> None:
     """RUN/loss.png: loss and learning rate over the epochs."""
@@ -48,7 +50,7 @@ def draw_reconstructions(
     weights: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
-    count: int = 8,
+    count: int = PICTURES,
 ) -> None:
     """RUN/reconstructions.png: a row per image with crop, weights, what the model sees, and its
     reconstruction of what it does not see.

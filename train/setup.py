@@ -18,8 +18,15 @@ from shards import Manifest, ShardSet
 from shards.manifest import Detector
 from shards.retry import PATIENCE
 from train import checkpoint
-from train.log import say
+from train.progress import say
 from train.recipes import Recipe
+from train.schedule import learning_rate
+from train.words import check_device
+
+# What --epochs decides: the length, and the phases of sampling that are shares of it.
+LENGTHS = ("recipe.epochs", "recipe.random_epochs", "recipe.refresh_epochs")
+
+Rates = tuple[int, int, float, float, float]  # steps, warm-up, peak, floor, start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +42,7 @@ class Run:
     device: str = "auto"
     workers: int = 0
     resume: bool = False
+    extend: bool = False  # resume with more epochs than the run had
     steps: int = 0  # 0: the recipe's epochs; less: stop there, on the same schedule
     save_every: int = 500
     log_every: int = 20
@@ -49,30 +57,41 @@ class Run:
 
 
 def find_device(name: str) -> torch.device:
+    """The device called `name`: auto, cpu, cuda (of several processes each its own) or cuda:N.
+
+    Raises ValueError if there is none.
+    """
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-        torch.set_float32_matmul_precision("high")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    mine = os.environ.get("LOCAL_RANK")
+    if mine is not None and ":" in name:
+        raise ValueError(f"--device {name}: torchrun gives each process its own; use --device cuda")
+    number, count = int(name.partition(":")[2] or mine or 0), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"--device {name}: torch sees {count} CUDA devices, from cuda:0 on")
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-def count_micro_steps(recipe: Recipe, ranks: int) -> int:
-    """The fewest parts of a step whose forward passes fit `micro_batch`, all of equal size."""
+def count_micro_steps(recipe: Recipe, ranks: int, most: int) -> int:
+    """The fewest parts of a step, all of equal size, of `most` images each at most."""
     mine, rest = divmod(recipe.batch, ranks)
     if rest:
         raise ValueError(
             f"a batch of {recipe.batch} does not split over {ranks} processes; use a multiple"
         )
-    fewest = math.ceil(mine / recipe.micro_batch)
+    fewest = math.ceil(mine / most)
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
@@ -131,17 +150,22 @@ def describe(
 
 def restore(
     run: Run, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
-) -> tuple[int, float]:
-    """Load the newest checkpoint if asked to; returns the first step to do, and the seconds of
-    training that those before took.
+) -> tuple[int, float, float]:
+    """Load the newest checkpoint if asked to; returns the first step to do, the seconds of
+    training that those before took, and the epochs the run was to have.
+
+    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time.
     """
     path = checkpoint.newest(run.out / "checkpoints")
     if path is None:
-        return 0, 0.0
+        if run.extend:
+            raise ValueError(f"{run.out} holds no run to extend; leave --extend out, or name its "
+                             "--out")  # fmt: skip
+        return 0, 0.0, run.recipe.epochs
     if not run.resume:
         raise ValueError(
             f"{run.out} holds a run already (to step {int(path.stem[5:])}); go on with it by "
-            "--resume auto, or name another --out"
+            "--resume, or name another --out"
         )
     state = checkpoint.load(path, device)
     # What an older checkpoint's recipe does not have was as the defaults are.
@@ -149,14 +173,63 @@ def restore(
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {"window": 0, **state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
+    longer = then["recipe.epochs"] != now["recipe.epochs"]
+    apart = ("recipe", "recipe.micro_batch", *(LENGTHS if longer else ()))
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now
-               if k not in ("recipe", "recipe.micro_batch") and then.get(k) != now[k]]  # fmt: skip
+               if k not in apart and then.get(k) != now[k]]  # fmt: skip
     if changed:
         raise ValueError(f"{path} is of another run: {'; '.join(changed[:3])}; use the same, "
                          "or name another --out")  # fmt: skip
+    epochs, step = float(then["recipe.epochs"]), int(state["step"])
+    if longer:
+        check_length(run, then, now)
+    extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
+    if extended:
+        facts["extended"] = extended
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"]), float(state.get("seconds", 0.0))
+    return step, float(state.get("seconds", 0.0)), epochs
+
+
+def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError unless a run that had other epochs `then` can be extended, and shall be."""
+    before, epochs = then["recipe.epochs"], now["recipe.epochs"]
+    phases = [k for k in LENGTHS[1:] if then[k] != now[k]]
+    what = f"{run.out} is a run of {before:g} epochs, not of {epochs:g}"
+    if before > epochs:
+        raise ValueError(f"{what}; go on with it by --resume --epochs {before:g}")
+    if phases:
+        name = phases[0].removeprefix("recipe.")
+        raise ValueError(
+            f"{what}, and its {name} of {then[phases[0]]:g} would have been {now[phases[0]]:g}: "
+            f"it cannot be extended; train anew with --epochs {epochs:g} and another --out"
+        )
+    if not run.extend:
+        raise ValueError(f"{what}; add --extend to train it longer, or name another --out")
+
+
+def say_where(
+    run: Run, first: int, last: int, before: int, steps_an_epoch: float, rates: Rates
+) -> None:
+    """Say where a run goes on, after step `first`; that it is finished; what an extension does to
+    its learning rate, whose schedule, now of `rates`, had `before` steps.
+    """
+    total, warmup, *levels = rates
+    if first and before != total:
+        was = min(round(run.recipe.warmup * steps_an_epoch), before - 1)
+        then = learning_rate(first - 1, before, was, *levels)
+        now = learning_rate(min(first, total - 1), total, warmup, *levels)
+        say(f"extended from {before:,} to {total:,} steps: the learning rate's cosine is laid anew "
+            f"over all of them, so it goes from {then:.2e} to {now:.2e}, and from here as in a run "
+            "of that length")  # fmt: skip
+    if first >= total:
+        say(f"{run.out} is finished, {first:,} of {total:,} steps; try it: kamim probe {run.out} "
+            f"TRAIN VAL; keep its encoder: kamim export {run.out} FILE; train it longer: --resume "
+            "--extend --epochs with more")  # fmt: skip
+    elif first >= last:
+        say(f"{run.out} has done the {last:,} steps of --steps; without, it goes on to {total:,}")
+    elif first:
+        say(f"going on after step {first}")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

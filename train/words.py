@@ -1,0 +1,48 @@
+"""What a user typed, checked before torch is imported: seconds later it would be the same words.
+
+In: a folder, a recipe's name, a device. Out: nothing, or one ValueError that names the nearest.
+"""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A question with the one of `words` that is nearest to `word`, or nothing if none is."""
+    found = get_close_matches(word, list(words), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def check_device(name: str) -> None:
+    """ValueError unless `name` is auto, cpu, cuda or cuda:N."""
+    if not DEVICES.fullmatch(name):
+        near = nearest(name, ["auto", "cpu", "cuda", "cuda:0"])
+        raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N{near}")
+
+
+def check_folder(folder: str) -> None:
+    """ValueError unless `folder` holds a sound manifest, or is a URL."""
+    from shards.manifest import MANIFEST, load
+    from shards.remote import is_url
+
+    path = Path(folder)
+    if is_url(folder):
+        return
+    if not path.exists():
+        beside = path.parent.glob(f"*/{MANIFEST}") if path.parent.is_dir() else ()
+        near = nearest(str(path), sorted(str(each.parent) for each in beside))
+        raise ValueError(
+            f"there is no folder {folder} of shards; build it with `kamim shards build`{near}"
+        )
+    load(path)
+
+
+def check_wandb(project: str) -> None:
+    """ValueError if a `project` is named and the package is not there."""
+    if project and find_spec("wandb") is None:
+        raise ValueError("--wandb needs the package; type: pip install wandb")
