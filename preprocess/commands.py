@@ -143,7 +143,9 @@ def build(
     try:
         if repair:
             mended = repairs.repair_shards(listed, out, settings, jobs, backend, scheduler)
-            say(f"{out}: {len(mended)} files were repaired{': ' * bool(mended)}{', '.join(mended)}")
+            more = f" and {len(mended) - 5} more" if len(mended) > 5 else ""
+            names = ", ".join(mended[:5])
+            say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
         manifest = preprocess.build_shards(
             listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
         )
