@@ -10,7 +10,6 @@ FORMAT ?= webdataset
 FRAMES ?= jpeg
 JOBS ?= 0
 BACKEND ?= loky
-RECIPE ?= vit_base
 comma := ,
 OUT ?= data/$(DATASET)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
 # Other datasets than the demo lie at DATA, or are looked for where people keep them.
@@ -26,7 +25,7 @@ help:  ## Show this list.
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
-	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume auto ..."]'
+	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
@@ -44,7 +43,7 @@ verify: $(VENV)/core  ## Check shards: OUT.
 
 pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
 	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards' >&2; exit 2; fi
-	@$(BIN)/kamim pretrain "$(SHARDS)" --recipe "$(RECIPE)" $(FLAGS)
+	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(FLAGS)
 
 ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 

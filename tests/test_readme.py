@@ -52,6 +52,7 @@ def run(command, folder):
     )
 
 
+@pytest.mark.timeout(600)  # it trains for a minute, longer beside other tests
 def test_every_console_block_runs_as_printed(clone):
     seen = 0
     for block in BLOCKS:
