@@ -40,7 +40,7 @@ help:  ## Show this list.
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
-	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume auto ..."]'
+	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 

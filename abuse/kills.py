@@ -105,7 +105,7 @@ def jobs(arena: Path, seed: int) -> list[Job]:
         assert process.wait(LIMIT) == 0, process.text()
     sets = [arena / "set", arena / "val"]
     small = ["--batch", 8, "--epochs", 2, "--detector", "fast", "--device", "cpu"]
-    small += ["--save-every", 2, "--log-every", 1, "--resume", "auto"]
+    small += ["--save-every", 2, "--log-every", 1, "--resume"]
 
     def build(processes: int) -> Callable[[Path], list[object]]:
         flags = [*SMALL, "--shard-size", 4, "--jobs", processes]

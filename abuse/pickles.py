@@ -20,7 +20,7 @@ from abuse.forked import call, kamim
 from abuse.kills import LIMIT
 from abuse.watch import spawn_watched
 
-TRAIN = ("--recipe", "tiny", "--batch", 4, "--epochs", 1, "--device", "cpu", "--resume", "auto")
+TRAIN = ("--recipe", "tiny", "--batch", 4, "--epochs", 1, "--device", "cpu", "--resume")
 
 
 class Payload:

@@ -253,7 +253,7 @@ def test_phases_of_sampling_that_would_have_begun_elsewhere_are_not_extended(tmp
     asked = Run(shards=tmp_path, out=tmp_path, recipe=TINY, resume=True, extend=True)
     then = {"recipe.epochs": 10, "recipe.random_epochs": 1.0, "recipe.refresh_epochs": 5.0}
     now = {"recipe.epochs": 20, "recipe.random_epochs": 2.0, "recipe.refresh_epochs": 10.0}
-    with pytest.raises(ValueError, match="its random_epochs of 1 would have been 2.*train anew"):
+    with pytest.raises(ValueError, match=r"its random_epochs of 1 would have been 2.*train anew"):
         check_length(asked, then, now)
 
 
@@ -267,7 +267,7 @@ def test_weights_and_biases_without_a_login_is_one_line_before_training(
         raise UsageError("No API key configured. Use `wandb login` to log in.")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with pytest.raises(ValueError, match="No API key.*type: wandb login") as caught:
+    with pytest.raises(ValueError, match=r"No API key.*type: wandb login") as caught:
         run(built, tmp_path / "run", wandb="project")
     assert "\n" not in str(caught.value)
     assert read_metrics(tmp_path / "run") == []

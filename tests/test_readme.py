@@ -3,6 +3,7 @@
 import fnmatch
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,7 @@ def run(command, folder):
     return subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
 
 
+@pytest.mark.timeout(600)  # it trains for a minute, longer beside other tests
 def test_every_console_block_runs_as_printed(clone):
     seen = 0
     for block in BLOCKS:

@@ -341,17 +341,17 @@ def test_killed_and_resumed_from_s3_losses_are_those_of_a_calm_local_run(
     more = ["--cache", str(tmp_path / "cache"), "--cache-limit", str(10 * size)]
     out = tmp_path / "killed"
     for goal in (3, 8):
-        line = command(s3_client.url, out, *more, "--resume", "auto")
+        line = command(s3_client.url, out, *more, "--resume")
         process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
         while len(read_metrics(out)) < goal and process.poll() is None:
             time.sleep(0.005)
         process.kill()
         process.wait()
-    other = command(s3_client.url, out, *more, "--resume", "auto", "--window", "3")
+    other = command(s3_client.url, out, *more, "--resume", "--window", "3")
     refused = subprocess.run(other, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "window was 4, is 3" in refused.stderr
-    subprocess.run(command(s3_client.url, out, *more, "--resume", "auto"), check=True)
+    subprocess.run(command(s3_client.url, out, *more, "--resume"), check=True)
     assert losses(out) == losses(tmp_path / "calm")
     assert len(losses(out)) == 20
     assert bytes_of(tmp_path / "cache") <= 10 * size
