@@ -57,6 +57,10 @@ test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
 test-slow: $(VENV)/test  ## Run the long tests too.
 	$(BIN)/python -m pytest -q -m 'slow or not slow'
 
+.PHONY: test-newcomer
+test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
+	$(BIN)/python -m pytest -q -m slow tests/newcomer
+
 check: $(VENV)/test  ## Lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
