@@ -78,11 +78,7 @@ MISTAKES = (
     _build("photos", "(?i)out.*--help"),
     _build("photos sets/warned --frame 100 --map-crops 1", "100.*192", 0, "sets/warned"),
     # kamim shards build: places
-<<<<<<< HEAD
-    _build("nowhere sets/new", "nowhere.*(not there|no such|does not exist|no source)"),
-=======
     _build("nowhere sets/new", "nowhere.*(give|name)"),
->>>>>>> w-newcomer
     _build("a-file sets/new", "a-file.*(folder|tar)"),
     _build("empty sets/new", "empty.*(images|jpg)"),
     _build("photos sets/new --split val", "val.*photos|photos.*val"),
@@ -113,10 +109,7 @@ MISTAKES = (
     _pretrain(f"sets/flipped {RUN} --out runs/new", "shard-000001.tar.*--repair", torch=True),
     _pretrain(f"sets/good {RUN} --out runs/new --detector sift", "sift.*fast", torch=True),
     _pretrain(f"sets/good {RUN} --out runs/new --bank", "kamim shards build .*--bank", torch=True),
-<<<<<<< HEAD
-=======
     _pretrain(f"sets/good-ffcv {RUN} --out runs/new", "make ffcv", torch=True),
->>>>>>> w-newcomer
     _pretrain(f"sets/good {RUN} --out runs/new --wandb mine", "wandb.*pip install", torch=True),
     _pretrain(f"sets/good {RUN} --out runs/done", "--resume", torch=True),
     _pretrain(f"sets/good {RUN} --out runs/done --resume auto --seed 1", "seed", torch=True),
@@ -129,16 +122,9 @@ MISTAKES = (
     _with_model("kamim probe runs/nowhere sets/good sets/good", "runs/nowhere.*timm:NAME"),
     _with_model("kamim probe foreign/notes.txt sets/good sets/good", "notes.txt.*kamim export"),
     _with_model("kamim probe timm:vit_tiny_patch16_224 sets/good sets/good",
-<<<<<<< HEAD
-                "vit_tiny_patch16_224.*(network|reach)"),
-    _with_model("kamim probe random:vit_tinny_patch16_224 sets/good sets/good",
-                "vit_tinny.*vit_tiny"),
-    _with_model("kamim probe runs/done sets/good sets/good-ffcv", "ffcv.*(make ffcv|sets/good)"),
-=======
                 "vit_tiny_patch16_224.*(network|reach|answer)"),
     _with_model("kamim probe random:vit_tinny_patch16_224 sets/good sets/good",
                 "vit_tinny.*vit_tiny"),
->>>>>>> w-newcomer
     _with_model("kamim finetune runs/done sets/good photos", "photos.*kamim shards build"),
     _with_model("kamim analyse sets/good", "encoder"),
     _with_model("kamim export runs/nowhere new.safetensors", "runs/nowhere.*kamim pretrain"),
