@@ -201,11 +201,14 @@ def test_ctrl_c_cuts_a_pass_over_the_records_short(signals, capsys):
     stop = Stop()
     stop.listen()
     seen = []
+
+    def look(batch):
+        seen.append(batch)
+        if batch == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
     with pytest.raises(Stopped):
-        for batch in stop.heeded(range(9), 7, 1):
-            seen.append(batch)
-            if batch == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+        list(map(look, stop.heeded(range(9), 7, 1)))
     assert seen == [0, 1, 2, 3]
     assert "stopped after step 7, which is saved" in capsys.readouterr().err
     assert list(stop.heeded(range(9), 7, 2)) == list(range(9))  # several agree between steps
