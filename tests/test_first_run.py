@@ -22,7 +22,7 @@ from train.model import SimMIM, model_flops  # noqa: E402
 from train.recipes import RECIPES, find_recipe  # noqa: E402
 from train.schedule import learning_rate  # noqa: E402
 from train.setup import Run, check_length, find_device  # noqa: E402
-from train.stopping import Stopped  # noqa: E402
+from train.stopping import Stop, Stopped  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.
@@ -195,6 +195,23 @@ def test_ctrl_c_in_the_first_step_leaves_nothing_and_the_same_command_begins_ane
     assert "the same command begins anew" in capsys.readouterr().err
     assert checkpoint.newest(out / "checkpoints") is None
     assert len(run(built, out, recipe, steps=2)) == 2
+
+
+def test_ctrl_c_cuts_a_pass_over_the_records_short(signals, capsys):
+    stop = Stop()
+    stop.listen()
+    seen = []
+
+    def look(batch):
+        seen.append(batch)
+        if batch == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        list(map(look, stop.heeded(range(9), 7, 1)))
+    assert seen == [0, 1, 2, 3]
+    assert "stopped after step 7, which is saved" in capsys.readouterr().err
+    assert list(stop.heeded(range(9), 7, 2)) == list(range(9))  # several agree between steps
 
 
 @pytest.mark.parametrize(
