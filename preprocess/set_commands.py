@@ -13,6 +13,7 @@ import preprocess
 import shards
 from preprocess.commands import app
 from preprocess.words import Json, at_least, between, print_json, say
+from shards.reader import mending
 from shards.writing import waiting, write_atomically
 
 Level = Literal["structure", "checksum", "decode", "redetect"]
@@ -39,9 +40,14 @@ def verify(
     structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
     decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
     """
+    if not folder.exists():
+        raise ValueError(
+            f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
+        )
     redetect = level == "redetect"
     problems = shards.verify_shards(folder, shards.LEVELS[-1] if redetect else level)
-    if redetect and not problems:
+    deep = redetect and not problems  # then no file is damaged
+    if deep:
         records = shards.ShardSet(folder)
         if records.manifest.container != "webdataset":
             raise ValueError(f"{folder} holds no source names; redetect the set it was made from")
@@ -56,7 +62,22 @@ def verify(
     for problem in [] if json_output else problems[:20]:
         print(problem)
     if problems:
-        raise preprocess.BuildError(f"{len(problems)} problems at level {level} in {folder}")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        mend = "" if deep else _mend(folder, problems)
+        raise preprocess.BuildError(f"{folder} has {count} at level {level}{mend}")
+
+
+def _mend(folder: Path, problems: list[str]) -> str:
+    """What to do about the first file that a build writes, as the end of a sentence."""
+    try:
+        finished = shards.load(folder)
+    except ValueError:  # which is the problem, and says itself what to do
+        return ""
+    for file in [*finished.shards, finished.index, finished.rejected]:
+        path = folder / file.name
+        if any(line.startswith(str(path)) for line in problems):
+            return f", first in {file.name}; {mending(path)}"
+    return ""
 
 
 @app.command()

@@ -98,6 +98,13 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     bad = kamim("shards", "verify", out, "--json")
     assert bad.returncode == 1
     assert "shard-000002.tar" in json.loads(bad.stdout)["problems"][0]
+    assert bad.stderr == (
+        f"kamim: {out} has 1 problem at level checksum, first in shard-000002.tar; restore it, or "
+        f"type: kamim shards build SOURCE {out} --repair\n"
+    )
+    nowhere = kamim("shards", "verify", tmp_path / "nowhere")
+    assert (nowhere.returncode, nowhere.stdout) == (2, "")
+    assert f"build it first: kamim shards build SOURCE {tmp_path / 'nowhere'}" in nowhere.stderr
 
 
 def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):

@@ -170,11 +170,13 @@ def test_what_is_no_encoder_is_one_line(labelled, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
     for what, words in (
-        (tmp_path / "junk.pt", "no sound checkpoint"),
+        (tmp_path / "junk.pt", "not loaded; name a run, .* or a file of `kamim export`$"),
         (tmp_path / "plain.safetensors", "does not say what it is of"),
         (tmp_path, "holds no checkpoint"),
         ("nothing", "is no file, run folder"),
         ("random:vit_nothing", "timm has no model"),
+        ("random:vit_tinny_patch16_224", "did you mean vit_tiny_patch16_224"),
+        ("timm:vit_tinny_patch16_224", "did you mean vit_tiny_patch16_224"),
     ):
         with pytest.raises(ValueError, match=words):
             load_encoder(str(what), CPU)
