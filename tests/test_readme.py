@@ -29,7 +29,8 @@ def clone(tmp_path_factory):
 
 def run(command, folder):
     quiet = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    own = {**quiet, "PYTHONPATH": str(folder)}
+    path = f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"  # as the README's activate does
+    own = {**quiet, "PYTHONPATH": str(folder), "PATH": path}
     return subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
 
 
@@ -75,6 +76,13 @@ def test_ci_runs_what_the_readme_says_and_nothing_else():
 
 def test_the_first_command_comes_by_line_25():
     assert README.splitlines().index("$ make shards DATASET=demo DETECTOR=fast") < 25
+
+
+def test_the_command_has_one_name_and_is_made_known_before_it_is_used():
+    assert README.count(".venv/bin/kamim") == 1
+    first = [command for command, _ in commands(BLOCKS[0])]
+    assert first.index(". .venv/bin/activate") == 1
+    assert not any(command.startswith("kamim") for command in first[:2])
 
 
 def test_the_measured_numbers_are_those_of_the_results():
