@@ -13,7 +13,6 @@ import preprocess
 import shards
 from preprocess.commands import app
 from preprocess.words import Json, at_least, between, print_json, say
-from shards.reader import mending
 from shards.writing import waiting, write_atomically
 
 Level = Literal["structure", "checksum", "decode", "redetect"]
@@ -69,6 +68,8 @@ def verify(
 
 def _mend(folder: Path, problems: list[str]) -> str:
     """What to do about the first file that a build writes, as the end of a sentence."""
+    from shards.reader import mending
+
     try:
         finished = shards.load(folder)
     except ValueError:  # which is the problem, and says itself what to do

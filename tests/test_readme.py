@@ -47,8 +47,12 @@ def test_every_console_block_runs_as_printed(clone):
             patterns = [line.replace("[", "[[]").replace("...", "*") for line in expected]
             assert len(lines) == len(patterns), done.stdout
             assert all(map(fnmatch.fnmatchcase, lines, patterns)), done.stdout
+            # What a newcomer types first fits together, without a note of what would be better.
+            assert "note:" not in done.stderr, f"{command}\n{done.stderr}"
+            assert "warning:" not in done.stderr, f"{command}\n{done.stderr}"
             seen += 1
     assert seen >= 3
+    assert (clone / "runs" / "demo" / "reconstructions.png").stat().st_size > 10_000
 
 
 def test_python_blocks_run_as_printed_from_a_train_py_of_the_users_own(clone, tmp_path):
