@@ -158,7 +158,9 @@ def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "pr
     """The source named, or the demo's; ValueError if there is none to go by."""
     kind = records.manifest.source["kind"]
     if where is None and kind != "demo":
-        raise ValueError(f"name what {records.folder} was built from by --source")
+        raise ValueError(
+            f"{records.folder} does not hold its source; give --source, what it was built from"
+        )
     with waiting(f"listing {where or 'demo'}"):
         return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
 

@@ -448,7 +448,9 @@ def test_a_package_that_analyse_lacks_is_named_before_any_work(package, labelled
 
 def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(evaluate.analyse, "waiting", lambda what: told.append(what) or nullcontext())
+    monkeypatch.setattr(
+        evaluate.analyse, "waiting", lambda what: told.append(what) or nullcontext()
+    )
     run(labelled, tmp_path / "run", steps=1)
     collapsed = load_encoder(str(tmp_path / "run"), CPU)
     path = checkpoint.newest(tmp_path / "run" / "checkpoints")

@@ -85,7 +85,7 @@ def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_se
 def test_mistakes_are_one_line(small_source, tmp_path):
     build_shards(open_source(str(small_source)), tmp_path / "set", settings(), 1)
     for arguments, words in (
-        ([], "by --source"),
+        ([], "give --source"),
         (["--source", "demo"], "is not what"),
         (["--source", small_source, "--w-ps", "12"], "w_ps 12"),
         (["--source", small_source, "--samples", "0"], "--samples 0"),

@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from test_pretrain import TINY, losses, run  # noqa: E402
 
+import train.words  # noqa: E402
+from shards.convert import convert_to_ffcv  # noqa: E402
 from train import checkpoint, estimate, loop, progress  # noqa: E402
 from train.commands import take_word  # noqa: E402
 from train.log import read_metrics  # noqa: E402
@@ -68,6 +70,14 @@ def test_words_are_checked_before_torch_is_imported(words, line, built):
     assert done.stderr.count("\n") == 1
     assert line in done.stderr
     assert not (built.parent / "runs").exists()
+
+
+def test_an_ffcv_set_without_ffcv_is_told_before_torch_is_imported(built, tmp_path, monkeypatch):
+    convert_to_ffcv(built, tmp_path / "ffcv", "raw")
+    monkeypatch.setattr(train.words, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="FFCV is not installed; type: make ffcv"):
+        train.words.check_folder(str(tmp_path / "ffcv"))
+    train.words.check_folder(str(built))
 
 
 def test_a_word_that_is_right_comes_to_torch(built):

@@ -74,7 +74,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception:  # zip, pickle and torch each raise their own, in lines of advice
-        raise ValueError(f"{path} is no sound checkpoint and was not loaded; {instead(path)}") from None
+        raise ValueError(
+            f"{path} is no sound checkpoint and was not loaded; {instead(path)}"
+        ) from None
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
