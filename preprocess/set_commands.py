@@ -61,9 +61,9 @@ def verify(
     for problem in [] if json_output else problems[:20]:
         print(problem)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         mend = "" if deep else _mend(folder, problems)
-        raise preprocess.BuildError(f"{folder} has {count} at level {level}{mend}")
+        raise preprocess.BuildError(f"{folder} has {number} at level {level}{mend}")
 
 
 def _mend(folder: Path, problems: list[str]) -> str:
