@@ -17,7 +17,7 @@ from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
-from preprocess.sources import Source, read
+from preprocess.sources import Source, check_outside, read
 from shards import manifest as _manifest
 from shards.manifest import MANIFEST, File, Manifest, Settings
 from shards.reader import sizes_of
@@ -42,6 +42,7 @@ def repair_shards(
     BuildError if a file can no longer be built to the bytes that the manifest says.
     """
     backends.check(backend, scheduler)
+    check_outside(source, out)
     if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
         raise ValueError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)

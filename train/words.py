@@ -39,7 +39,12 @@ def check_folder(folder: str) -> None:
         raise ValueError(
             f"there is no folder {folder} of shards; build it with `kamim shards build`{near}"
         )
-    load(path)
+    manifest = load(path)
+    if manifest.container != "webdataset" and find_spec("ffcv") is None:
+        raise ValueError(
+            f"{folder} is an FFCV set, and FFCV is not installed; type: make ffcv, or train on the "
+            "set that it was made from"
+        )
 
 
 def check_wandb(project: str) -> None:
