@@ -17,8 +17,8 @@ from abuse.material import SMALL, make_source
 from shards import ShardSet, load, verify_shards
 from shards.convert import convert_to_ffcv
 from shards.loader import Loader
-from shards.manifest import INDEX, MANIFEST, REJECTED
-from shards.plan import Plan
+from shards.order import Plan
+from shards.spec import INDEX, MANIFEST, REJECTED
 from shards.verify import damaged_files
 
 CHANGES = 500  # single bytes of each kind of file, at scale 1

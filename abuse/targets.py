@@ -34,14 +34,14 @@ with _instrumented():
     from abuse.source_targets import packed, unpacked
     from preprocess import Rejected
     from shards import File, Ledger, Manifest, ShardSet, decode_frame, verify_shards
-    from shards import manifest as _manifest
+    from shards import spec as _manifest
     from shards.beton import BETON, PAGE, check_tables, layout_of
     from shards.convert import convert_to_ffcv
     from shards.loader import Loader
-    from shards.manifest import INDEX, MANIFEST, REJECTED
-    from shards.plan import InOrder
+    from shards.order import InOrder
     from shards.record import JPEG, LABEL, MAPS, META, RAW, from_members
-    from shards.webdataset import INDEX_DTYPE, parse_record
+    from shards.spec import INDEX, MANIFEST, REJECTED
+    from shards.tar import INDEX_DTYPE, parse_record
 
 ROW = INDEX_DTYPE.itemsize
 SUFFIXES = (JPEG, MAPS, LABEL, META, RAW)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from preprocess.fidelity import measure_fidelity, storage
     from preprocess.pictures import draw_fidelity, write_picture
     from preprocess.redetect import redetect_maps
-    from preprocess.sources import Source, open_source
+    from preprocess.source import Source, open_source
 
 _HOMES = {
     "build": ["build_shards"],
@@ -27,7 +27,7 @@ _HOMES = {
     "fidelity": ["measure_fidelity", "storage"],
     "pictures": ["draw_fidelity", "write_picture"],
     "redetect": ["redetect_maps"],
-    "sources": ["Source", "open_source"],
+    "source": ["Source", "open_source"],
 }
 
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any
 import joblib
 import numpy as np
 
-from preprocess import backends, frequency
+from preprocess import executors as backends
+from preprocess import frequency
 from preprocess.compare import (
     Facts,
     check_files,
@@ -29,12 +30,12 @@ from preprocess.compare import (
 )
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
-from preprocess.sources import Source, check_outside
-from shards import manifest as _manifest
-from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
+from preprocess.source import Source, check_outside
+from shards import spec as _manifest
+from shards.files import alone, progress, sweep, waiting, write_atomically
 from shards.record import npy_bytes
-from shards.webdataset import INDEX_DTYPE
-from shards.writing import alone, progress, sweep, waiting, write_atomically
+from shards.spec import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
+from shards.tar import INDEX_DTYPE
 
 WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between

@@ -13,10 +13,10 @@ from preprocess.defaults import DEFAULTS
 from preprocess.errors import BuildError
 from preprocess.options import DEFAULTS as OPTIONS
 from preprocess.options import OF_FREQUENCY
-from shards.manifest import FREQUENCY, INDEX, MANIFEST, Manifest, Settings, load
-from shards.reader import check_size
+from shards.dataset import check_size
+from shards.spec import FREQUENCY, INDEX, MANIFEST, Manifest, Settings, load
+from shards.tar import shard_name
 from shards.verify import damaged_files
-from shards.webdataset import shard_name
 
 Facts = dict[str, Any]
 PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on")

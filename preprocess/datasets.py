@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from preprocess.entry import Source
+from preprocess.files import join, kind_of
 from preprocess.layouts import cifar, imagenet, inaturalist, places365
 from preprocess.layouts.finished import list_finished
 from preprocess.layouts.folder import list_folder
@@ -15,9 +16,8 @@ from preprocess.layouts.parquet import list_parquet
 from preprocess.layouts.tar import list_tar
 from preprocess.layouts.webdataset import list_webdataset
 from preprocess.listing import names_in
-from preprocess.places import join, kind_of
 from preprocess.splits import SPLITS
-from shards.remote import is_url
+from shards.remote.storage import is_url
 
 Lister = Callable[[str, str], Source | None]
 FAR = 0.02  # share of its images that a dataset may lack: some are lost in many a download

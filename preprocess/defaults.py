@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from shards.limits import AREA
-from shards.manifest import Detector, Settings
+from shards.spec import Detector, Settings
 
 Backend = Literal["loky", "dask", "ray"]
 # Every name of datasets.py, which needs NumPy (tested).

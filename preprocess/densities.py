@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from preprocess.detectors import detect
 from preprocess.frequency import frequency_map
-from preprocess.marks import mark
+from preprocess.rings import mark
 from shards import Bank, Detector, Settings, decode_frame
 from shards.bank import BANK_CELL
-from shards.plan import BANK, VIEW, crop_boxes
+from shards.crops import between
+from shards.order import BANK, VIEW, crop_boxes
 from shards.record import LEVEL
 from shards.visibility import visible_sums
-from shards.weights import between
 
 Image = NDArray[np.uint8]  # RGB [H, W, 3]
 Floats = NDArray[np.float64]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from preprocess import frequency
 from preprocess.options import DEFAULTS, Option, parsed_detector
-from shards.manifest import Detector
+from shards.spec import Detector
 
 __all__ = ["DEFAULTS", "check_detector", "detect", "detector_settings"]
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from preprocess.decode import decode_image
 from preprocess.densities import View, crop_counts, published_grey, squeezed
-from preprocess.sources import Source, read
+from preprocess.source import Source, read
 from shards import Detector, Record, Settings, ShardSet
 from shards.bank import BANK_CELL
-from shards.plan import TRIAL, crop_boxes, unit_boxes
-from shards.weights import read_crop as read_map_of
-from shards.weights import weights
-from shards.writing import progress
+from shards.crops import read_crop as read_map_of
+from shards.crops import weights
+from shards.files import progress
+from shards.order import TRIAL, crop_boxes, unit_boxes
 
 Floats = NDArray[np.float64]
 FULL = BANK_CELL**2

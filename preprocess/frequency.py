@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import Detector, Settings
-from shards.weights import between
+from shards.crops import between
 
 SIDE = 96  # px that the whole source is squeezed to: its low frequencies need no more
 MOST = SIDE / 4  # cycles a side; beyond, squeezing to SIDE is a low pass of its own

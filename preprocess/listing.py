@@ -11,11 +11,11 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from preprocess.decode import Rejected
-from preprocess.places import join, kind_of, read_file
-from shards import remote
-from shards.manifest import MANIFEST
-from shards.remote import is_url
-from shards.retry import retried
+from preprocess.files import join, kind_of, read_file
+from shards.remote import storage as remote
+from shards.remote.retry import retried
+from shards.remote.storage import is_url
+from shards.spec import MANIFEST
 
 LONGEST = 1 << 28  # bytes of a manifest.json that is looked into
 OURS = "shards"  # the flaw of a folder that holds a finished set

@@ -7,7 +7,7 @@ Defaults are OpenCV's, which are the published ones (KAMIM utils/dataset_loaders
 import math
 from collections.abc import Mapping
 
-from shards.manifest import FREQUENCY, Detector
+from shards.spec import FREQUENCY, Detector
 
 Option = int | float | bool
 

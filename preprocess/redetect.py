@@ -8,7 +8,7 @@ import numpy as np
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
-from preprocess.sources import Source, read
+from preprocess.source import Source, read
 from shards import Record, ShardSet
 
 

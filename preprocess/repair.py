@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocess import backends
+from preprocess import executors as backends
 from preprocess.build import WORK, claim, facts_of, job_of, shard_size_for, write_missing
 from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
-from preprocess.sources import Source, read
-from shards import manifest as _manifest
-from shards.manifest import MANIFEST, File, Manifest, Settings
-from shards.reader import sizes_of
+from preprocess.source import Source, read
+from shards import spec as _manifest
+from shards.dataset import sizes_of
+from shards.files import progress, sync_folder, write_atomically
 from shards.record import npy_bytes
+from shards.spec import MANIFEST, File, Manifest, Settings
+from shards.tar import index_of
 from shards.verify import flaws_of_files
-from shards.webdataset import index_of
-from shards.writing import progress, sync_folder, write_atomically
 
 
 def repair_shards(

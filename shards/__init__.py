@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shards.bank import Bank
-    from shards.inspect import inspect_page
-    from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
-    from shards.reader import ShardSet
+    from shards.dataset import ShardSet
     from shards.record import Record, decode_frame, encode_frame
-    from shards.streaming import open_remote
+    from shards.remote.streaming import open_remote
+    from shards.report import inspect_page
+    from shards.spec import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
+    from shards.tar import ShardWriter
     from shards.verify import LEVELS, verify_shards
-    from shards.webdataset import ShardWriter
 
 _HOMES = {
     "bank": ["Bank"],
-    "inspect": ["inspect_page"],
-    "manifest": ["FORMAT_VERSION", "Detector", "File", "Ledger", "Manifest", "Settings", "load"],
-    "reader": ["ShardSet"],
+    "report": ["inspect_page"],
+    "spec": ["FORMAT_VERSION", "Detector", "File", "Ledger", "Manifest", "Settings", "load"],
+    "dataset": ["ShardSet"],
     "record": ["Record", "decode_frame", "encode_frame"],
-    "streaming": ["open_remote"],
+    "remote.streaming": ["open_remote"],
     "verify": ["LEVELS", "verify_shards"],
-    "webdataset": ["ShardWriter"],
+    "tar": ["ShardWriter"],
 }
 
 __all__ = [

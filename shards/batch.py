@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.plan import InOrder, Plan
-from shards.reader import ShardSet
+from shards.dataset import ShardSet
+from shards.order import InOrder, Plan
 
 
 class Batch(NamedTuple):

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.bank import BANK_CELL, row_bytes, to_rows
-from shards.manifest import Manifest
 from shards.record import Record, decode_frame, packed
-from shards.webdataset import INDEX_DTYPE
+from shards.spec import Manifest
+from shards.tar import INDEX_DTYPE
 
 BETON = "records.beton"
 PAGE = 1 << 23  # bytes, FFCV's default

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import manifest as _manifest
+from shards import spec as _manifest
 from shards.beton import BETON, layout_of, write_beton
-from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, Manifest
-from shards.reader import ShardSet, sha256_of
+from shards.dataset import ShardSet, sha256_of
+from shards.files import LEFT, LOCK, alone, progress, temporary_of, waiting
 from shards.record import decode_frame, npy_bytes
+from shards.spec import EXTRAS, INDEX, MANIFEST, REJECTED, Manifest
 from shards.verify import flaws_of_files
-from shards.writing import LEFT, LOCK, alone, progress, temporary_of, waiting
 
 
 def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:

@@ -16,8 +16,8 @@ import numpy as np
 from shards.bank import from_rows
 from shards.batch import Batch, planned, wanted_rows
 from shards.beton import BETON
-from shards.plan import Plan, unit_boxes
-from shards.reader import ShardSet
+from shards.dataset import ShardSet
+from shards.order import Plan, unit_boxes
 
 HINT = "type: make ffcv, or see `kamim doctor`"
 

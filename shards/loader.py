@@ -19,12 +19,12 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shards.ahead import Ahead, windows_of
 from shards.bank import BANK_CELL, row_bytes
 from shards.batch import Batch, planned, wanted_rows
-from shards.plan import InOrder, Plan
-from shards.reader import Held, ShardSet
+from shards.dataset import Held, ShardSet
+from shards.order import InOrder, Plan
 from shards.record import key_of, npy_header
+from shards.remote.prefetch import Ahead, windows_of
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256

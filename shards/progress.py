@@ -1,7 +1,7 @@
 """A bar that moves even where nothing ends for long: ten times a second on a terminal, a line
 every ten seconds in a log.
 
-In: a title, a total and updates. Out: lines on stderr. `shards.writing.progress` makes one.
+In: a title, a total and updates. Out: lines on stderr. `shards.files.progress` makes one.
 """
 
 import io

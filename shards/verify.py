@@ -12,14 +12,14 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import manifest as _manifest
+from shards import spec as _manifest
 from shards.bank import BANK_CELL
 from shards.beton import check_tables, layout_of
-from shards.manifest import INDEX, REJECTED, File, Manifest, Settings
-from shards.reader import ShardSet, check_sha256, check_size, load_index
+from shards.dataset import ShardSet, check_sha256, check_size, load_index
+from shards.files import progress
 from shards.record import Record, decode_frame, key_of
-from shards.webdataset import headers
-from shards.writing import progress
+from shards.spec import INDEX, REJECTED, File, Manifest, Settings
+from shards.tar import headers
 
 LEVELS = ("structure", "checksum", "decode")
 

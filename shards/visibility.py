@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.manifest import Detector
+from shards.spec import Detector
 
 Floats = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from shards.plan import SHARDS, WINDOW, Ints, mix, shuffled
+from shards.order import SHARDS, WINDOW, Ints, mix, shuffled
 
 
 class Windows:

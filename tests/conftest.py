@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import preprocess
-import preprocess.sources
+import preprocess.source
 import shards
 from preprocess import build_shards, open_source
 from shards.convert import convert_to_ffcv
@@ -103,7 +103,7 @@ def demo_images() -> list[np.ndarray]:
     """The 312 demo images as uint8 RGB; they need no data of anybody's."""
     source = preprocess.open_source("demo")
     return [
-        preprocess.decode_image(preprocess.sources.read("demo", source.root, entry))
+        preprocess.decode_image(preprocess.source.read("demo", source.root, entry))
         for entry in source.entries
     ]
 

@@ -20,10 +20,11 @@ from test_cli import KAMIM, SMALL, kamim
 
 import preprocess.build
 import preprocess.shard
-from preprocess import BuildError, backends, build_shards, open_source
+from preprocess import BuildError, build_shards, open_source
+from preprocess import executors as backends
 from preprocess.shard import Job, Written, confirm, write_shard
 from shards import verify_shards
-from shards.manifest import fingerprint
+from shards.spec import fingerprint
 
 SLOW = {
     **os.environ,
@@ -100,7 +101,7 @@ def test_the_commands_of_the_page_are_real():
     from distributed.cli import dask_scheduler, dask_worker
     from typer.testing import CliRunner
 
-    from kamim import app
+    from kamim.__main__ import app
 
     page = (REPOSITORY / "docs" / "scaling.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)

@@ -13,7 +13,7 @@ from conftest import DATA, settings
 
 import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
-from preprocess.sources import read
+from preprocess.source import read
 
 
 def small(where, split=""):
@@ -385,7 +385,7 @@ def test_what_nobody_named_is_no_dataset(name, split, nobodys):
     """
     picture = archives.picture(0)
     names = ["data/demo-fast/fidelity.png", "data/photos/a/1.jpg", "train/figures/loss.png",
-             "train/model.py", "val/x/1.jpg", f"{name}/train/dog/1.jpg",
+             "train/models.py", "val/x/1.jpg", f"{name}/train/dog/1.jpg",
              f"{name}/test/dog/1.jpg"]  # fmt: skip
     archives.unpack([(path, picture) for path in names], nobodys)
     (nobodys / "train.tar").write_bytes(archives.tar_bytes([("a/1.jpg", picture)]))

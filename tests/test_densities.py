@@ -17,8 +17,8 @@ from preprocess.densities import (
     published_grey,
 )
 from preprocess.detectors import DEFAULTS, detect, detector_settings
+from shards.crops import read_map, weights
 from shards.visibility import visible_cells
-from shards.weights import read_map, weights
 
 
 @settings(max_examples=60, deadline=None)

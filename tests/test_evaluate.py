@@ -15,29 +15,29 @@ from test_cli import kamim
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-from test_pretrain import TINY, run  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+from safetensors.torch import load_file, save_file
+from test_pretrain import TINY, run
+from typer.testing import CliRunner
 
-import evaluate.supervised  # noqa: E402
-import evaluate.words  # noqa: E402
-import preprocess  # noqa: E402
-from evaluate.encoder import load_encoder, tokens  # noqa: E402
-from evaluate.features import extract  # noqa: E402
-from evaluate.huggingface import from_timm, to_timm  # noqa: E402
-from evaluate.probe import linear_probe, nearest_neighbours  # noqa: E402
-from evaluate.supervised import (  # noqa: E402
+import kamim.evaluate.supervised
+import kamim.evaluate.words
+import preprocess
+from kamim.__main__ import app
+from kamim.evaluate.encoder import load_encoder, tokens
+from kamim.evaluate.features import extract
+from kamim.evaluate.huggingface import from_timm, to_timm
+from kamim.evaluate.probe import linear_probe, nearest_neighbours
+from kamim.evaluate.supervised import (
     Classifier,
     Recipe,
     augmented,
     parameter_groups,
     train_supervised,
 )
-from evaluate.words import folder_for  # noqa: E402
-from kamim import app  # noqa: E402
-from preprocess import build_shards, open_source  # noqa: E402
-from shards import ShardSet, decode_frame  # noqa: E402
-from train import checkpoint  # noqa: E402
+from kamim.evaluate.words import folder_for
+from preprocess import build_shards, open_source
+from shards import ShardSet, decode_frame
+from train import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -218,7 +218,7 @@ def supervised(labelled, out, epochs, frozen=True, **changes):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen, monkeypatch):
     whole = supervised(labelled, tmp_path / "whole", 2, frozen)
-    real, seen = evaluate.supervised.augmented, []
+    real, seen = kamim.evaluate.supervised.augmented, []
 
     def killed(*arguments):
         seen.append(arguments[-1])
@@ -226,7 +226,7 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(evaluate.supervised, "augmented", killed)
+    monkeypatch.setattr(kamim.evaluate.supervised, "augmented", killed)
     with pytest.raises(KeyboardInterrupt):
         supervised(labelled, tmp_path / "parts", 2, frozen)
     again = supervised(labelled, tmp_path / "parts", 2, frozen)
@@ -303,8 +303,8 @@ def resigned(folder, index):
     from dataclasses import replace
 
     from shards import load
-    from shards.manifest import write, write_file
     from shards.record import npy_bytes
+    from shards.spec import write, write_file
 
     file = write_file(folder / "index.npy", npy_bytes(index), len(index))
     write(folder, replace(load(folder), index=file))
@@ -376,7 +376,7 @@ def test_words_are_checked_before_torch_is_imported(labelled, tmp_path):
 
 def test_commands_of_evaluation_and_benchmarks_import_nothing_heavy():
     heavy = ["torch", "numpy", "cv2", "pandas", "joblib", "timm"]
-    code = "import sys, evaluate.commands, bench.commands; "
+    code = "import sys, kamim.evaluate.cli, kamim.bench.cli; "
     code += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY
@@ -434,9 +434,9 @@ def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["sklearn", "skimage"])
 def test_a_package_that_analyse_lacks_is_named_before_any_work(package, labelled, monkeypatch):
-    real = evaluate.words.find_spec
+    real = kamim.evaluate.words.find_spec
     monkeypatch.setattr(
-        evaluate.words, "find_spec", lambda name: None if name == package else real(name)
+        kamim.evaluate.words, "find_spec", lambda name: None if name == package else real(name)
     )
     _, _, error = typed("analyse", "random:small", labelled)
     assert f"type: pip install scikit-{'learn' if package == 'sklearn' else 'image'}" in error

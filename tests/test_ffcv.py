@@ -19,11 +19,11 @@ from shards import ShardSet, load
 from shards import beton as layout
 from shards.convert import convert_to_ffcv
 from shards.loader import Loader
-from shards.plan import Plan
+from shards.order import Plan
 
 ffcv = pytest.importorskip("ffcv", reason="FFCV is not installed: make ffcv")
 torch = pytest.importorskip("torch")
-from shards.ffcv_loader import FfcvLoader  # noqa: E402
+from shards.ffcv_loader import FfcvLoader
 
 
 def copied(loader):
@@ -150,7 +150,7 @@ SCRIPT = """
 import sys
 from shards import ShardSet, load
 from shards.ffcv_loader import FfcvLoader
-from shards.plan import Plan
+from shards.order import Plan
 records = ShardSet(sys.argv[1])
 for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
     if batch.step == 3:
@@ -220,7 +220,7 @@ def test_a_conversion_killed_at_any_moment_is_done_again(built, tmp_path):
 
 
 def test_one_cv2_and_a_doctor_that_says_so():
-    from bench.doctor import examine
+    from kamim.doctor import examine
 
     rows = {part: (state, hint) for part, state, hint in examine()}
     assert rows["FFCV"][0] == "1.0.2"

@@ -13,20 +13,20 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
-from test_pretrain import TINY, losses, run  # noqa: E402
+from test_pretrain import TINY, losses, run
 
-from train import checkpoint, estimate, loop, progress  # noqa: E402
-from train.commands import take_word  # noqa: E402
-from train.log import read_metrics  # noqa: E402
-from train.model import SimMIM, model_flops  # noqa: E402
-from train.recipes import RECIPES, find_recipe  # noqa: E402
-from train.schedule import learning_rate  # noqa: E402
-from train.setup import Run, check_length, find_device  # noqa: E402
-from train.stopping import Stopped  # noqa: E402
+from train import checkpoint, estimate, loop, progress
+from train.cli import take_word
+from train.log import read_metrics
+from train.models import SimMIM, model_flops
+from train.recipes import RECIPES, find_recipe
+from train.schedule import learning_rate
+from train.setup import Run, check_length, find_device
+from train.stopping import Stopped
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import kamim; kamim.main()"
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import kamim; kamim.__main__.main()"
 
 
 @pytest.fixture

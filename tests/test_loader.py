@@ -14,10 +14,10 @@ import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.loader import Loader
-from shards.manifest import to_json, write_file
-from shards.plan import Plan
+from shards.order import Plan
 from shards.record import unpacked
-from shards.webdataset import INDEX_DTYPE
+from shards.spec import to_json, write_file
+from shards.tar import INDEX_DTYPE
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     import subprocess
     import sys
 
-    from shards.reader import sizes_of
+    from shards.dataset import sizes_of
     from shards.record import npy_bytes
 
     index = np.zeros(1_281_000, INDEX_DTYPE)
@@ -214,7 +214,7 @@ def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     code = f"""if True:
         import time
         import numpy, shards
-        from shards.plan import Plan
+        from shards.order import Plan
         begin = time.perf_counter()
         records = shards.ShardSet({str(folder)!r})
         plan = Plan(len(records), 2048)

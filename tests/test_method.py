@@ -15,20 +15,20 @@ import preprocess
 from preprocess import build_shards, open_source
 
 torch = pytest.importorskip("torch")
-import timm  # noqa: E402
-from test_pretrain import losses  # noqa: E402
+import timm
+from test_pretrain import losses
 
-from train import checkpoint  # noqa: E402
-from train.attention import class_attention, read_attention, write_attention  # noqa: E402
-from train.loop import pretrain  # noqa: E402
-from train.loss import masked_mse  # noqa: E402
-from train.mae import MAE  # noqa: E402
-from train.method import Masking, make_model  # noqa: E402
-from train.model import SimMIM  # noqa: E402
-from train.recipes import RECIPES, Recipe, famt, find_recipe, recipe_of, simmim  # noqa: E402
-from train.sampling import counts, drawn, races  # noqa: E402
-from train.setup import Run  # noqa: E402
-from train.tokens import embed, encode, patchify, sincos, take, unpatchify  # noqa: E402
+from train import checkpoint
+from train.attention import class_attention, read_attention, write_attention
+from train.loop import pretrain
+from train.loss import masked_mse
+from train.mae import MAE
+from train.masking import Masking, make_model
+from train.models import SimMIM
+from train.recipes import RECIPES, Recipe, famt, find_recipe, recipe_of, simmim
+from train.sampling import counts, drawn, races
+from train.setup import Run
+from train.tokens import embed, encode, patchify, sincos, take, unpatchify
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -165,7 +165,7 @@ def test_thrown_and_masked_patches_reach_nothing():
 
 
 def test_throwing_saves_the_operations_of_what_is_thrown():
-    from train.model import model_flops
+    from train.models import model_flops
 
     whole = SimMIM(VIT, 224, {"depth": 1})
     mask = torch.ones(1, 7, 7, dtype=torch.bool)
@@ -421,10 +421,10 @@ def test_seconds_of_training_go_on_and_lost_attention_is_told(shards, tmp_path):
 def test_a_run_of_mae_is_probed_analysed_and_exported(shards, tmp_path):
     from safetensors.torch import load_file
 
-    from evaluate.analyse import reconstruction
-    from evaluate.encoder import load_encoder
+    from kamim.evaluate.analyse import reconstruction
+    from kamim.evaluate.encoder import load_encoder
     from train.export import export
-    from train.model import encoder_options
+    from train.models import encoder_options
 
     recipe = replace(TINY["small_mae_famt"], temperature=0.25, norm_pix=True)
     run(shards, tmp_path / "run", recipe)

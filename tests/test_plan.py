@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.plan import Plan, shuffled, uniform
+from shards.order import Plan, shuffled, uniform
 
 
 @settings(max_examples=80, deadline=None)

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 import shards.progress
-from shards.writing import progress, waiting
+from shards.files import progress, waiting
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_the_first_command_comes_by_line_25():
 
 
 def test_the_measured_numbers_are_those_of_the_results():
-    from bench.readme import renewed
+    from kamim.bench.readme import renewed
 
     assert renewed(README) == README
 

@@ -20,7 +20,7 @@ from shards.record import (
     packed,
     unpacked,
 )
-from shards.webdataset import _header, parse_record
+from shards.tar import _header, parse_record
 
 GOLDEN = Path(__file__).parent / "golden" / "two-records.tar"
 MAPS = (np.arange(2 * 4 * 4, dtype=np.uint8) * 7 % 16 * 17).reshape(2, 4, 4)

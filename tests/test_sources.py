@@ -12,7 +12,7 @@ from conftest import settings
 
 from preprocess import Rejected, build_shards, open_source
 from preprocess.layouts.folder import list_folder
-from preprocess.sources import read
+from preprocess.source import read
 
 ODD = ["ünï.jpg", "with space.jpg", "quote'\"s.jpg", "dot.in.name.jpg", "new\nline.png"]
 

@@ -18,8 +18,8 @@ from stores import HttpStore, S3Store
 from preprocess import build_shards, open_source
 from shards import ShardSet, open_remote
 from shards.loader import Loader
-from shards.manifest import to_json
-from shards.plan import InOrder, Plan
+from shards.order import InOrder, Plan
+from shards.spec import to_json
 from shards.windows import Windows
 
 fsspec = pytest.importorskip("fsspec")
@@ -87,7 +87,7 @@ READ = """
 import sys
 from shards import open_remote
 from shards.loader import Loader
-from shards.plan import Plan
+from shards.order import Plan
 from shards.windows import Windows
 
 records = open_remote(*sys.argv[1:3])
@@ -371,7 +371,7 @@ def test_pretraining_from_a_url_asks_for_a_cache(folder, tmp_path):
 
 
 def test_sizes_as_people_write_them():
-    from train.commands import parse_bytes
+    from train.cli import parse_bytes
 
     for text, size in {"0": 0, "200GB": 200e9, "1.5 TiB": 1.5 * 2**40, "7kb": 7000,
                        "3M": 3e6, "12": 12}.items():  # fmt: skip

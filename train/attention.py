@@ -15,8 +15,8 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.crops import crop_frames, to_device
-from shards.writing import temporary_of
+from shards.files import temporary_of
+from shards.weighting import crop_frames, to_device
 from train.inputs import normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from shards import Manifest, Settings
 from shards.bank import BANK_CELL
-from shards.manifest import Detector
-from shards.plan import FLIPS
-from shards.remote import is_url
+from shards.order import FLIPS
+from shards.remote.storage import is_url
+from shards.spec import Detector
 from shards.verify import damaged_files
-from train.method import guide_maps
-from train.model import CELL
-from train.processes import Place
+from train.distributed import Place
+from train.masking import guide_maps
+from train.models import CELL
 from train.progress import busy, say
 from train.recipes import Recipe
 from train.setup import Run

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shards.writing import sweep, temporary_of
+from shards.files import sweep, temporary_of
 
 VERSION = 1
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block

@@ -9,14 +9,14 @@ import joblib
 import torch
 
 from shards import ShardSet
-from shards.crops import pinned
 from shards.ffcv_loader import FfcvLoader
 from shards.loader import Loader
-from shards.plan import Plan
-from shards.remote import is_url
-from shards.streaming import open_remote
+from shards.order import Plan
+from shards.remote.storage import is_url
+from shards.remote.streaming import open_remote
+from shards.weighting import pinned
 from shards.windows import Windows
-from train.processes import find_place
+from train.distributed import find_place
 from train.setup import Run
 
 WINDOW = 64  # shards: 64,000 samples, or all of a set whose source has no more

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from shards.writing import write_atomically
+from shards.files import write_atomically
 from train import checkpoint
-from train.model import encoder_options
+from train.models import encoder_options
 
 
 def encoder_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from shards import Manifest
-from shards.crops import crop_frames, crop_maps, loss_weights, pool_counts
-from shards.manifest import Detector
+from shards.spec import Detector
 from shards.visibility import visible_cells
+from shards.weighting import crop_frames, crop_maps, loss_weights, pool_counts
 from train.recipes import Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.writing import write_atomically
+from shards.files import write_atomically
 from train.progress import Progress
 
 METRICS = "metrics.jsonl"

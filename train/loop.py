@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards import writing
-from shards.crops import to_device
+from shards import files as writing
+from shards.weighting import to_device
 from train import checkpoint
 from train.check import check, wanted_maps
 from train.data import make_plan, open_loader, open_records
+from train.distributed import agree, connect, find_place, together
 from train.estimate import largest_part, memory_lines, memory_needed, synchronize, time_lines
 from train.inputs import MEAN, STD, find_visible, prepare
 from train.log import Log, make_rows
-from train.method import Masking, make_model
-from train.model import model_flops
+from train.masking import Masking, make_model
+from train.models import model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
-from train.processes import agree, connect, find_place, together
 from train.progress import Progress, busy, say
 from train.schedule import learning_rate
 from train.setup import (

@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from shards.plan import mix
+from shards.order import mix
 from train.tokens import take
 
-MASK = 3  # this hash's purpose; shards.plan has 1 and 2
+MASK = 3  # this hash's purpose; shards.order has 1 and 2
 
 
 def block_masks(seed: int, step: int, batch: int, cells: int, ratio: float,

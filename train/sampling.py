@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shards.plan import mix
+from shards.order import mix
 
-RACE = 9  # this hash's purpose; shards.plan has 1, 2, 4 to 7, train.loss 3, evaluate 8
+RACE = 9  # this hash's purpose; shards.order has 1, 2, 4 to 7, train.loss 3, evaluate 8
 LEAST = 1e-20  # a weight of 0 comes after all others, and takes part in a full order
 
 Method = Literal["simmim", "mae"]

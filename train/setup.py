@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from shards import Manifest, ShardSet
-from shards.manifest import Detector
-from shards.retry import PATIENCE
+from shards.remote.retry import PATIENCE
+from shards.spec import Detector
 from train import checkpoint
 from train.progress import say
 from train.recipes import Recipe

@@ -27,8 +27,8 @@ def check_device(name: str) -> None:
 
 def check_folder(folder: str) -> None:
     """ValueError unless `folder` holds a sound manifest, or is a URL."""
-    from shards.manifest import MANIFEST, load
-    from shards.remote import is_url
+    from shards.remote.storage import is_url
+    from shards.spec import MANIFEST, load
 
     path = Path(folder)
     if is_url(folder):

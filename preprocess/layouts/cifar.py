@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
+from preprocess.files import join, kind_of, opened, read_all, version_of
+from preprocess.layouts.pickles import load_dictionary
 from preprocess.listing import names_in
-from preprocess.pickles import load_dictionary
-from preprocess.places import join, kind_of, opened, read_all, version_of
 
 PIXELS = 3 * 32 * 32
 LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB

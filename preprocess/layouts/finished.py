@@ -14,11 +14,11 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.places import version_of
+from preprocess.files import version_of
 from shards import ShardSet
-from shards.manifest import MANIFEST
 from shards.record import decode_frame, key_of
-from shards.remote import is_url
+from shards.remote.storage import is_url
+from shards.spec import MANIFEST
 
 BLOCK = tarfile.BLOCKSIZE
 

@@ -6,11 +6,11 @@ In: its path or URL. Out: its images, sub-folders in byte order as the classes 0
 import os
 
 from preprocess.entry import SUFFIXES, Entry, Source
+from preprocess.files import join
 from preprocess.listing import OURS, Found, children_of, facts_of, files_below, holds_set, inside
-from preprocess.places import join
-from shards import remote
-from shards.manifest import MANIFEST
-from shards.remote import is_url
+from shards.remote import storage as remote
+from shards.remote.storage import is_url
+from shards.spec import MANIFEST
 
 
 def list_folder(root: str, split: str = "") -> Source:

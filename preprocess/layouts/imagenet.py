@@ -10,10 +10,10 @@ import re
 from dataclasses import replace
 
 from preprocess.entry import SUFFIXES, Entry, Source
+from preprocess.files import join, kind_of, opened, read_all
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import entry_of, list_tar, members
 from preprocess.listing import names_in
-from preprocess.places import join, kind_of, opened, read_all
 
 WNID = re.compile(r"n\d{8}")
 ANSWERS = "LOC_val_solution.csv"

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 from preprocess.entry import Source
+from preprocess.files import kind_of, read_all
 from preprocess.layouts.folder import entry_of, list_folder
 from preprocess.listing import look_up, names_in
-from preprocess.places import kind_of, read_all
 
 
 def places_of(split: str) -> tuple[str, ...]:

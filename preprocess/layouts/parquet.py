@@ -15,11 +15,11 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
+from preprocess.files import join, of_each, opened, version_of
 from preprocess.listing import Found, parts_below
-from preprocess.places import join, of_each, opened, version_of
 from preprocess.splits import of_split
-from shards.remote import is_url
-from shards.retry import retried
+from shards.remote.retry import retried
+from shards.remote.storage import is_url
 
 
 class Columns(NamedTuple):

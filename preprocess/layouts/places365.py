@@ -7,9 +7,9 @@ categories_places365.txt.
 import os
 
 from preprocess.entry import Source
+from preprocess.files import join, kind_of, read_all
 from preprocess.layouts.folder import entry_of, list_folder
 from preprocess.listing import look_up, names_in
-from preprocess.places import join, kind_of, read_all
 
 LISTS = {
     "train": ("places365_train_standard.txt", "places365_train_challenge.txt"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from preprocess.entry import SUFFIXES, Entry, Source
-from preprocess.places import opened
+from preprocess.files import opened
 
 BLOCK = 512
 

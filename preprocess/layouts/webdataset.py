@@ -11,9 +11,9 @@ from functools import partial
 from typing import BinaryIO
 
 from preprocess.entry import Entry, Source
+from preprocess.files import join, kind_of, of_each, opened, read_all
 from preprocess.layouts.tar import entry_of, members
 from preprocess.listing import look_up, names_in, parts_below
-from preprocess.places import join, kind_of, of_each, opened, read_all
 from preprocess.splits import of_split
 
 PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -1,0 +1,111 @@
+"""The `kamim` command: each room's commands behind one door.
+
+Results go to stdout (JSON with --json), logs and progress to stderr. Exit status: 0 all that was
+asked for was done, 1 it was not, 2 the request itself was wrong, 130 or 143 it was stopped.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+import kamim.bench.cli
+import kamim.evaluate.cli
+import preprocess.cli
+import preprocess.set_cli  # adds its commands to the same app
+import train.cli
+from preprocess.errors import BuildError
+
+app = typer.Typer(
+    help="Keypoint-weighted masked image modelling from offline shards.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.add_typer(preprocess.cli.app, name="shards")
+app.add_typer(train.cli.app)
+app.add_typer(kamim.evaluate.cli.app)
+app.add_typer(kamim.bench.cli.app)
+
+
+@app.command()
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the parts as JSON.")] = False,
+) -> None:
+    """Say what this machine has, what is missing for what, and what to type."""
+    from kamim.doctor import examine
+
+    rows = examine()
+    if json_output:
+        parts = [{"part": part, "state": state, "type": hint} for part, state, hint in rows]
+        print(json.dumps(parts, indent=2))
+    for part, state, hint in [] if json_output else rows:
+        print(f"{part:20s} {state}{f'; type: {hint}' if hint else ''}")
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A line in place of a trace; whoever waits for the thread says what it means for the rest."""
+    print(f"{failure.exc_type.__name__} in a thread: {failure.exc_value}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one line on stderr and a status."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        threading.excepthook = _thread_failed
+    signal.signal(signal.SIGTERM, _terminate)
+    # When workers are ended in the middle, joblib's resource tracker may warn of semaphores that
+    # are gone already; nothing is left behind, and it would be the last thing a user reads.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    status, line = 1, ""
+    try:
+        status = app(arguments, prog_name="kamim", standalone_mode=False) or 0
+    except typer.Exit as stop:
+        status = stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        status = 130
+    except Terminated:
+        status = 143
+    except (ValueError, BuildError) as error:
+        status, line = 2 if isinstance(error, ValueError) else 1, str(error)
+        if debug:
+            raise
+    except ModuleNotFoundError as error:
+        status, line = 2, f"{error.name} is not installed; type: pip install 'kamim[train]'"
+        if debug:
+            raise
+    except OSError as error:
+        line = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        if debug:
+            raise
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the command line's own usage errors have it
+            raise
+        status, text = 2, error.format_message()
+        if text.startswith("Usage: "):  # no command was given: the help, which is no error's line
+            print(text, file=sys.stderr)
+        else:
+            line = f"{text} (see --help)"
+    if status in {130, 143}:  # some versions of typer turn Ctrl-C into a plain 130 themselves
+        line = "stopped; what is finished is kept, the same command goes on"
+    if line:
+        print(f"kamim: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
