@@ -103,7 +103,7 @@ def grow(source: str, out: str) -> tuple[float, float]:
     from shards import Settings
 
     detectors = (detector_settings("fast"),)
-    settings = Settings(64, 90, 64, (0.67, 1.0), 1, 0, 16, "ring", "source", detectors, 64)
+    settings = Settings(frame=64, crop=64, map_crops=1, grid=16, detectors=detectors, shard_size=64)
     sizes = []
     for number in range(ROUNDS):
         build_shards(open_source(source), Path(f"{out}{number}"), settings, 1, max_rejected=1)

@@ -35,12 +35,12 @@ with _instrumented():
     from preprocess import Rejected
     from shards import File, Ledger, Manifest, ShardSet, decode_frame, verify_shards
     from shards import spec as _manifest
-    from shards.beton import BETON, PAGE, check_tables, layout_of
-    from shards.convert import convert_to_ffcv
+    from shards.beton import BETON, PAGE, check_tables, convert_to_ffcv, layout_of
+    from shards.files import MANIFEST
     from shards.loader import Loader
-    from shards.order import InOrder
+    from shards.order import Plan
     from shards.record import JPEG, LABEL, MAPS, META, RAW, from_members
-    from shards.spec import INDEX, MANIFEST, REJECTED
+    from shards.spec import INDEX, REJECTED
     from shards.tar import INDEX_DTYPE, parse_record
 
 ROW = INDEX_DTYPE.itemsize
@@ -89,9 +89,9 @@ def tar(folder: Path, manifest: Manifest, data: bytes) -> None:
         with suppress(ValueError):
             decode_frame(records[number].frame)
     for bank in (False, True):
-        order = InOrder(len(records), 2)
+        order = Plan(len(records), 2, in_order=True)
         try:
-            for _ in Loader(records, order, 0, order.steps, bank=bank, workers=1, prefetch=1):
+            for _ in Loader(records, order, 0, order.steps(), bank=bank, workers=1, prefetch=1):
                 pass
         except ValueError:
             pass

@@ -1,14 +1,23 @@
 """The `kamim` command: each room's commands behind one door.
 
 Results go to stdout (JSON with --json), logs and progress to stderr. Exit status: 0 all that was
-asked for was done, 1 it was not, 2 the request itself was wrong, 130 or 143 it was stopped.
+asked for was done, 1 it was not, 2 the request was wrong, 70 a bug of ours (a line and the
+traceback), 130 or 143 it was stopped.
 """
 
-import json
 import os
-import signal
 import sys
+
+# `python -m` and torchrun put the current folder first: a train.py of the user's there must not
+# stand in for a room of ours.
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if sys.path and os.path.abspath(sys.path[0]) == os.getcwd() != _HERE:
+    del sys.path[0]
+
+import json
+import signal
 import threading
+import traceback
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -20,12 +29,12 @@ import preprocess.cli
 import preprocess.set_cli  # adds its commands to the same app
 import train.cli
 from preprocess.errors import BuildError
+from shards.errors import UserError, install
 
 app = typer.Typer(
     help="Keypoint-weighted masked image modelling from offline shards.",
     rich_markup_mode=None,
     no_args_is_help=True,
-    add_completion=False,
 )
 app.add_typer(preprocess.cli.app, name="shards")
 app.add_typer(train.cli.app)
@@ -46,6 +55,24 @@ def doctor(
         print(json.dumps(parts, indent=2))
     for part, state, hint in [] if json_output else rows:
         print(f"{part:20s} {state}{f'; type: {hint}' if hint else ''}")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"kamim {version('kamim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Keypoint-weighted masked image modelling from offline shards."""
 
 
 class Terminated(BaseException):
@@ -72,6 +99,7 @@ def main() -> None:
     # are gone already; nothing is left behind, and it would be the last thing a user reads.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     status, line = 1, ""
+    caught: Exception | None = None
     try:
         status = app(arguments, prog_name="kamim", standalone_mode=False) or 0
     except typer.Exit as stop:
@@ -80,30 +108,36 @@ def main() -> None:
         status = 130
     except Terminated:
         status = 143
-    except (ValueError, BuildError) as error:
-        status, line = 2 if isinstance(error, ValueError) else 1, str(error)
-        if debug:
-            raise
+    except UserError as error:
+        caught = error
+        status, line = 2, str(error)
+    except BuildError as error:
+        caught = error
+        line = str(error)
     except ModuleNotFoundError as error:
-        status, line = 2, f"{error.name} is not installed; type: pip install 'kamim[train]'"
-        if debug:
-            raise
+        caught = error
+        status, line = 2, f"{error.name} is not installed; {install(error.name or '')}"
     except OSError as error:
+        caught = error
         line = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
-        if debug:
-            raise
     except Exception as error:
-        if not hasattr(error, "format_message"):  # the command line's own usage errors have it
-            raise
-        status, text = 2, error.format_message()
-        if text.startswith("Usage: "):  # no command was given: the help, which is no error's line
-            print(text, file=sys.stderr)
+        caught = error
+        if hasattr(error, "format_message"):  # the command line's own errors of usage
+            status, text = 2, error.format_message()
+            if text.startswith("Usage: "):  # no command was given: the help, which is no error
+                print(text, file=sys.stderr)
+            else:
+                line = f"{text} (see --help)"
         else:
-            line = f"{text} (see --help)"
+            status = 70
+            line = f"a bug of kamim ({type(error).__name__}: {error}); report it with what follows"
+            debug = True
     if status in {130, 143}:  # some versions of typer turn Ctrl-C into a plain 130 themselves
         line = "stopped; what is finished is kept, the same command goes on"
     if line:
         print(f"kamim: {line}", file=sys.stderr)
+    if debug and caught:
+        traceback.print_exception(caught)
     sys.exit(status)
 
 

@@ -19,16 +19,16 @@ def examine() -> list[Row]:
     """Every part in turn; the third column is empty where nothing is missing."""
     rows = [("Python", platform.python_version(), "")]
     rows += [_package(*part) for part in (
-        ("torch", "torch", "pip install 'kamim[train]'"),
-        ("timm", "timm", "pip install 'kamim[train]'"),
-        ("demo photographs", "skimage", "pip install 'kamim[demo]'"),
+        ("torch", "torch", "pip install '.[train]'"),
+        ("timm", "timm", "pip install '.[train]'"),
+        ("demo photographs", "skimage", "pip install '.[demo]'"),
         ("webdataset library", "webdataset", "pip install webdataset (our reader needs it not)"),
         ("Weights & Biases", "wandb", "pip install wandb (only for --wandb)"),
-        ("Dask", "distributed", "pip install 'kamim[dask]'"),
-        ("Ray", "ray", "pip install 'kamim[ray]'"),
-        ("S3", "s3fs", "pip install 'kamim[remote]'"),
-        ("Google storage", "gcsfs", "pip install 'kamim[remote]'"),
-        ("Parquet", "pyarrow", "pip install 'kamim[parquet]'"),
+        ("Dask", "distributed", "pip install '.[dask]'"),
+        ("Ray", "ray", "pip install '.[ray]'"),
+        ("S3", "s3fs", "pip install '.[remote]'"),
+        ("Google storage", "gcsfs", "pip install '.[remote]'"),
+        ("Parquet", "pyarrow", "pip install '.[parquet]'"),
     )]  # fmt: skip
     return [*rows, _checked("CUDA", _cuda), _opencv(), _checked("FFCV", _ffcv)]
 

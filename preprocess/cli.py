@@ -1,6 +1,6 @@
 """`kamim shards build`, a thin wrapper that checks words and prints the result.
 
-In: what a user typed. Out: results on stdout, notes on stderr; ValueError names a bad argument.
+In: what a user typed. Out: results on stdout, notes on stderr; UserError names a bad argument.
 """
 
 import math
@@ -15,9 +15,9 @@ import preprocess
 from preprocess.defaults import DATASETS, DEFAULTS, Backend
 from preprocess.options import parsed_detector
 from preprocess.words import Json, at_least, between, print_json, say
-from shards.files import waiting
-from shards.limits import BANK_CELL, LARGEST
-from shards.spec import REJECTED, Detector, Manifest, Settings
+from shards.errors import UserError
+from shards.progress import waiting
+from shards.spec import BANK_CELL, LARGEST, REJECTED, Detector, Manifest, Settings
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 
@@ -126,7 +126,7 @@ def build(
     at_least("--jobs", jobs, 0)
     between("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
-        raise ValueError("--repair builds from the source itself; leave --reuse out")
+        raise UserError("--repair builds from the source itself; leave --reuse out")
     from preprocess import compare, detectors
     from preprocess import executors as backends
     from preprocess import repair as repairs
@@ -202,15 +202,15 @@ def _print(out: Path, manifest: Manifest) -> None:
 
 
 def _detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
-    """Detectors from `fast,orb` and `fast.threshold=20`. Raises ValueError, saying what is."""
+    """Detectors from `fast,orb` and `fast.threshold=20`. Raises UserError, saying what is."""
     options: dict[str, dict[str, str]] = {name.strip(): {} for name in names.split(",")}
     if len(options) != len(names.split(",")):
-        raise ValueError(f"--detector {names} names a detector twice")
+        raise UserError(f"--detector {names} names a detector twice")
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
         name, dot, option = target.partition(".")
         if not equals or not dot or name not in options:
-            raise ValueError(
+            raise UserError(
                 f"--detector-option {assignment!r} is not DETECTOR.OPTION=VALUE for one of {names}"
             )
         options[name][option] = text
@@ -219,12 +219,12 @@ def _detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
 
 def _even(option: str, value: int) -> int:
     if value % 2:
-        raise ValueError(f"{option} {value} is odd; give {value + 1}")
+        raise UserError(f"{option} {value} is odd; give {value + 1}")
     return value
 
 
 def _crop(side: int) -> int:
     if side % BANK_CELL:
         nearest = max(BANK_CELL, round(side / BANK_CELL) * BANK_CELL)
-        raise ValueError(f"--crop {side} is no multiple of {BANK_CELL}; give {nearest}")
+        raise UserError(f"--crop {side} is no multiple of {BANK_CELL}; give {nearest}")
     return between("--crop", side, 32, 1024)

@@ -26,6 +26,7 @@ import joblib
 
 from preprocess.defaults import Backend
 from preprocess.errors import BuildError
+from shards.errors import UserError, install
 
 Tasks = Iterator[tuple[Any, ...]]
 Results = Generator[Any, None, None]
@@ -39,15 +40,15 @@ class Lost(Exception):
 
 
 def check(backend: str, scheduler: str) -> None:
-    """Raise ValueError, saying what to type, unless `backend` can run here with `scheduler`."""
+    """Raise UserError, saying what to type, unless `backend` can run here with `scheduler`."""
     if backend not in get_args(Backend):
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+        raise UserError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
     if backend == "loky":
         if scheduler:
-            raise ValueError(f"--scheduler {scheduler} needs --backend dask or --backend ray")
+            raise UserError(f"--scheduler {scheduler} needs --backend dask or --backend ray")
         return
     if importlib.util.find_spec(PACKAGES[backend]) is None:
-        raise ValueError(f"{backend} is not installed; type: pip install 'kamim[{backend}]'")
+        raise UserError(f"{backend} is not installed; {install(PACKAGES[backend])}")
     if scheduler and (backend, scheduler) != ("ray", "auto"):
         _knock(backend, _address(scheduler))
 
@@ -226,20 +227,20 @@ def _address(scheduler: str) -> str:
         return scheduler
     try:
         return str(json.loads(Path(scheduler).read_bytes())["address"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--scheduler {scheduler} is no scheduler file of Dask's") from None
+    except (OSError, UserError, KeyError, TypeError):
+        raise UserError(f"--scheduler {scheduler} is no scheduler file of Dask's") from None
 
 
 def _knock(backend: str, address: str) -> None:
-    """ValueError unless something listens at `address`, [PROTOCOL://]HOST:PORT."""
+    """UserError unless something listens at `address`, [PROTOCOL://]HOST:PORT."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(f"--scheduler {address} is not HOST:PORT")
+        raise UserError(f"--scheduler {address} is not HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         start = {"dask": "dask scheduler", "ray": f"ray start --head --port {port}"}[backend]
-        raise ValueError(
+        raise UserError(
             f"--scheduler {address} does not answer ({_first_line(error)}); start it with "
             f"`{start}`, or leave --scheduler out to use this machine alone"
         ) from None

@@ -20,11 +20,13 @@ from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
 from preprocess.source import Source, read
 from shards import spec as _manifest
 from shards.dataset import sizes_of
-from shards.files import progress, sync_folder, write_atomically
+from shards.errors import UserError
+from shards.files import MANIFEST, sync, write_atomically
+from shards.progress import progress
 from shards.record import npy_bytes
-from shards.spec import MANIFEST, File, Manifest, Settings
+from shards.spec import File, Manifest, Settings
 from shards.tar import index_of
-from shards.verify import flaws_of_files
+from shards.verification import flaws_of_files
 
 
 def repair_shards(
@@ -38,16 +40,16 @@ def repair_shards(
     """Hash every file of the finished set in `out`, build what is missing or damaged again.
 
     Returns the names of the files that were put in place. Stopped or killed, the same call goes
-    on. Raises ValueError if `out` holds no finished set, or one of another source or settings,
+    on. Raises UserError if `out` holds no finished set, or one of another source or settings,
     BuildError if a file can no longer be built to the bytes that the manifest says.
     """
     backends.check(backend, scheduler)
     if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
-        raise ValueError(f"{out} is unfinished; the same command without --repair goes on")
+        raise UserError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)
     finished, facts = _manifest.load(out), facts_of(source, settings)
     if finished.container != "webdataset":
-        raise ValueError(f"{out} is an FFCV set; remove it and convert the set it was made from")
+        raise UserError(f"{out} is an FFCV set; remove it and convert the set it was made from")
     flags = flags_of(finished.settings, shard_size_for(len(source.entries)))
     compare(out, facts_of_set(finished), facts, f"give those of the set to repair it: {flags}")
     with claim(out, facts) as work:
@@ -58,7 +60,7 @@ def repair_shards(
         write_missing(source, job, numbers, backend, scheduler, jobs, "repairing")
         for number in numbers:
             _put(job, number, out / finished.shards[number].name, finished.shards[number])
-        sync_folder(out)
+        sync(out)
         if flaws.keys() & {finished.index.name, finished.rejected.name}:
             _restore_lists(source, out, finished)
     return [file.name for file in files if file.name in flaws]

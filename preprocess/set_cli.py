@@ -1,6 +1,6 @@
 """The commands on finished sets: `kamim shards verify`, `inspect`, `fidelity`, `convert`, `copy`.
 
-In: what a user typed. Out: results on stdout, notes on stderr; ValueError names a bad argument.
+In: what a user typed. Out: results on stdout, notes on stderr; UserError names a bad argument.
 """
 
 from dataclasses import replace
@@ -13,7 +13,9 @@ import preprocess
 import shards
 from preprocess.cli import app
 from preprocess.words import Json, at_least, between, print_json, say
-from shards.files import waiting, write_atomically
+from shards.errors import UserError
+from shards.files import write_atomically
+from shards.progress import waiting
 
 Level = Literal["structure", "checksum", "decode", "redetect"]
 
@@ -44,7 +46,7 @@ def verify(
     if redetect and not problems:
         records = shards.ShardSet(folder)
         if records.manifest.container != "webdataset":
-            raise ValueError(f"{folder} holds no source names; redetect the set it was made from")
+            raise UserError(f"{folder} holds no source names; redetect the set it was made from")
         demo = records.manifest.source["kind"] == "demo"
         listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, at_least("--samples", samples, 1))
@@ -133,10 +135,10 @@ def fidelity(
 
 
 def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "preprocess.Source":
-    """The source named, or the demo's; ValueError if there is none to go by."""
+    """The source named, or the demo's; UserError if there is none to go by."""
     kind = records.manifest.source["kind"]
     if where is None and kind != "demo":
-        raise ValueError(f"name what {records.folder} was built from by --source")
+        raise UserError(f"name what {records.folder} was built from by --source")
     with waiting(f"listing {where or 'demo'}"):
         return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
 
@@ -157,7 +159,7 @@ def convert(
 
     Needs no FFCV; training on the result does.
     """
-    from shards.convert import convert_to_ffcv
+    from shards.beton import convert_to_ffcv
 
     suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
     target = out or folder.with_name(folder.name + suffix)

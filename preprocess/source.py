@@ -20,6 +20,7 @@ from preprocess.layouts import cifar, demo, finished, parquet
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import list_tar
 from preprocess.listing import inside, names_in
+from shards.errors import UserError
 from shards.remote.storage import is_url
 
 AHEAD = 16  # requests under way at a time: a store answers each after tens of milliseconds
@@ -32,8 +33,8 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
     URL of a folder or an uncompressed tar of class folders.
 
     Sub-folders of a root, in byte order, are the classes 0, 1, ...; images beside them get label
-    -1. `split` names one of a dataset's; empty is its training set. Raises ValueError if there is
-    no such place or no image in it, and OSError if a store cannot be reached; also ValueError,
+    -1. `split` names one of a dataset's; empty is its training set. Raises UserError if there is
+    no such place or no image in it, and OSError if a store cannot be reached; also UserError,
     unless `partial` takes what is there, if a folder in it cannot be listed or a dataset's classes
     or images are far from those published.
     """
@@ -42,7 +43,7 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
         source = _demo(split)
     elif name in NAMED or name in PLACED:
         if not given and (colon or name in PLACED):
-            raise ValueError(_unplaced(name))
+            raise UserError(_unplaced(name))
         source = list_dataset(name, _place(given), split)
     else:
         source = _list_place(where, split)
@@ -51,7 +52,7 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
         if name in NAMED:
             check_counts(source, name, split)
     if not source.entries:
-        raise ValueError(
+        raise UserError(
             f"no images under {source.root}; expected class folders of files named "
             f"{', '.join(SUFFIXES[:4])} ... ({source.ignored} other files){_hint(source.root)}"
         )
@@ -68,7 +69,7 @@ def _place(where: str) -> str:
 
 def _demo(split: str) -> Source:
     if split:
-        raise ValueError(f"the demo has no split {split}; leave --split out")
+        raise UserError(f"the demo has no split {split}; leave --split out")
     entries = [Entry(name, label, 0) for name, label in demo.names()]
     return Source("demo", str(demo.folder()), entries, list(demo.PHOTOGRAPHS), 0)
 
@@ -77,7 +78,7 @@ def _list_place(where: str, split: str) -> Source:
     place = _place(where)
     kind = kind_of(place)
     if not kind:
-        raise ValueError(
+        raise UserError(
             f"no source at {where}: {_nearest(where)}give a folder or a .tar by its path or URL, "
             f"or a dataset as NAME or NAME:PATH; there are demo, {', '.join((*NAMED, *PLACED))}"
         )
@@ -90,7 +91,7 @@ def _list_place(where: str, split: str) -> Source:
     except ValueError:
         if {".tar", ".tgz"} & set(PurePosixPath(place).suffixes):
             raise
-        raise ValueError(
+        raise UserError(
             f"{where} is a file, and no uncompressed .tar; give a folder of photographs, such a "
             f".tar, or a dataset as NAME:PATH{_hint(place)}"
         ) from None
@@ -115,20 +116,20 @@ def _unplaced(name: str) -> str:
 
 
 def check_outside(source: Source, out: Path) -> None:
-    """ValueError if `out` is in the source's folder, whose next listing would then be another."""
+    """UserError if `out` is in the source's folder, whose next listing would then be another."""
     root = source.root
     if not is_url(root) and os.path.isdir(root) and inside(str(out), os.path.realpath(root)):
-        raise ValueError(
+        raise UserError(
             f"{out} lies in the source's folder {root}, and its files would be inputs of the next "
             "build; name a folder outside of it (make: OUT=folder)"
         )
 
 
 def _check_listed(source: Source) -> None:
-    """ValueError at a folder that could not be listed: nobody knows how many images are in it."""
+    """UserError at a folder that could not be listed: nobody knows how many images are in it."""
     for entry in source.entries:
         if entry.flaw == "unreadable" and entry.name.endswith("/"):
-            raise ValueError(
+            raise UserError(
                 f"{join(source.root, entry.name)!r} cannot be listed, and its images would be left "
                 "out; make it readable for this user (chmod -R u+rX), or take what is there by "
                 "--partial (make: FLAGS=--partial)"

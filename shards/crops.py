@@ -1,16 +1,122 @@
-"""Densities into loss weights, in NumPy, for one image: what pages and tests look at.
+"""Crops in NumPy: their boxes, what a detector finds near their edges, densities read off maps.
 
-In: a uint8 map. Out: the density and the weight of each w_ps cell of an output crop.
+A detector finds less near the edge of what it is shown, so density falls towards the edge of every
+crop, wherever in the image the crop lies. A map is free of that: the edge rule is taken off when a
+map is made from views, and put on again when a crop is read (docs/decisions.md).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.spec import Settings
-from shards.visibility import visible_cells
+from shards.rng import uniform
+from shards.spec import AREA, Detector, Settings
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+TRIES = 10  # torchvision's RandomResizedCrop
+# The published crop, beside AREA: ratio in source pixels, probability of either flip.
+RATIO, FLIPS = (3 / 4, 4 / 3), (0.5, 0.5)
+
+# Rings: (distance from the edge in px, share of the density further in). Measured as density of
+# detection on a 192-px window over that of detection on a larger image at the same scale, 800
+# photos (docs/decisions.md). Between the distances it is linear.
+RINGS: dict[str, tuple[list[float], list[float]]] = {
+    "fast": ([0, 1, 2, 3, 4, 5, 6], [0.50, 0.71, 0.79, 0.87, 0.92, 0.97, 1]),
+    "orb": ([26, 27, 34, 48], [0, 0.15, 0.87, 1]),
+    "sift": (
+        [0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 30],
+        [0.22, 0.35, 0.47, 0.59, 0.69, 0.79, 0.86, 0.93, 0.95, 0.975, 1],
+    ),
+}
+MARGINS = {"fast": 3, "orb": 31, "sift": 3}  # px from the edge to the first keypoint
+ORB_MARGIN = 31  # OpenCV's default edgeThreshold, for which the table was measured
+
+
+def crop_boxes(
+    purpose: int,
+    seed: int,
+    epochs: Ints,
+    samples: Ints,
+    heights: Ints,
+    widths: Ints,
+    area: tuple[float, float] = AREA,
+    ratio: tuple[float, float] = RATIO,
+    flips: tuple[float, float] = FLIPS,
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
+
+    Returns int64 [n, 4] (top, left, height, width in source pixels) and bool [n, 2] (horizontal,
+    vertical, with the probabilities `flips`). The rule is torchvision's
+    RandomResizedCrop.get_params: up to ten draws of `area` and log-uniform `ratio` in whole source
+    pixels, else its centred fallback. `purpose` keeps training, bank and maps apart.
+    """
+    draws = np.arange(2 * TRIES + 4)[:, None]
+    u = uniform(purpose, seed, epochs[None], samples[None], draws)
+    areas = (area[0] + (area[1] - area[0]) * u[:TRIES]) * heights * widths
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * u[TRIES : 2 * TRIES])
+    tall = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    wide = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
+    first = fits.argmax(axis=0)[None]
+    tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
+    centred_tall = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
+    centred_wide = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
+    found = fits.any(axis=0)
+    tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
+    top = np.floor(u[-4] * (heights - tall + 1)).astype(np.int64)
+    left = np.floor(u[-3] * (widths - wide + 1)).astype(np.int64)
+    top = np.where(found, top, (heights - tall) // 2)
+    left = np.where(found, left, (widths - wide) // 2)
+    turned = np.stack([u[-2] < flips[0], u[-1] < flips[1]], axis=1)
+    return np.stack([top, left, tall, wide], axis=1), turned
+
+
+def unit_boxes(boxes: Ints, heights: Ints, widths: Ints) -> NDArray[np.float32]:
+    """`boxes` of source pixels, int64 [n, 4], in the unit square: float32 [n, 4]."""
+    return (boxes / np.stack([heights, widths, heights, widths], axis=1)).astype(np.float32)
+
+
+def visible(detector: Detector, side: int, mark: str = "ring") -> Floats:
+    """Share kept at each of `side` px from one edge to the other, float64 [side].
+
+    Both directions multiply: a pixel's share is that of its row times that of its column.
+    """
+    if not detector.has_keypoints:
+        return np.ones(side)
+    pixels = np.arange(side)
+    distance = np.minimum(pixels, side - 1 - pixels).astype(np.float64)
+    if detector.name == "orb":  # the margin is an option of its own
+        distance += ORB_MARGIN - float(detector.options["edgeThreshold"])
+    if mark == "point":
+        return (distance >= MARGINS[detector.name]).astype(np.float64)
+    at, share = RINGS[detector.name]
+    return np.interp(distance, at, share)
+
+
+def visible_sums(detector: Detector, side: int, at: Floats, mark: str = "ring") -> Floats:
+    """Sums of `visible` between neighbouring `at` (px), which may cut pixels."""
+    margin = float(detector.options["edgeThreshold"]) if detector.name == "orb" else 0.0
+    sums = np.interp(at, *_running(detector.name, margin, side, mark))
+    return np.asarray(sums[1:] - sums[:-1])
+
+
+@lru_cache(maxsize=1024)
+def _running(name: str, margin: float, side: int, mark: str) -> tuple[Floats, Floats]:
+    """Pixel edges and the sums of `visible` up to them; the same few sides come again and again."""
+    sight = visible(Detector(name, {"edgeThreshold": margin}), side, mark)
+    return np.arange(side + 1.0), np.concatenate([[0.0], np.cumsum(sight)])
+
+
+def visible_cells(detector: Detector, side: int, cells: int, mark: str = "ring") -> Floats:
+    """Mean of `visible` over each of `cells` equal parts of `side` px, float64 [cells]."""
+    edges = np.arange(cells + 1) * side / cells
+    return visible_sums(detector, side, edges, mark) * cells / side
 
 
 def read_map(

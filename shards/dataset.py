@@ -1,36 +1,81 @@
-"""Open a finished set of shards and read any record of it by number, without scanning.
+"""A finished set of shards, opened: its manifest, its index, and any record by its number.
 
-In: the folder a build wrote, or the URL it was copied to. Out: its manifest, its index
-(memory-mapped) and its records.
+`shards.open` is how others get one. Everything that reads a set for training begins here.
 """
 
-import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import spec as _manifest
-from shards.bank import BANK_CELL, from_rows, row_bytes
-from shards.order import Ints
-from shards.record import Record, key_of, npy_bytes, npy_header, unpacked
-from shards.spec import INDEX, MANIFEST, Manifest
+from shards import spec
+from shards.crops import Ints
+from shards.errors import UserError
+from shards.files import MANIFEST, check_sha256, check_size, mending
+from shards.order import Plan
+from shards.record import Record, from_rows, key_of, npy_bytes, npy_header, unpacked
+from shards.remote.retry import PATIENCE
+from shards.remote.storage import is_url
+from shards.spec import AREA, INDEX, Manifest
 from shards.tar import INDEX_DTYPE, parse_record
 
 if TYPE_CHECKING:
+    from shards.ffcv_loader import FfcvLoader
+    from shards.loader import Loader, RecordLoader
     from shards.remote.cache import Copies
+    from shards.torchdata import RecordDataset
+    from shards.weighting import Crops
+
+
+def open_set(
+    where: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cache_limit: int = 0,
+    patience: float = PATIENCE,
+    checksum: bool = True,
+) -> "ShardSet":
+    """The finished set in a folder, or at an s3://, gs://, hf:// or https:// URL.
+
+    cache: the local folder that the shards of a URL are fetched into as they are read; cache_limit:
+    bytes that all sets in it may take, 0 for any. patience: seconds to wait for a store that does
+    not answer. checksum: hash what is found in the cache before its first use. Raises UserError if
+    there is no such set, if it is damaged, or if there is no access; ConnectionError when patience
+    has ended.
+    """
+    if not is_url(where):
+        if cache is not None:
+            raise UserError(f"a cache is for shards at a URL; {where} is read where it is")
+        return ShardSet(Path(where))
+    if cache is None:
+        raise UserError(f"{where} needs a cache: a folder on a fast local disk, for copies")
+    from shards.remote.cache import Copies
+    from shards.remote.storage import Store
+
+    store = Store(str(where), patience)
+    try:
+        manifest = spec.parse(f"{store.url}/{MANIFEST}", store.read(MANIFEST))
+    except FileNotFoundError as error:
+        raise UserError(f"{error}: no finished set of shards, or the wrong place") from None
+    if manifest.container != "webdataset":
+        raise UserError(
+            f"{store.url} is an FFCV set, which is read from local files only; copy it to a local "
+            "folder, or use the WebDataset shards"
+        )
+    copies = Copies(store, manifest, Path(cache), cache_limit, checksum)
+    return ShardSet(copies.folder, manifest, copies)
 
 
 class ShardSet:
-    """The records 0..len-1 of the set in `folder`, in the order of its shards.
+    """The records 0 to len - 1 of a set, in the order of its shards.
 
-    Opening costs the manifest and a memory map, whatever the size. Raises ValueError if the
+    Opening costs the manifest and a memory map, whatever the size. Raises UserError if the
     manifest or the index is damaged or a shard is missing or has another size. With `copies`, of
-    a remote set (open_remote), `folder` holds the shards that are here.
+    a remote set, `folder` holds the shards that are here.
     """
 
     def __init__(
@@ -40,7 +85,7 @@ class ShardSet:
         copies: "Copies | None" = None,
     ) -> None:
         self.folder, self.copies = Path(folder), copies
-        self.manifest: Manifest = manifest or _manifest.load(self.folder)
+        self.manifest: Manifest = manifest or spec.load(self.folder)
         self.held = copies.hold(self.manifest.index) if copies else None
         self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
         self.shards = self.manifest.shards
@@ -51,12 +96,134 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.count
 
+    def batches(
+        self,
+        size: int = 192,
+        batch: int = 256,
+        *,
+        epochs: float = 1,
+        seed: int = 0,
+        weights: str | None = None,
+        temperature: float = 0.25,
+        w_ps: int = 8,
+        normalise: Literal["min", "mean"] = "min",
+        bank: bool = False,
+        area: tuple[float, float] = AREA,
+        flips: tuple[float, float] = (0.5, 0.5),
+        device: str = "auto",
+        workers: int = 0,
+        first: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Iterator["Crops"]:
+        """Random crops with their loss weights, on `device`, for the steps from `first` on.
+
+        Each is a Crops: images float32 [b, 3, size, size] of 0 to 1, weights float32 [b, c, c] with
+        c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
+        boxes (area: least and most share of the source; flips: chance of a horizontal and a
+        vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
+        its part of each batch. bank: show the stored crops with their exact densities.
+        """
+        from shards.weighting import WeightedCrops, find_device, to_device
+
+        plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        where = find_device(device)
+        crops = WeightedCrops(
+            self, weights, size=size, w_ps=w_ps, temperature=temperature, normalise=normalise,
+            bank=bank,
+        ).to(where)  # fmt: skip
+        loader = self.loader(
+            plan, first, plan.steps(epochs), maps=[weights] if weights else [], bank=bank,
+            workers=workers, rank=rank, ranks=ranks, device=where.type,
+        )  # fmt: skip
+        for _, tensors in to_device(loader, where):
+            yield crops(tensors)
+
+    def loader(
+        self,
+        plan: Plan,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        maps: Sequence[str] = (),
+        bank: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        prefetch: int = 3,
+        skip: bool = False,
+        device: str = "cpu",
+    ) -> "Loader | RecordLoader | FfcvLoader":
+        """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
+
+        maps: the detectors whose densities are wanted; with `bank` those of the stored crops. Each
+        Batch holds uint8 frames and densities, boxes and flips, in arrays that are used again for
+        a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
+        in the place of a damaged one. device: `cuda` has buffers pinned.
+        """
+        last = plan.steps() if last is None else last
+        if self.manifest.container == "ffcv" and plan.in_order:
+            from shards.loader import RecordLoader
+
+            return RecordLoader(self, plan, first, last, maps)
+        if self.manifest.container == "ffcv":
+            from shards.ffcv_loader import FfcvLoader
+
+            if skip:
+                raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
+            return FfcvLoader(
+                self, plan, first, last, maps=maps, bank=bank, rank=rank, ranks=ranks,
+                workers=workers, prefetch=prefetch,
+            )  # fmt: skip
+        from shards.loader import Loader
+
+        allocate = None
+        if device == "cuda":
+            from shards.weighting import pinned
+
+            allocate = pinned
+        return Loader(
+            self, plan, first, last, maps=maps, bank=bank, rank=rank, ranks=ranks,
+            workers=workers, prefetch=prefetch, skip=skip, allocate=allocate,
+        )  # fmt: skip
+
+    def dataset(
+        self, plan: Plan, *, maps: Sequence[str] = (), bank: bool = False
+    ) -> "RecordDataset":
+        """A map-style torch Dataset of the set's frames, densities, boxes and flips.
+
+        An item is asked for by (epoch, sample), as PlanSampler does, or by sample, of epoch 0. For
+        a DataLoader; `loader` is several times as fast.
+        """
+        from shards.torchdata import RecordDataset
+
+        return RecordDataset(self, plan, maps, bank)
+
+    def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
+        """Rows of the detectors `names` among the set's maps. Raises UserError if one is absent."""
+        if bank and not self.manifest.settings.bank:
+            raise UserError(
+                f"{self.folder} has no bank; add one by `kamim shards build SOURCE NEW --bank 4 "
+                f"--reuse {self.folder}`"
+            )
+        known = self.manifest.detectors
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; "
+                    f"build it with --detector {name}"
+                )
+        return [known.index(name) for name in names]
+
     def locate(self, number: int) -> tuple[Path, NDArray[np.void]]:
         """The shard's path and the index row of record `number`. Raises IndexError past the end."""
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of a set of {len(self)}")
-        shard = int(np.searchsorted(self.ends, number, side="right"))
-        return self.folder / self.shards[shard].name, self.index[number]
+        return self.folder / self.shards[self.shard_of(number)].name, self.index[number]
+
+    def shard_of(self, number: int) -> int:
+        """The number of the shard that holds record `number`."""
+        return int(np.searchsorted(self.ends, number, side="right"))
 
     def hold(
         self,
@@ -70,35 +237,35 @@ class ShardSet:
         return Held(os.open(self.folder / self.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC))
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`. Raises ValueError, naming shard and key, if it is damaged."""
+        """Record `number`. Raises UserError, naming shard and key, if it is damaged."""
         path, row = self.locate(number)
-        held = self.hold(int(np.searchsorted(self.ends, number, side="right")))
+        held = self.hold(self.shard_of(number))
         data = os.pread(held.descriptor, int(row["bytes"]), int(row["start"]))
-        if self.manifest.container == "ffcv":
-            return self._of_regions(data, row)
+        key = key_of(int(row["key"]))
         try:
+            if self.manifest.container == "ffcv":
+                return self._of_regions(key, data, row)
             record = parse_record(data)
-            if record.key != key_of(int(row["key"])):
-                raise ValueError(f"it is record {record.key} by its name")
+            if record.key != key:
+                raise UserError(f"it is record {record.key} by its name")
         except ValueError as error:
-            raise ValueError(f"{path}: record {key_of(int(row['key']))}: {error}") from None
+            raise UserError(f"{path}: record {key}: {error}") from None
         return record
 
-    def _of_regions(self, data: bytes, row: NDArray[np.void]) -> Record:
+    def _of_regions(self, key: str, data: bytes, row: NDArray[np.void]) -> Record:
         """A record of a .beton: its frame and its maps without names; the index has the rest."""
         settings = self.manifest.settings
-        detectors = len(settings.detectors)
+        shapes = settings.maps_shape, settings.bank_shape
         size, maps_size, bank_size = (int(row[f"{n}_bytes"]) for n in ("frame", "maps", "bank"))
-        shape = (detectors, settings.grid, settings.grid // 2)
-        slots = settings.bank * row_bytes(detectors, settings.crop // BANK_CELL)
-        key = key_of(int(row["key"]))
-        if len(data) != size + maps_size + slots or (maps_size, bank_size) != (prod(shape), slots):
-            raise ValueError(f"{self.folder / self.shards[0].name}: record {key} is cut short")
-        maps = unpacked(np.frombuffer(data, np.uint8, maps_size, size).reshape(shape))
+        if (maps_size, bank_size) != (prod(shapes[0]), prod(shapes[1])) or (
+            len(data) != size + maps_size + bank_size
+        ):
+            raise UserError("it is cut short")
+        maps = unpacked(np.frombuffer(data, np.uint8, maps_size, size).reshape(shapes[0]))
         bank = None
-        if slots:
+        if bank_size:
             rows = np.frombuffer(data, np.uint8, offset=size + maps_size)
-            bank = from_rows(rows.reshape(settings.bank, -1), detectors)
+            bank = from_rows(rows.reshape(shapes[1]), len(settings.detectors))
         frame = data[:size]
         if settings.quality == 0:
             pixels = np.frombuffer(frame, np.uint8)
@@ -118,9 +285,9 @@ class Held:
 
 
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
-    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises ValueError if it is wrong.
+    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises UserError if it is wrong.
 
-    Its sha256 is checked first, 60 bytes a record, and that its places lie in their shards: every
+    Its sha256 is checked first, 60 bytes per record, and that its places lie in their shards: every
     later read trusts it.
     """
     path, sizes = folder / INDEX, sizes_of(manifest)
@@ -128,7 +295,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     check_sha256(path, manifest.index.sha256)
     index = np.load(path, mmap_mode="r", allow_pickle=False)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
         )
     with path.open("rb") as file:  # not through the map, which would keep all of it in memory
@@ -136,7 +303,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         for shard in manifest.shards:
             rows = np.fromfile(file, INDEX_DTYPE, shard.count)
             if misplaced(rows, shard.bytes, *sizes).any():
-                raise ValueError(
+                raise UserError(
                     f"{path} has a record of {shard.name} that cannot lie in it; {mending(path)}"
                 )
     return index
@@ -144,13 +311,11 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
 
 def sizes_of(manifest: Manifest) -> tuple[int, int]:
     """Bytes of each record's maps and bank, as the index has them."""
-    settings = manifest.settings
-    detectors = len(settings.detectors)
-    maps = (detectors, settings.grid, settings.grid // 2)
-    bank = (settings.bank, row_bytes(detectors, settings.crop // BANK_CELL))
-    header = len if manifest.container == "webdataset" else lambda data: 0
-    bank_bytes = header(npy_header(bank)) + prod(bank) if settings.bank else 0
-    return header(npy_header(maps)) + prod(maps), bank_bytes
+    maps, bank = manifest.settings.maps_shape, manifest.settings.bank_shape
+    if manifest.container == "ffcv":
+        return prod(maps), prod(bank)
+    bank_bytes = len(npy_header(bank)) + prod(bank) if prod(bank) else 0
+    return len(npy_header(maps)) + prod(maps), bank_bytes
 
 
 def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArray[np.bool_]:
@@ -164,44 +329,3 @@ def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArra
         place = rows[name]
         wrong |= (place < start) | (place > end) | (length > end - place)
     return np.asarray(wrong)
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless the content of `path` can be read and has this sha256 (hex)."""
-    try:
-        actual = sha256_of(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {mending(path)}") from None
-    if actual != expected:
-        raise ValueError(
-            f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
-            f"{expected[:12]}...; {mending(path)}"
-        )
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_size(path: Path, expected: int) -> None:
-    """Raise ValueError unless the file `path` exists and has `expected` bytes."""
-    try:
-        actual = path.stat().st_size
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing, the manifest lists it; {mending(path)}") from None
-    if actual != expected:
-        raise ValueError(
-            f"{path} has {actual} bytes, the manifest says {expected}; {mending(path)}"
-        )
-
-
-def mending(path: Path) -> str:
-    """What to do about `path`, a file of a set that is missing or damaged."""
-    folder = path.parent
-    if path.suffix == ".beton" or any(folder.glob("*.beton")):
-        return f"convert it again: kamim shards convert FOLDER --out {folder}"
-    if not (folder / MANIFEST).exists():  # a copy under way, or a cache of a store's shards
-        return "restore it where it came from"
-    return f"restore it, or type: kamim shards build SOURCE {folder} --repair"

@@ -1,19 +1,18 @@
-"""What every write of a set shares: whole files or none, one writer a folder, progress to read.
-
-In: bytes and a path; a folder; what is being worked through. Out: a file that survives a crash; the
-folder held by this process; lines on stderr.
-"""
+"""Files of a set: written whole or not at all, by one process per folder, and checked."""
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from shards.errors import UserError
+
+MANIFEST = "manifest.json"  # of a finished set
 LOCK = ".lock"
 LEFT = re.compile(r"\.[0-9a-f]{12}\.tmp")  # how names of temporary_of end
 
@@ -30,28 +29,34 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
-    """Write `data` to `path` so that after a crash the file is whole, or as it was before.
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write; when the block ends, it takes the place of `path`.
 
-    Not `durable`, that holds for a killed process but not for a power cut, and saves two syncs.
+    After a crash `path` is whole, or as it was before. Not `durable`, that holds for a killed
+    process but not for a power cut, and saves two syncs. If the block raises, `path` is untouched.
     """
     temporary = temporary_of(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+        yield temporary
+        if durable:
+            sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write `data` to `path`, as `replacing` does."""
+    with replacing(path, durable) as temporary:
+        temporary.write_bytes(data)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -60,7 +65,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """Write into `folder`, made if need be, as nobody else does, or raise ValueError.
+    """Write into `folder`, made if need be, as nobody else does, or raise UserError.
 
     `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
     the process dies, however it dies. What a killed process left half written there goes. The
@@ -75,7 +80,7 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
         except OSError:  # held, or its last holder removed it since it was opened
             ours = False
         if not ours:
-            raise ValueError(f"another process is writing into {folder}; wait for it")
+            raise UserError(f"another process is writing into {folder}; wait for it")
         try:
             sweep(folder)
             yield
@@ -85,35 +90,48 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def progress(
-    title: str,
-    total: float,
-    items: Iterable[Any] | None = None,
-    initial: int = 0,
-    unit: str = "img",
-    delay: float = 0,
-) -> Any:
-    """A tqdm on stderr, over `items` if there are any: often on a terminal, a line every ten
-    seconds in a log. With `delay`, work that takes fewer seconds shows nothing.
-    """
-    from shards.progress import Bar
-
-    scale = unit == "B"
-    return Bar(items, title, total, unit=unit, unit_scale=scale, initial=initial, delay=delay)
-
-
-@contextmanager
-def waiting(title: str) -> Iterator[None]:
-    """Say on stderr what is being done, and for how long, while the block takes over a second."""
-    from shards.progress import Bar
-
-    with Bar(None, title, bar_format="{desc} ... {elapsed}", delay=1):
-        yield
-
-
 def _named_if_full(error: OSError, folder: Path) -> OSError:
     """`error`, or what to do about it if the disk of `folder` is full."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     words = "the disk is full; free space, then run the same command again (what is done is kept)"
     return OSError(error.errno, words, str(folder))
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise UserError unless the content of `path` can be read and has this sha256 (hex)."""
+    try:
+        actual = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {mending(path)}") from None
+    if actual != expected:
+        raise UserError(
+            f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
+            f"{expected[:12]}...; {mending(path)}"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise UserError unless the file `path` exists and has `expected` bytes."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, the manifest lists it; {mending(path)}") from None
+    if actual != expected:
+        raise UserError(f"{path} has {actual} bytes, the manifest says {expected}; {mending(path)}")
+
+
+def mending(path: Path) -> str:
+    """What to do about `path`, a file of a set that is missing or damaged."""
+    folder = path.parent
+    if path.suffix == ".beton" or any(folder.glob("*.beton")):
+        return f"convert it again: kamim shards convert FOLDER --out {folder}"
+    if not (folder / MANIFEST).exists():  # a copy under way, or a cache of a store's shards
+        return "restore it where it came from"
+    return f"restore it, or type: kamim shards build SOURCE {folder} --repair"

@@ -1,50 +1,23 @@
-"""The epoch plan: which sample, which crop and which flips, as pure functions of numbers.
+"""The order of training: which samples each step of each epoch shows, and which crop of them.
 
-In: seed, epoch, sample index (or a step). Out: order, boxes, flips. Nothing here has state: any
-step of any epoch costs the same to reach, for any number of workers and processes.
+Pure functions of numbers, without state: any step of any epoch is reached at the same cost, for any
+number of workers and processes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.limits import AREA
+from shards.crops import FLIPS, RATIO, Ints, crop_boxes, unit_boxes
+from shards.errors import UserError
+from shards.rng import Purpose, mix
+from shards.spec import AREA
 
-if TYPE_CHECKING:
-    from shards.windows import Windows
-
-Ints = NDArray[np.int64]
 ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
-# First part of every hash: what the number is for (3 is train's masks).
-ORDER, CROP, SLOT, BANK, VIEW, TRIAL, SHARDS, WINDOW = 1, 2, 4, 5, 6, 7, 8, 9
-TRIES = 10  # torchvision's RandomResizedCrop
-# The published crop, beside AREA: ratio in source pixels, probability of either flip.
-RATIO, FLIPS = (3 / 4, 4 / 3), (0.5, 0.5)
-
-
-def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:
-    """A 64-bit hash of the tuple of `parts`, element by element (splitmix64's finalizer, chained).
-
-    Neighbouring inputs give unrelated outputs; it is the only source of randomness here.
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    state = np.asarray(golden)
-    with np.errstate(over="ignore"):  # wrapping at 2**64 is the point
-        for part in parts:
-            value = state + np.asarray(part).astype(np.uint64)
-            value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = (value ^ (value >> np.uint64(31))) + golden
-    return state
-
-
-def uniform(*parts: int | NDArray[np.integer]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each tuple of `parts`, 53 bits of it."""
-    return np.asarray((mix(*parts) >> np.uint64(11)) * 2.0**-53)
 
 
 def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
@@ -61,56 +34,79 @@ def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
     while outside.any():
         left, right = values[outside] >> half, values[outside] & low
         for number in range(ROUNDS):
-            keyed = mix(ORDER, seed, epochs[outside], number, right)
+            keyed = mix(Purpose.ORDER, seed, epochs[outside], number, right)
             left, right = right, left ^ (keyed & low)
         values[outside] = (left << half) | right
         outside = values >= np.uint64(count)
     return values.astype(np.int64)
 
 
-def crop_boxes(
-    purpose: int,
-    seed: int,
-    epochs: Ints,
-    samples: Ints,
-    heights: Ints,
-    widths: Ints,
-    area: tuple[float, float] = AREA,
-    ratio: tuple[float, float] = RATIO,
-    flips: tuple[float, float] = FLIPS,
-) -> tuple[Ints, NDArray[np.bool_]]:
-    """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
+class Windows:
+    """Each epoch permutes the shards, cuts them into windows, and permutes samples within each.
 
-    Returns int64 [n, 4] (top, left, height, width in source pixels) and bool [n, 2] (horizontal,
-    vertical, with the probabilities `flips`). The rule is torchvision's
-    RandomResizedCrop.get_params: up to ten draws of `area` and log-uniform `ratio` in whole source
-    pixels, else its centred fallback. `purpose` keeps training, bank and maps apart.
+    counts: records of each shard. window: the most shards a window may have; windows are as even
+    as they can be. Windows are numbered through all epochs. One that holds every shard gives the
+    plan's full permutation. Cost: an order of the shards an epoch, then O(1) a sample.
     """
-    draws = np.arange(2 * TRIES + 4)[:, None]
-    u = uniform(purpose, seed, epochs[None], samples[None], draws)
-    areas = (area[0] + (area[1] - area[0]) * u[:TRIES]) * heights * widths
-    low, high = np.log(ratio)
-    ratios = np.exp(low + (high - low) * u[TRIES : 2 * TRIES])
-    tall = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    wide = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
-    fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
-    first = fits.argmax(axis=0)[None]
-    tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
-    centred_tall = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
-    centred_wide = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
-    found = fits.any(axis=0)
-    tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
-    top = np.floor(u[-4] * (heights - tall + 1)).astype(np.int64)
-    left = np.floor(u[-3] * (widths - wide + 1)).astype(np.int64)
-    top = np.where(found, top, (heights - tall) // 2)
-    left = np.where(found, left, (widths - wide) // 2)
-    turned = np.stack([u[-2] < flips[0], u[-1] < flips[1]], axis=1)
-    return np.stack([top, left, tall, wide], axis=1), turned
 
+    def __init__(self, counts: Sequence[int], window: int, seed: int) -> None:
+        if window < 1:
+            raise UserError(f"a window of {window} shards reads nothing; use 1 or more")
+        self.limit, self.seed = window, seed
+        self.counts = np.asarray(counts, np.int64)
+        self.firsts = np.cumsum(self.counts) - self.counts
+        self.total = int(self.counts.sum())
+        self.an_epoch = max(1, -(-len(counts) // window))
+        self.cuts = np.arange(self.an_epoch + 1) * len(counts) // self.an_epoch
+        self._order = lru_cache(4)(self._shuffle)
 
-def unit_boxes(boxes: Ints, heights: Ints, widths: Ints) -> NDArray[np.float32]:
-    """`boxes` of source pixels, int64 [n, 4], in the unit square: float32 [n, 4]."""
-    return (boxes / np.stack([heights, widths, heights, widths], axis=1)).astype(np.float32)
+    def _shuffle(self, epoch: int) -> tuple[Ints, Ints]:
+        """(shards in the order of the epoch, places where its windows end)."""
+        places = np.arange(len(self.counts))
+        order = shuffled(len(places), int(mix(Purpose.SHARDS, self.seed)), epoch, places)
+        ends = np.cumsum(np.concatenate([[0], self.counts[order]]))
+        return order, ends[self.cuts[1:]]
+
+    def samples(self, epochs: Ints, places: Ints) -> Ints:
+        """The samples at `places` of `epochs`, int64 [n] each: every one once an epoch."""
+        if self.an_epoch == 1:
+            return shuffled(self.total, self.seed, epochs, places)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            order, ends = self._order(epoch)
+            windows = np.searchsorted(ends, places[here], side="right")
+            for window in np.unique(windows).tolist():
+                at = here[windows == window]
+                shards = order[self.cuts[window] : self.cuts[window + 1]]
+                upto = np.cumsum(self.counts[shards])
+                begin, key = ends[window] - upto[-1], int(mix(Purpose.WINDOW, self.seed, window))
+                inside = shuffled(int(upto[-1]), key, epoch, places[at] - begin)
+                which = np.searchsorted(upto, inside, side="right")
+                shard = shards[which]
+                found[at] = self.firsts[shard] + inside - (upto[which] - self.counts[shard])
+        return found
+
+    def window(self, place: int) -> int:
+        """The window of a place in the stream of all epochs."""
+        epoch, inside = divmod(place, self.total)
+        ends = self._order(epoch)[1]
+        return epoch * self.an_epoch + int(np.searchsorted(ends, inside, side="right"))
+
+    def shards(self, window: int) -> list[int]:
+        """The shards that `window` reads."""
+        epoch, part = divmod(window, self.an_epoch)
+        return self._order(epoch)[0][self.cuts[part] : self.cuts[part + 1]].tolist()
+
+    def next_use(self, window: int) -> Ints:
+        """For each shard the first window from `window` on that reads it, int64 [shards]."""
+        epoch, uses = window // self.an_epoch, []
+        parts = np.repeat(np.arange(self.an_epoch), np.diff(self.cuts))
+        for number in (epoch, epoch + 1):
+            use = np.empty(len(self.counts), np.int64)
+            use[self._order(number)[0]] = number * self.an_epoch + parts
+            uses.append(use)
+        return np.where(uses[0] >= window, *uses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +117,8 @@ class Plan:
     into. The orders of all epochs are one stream cut into batches, so that every batch is full
     and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
     as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an
-    epoch in windows of shards; None permutes all samples at once.
+    epoch in windows of shards; None permutes all samples at once. in_order: look at the set, once:
+    samples in their own order, whole and unflipped, the last step short.
     """
 
     count: int
@@ -132,10 +129,13 @@ class Plan:
     ratio: tuple[float, float] = RATIO
     horizontal: float = FLIPS[0]
     vertical: float = FLIPS[1]
-    windows: "Windows | None" = None
+    windows: Windows | None = None
+    in_order: bool = False
 
-    def steps(self, epochs: float) -> int:
-        """Whole steps in `epochs`."""
+    def steps(self, epochs: float = 1) -> int:
+        """Whole steps in `epochs`; in order, the steps that show every sample once."""
+        if self.in_order:
+            return -(-self.count // self.batch)
         return int(epochs * self.count) // self.batch
 
     def samples(
@@ -144,16 +144,19 @@ class Plan:
         """(epochs, sample indices) of one process's part of a step, int64 [part] each.
 
         Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
-        either. Raises ValueError if they do not divide the batch.
+        either. Raises UserError if they do not divide the batch.
         """
         part, rest = divmod(self.batch, self.micro_steps * ranks)
         if rest or not part:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {self.batch} does not split into {self.micro_steps} micro-steps on "
                 f"{ranks} processes; choose a batch that is a multiple of "
                 f"{self.micro_steps * ranks}"
             )
         first = step * self.batch + (micro_step * ranks + rank) * part
+        if self.in_order:
+            samples = np.arange(first, min(first + part, self.count), dtype=np.int64)
+            return np.zeros_like(samples), samples
         epochs, places = np.divmod(first + np.arange(part, dtype=np.int64), self.count)
         if self.windows:
             return epochs, self.windows.samples(epochs, places)
@@ -167,15 +170,20 @@ class Plan:
         Returns float32 [n, 4] (top, left, height, width in the unit square) and bool [n, 2]
         (horizontal, vertical), by the rule of crop_boxes.
         """
+        if self.in_order:
+            whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(samples), 1))
+            return whole, np.zeros((len(samples), 2), bool)
         size, flips = (heights, widths), (self.horizontal, self.vertical)
         boxes, turned = crop_boxes(
-            CROP, self.seed, epochs, samples, *size, self.area, self.ratio, flips
+            Purpose.CROP, self.seed, epochs, samples, *size, self.area, self.ratio, flips
         )
         return unit_boxes(boxes, *size), turned
 
     def slots(self, epochs: Ints, samples: Ints, count: int) -> Ints:
         """Which of `count` stored crops each sample shows: all of them in turn, epoch by epoch."""
-        begin = mix(SLOT, self.seed, samples) % np.uint64(count)
+        if self.in_order:
+            return np.zeros_like(samples)
+        begin = mix(Purpose.SLOT, self.seed, samples) % np.uint64(count)
         return (epochs + begin.astype(np.int64)) % count
 
     def parts(
@@ -185,43 +193,3 @@ class Plan:
         for step in range(first, last):
             for micro_step in range(self.micro_steps):
                 yield step, *self.samples(step, micro_step, rank, ranks)
-
-
-@dataclass(frozen=True, slots=True)
-class InOrder:
-    """A plan for looking at a set: every sample once, whole, in order; the last step is short."""
-
-    count: int
-    batch: int
-
-    @property
-    def steps(self) -> int:
-        """Steps that show all samples."""
-        return -(-self.count // self.batch)
-
-    def samples(
-        self, step: int, micro_step: int = 0, rank: int = 0, ranks: int = 1
-    ) -> tuple[Ints, Ints]:
-        """(epochs, sample indices) of a step; the other arguments are for Plan's likeness."""
-        assert ranks == 1
-        first = step * self.batch
-        samples = np.arange(first, min(first + self.batch, self.count), dtype=np.int64)
-        return np.zeros_like(samples), samples
-
-    def boxes(
-        self, epochs: Ints, samples: Ints, heights: Ints, widths: Ints
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The whole of each, unflipped."""
-        whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(samples), 1))
-        return whole, np.zeros((len(samples), 2), bool)
-
-    def slots(self, epochs: Ints, samples: Ints, count: int) -> Ints:
-        """The first of `count` stored crops."""
-        return np.zeros_like(samples)
-
-    def parts(
-        self, first: int, last: int, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[int, Ints, Ints]]:
-        """(step, epochs, samples) of steps `first` to `last` - 1."""
-        for step in range(first, last):
-            yield step, *self.samples(step, 0, rank, ranks)

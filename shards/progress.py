@@ -10,13 +10,36 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 1.0  # between two looks at the clock when nothing is reported
+
+
+def progress(
+    title: str,
+    total: float,
+    items: Iterable[Any] | None = None,
+    initial: int = 0,
+    unit: str = "img",
+    delay: float = 0,
+) -> Any:
+    """A tqdm on stderr, over `items` if there are any: often on a terminal, a line every ten
+    seconds in a log. With `delay`, work that takes fewer seconds shows nothing.
+    """
+    scale = unit == "B"
+    return Bar(items, title, total, unit=unit, unit_scale=scale, initial=initial, delay=delay)
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Say on stderr what is being done, and for how long, while the block takes over a second."""
+    with Bar(None, title, bar_format="{desc} ... {elapsed}", delay=1):
+        yield
 
 
 class Bar(tqdm):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shards.crops import read_crop, read_map, weights
 from shards.dataset import ShardSet
+from shards.errors import UserError
 from shards.order import Plan
 from shards.record import Record, decode_frame
 from shards.spec import Manifest
@@ -47,13 +48,13 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
     run of seed 0 makes of it in its first epoch; the weights of up to 512 make the histograms, each
     frame read whole (no crop) with as many cells a side as a crop.
 
-    Raises ValueError if w_ps does not divide the crop or the temperature is not positive.
+    Raises UserError if w_ps does not divide the crop or the temperature is not positive.
     """
     crop = records.manifest.settings.crop
     if w_ps < 1 or crop % w_ps:
-        raise ValueError(f"w_ps {w_ps} does not divide {crop}; use 8, 16 or 32")
+        raise UserError(f"w_ps {w_ps} does not divide {crop}; use 8, 16 or 32")
     if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not positive; the published one is 0.25")
+        raise UserError(f"temperature {temperature} is not positive; the published one is 0.25")
     manifest = records.manifest
     measured = [records[n].maps for n in _spread(len(records), 512)]
     cells = crop // w_ps

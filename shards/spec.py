@@ -1,7 +1,7 @@
-"""The manifest: the one JSON file that says what a set of shards is and that it is complete.
+"""What a set of shards is: its settings, and its manifest, which says that it is complete.
 
-In: settings, ledger, per-shard rows. Out: manifest.json, written last and atomically, and read
-back only if every byte is as written. FORMAT.md lists its fields.
+The manifest is written last and atomically, and read back only if every byte is as written.
+FORMAT.md lists its fields.
 """
 
 import hashlib
@@ -11,15 +11,31 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from shards.files import write_atomically
+from shards.errors import UserError
+from shards.files import MANIFEST, write_atomically
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 INDEX = "index.npy"
 REJECTED = "rejected.jsonl"
-FREQUENCY = "frequency"  # the one map that is not of keypoints
 # What else a finished set's folder may hold: pages and pictures that commands write there.
 EXTRAS = frozenset({"inspect.html", "fidelity.png", "README.md"})
+FREQUENCY = "frequency"  # the one map that is not of keypoints
+AREA = (0.67, 1.0)  # of a crop: least and most share of the source, as published
+BANK_CELL = 8  # px of a crop's side that one count of a bank covers; counts are 0 to 64
+BANK_HEAD = 18  # bytes of a stored crop's box and flips
+MARKS = ("ring", "disc", "point")
+DETECT_ON = ("source", "frame")
+LARGEST = 8192  # px of a frame's side; a record that says more asks for gigabytes
+# Settings that are numbers, with the least and the most they may be.
+RANGES = (
+    ("frame", 16, LARGEST),
+    ("quality", 0, 100),
+    ("crop", 32, 1024),
+    ("map_crops", 0, 64),
+    ("bank", 0, 255),
+    ("grid", 2, 254),
+    ("shard_size", 0, 1 << 40),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +83,68 @@ class Detector:
         return self.name != FREQUENCY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All that decides the bytes of a record, beside the inputs and the library versions.
 
-    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw. crop: side in px of
-    the training crops that densities are for; area: their least and most share of the source.
-    map_crops: random crops a map averages over, beside the whole. bank: crops an image that are
-    stored with their exact counts. grid: cells a side of a map. mark: what a keypoint covers (ring,
-    disc, point). detect_on: source or frame. detectors: in the order of the maps. shard_size:
-    inputs a shard.
+    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw pixels. crop: side
+    of the training crops that densities are for, px; area: least and most share of the source that
+    such a crop shows. map_crops: random crops that a map averages over, beside the whole. bank:
+    crops stored per image, with their exact counts. grid: cells per side of a map. mark: what a
+    keypoint covers. detect_on: source or frame. detectors: in the order of the maps. shard_size:
+    inputs per shard. Raises UserError if a value is out of its range. docs/decisions.md has the
+    measurements behind the defaults.
     """
 
-    frame: int
-    quality: int
-    crop: int
-    area: tuple[float, float]
-    map_crops: int
-    bank: int
-    grid: int
-    mark: str
-    detect_on: str
-    detectors: tuple[Detector, ...]
-    shard_size: int
+    frame: int = 256
+    quality: int = 90
+    crop: int = 192
+    area: tuple[float, float] = AREA
+    map_crops: int = 3
+    bank: int = 0
+    grid: int = 54
+    mark: str = "ring"
+    detect_on: str = "source"
+    detectors: tuple[Detector, ...] = ()
+    shard_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in RANGES:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise UserError(f"{name} {value} is out of range; give {least} to {most}")
+        if not 0.01 <= self.area[0] <= self.area[1] <= 1:
+            raise UserError(f"area {self.area[0]} is out of range; give 0.01 to 1")
+        if self.crop % BANK_CELL:
+            nearest = round(self.crop / BANK_CELL) * BANK_CELL
+            raise UserError(f"crop {self.crop} is no multiple of {BANK_CELL}; give {nearest}")
+        if self.grid % 2:
+            raise UserError(f"grid {self.grid} is odd; give {self.grid + 1}")
+        for name, words in (("mark", MARKS), ("detect_on", DETECT_ON)):
+            if getattr(self, name) not in words:
+                raise UserError(f"{name} is {getattr(self, name)!r}; there are {', '.join(words)}")
+        bare = [detector.name for detector in self.detectors if not detector.has_keypoints]
+        if self.bank and bare:
+            raise UserError(
+                f"a bank holds counts of keypoint marks, and {bare[0]} has none: build it without "
+                f"a bank, or leave {bare[0]} out"
+            )
+
+    @property
+    def cells(self) -> int:
+        """Cells per side of a stored crop's counts."""
+        return self.crop // BANK_CELL
+
+    @property
+    def maps_shape(self) -> tuple[int, int, int]:
+        """Shape of a record's maps as stored, two cells per byte."""
+        return len(self.detectors), self.grid, self.grid // 2
+
+    @property
+    def bank_shape(self) -> tuple[int, int]:
+        """Shape of a record's bank as stored; (0, 0) without one."""
+        row = BANK_HEAD + len(self.detectors) * self.cells**2
+        return (self.bank, row) if self.bank else (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +207,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 def load(folder: Path) -> Manifest:
     """Read and check the manifest of the set in `folder`.
 
-    Raises ValueError, naming the file and what to do, if it is missing, damaged, of a newer
+    Raises UserError, naming the file and what to do, if it is missing, damaged, of a newer
     format, or if its totals do not add up.
     """
     path = folder / MANIFEST
@@ -161,11 +216,11 @@ def load(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         scheme, slashes, rest = str(folder).partition(":/")
         if slashes and scheme.isalnum():  # a URL that became a path
-            raise ValueError(
+            raise UserError(
                 f"{scheme}://{rest} is not on this machine; copy it, and each file of it is "
                 f"checked: kamim shards copy {scheme}://{rest} FOLDER"
             ) from None
-        raise ValueError(
+        raise UserError(
             f"{folder} has no {MANIFEST}: it is not a finished set of shards; "
             f"build one with `kamim shards build SOURCE {folder}`"
         ) from None
@@ -173,14 +228,14 @@ def load(folder: Path) -> Manifest:
 
 
 def parse(path: Path | str, data: bytes) -> Manifest:
-    """The manifest that `data`, the content of `path`, says. Raises ValueError as load does."""
+    """The manifest that `data`, the content of `path`, says. Raises UserError as load does."""
     try:
         content = json.loads(data)
         version = content["format_version"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: it is not the JSON that a build writes") from None
+        raise UserError(f"{path} is damaged: it is not the JSON that a build writes") from None
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has format version {version}, this kamim reads version {FORMAT_VERSION}; "
             f"install the kamim that wrote it (versions: {content.get('versions')})"
         )
@@ -212,7 +267,7 @@ def _plain(manifest: Manifest) -> bool:
 
 
 def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
-    damaged = ValueError(
+    damaged = UserError(
         f"{path} is damaged: its content does not match its checksum; restore it, or build the set "
         "anew in another folder"
     )
@@ -234,13 +289,13 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
             }
         )
         whole = to_json(manifest) == data and _plain(manifest)
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, UserError, AttributeError):
         raise damaged from None
     if not whole:
         raise damaged
     for file in [*manifest.shards, manifest.index, manifest.rejected]:
         if Path(file.name).name != file.name or file.name in {"", ".", ".."}:
-            raise ValueError(f"{path} names the file {file.name!r}; names may hold no folder")
+            raise UserError(f"{path} names the file {file.name!r}; names may hold no folder")
     if not manifest.ledger.balanced or manifest.count != sum(s.count for s in manifest.shards):
-        raise ValueError(f"{path}: the ledger does not balance: {manifest.ledger}; rebuild the set")
+        raise UserError(f"{path}: the ledger does not balance: {manifest.ledger}; rebuild the set")
     return manifest

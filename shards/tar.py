@@ -1,14 +1,14 @@
-"""The WebDataset side of the format: records into a tar with an index, and back by offset.
+"""WebDataset shards: records into a tar with an index, and back by offset.
 
-In: records in order. Out: a USTAR tar that depends on nothing but the records (no times, owners
-or hosts) and one index row a record, so that any record can be read without scanning.
+A tar depends on nothing but its records: no times, owners or hosts. One index row per record, so
+that any record is read without scanning.
 """
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -16,7 +16,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.files import temporary_of
+from shards.errors import UserError
+from shards.files import replacing
 from shards.record import (
     JPEG,
     KEY_DIGITS,
@@ -65,11 +66,10 @@ class _Hashed:
 
 
 class ShardWriter:
-    """Writes one shard; it appears under its name, whole, its bytes on disk, when the block ends.
+    """Writes one shard; it appears under its name, whole and on disk, when the block ends.
 
-    Its name is on disk once the folder is synced, as writing the manifest does. If the block
-    raises, nothing appears. After the block, `file` describes the shard and `index` is its
-    INDEX_DTYPE array.
+    If the block raises, nothing appears. After the block, `file` describes the shard and `index` is
+    its INDEX_DTYPE array.
     """
 
     file: File
@@ -77,12 +77,13 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = temporary_of(path)
         self.rows: list[tuple[int, ...]] = []
 
     def __enter__(self) -> "ShardWriter":
-        self.raw = self.temporary.open("wb")
-        self.stream = _Hashed(self.raw)
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path))
+            self.stream = _Hashed(stack.enter_context(temporary.open("wb")))
+            self.opened = stack.pop_all()
         return self
 
     def add(self, record: Record) -> None:
@@ -106,17 +107,12 @@ class ShardWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                end = self.stream.position + 2 * tarfile.BLOCKSIZE
-                self.stream.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-                self.raw.flush()
-                os.fsync(self.raw.fileno())
-                self.temporary.replace(self.path)
-        finally:
-            self.raw.close()
-            self.temporary.unlink(missing_ok=True)
-        if kind is None:
+        if kind is not None:
+            self.opened.__exit__(kind, error, traceback)
+            return
+        with self.opened:
+            end = self.stream.position + 2 * tarfile.BLOCKSIZE
+            self.stream.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
             digest = self.stream.sha256.hexdigest()
             self.index = np.array(self.rows, INDEX_DTYPE)
             self.file = File(self.path.name, len(self.rows), self.stream.position, digest)
@@ -148,7 +144,7 @@ _EMPTY = _empty()
 def parse_record(data: bytes) -> Record:
     """The record whose tar headers and members are `data`, as one slice of a shard.
 
-    Raises ValueError if the slice is not exactly one whole record: a member that is no regular
+    Raises UserError if the slice is not exactly one whole record: a member that is no regular
     file, a foreign or repeated name, a wrong header checksum, or bytes missing.
     """
     parts: dict[str, bytes] = {}
@@ -160,18 +156,18 @@ def parse_record(data: bytes) -> Record:
                 data[at : at + tarfile.BLOCKSIZE], "ascii", "surrogateescape"
             )
         except tarfile.TarError as error:
-            raise ValueError(f"no tar header at byte {at} of the record: {error}") from None
+            raise UserError(f"no tar header at byte {at} of the record: {error}") from None
         begin = at + tarfile.BLOCKSIZE
         key, _, suffix = info.name.partition(".")
         if not info.isreg() or not (key.isdecimal() and len(key) >= KEY_DIGITS) or suffix in parts:
-            raise ValueError(f"member {info.name!r} does not belong into a record")
+            raise UserError(f"member {info.name!r} does not belong into a record")
         if info.size < 0 or begin + info.size > len(data):
-            raise ValueError(f"member {info.name!r} reaches past the end of its record")
+            raise UserError(f"member {info.name!r} reaches past the end of its record")
         keys.add(key)
         parts[suffix] = data[begin : begin + info.size]
         at = begin + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if len(keys) != 1 or at != len(data):
-        raise ValueError(f"the slice holds parts of the records {sorted(keys)}, not one whole one")
+        raise UserError(f"the slice holds parts of the records {sorted(keys)}, not one whole one")
     return from_members(keys.pop(), parts)
 
 
@@ -196,7 +192,7 @@ def index_of(path: Path, maps_bytes: int, bank_bytes: int) -> NDArray[np.void]:
 def headers(path: Path) -> Iterator[tuple[str, int, int]]:
     """(member name, first byte of its header, size of its data) through a shard, by seeking.
 
-    Raises ValueError, naming the place, where the tar is damaged or cut short.
+    Raises UserError, naming the place, where the tar is damaged or cut short.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -209,11 +205,11 @@ def headers(path: Path) -> Iterator[tuple[str, int, int]]:
             try:
                 info = tarfile.TarInfo.frombuf(header, "ascii", "surrogateescape")
             except tarfile.TarError as error:
-                raise ValueError(f"{path}: no tar header at byte {at}: {error}") from None
+                raise UserError(f"{path}: no tar header at byte {at}: {error}") from None
             yield info.name, at, info.size
             at += tarfile.BLOCKSIZE + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if info.size < 0 or at > size:
-                raise ValueError(f"{path}: member {info.name!r} reaches past the end of the file")
+                raise UserError(f"{path}: member {info.name!r} reaches past the end of the file")
         rest = file.read()
         if len(rest) < tarfile.BLOCKSIZE or any(rest):
-            raise ValueError(f"{path}: byte {at} is not the end of a whole tar")
+            raise UserError(f"{path}: byte {at} is not the end of a whole tar")

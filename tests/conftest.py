@@ -16,7 +16,7 @@ import preprocess
 import preprocess.source
 import shards
 from preprocess import build_shards, open_source
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 
 # A build server tries the same examples each time; everyone else finds new ones.
 hypothesis.settings.register_profile("ci", derandomize=True)

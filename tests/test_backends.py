@@ -332,7 +332,7 @@ def test_a_scheduler_that_cannot_be_is_one_line(arguments, words, tmp_path, caps
 @pytest.mark.parametrize("backend", ["dask", "ray"])
 def test_a_missing_library_is_named_with_what_to_type(backend, monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"type: pip install 'kamim\[{backend}\]'"):
+    with pytest.raises(ValueError, match=rf"pip install '.\[{backend}\]'"):
         backends.check(backend, "")
 
 

@@ -8,7 +8,7 @@ from conftest import contents
 
 from shards import ShardSet, decode_frame, load, verify_shards
 from shards import beton as layout
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 from shards.files import LOCK, alone
 from shards.loader import Loader
 from shards.order import Plan

@@ -13,10 +13,9 @@ from torchvision.transforms.v2 import functional as v2
 from preprocess import density_maps, detector_settings
 from preprocess.defaults import default_settings
 from preprocess.shard import squeeze
-from shards.crops import read_map, weights
+from shards.crops import read_map, visible, visible_cells, weights
 from shards.order import Plan
 from shards.record import packed
-from shards.visibility import visible, visible_cells
 from shards.weighting import crop_frames, crop_maps, loss_weights, pool_counts
 
 FLIPS = [(False, False), (True, False), (False, True), (True, True)]

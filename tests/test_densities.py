@@ -17,8 +17,7 @@ from preprocess.densities import (
     published_grey,
 )
 from preprocess.detectors import DEFAULTS, detect, detector_settings
-from shards.crops import read_map, weights
-from shards.visibility import visible_cells
+from shards.crops import read_map, visible_cells, weights
 
 
 @settings(max_examples=60, deadline=None)

@@ -341,7 +341,7 @@ def test_what_is_exported_for_hugging_face_is_loaded_by_from_pretrained(tmp_path
 
 
 def test_an_ffcv_set_gives_the_features_of_the_set_it_was_made_of(labelled, tmp_path):
-    from shards.convert import convert_to_ffcv
+    from shards.beton import convert_to_ffcv
 
     encoder = load_encoder("random:small", CPU)
     for frames in ("jpeg", "raw"):

@@ -17,7 +17,7 @@ import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, load
 from shards import beton as layout
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 from shards.loader import Loader
 from shards.order import Plan
 

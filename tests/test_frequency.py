@@ -9,7 +9,7 @@ import shards
 from preprocess import build_shards, detector_settings, measure_fidelity, open_source
 from preprocess.densities import density_maps
 from preprocess.frequency import frequency_map
-from shards.visibility import visible_cells
+from shards.crops import visible_cells
 
 FREQUENCY = detector_settings("frequency")
 BOTH = (detector_settings("fast"), FREQUENCY)

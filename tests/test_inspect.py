@@ -9,10 +9,10 @@ from conftest import settings
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame, inspect_page
+from shards.crops import visible_cells
 from shards.order import Plan
 from shards.record import packed
 from shards.report import crop_picture
-from shards.visibility import visible_cells
 
 EVIL = "<script>alert('x')<&>\".jpg"
 

@@ -480,7 +480,7 @@ def test_what_the_shards_lack_is_one_line(shards, tmp_path):
 def test_attention_of_records_that_were_skipped_is_even(tmp_path):
     """A loader that shows three of four records leaves the fourth as AMT begins: all alike."""
     encoder = timm.create_model(VIT, img_size=96, num_classes=0, **SMALL)
-    from shards.batch import Batch
+    from shards.loader import Batch
 
     frames, three = (
         np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8),

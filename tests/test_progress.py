@@ -5,7 +5,7 @@ import threading
 import pytest
 
 import shards.progress
-from shards.files import progress, waiting
+from shards.progress import progress, waiting
 
 
 @pytest.fixture

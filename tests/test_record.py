@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import Bank, Record, ShardWriter
-from shards.bank import from_rows, row_bytes, to_rows
 from shards.record import (
     decode_frame,
     encode_frame,
     from_members,
+    from_rows,
     members,
     npy_bytes,
     packed,
+    row_bytes,
+    to_rows,
     unpacked,
 )
 from shards.tar import _header, parse_record

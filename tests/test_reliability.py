@@ -33,13 +33,13 @@ from preprocess.densities import LONGEST, map_views
 from preprocess.source import Entry, read
 from shards import ShardSet, decode_frame, load, verify_shards
 from shards import spec as _manifest
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 from shards.files import LEFT, LOCK, alone, temporary_of
 from shards.loader import Loader
 from shards.order import Plan
 from shards.record import npy_bytes
 from shards.spec import INDEX
-from shards.verify import damaged_files
+from shards.verification import damaged_files
 
 
 def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():

@@ -18,9 +18,8 @@ from stores import HttpStore, S3Store
 from preprocess import build_shards, open_source
 from shards import ShardSet, open_remote
 from shards.loader import Loader
-from shards.order import InOrder, Plan
+from shards.order import InOrder, Plan, Windows
 from shards.spec import to_json
-from shards.windows import Windows
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
@@ -268,9 +267,7 @@ def test_what_cannot_be_read_is_one_clear_line(http, folder, tmp_path, monkeypat
             open_remote(url, tmp_path / "cache")
         assert "secret" not in str(raised.value)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(
-        ValueError, match=r"gs://bucket/set needs gcsfs; type: pip install 'kamim\[remote\]'"
-    ):
+    with pytest.raises(ValueError, match=r"gs://bucket/set needs gcsfs; pip install '.\[remote\]'"):
         open_remote("gs://bucket/set", tmp_path / "cache")
     ffcv = signed(folder, tmp_path / "ffcv", container="ffcv")
     with pytest.raises(ValueError, match="FFCV set, which is read from local files only; copy it"):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from shards.errors import UserError
 from shards.remote.retry import PATIENCE
 
 app = typer.Typer()
@@ -105,7 +106,7 @@ def pretrain(
     if recipe:
         find_recipe(recipe)
     if extend and not epochs:
-        raise ValueError("--extend needs --epochs, more than the run was to have")
+        raise UserError("--extend needs --epochs, more than the run was to have")
     check_device(device)
     check_wandb(wandb)
     check_folder(folder)
@@ -157,14 +158,14 @@ def pretrain(
 def take_word(folder: str, word: str, resume: bool) -> tuple[str, bool]:
     """(folder, whether to resume), where --resume may still have its value of old, auto or no.
 
-    Click gives that to the argument before or after FOLDER. Raises ValueError for other words.
+    Click gives that to the argument before or after FOLDER. Raises UserError for other words.
     """
     if not word:
         return folder, resume
     if resume and folder in ("auto", "no"):
         folder, word = word, folder
     if not resume or word not in ("auto", "no"):
-        raise ValueError(f"pretrain takes one FOLDER; what is {word!r}?")
+        raise UserError(f"pretrain takes one FOLDER; what is {word!r}?")
     return folder, word == "auto"
 
 
@@ -172,7 +173,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of a size as a user types it: 200GB is 200 * 10**9, 200GiB is 200 * 2**30."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", text.strip().lower())
     if not found or (found[3] and not found[2]):
-        raise ValueError(f"--cache-limit {text!r} is no size; use one as 200GB, 1.5TiB, or bytes")
+        raise UserError(f"--cache-limit {text!r} is no size; use one as 200GB, 1.5TiB, or bytes")
     return round(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".find(found[2] or " "))
 
 

@@ -1,7 +1,7 @@
 """Several processes, on one machine or many: who am I, and do all of us find the same.
 
 In: what torchrun says in the environment. Out: places, and answers that hold on every process: a
-ValueError on one is raised on all, so that none waits for one that has gone.
+UserError on one is raised on all, so that none waits for one that has gone.
 """
 
 import os
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from shards.errors import UserError
 
 Answer = TypeVar("Answer")
 
@@ -45,15 +47,15 @@ def connect(place: Place, device: torch.device) -> Place:
 
 
 def together(place: Place, ask: Callable[[], Answer]) -> Answer:
-    """`ask()`, here. Raises ValueError on every process if it does on any: the first one's."""
+    """`ask()`, here. Raises UserError on every process if it does on any: the first one's."""
     answer, problem = None, ""
     try:
         answer = ask()
-    except ValueError as error:
+    except UserError as error:
         problem = str(error)
     problem = next(filter(None, gathered(place, problem)), "")
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
     return answer  # type: ignore[return-value]
 
 
@@ -66,13 +68,13 @@ def gathered(place: Place, fact: Answer) -> list[Answer]:
 
 
 def agree(place: Place, out: Path, first: int, fingerprint: str) -> None:
-    """ValueError unless all go on after step `first` with the shards of `fingerprint`."""
+    """UserError unless all go on after step `first` with the shards of `fingerprint`."""
     host, step, shards = socket.gethostname(), first, fingerprint
     for other, its_step, its_shards in gathered(place, (host, step, shards)):
         if its_shards != shards:
-            raise ValueError(f"the shards on {other} are not those on {host}; copy them again")
+            raise UserError(f"the shards on {other} are not those on {host}; copy them again")
         if its_step != step:
-            raise ValueError(
+            raise UserError(
                 f"{host} goes on after step {step}, {other} after step {its_step}: {out} must be "
                 "one folder that all machines see"
             )

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards import Manifest
-from shards.visibility import visible_cells
-from shards.weighting import crop_grid, crop_maps
+from shards.weighting import crop_grid, crop_maps, edge_rule
 from train.attention import check_attention, read_attention, write_attention
 from train.loss import block_masks
 from train.mae import MAE
@@ -27,7 +26,7 @@ ATTENTION = "attention"
 
 
 def make_model(recipe: Recipe) -> SimMIM | MAE:
-    """The recipe's model, untrained. Raises ValueError if its encoder cannot serve."""
+    """The recipe's model, untrained. Raises UserError if its encoder cannot serve."""
     if recipe.method == "mae":
         return MAE(recipe.model, recipe.size, recipe.options, recipe.decoder, recipe.norm_pix)
     model = SimMIM(recipe.model, recipe.size, recipe.options)
@@ -51,7 +50,6 @@ class Masking:
 
     A pure function of (seed, step), of the maps of a batch, and of the attention in force, which is
     written anew by `refresh` at the steps that are `due` and read again when a run goes on.
-    `maps`: the names of the maps in a batch, in order.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Masking:
         recipe: Recipe,
         seed: int,
         manifest: Manifest,
-        maps: list[str],
         encoder: Any,
         steps_an_epoch: float,
         device: torch.device,
@@ -75,11 +72,10 @@ class Masking:
         self.begin = self._step_of(0)  # of drawing by maps; before, at random
         self.random = counts(self.side**2, recipe.random_mask_ratio, 0, recipe.method)
         self.counts = counts(self.side**2, recipe.mask_ratio, recipe.throw_ratio, recipe.method)
-        self.maps: dict[str, tuple[int, Tensor]] = {}
+        self.visible: dict[str, Tensor] = {}  # by map: what a crop keeps of it near its edges
         for name in guide_maps(recipe):
             row, settings = manifest.detectors.index(name), manifest.settings
-            share = visible_cells(settings.detectors[row], settings.crop, self.side, settings.mark)
-            self.maps[name] = maps.index(name), torch.from_numpy(share).float().to(device)
+            self.visible[name] = edge_rule(settings, settings.detectors[row], self.side).to(device)
 
     def _step_of(self, number: int) -> int:
         """The first step of the phase that refresh `number` begins."""
@@ -130,7 +126,7 @@ class Masking:
         return races(self.seed, step, batch, self.side**2).to(self.device)
 
     def hidden(
-        self, noise: Tensor, step: int, samples: NDArray[Any], tensors: dict[str, Tensor]
+        self, noise: Tensor, step: int, samples: NDArray[Any], tensors: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         """What the model takes beside the images of a part of the batch: its rows of `noise`, its
         `samples` and its `tensors` decide. SimMIM: (mask,) or (mask, kept); MAE: (masked, visible).
@@ -158,14 +154,13 @@ class Masking:
         mask = (order < masked).view(1, self.side, self.side)
         return (mask, order[:, : self.side**2 - thrown]) if thrown else (mask,)
 
-    def weights(self, samples: NDArray[Any], tensors: dict[str, Tensor]) -> Tensor:
+    def weights(self, samples: NDArray[Any], tensors: dict[str, Any]) -> Tensor:
         """The product of the guides on each cell of each crop, float32 [b, side**2]."""
         boxes, flips = tensors["boxes"], tensors["flips"]
         product = torch.ones(len(boxes), self.side, self.side, device=self.device)
         for name in self.guides:
             if name != ATTENTION:
-                column, visible = self.maps[name]
-                maps = tensors["maps"][:, column]
+                maps, visible = tensors["maps"][name], self.visible[name]
                 product = product * crop_maps(maps, boxes, flips, self.side, visible)
                 continue
             assert self.attention is not None

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from shards.errors import UserError
 from train.loss import masked_l1
 from train.tokens import embed, encode, patchify, take
 
@@ -111,19 +112,19 @@ class SimMIM(nn.Module):
 
 
 def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None) -> Any:
-    """The timm model `name` without a head at `size` px. Raises ValueError if it cannot serve."""
+    """The timm model `name` without a head at `size` px. Raises UserError if it cannot serve."""
     if size % CELL:
-        raise ValueError(f"crop size {size} is no multiple of the mask cell, {CELL} px; use 192")
+        raise UserError(f"crop size {size} is no multiple of the mask cell, {CELL} px; use 192")
     if name not in timm.list_models():
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
-        raise ValueError(f"timm has no model {name!r}; it has {near} ...")
+        raise UserError(f"timm has no model {name!r}; it has {near} ...")
     try:
         encoder: Any = timm.create_model(name, **encoder_options(name, size, options))
     except TypeError:
-        raise ValueError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
+        raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
     known = hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
     if not known or CELL % encoder.patch_embed.patch_size[0]:
-        raise ValueError(f"{name!r} is no ViT or Swin whose patches divide {CELL} px")
+        raise UserError(f"{name!r} is no ViT or Swin whose patches divide {CELL} px")
     return encoder
 
 

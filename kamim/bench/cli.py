@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from shards.errors import UserError
+
 app = typer.Typer()
 
 PARTS = ("loaders", "step", "build", "meaning")
@@ -42,9 +44,9 @@ def bench(
     parts = only.split(",")
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise ValueError(f"--only {only!r}: there are {', '.join(PARTS)}")
+        raise UserError(f"--only {only!r}: there are {', '.join(PARTS)}")
     if "meaning" in parts and "loaders" not in parts:
-        raise ValueError("--only meaning needs the loaders' rates; add loaders")
+        raise UserError("--only meaning needs the loaders' rates; add loaders")
     begin = time.perf_counter()
     rows = _measure(source, parts, quick, seconds, repeats)
     if save:
@@ -59,7 +61,7 @@ def bench(
 def _measure(
     where: str, parts: list[str], quick: bool, seconds: float, repeats: int
 ) -> list[dict[str, Any]]:
-    from shards.files import waiting
+    from shards.progress import waiting
 
     with waiting("loading PyTorch and the loaders"):
         import joblib

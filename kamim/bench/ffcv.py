@@ -27,7 +27,7 @@ from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
 from preprocess.source import Source, read
 from shards import ShardSet
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 from shards.ffcv_loader import FfcvLoader
 from shards.order import Plan
 
@@ -63,7 +63,7 @@ def ours(records: ShardSet, detectors: list[str]) -> Callable[[], float]:
     """A function that runs our loader over several epochs and gives images a second."""
     count = len(records)
     plan, steps = Plan(count, BATCH), 6 * count // BATCH
-    loader = FfcvLoader(records, plan, 0, steps, detectors=detectors)
+    loader = FfcvLoader(records, plan, 0, steps, maps=detectors)
 
     def run() -> float:
         return _rate(iter(loader), steps)

@@ -26,7 +26,7 @@ from shards import ShardSet, decode_frame
 from shards.loader import Loader
 from shards.order import Plan
 from shards.weighting import to_device
-from train.inputs import find_visible, prepare
+from train.inputs import weighted_crops
 from train.loss import block_masks, masked_l1
 from train.models import CELL, SimMIM
 from train.recipes import find_recipe
@@ -61,7 +61,7 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
 def loader_rate(records: ShardSet, detectors: list[str], bank: bool = False) -> float:
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = Loader(records, plan, 0, 24, detectors=detectors, bank=bank)
+    loader = Loader(records, plan, 0, 24, maps=detectors, bank=bank)
     begin = 0.0
     for number, _ in enumerate(loader):
         if number == loader.prefetch:
@@ -88,16 +88,16 @@ def step_seconds(records: ShardSet, repeats: int) -> tuple[list[float], list[flo
     batch = 256 if device.type == "cuda" else 16
     model = SimMIM(recipe.model, recipe.size).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
-    loader = Loader(records, Plan(len(records), batch), 0, 1)
+    detector = records.manifest.detectors[0]
+    loader = records.loader(Plan(len(records), batch), 0, 1, maps=[detector])
     _, tensors = next(to_device(loader, device))
     mask = block_masks(0, 0, batch, recipe.size // CELL, recipe.mask_ratio, device)
-    detector = records.manifest.settings.detectors[0]
-    weighing = find_visible(recipe, records.manifest, detector, device)
+    ways = [weighted_crops(recipe, records, name).to(device) for name in (detector, None)]
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 2):
-        for taken, visible in zip(times, (weighing, None), strict=True):
+        for taken, crops in zip(times, ways, strict=True):
             begin = time.perf_counter()
-            images, weights = prepare(tensors, recipe, visible)
+            images, weights, *_ = crops(tensors)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 reconstruction = model(images, mask)
             masked_l1(reconstruction, images, mask, weights).backward()

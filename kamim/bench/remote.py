@@ -24,8 +24,7 @@ from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
 from shards import ShardSet, open_remote
 from shards.loader import Loader
-from shards.order import Plan
-from shards.windows import Windows
+from shards.order import Plan, Windows
 
 REPEATS, BATCH, WINDOW = 7, 100, 16
 WARM, LOCAL, BUCKET = "S3, cache warm", "local folder", "bucket"

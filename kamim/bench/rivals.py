@@ -24,7 +24,6 @@ from torchvision.transforms import v2
 from kamim.bench.online import MEAN, SIZE, STD, Optimised, Published
 from preprocess.source import Source, read
 from shards import ShardSet
-from shards.loader import Loader
 from shards.order import Plan
 
 BATCH = 128
@@ -86,7 +85,7 @@ def offline(records: ShardSet, detector: str | None) -> Rate:
         plan, ahead = Plan(len(records), BATCH), 3
         steps = max(2 * ahead, images // BATCH)
         wanted = [detector] if detector else []
-        loader = Loader(records, plan, 0, steps, detectors=wanted, prefetch=ahead)
+        loader = records.loader(plan, 0, steps, maps=wanted, prefetch=ahead)
         return timed((b.frames, b.maps) for b in loader)
 
     return rate
@@ -94,11 +93,9 @@ def offline(records: ShardSet, detector: str | None) -> Rate:
 
 def offline_ffcv(records: ShardSet, detector: str | None, images: int) -> Rate:
     """Our loader from an FFCV set. What FFCV compiled is kept, so `images` is fixed beforehand."""
-    from shards.ffcv_loader import FfcvLoader
-
     plan = Plan(len(records), BATCH)
     wanted = [detector] if detector else []
-    loader = FfcvLoader(records, plan, 0, images // BATCH, detectors=wanted)
+    loader = records.loader(plan, 0, images // BATCH, maps=wanted)
     return lambda _: timed((b.frames, b.maps) for b in loader)
 
 

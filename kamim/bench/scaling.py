@@ -13,7 +13,7 @@ from kamim.bench.provenance import RESULTS
 from kamim.bench.readme import newest
 from preprocess.defaults import default_settings
 from preprocess.detectors import detector_settings
-from shards.bank import BANK_CELL, row_bytes
+from shards.spec import BANK_CELL, BANK_HEAD
 from shards.tar import INDEX_DTYPE
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -35,9 +35,9 @@ def record_bytes(detectors: int, bank: int) -> int:
     """Bytes of a record in its tar: frame, maps, bank, and headers as in the 800 photos."""
     settings = default_settings((detector_settings("fast"),), SHARD)
     a_map, cells = settings.grid**2 // 2, settings.crop // BANK_CELL
-    slots = NPY_HEADER + 4 * row_bytes(1, cells)
+    slots = NPY_HEADER + 4 * (BANK_HEAD + cells * cells)
     around = RECORD - FRAME - NPY_HEADER - a_map - slots  # tar headers, padding, label, JSON
-    stored = NPY_HEADER + bank * row_bytes(detectors, cells) if bank else 0
+    stored = NPY_HEADER + bank * (BANK_HEAD + detectors * cells * cells) if bank else 0
     return FRAME + NPY_HEADER + detectors * a_map + stored + around
 
 

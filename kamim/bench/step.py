@@ -10,22 +10,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kamim.bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
 from shards import ShardSet
-from shards.loader import Loader
 from shards.order import Plan
-from shards.weighting import pinned, to_device
-from train.inputs import find_visible, prepare
+from shards.weighting import WeightedCrops, to_device
+from train.inputs import weighted_crops
 from train.loop import PEAK_FLOPS
 from train.loss import block_masks, masked_l1
 from train.models import CELL, SimMIM, model_flops
@@ -46,8 +45,8 @@ def measure(
     """One row for recipe `name` with `batch` samples a step: interleaved `repeats` of `steps`."""
     recipe = replace(find_recipe(name), batch=batch)
     cuda = device.type == "cuda"
-    detector = records.manifest.settings.detectors[0]
-    visible = find_visible(recipe, records.manifest, detector, device)
+    detector = records.manifest.detectors[0]
+    weighing, plain = (weighted_crops(recipe, records, d).to(device) for d in (detector, None))
     torch.manual_seed(0)
     model = SimMIM(recipe.model, recipe.size, recipe.options).to(device)
     forward: Any = torch.compile(model) if cuda else model
@@ -55,7 +54,7 @@ def measure(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
 
     def run(
-        batches: Iterator[dict[str, Tensor]], steps: int, weighing: Tensor | None = visible
+        batches: Iterator[dict[str, Any]], steps: int, crops: WeightedCrops = weighing
     ) -> tuple[float, float]:
         """Images a second and the share of time spent waiting for batches."""
         waited, begin = 0.0, time.perf_counter()
@@ -64,7 +63,7 @@ def measure(
             tensors = next(batches)
             waited += time.perf_counter() - asked
             mask = block_masks(0, step, batch, recipe.size // CELL, recipe.mask_ratio, device)
-            images, weights = prepare(tensors, recipe, weighing)
+            images, weights, *_ = crops(tensors)
             with autocast:
                 reconstruction = forward(images, mask)
             masked_l1(reconstruction, images, mask, weights).backward()
@@ -78,18 +77,19 @@ def measure(
 
     plan = Plan(len(records), batch)
     warm = min(WARM, steps)
-    loader = Loader(records, plan, 0, warm + repeats * steps, allocate=pinned if cuda else None)
+    steps_in_all = warm + repeats * steps
+    loader = records.loader(plan, 0, steps_in_all, maps=[detector], device=device.type)
     stream = (tensors for _, tensors in to_device(loader, device))
     first = next(stream)
-    still = {field: tensor.clone() for field, tensor in first.items()}
+    still = deepcopy(first)
     frozen = iter(lambda: still, None)
     run(frozen, warm)
-    run(frozen, warm, None)
+    run(frozen, warm, plain)
     run(stream, warm - 1)
     ends, synthetics, plains, waits = [], [], [], []
     for _ in range(repeats):
         synthetics.append(run(frozen, steps)[0])
-        plains.append(run(frozen, steps, None)[0])
+        plains.append(run(frozen, steps, plain)[0])
         rate, wait = run(stream, steps)
         ends.append(rate)
         waits.append(wait)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kamim.bench.provenance import append, spread
 from preprocess import detector_settings
@@ -21,7 +20,7 @@ from shards.order import Plan
 from shards.record import packed
 from shards.weighting import crop_frames
 from train.attention import class_attention
-from train.inputs import normalised, prepare
+from train.inputs import normalised, weighted_crops
 from train.masking import Masking, make_model
 from train.recipes import Recipe, find_recipe
 from train.setup import device_name, find_device
@@ -43,21 +42,28 @@ class Facts:
     count: int
 
 
-def made_up(batch: int, device: torch.device) -> dict[str, Tensor]:
+def made_up(batch: int, device: torch.device) -> dict[str, Any]:
     """A batch as a loader gives it, of noise: a step's time does not depend on what it shows."""
     noise = torch.Generator().manual_seed(0)
     frames = torch.randint(256, (batch, FRAME, FRAME, 3), generator=noise, dtype=torch.uint8)
-    levels = torch.randint(16, (batch, 1, GRID, GRID), generator=noise).to(torch.uint8) * 17
+    levels = torch.randint(16, (batch, GRID, GRID), generator=noise).to(torch.uint8) * 17
     plan = Plan(batch, batch)
     epochs, samples = plan.samples(0)
     boxes, flips = plan.boxes(epochs, samples, *[samples * 0 + 400] * 2)
-    arrays = {"frames": frames, "maps": torch.from_numpy(packed(levels.numpy())),
-              "boxes": torch.from_numpy(boxes), "flips": torch.from_numpy(flips),
-              "counts": torch.zeros(batch, 0, 1, 1, dtype=torch.uint8)}  # fmt: skip
-    return {name: tensor.to(device) for name, tensor in arrays.items()}
+    numbers = torch.from_numpy(samples).to(device)
+    return {
+        "frames": frames.to(device),
+        "maps": {"frequency": torch.from_numpy(packed(levels.numpy())).to(device)},
+        "counts": {},
+        "boxes": torch.from_numpy(boxes).to(device),
+        "flips": torch.from_numpy(flips).to(device),
+        "labels": numbers,
+        "samples": numbers,
+        "epochs": numbers * 0,
+    }
 
 
-def step_of(recipe: Recipe, tensors: dict[str, Tensor], device: torch.device) -> tuple[
+def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tuple[
         Callable[[], None], Callable[[], None]]:  # fmt: skip
     """(a training step, an attention pass) of `recipe` on a batch, as training does them."""
     recipe = replace(recipe, batch=len(tensors["frames"]), random_epochs=0)
@@ -65,7 +71,8 @@ def step_of(recipe: Recipe, tensors: dict[str, Tensor], device: torch.device) ->
     model = make_model(recipe).to(device)
     settings = default_settings((detector_settings("frequency"),), 1000, crop=recipe.size)
     facts: Any = Facts(settings, ["frequency"], recipe.batch)
-    masking = Masking(recipe, 0, facts, ["frequency"], model.encoder, 1, device)
+    masking = Masking(recipe, 0, facts, model.encoder, 1, device)
+    crops = weighted_crops(recipe, facts, None).to(device)
     patches = masking.patches_a_side**2
     masking.attention = torch.randint(256, (recipe.batch, patches), dtype=torch.uint8).numpy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
@@ -75,7 +82,7 @@ def step_of(recipe: Recipe, tensors: dict[str, Tensor], device: torch.device) ->
     samples = torch.arange(recipe.batch).numpy()
 
     def train() -> None:
-        images, _ = prepare(tensors, recipe, None)
+        images = crops(tensors).images
         hidden = masking.hidden(masking.noise(1), 1, samples, tensors)
         with autocast:
             output = forward(images, *hidden)

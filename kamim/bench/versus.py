@@ -30,8 +30,8 @@ from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
 from preprocess.source import Source, read
 from shards import ShardSet
-from shards.convert import convert_to_ffcv
-from shards.files import waiting
+from shards.beton import convert_to_ffcv
+from shards.progress import waiting
 
 DETECTORS = ["fast", "orb", "sift"]
 NOISY = 1.3  # most over least of a decoding ceiling in one run; beyond it, nothing is to be trusted

@@ -15,7 +15,7 @@ from torch import Tensor
 from kamim.evaluate.attention import COLLAPSED, diagnose
 from kamim.evaluate.encoder import Encoder, tokens
 from shards import ShardSet, decode_frame
-from shards.files import waiting
+from shards.progress import waiting
 from shards.weighting import crop_frames
 from train import checkpoint
 from train.inputs import MEAN, STD, normalised

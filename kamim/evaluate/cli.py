@@ -20,6 +20,7 @@ from kamim.evaluate.words import (
     file_of,
     folder_for,
 )
+from shards.errors import UserError
 
 app = typer.Typer()
 
@@ -149,7 +150,7 @@ def _open(
     """The task that a user typed, checked before any work."""
     check_words([encoder], device)
     from shards import ShardSet
-    from shards.files import waiting
+    from shards.progress import waiting
 
     learn, test = ShardSet(train), ShardSet(val)
     classes = check_labels(learn, test)
@@ -161,7 +162,7 @@ def _open(
         where = find_device(device)
         model = load_encoder(encoder, where)
     if block > model.blocks:
-        raise ValueError(f"--block {block}: {encoder} has {model.blocks}")
+        raise UserError(f"--block {block}: {encoder} has {model.blocks}")
     return _Task(encoder, model, learn, test, classes, block or model.default_block, pool, where)
 
 
@@ -227,13 +228,14 @@ def analyse(
     """
     *names, folder = encoders
     if not names:
-        raise ValueError("name at least one encoder, then the folder of the shards")
+        raise UserError("name at least one encoder, then the folder of the shards")
     check_words(names)
     check_installed(
         {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
     )
     from shards import ShardSet
-    from shards.files import alone, waiting
+    from shards.files import alone
+    from shards.progress import waiting
 
     records = ShardSet(folder)
     with waiting("loading PyTorch and the encoders"):
@@ -273,8 +275,9 @@ def export_hf(
     path = target if alone else target / "model.safetensors"
     if target.is_file() or path.exists() or (target / CONFIG).exists():
         kind = "file" if alone else "folder"
-        raise ValueError(f"{target} exists; name another {kind} or remove it")
-    from shards.files import waiting, write_atomically
+        raise UserError(f"{target} exists; name another {kind} or remove it")
+    from shards.files import write_atomically
+    from shards.progress import waiting
 
     with waiting(f"loading PyTorch and {encoder}"):
         import torch
@@ -285,7 +288,7 @@ def export_hf(
 
         model = load_encoder(encoder, torch.device("cpu")).model
     if not hasattr(model, "blocks"):
-        raise ValueError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
+        raise UserError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
     config = json.dumps(config_of(model), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(from_timm(model.state_dict()), path, {"format": "pt", "config": config})

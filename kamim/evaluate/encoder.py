@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kamim.evaluate.huggingface import is_huggingface, options_of, to_timm
 from kamim.evaluate.words import CONFIG, HUGGING_FACE, file_of
+from shards.errors import UserError
 from train import checkpoint
 from train.export import encoder_state
 from train.models import make_encoder
@@ -50,7 +51,7 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 
     what: a run folder or .pt checkpoint of ours; a .safetensors of `kamim export` or of Hugging
     Face's ViT (or its .bin, or the folder of either); `timm:NAME` with timm's weights;
-    `random:NAME` without, of a model or a recipe. Raises ValueError, in one line, if it is none of
+    `random:NAME` without, of a model or a recipe. Raises UserError, in one line, if it is none of
     these or its tensors do not fit.
     """
     kind, _, name = what.partition(":")
@@ -70,21 +71,21 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 def _from_timm(name: str, size: int) -> Any:
     """timm's model with its weights, from Hugging Face or from the copy that is here."""
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; see https://huggingface.co/timm")
+        raise UserError(f"timm has no model {name!r}; see https://huggingface.co/timm")
     # Its client tries for a minute before it says that there is no network.
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
     except TypeError:
-        raise ValueError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
+        raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
     except Exception as error:  # the client's, httpx's and timm's own kinds
         if constants.HF_HUB_OFFLINE:
-            raise ValueError(
+            raise UserError(
                 f"the weights of timm:{name} are not on this machine and {constants.ENDPOINT} does "
                 "not answer; connect once, or name a file in place of them"
             ) from None
         line = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise ValueError(f"the weights of timm:{name} do not load ({line})") from None
+        raise UserError(f"the weights of timm:{name} do not load ({line})") from None
 
 
 def _answers(url: str) -> bool:
@@ -105,11 +106,11 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
             with safetensors.safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no sound .safetensors file: {error}") from None
+            raise UserError(f"{path} is no sound .safetensors file: {error}") from None
         if is_huggingface(tensors):
             return _from_huggingface(tensors, path, facts.get("config"))
         if not {"model", "options"} <= set(facts):
-            raise ValueError(f"{path} does not say what it is of; `kamim export` writes that")
+            raise UserError(f"{path} does not say what it is of; `kamim export` writes that")
         options = json.loads(facts["options"])
         size = int(options.pop("img_size"))
         for known in ("num_classes", "window_size"):
@@ -134,7 +135,7 @@ def _from_huggingface(
     try:
         options, size, eps = options_of(tensors, json.loads(config or "{}"))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no whole Hugging Face ViT ({type(error).__name__}: {error})"
         ) from None
     model = make_encoder("vit_base_patch16_224", size, options)
@@ -145,7 +146,7 @@ def _from_huggingface(
 
 
 def fitted(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """`model` with `tensors`. ValueError, naming the first that does not fit."""
+    """`model` with `tensors`. UserError, naming the first that does not fit."""
     wanted = model.state_dict()
     wrong = [
         f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, the model's is "
@@ -154,7 +155,7 @@ def fitted(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Modul
         if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
     ]
     if wrong:
-        raise ValueError(f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such)")
+        raise UserError(f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such)")
     model.load_state_dict(tensors)
     return model
 

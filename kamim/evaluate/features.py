@@ -6,22 +6,19 @@ is only used again for the very same set, encoder, block and pooling.
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kamim.evaluate.encoder import Encoder, tokens
-from shards import ShardSet, decode_frame
-from shards.batch import Batch, planned
-from shards.files import progress
-from shards.loader import Loader
-from shards.order import InOrder, Plan
+from shards import ShardSet
+from shards.errors import UserError
+from shards.order import Plan
+from shards.progress import progress
 from shards.weighting import crop_frames, to_device
 from train.export import write_tensors
 from train.inputs import normalised
@@ -30,31 +27,17 @@ Pool = Literal["mean", "cls"]
 
 
 def whole_frames(
-    records: ShardSet, plan: Plan | InOrder, first: int, last: int, size: int, device: torch.device
+    records: ShardSet, plan: Plan, first: int, last: int, size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(whole frames float32 [b, 3, size, size] of 0 to 255, labels [b]) of steps first to last - 1.
 
     Squeezed without antialias, as the published validation does it.
     """
-    ffcv = records.manifest.container == "ffcv"
-    batches = _read(records, plan, first, last) if ffcv else Loader(
-        records, plan, first, last, detectors=[])  # fmt: skip
-    for batch, tensors in to_device(batches, device):
-        real = len(batch.labels)  # the last batch of a pass in order may have fewer than its buffer
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(real, 4)
-        flips = torch.zeros(real, 2, dtype=torch.bool, device=device)
-        yield crop_frames(tensors["frames"][:real], boxes, flips, size), tensors["labels"]
-
-
-def _read(records: ShardSet, plan: Plan | InOrder, first: int, last: int) -> Iterator[Batch]:
-    """The batches of an FFCV set record by record: FFCV's own loader, which need not be installed,
-    wants batches of one size, and the last one of a pass in order is short.
-    """
-    empty = np.empty((0, 0, 0, 0), np.uint8)
-    with ThreadPoolExecutor(thread_name_prefix="reader") as pool:
-        for part in plan.parts(first, last):
-            frames = np.stack(list(pool.map(lambda n: decode_frame(records[n].frame), part[2])))
-            yield planned(records, plan, part, (frames, empty, empty))[0]
+    for batch, tensors in to_device(records.loader(plan, first, last, device=device.type), device):
+        count = len(batch.labels)
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(count, 4)
+        flips = torch.zeros(count, 2, dtype=torch.bool, device=device)
+        yield crop_frames(tensors["frames"], boxes, flips, size), tensors["labels"]
 
 
 def extract(
@@ -69,11 +52,11 @@ def extract(
 
     Images are the whole frames at the encoder's size, as the published validation has them.
     """
-    order = InOrder(len(records), batch)
+    order = Plan(len(records), batch, in_order=True)
     found, labels = [], []
     bar = progress(f"features of {records.folder.name}", len(records))
     with bar, torch.inference_mode():
-        for frames, theirs in whole_frames(records, order, 0, order.steps, encoder.size, device):
+        for frames, theirs in whole_frames(records, order, 0, order.steps(), encoder.size, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 patches, cls = tokens(encoder, normalised(frames), block)
             found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
@@ -104,5 +87,5 @@ def cached(
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from None
+        raise UserError(f"{path} is damaged ({error}); remove it, and it is made again") from None
     return tensors["features"], tensors["labels"]

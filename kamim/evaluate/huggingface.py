@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shards.errors import UserError
+
 EPS = 1e-12  # of its LayerNorms; timm's is 1e-6
 HEAD = 64  # channels of an attention head in every published ViT
 # (theirs, ours), for a block; query, key and value are one tensor in timm.
@@ -65,12 +67,12 @@ def options_of(
 def config_of(model: Any) -> dict[str, Any]:
     """The config.json of a timm ViT: what makes ViTModel compute the same.
 
-    Raises ValueError if ViTModel has no place for some of the model's tensors.
+    Raises UserError if ViTModel has no place for some of the model's tensors.
     """
     block, tensors = model.blocks[0], model.state_dict()
     left = sorted(name for name in tensors if name not in WHOLE.values() and not OURS.match(name))
     if left or set(WHOLE.values()) - set(tensors):
-        raise ValueError(f"Hugging Face's ViT has no place for this model: {(left or ['?'])[0]}")
+        raise UserError(f"Hugging Face's ViT has no place for this model: {(left or ['?'])[0]}")
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",

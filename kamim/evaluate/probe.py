@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.files import progress
+from shards.progress import progress
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set

@@ -17,14 +17,14 @@ from torchvision.transforms import v2
 from kamim.evaluate.encoder import Encoder, tokens
 from kamim.evaluate.features import Pool, whole_frames
 from shards import ShardSet
-from shards.files import progress
-from shards.order import InOrder, Plan, mix
+from shards.errors import UserError
+from shards.order import Plan
+from shards.progress import progress
+from shards.rng import Purpose, mix
 from train import checkpoint
 from train.inputs import normalised
 from train.log import METRICS, trim
 from train.schedule import learning_rate
-
-AUGMENT = 8  # first part of the hash that draws a step's augmentations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ def augmented(
     MixUp or CutMix. frames: uint8 [b, 3, S, S]. All drawn from (seed, step).
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(mix(AUGMENT, seed, step)) >> 1)
+        torch.manual_seed(int(mix(Purpose.AUGMENT, seed, step)) >> 1)
         trivial, erase = v2.TrivialAugmentWide(), v2.RandomErasing()
         images = normalised(torch.stack([trivial(frame) for frame in frames]).float())
         images = torch.stack([erase(image) for image in images])
@@ -138,10 +138,10 @@ def augmented(
 def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict[str, float]:
     """top-1 and top-5 of `model` on a set, shares of 0 to 1."""
     model.eval()
-    order, size = InOrder(len(records), 256), model.encoder[0].size
+    order, size = Plan(len(records), 256, in_order=True), model.encoder[0].size
     right = torch.zeros(2)
     with torch.inference_mode(), progress("test", len(records)) as bar:
-        for frames, labels in whole_frames(records, order, 0, order.steps, size, device):
+        for frames, labels in whole_frames(records, order, 0, order.steps(), size, device):
             logits = model(normalised(frames))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
@@ -162,7 +162,7 @@ def train_supervised(
 ) -> dict[str, float]:
     """Train `model` on `learn`, test it on `test`, or finish that; returns the accuracies.
 
-    A checkpoint an epoch; raises ValueError if `out` holds another run's.
+    A checkpoint an epoch; raises UserError if `out` holds another run's.
     """
     classes = model.head.out_features
     plan = Plan(len(learn), min(recipe.batch, len(learn)), seed)
@@ -217,7 +217,7 @@ def _restore(
     state = checkpoint.load(path, device)
     changed = [name for name, value in facts.items() if state["run"].get(name) != value]
     if changed:
-        raise ValueError(f"{out} holds another run (another {changed[0]}); name another --out")
+        raise UserError(f"{out} holds another run (another {changed[0]}); name another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     trim(out, state["step"] + 1)

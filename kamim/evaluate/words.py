@@ -1,12 +1,14 @@
 """Checks of what a user typed, before torch is imported: a misspelt word need not cost seconds.
 
 In: an encoder, a device, sets of shards. Out: the file of an encoder, the number of classes, or a
-ValueError that says what to give.
+UserError that says what to give.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from shards import ShardSet
@@ -17,37 +19,37 @@ CONFIG = "config.json"  # what a folder of either has beside it
 
 
 def check_words(encoders: list[str], device: str = "auto") -> None:
-    """ValueError if one of `encoders` is no file, run or name, or `device` is none we know."""
+    """UserError if one of `encoders` is no file, run or name, or `device` is none we know."""
     for what in encoders:
         kind, _, name = what.partition(":")
         if kind not in NAMED:
             file_of(what)
         elif not name:
-            raise ValueError(f"{what!r} names no model; give {kind}:vit_base_patch16_224, say")
+            raise UserError(f"{what!r} names no model; give {kind}:vit_base_patch16_224, say")
     if device not in ("auto", "cpu") and not device.startswith("cuda"):
-        raise ValueError(f"--device {device!r} is unknown; give auto, cpu or cuda")
+        raise UserError(f"--device {device!r} is unknown; give auto, cpu or cuda")
 
 
 def check_installed(packages: dict[str, str]) -> None:
-    """ValueError for the first of `packages` (module: what pip calls it) that is not there."""
+    """UserError for the first of `packages` (module: what pip calls it) that is not there."""
     for module, name in packages.items():
         if find_spec(module) is None:
-            raise ValueError(f"this needs {name}, which is not installed; type: pip install {name}")
+            raise UserError(f"this needs {name}, which is not installed; type: pip install {name}")
 
 
 def file_of(what: str) -> Path:
     """The file that holds the encoder `what`: of a run its newest checkpoint, of a folder for
-    from_pretrained its tensors. Raises ValueError if there is none.
+    from_pretrained its tensors. Raises UserError if there is none.
     """
     path = Path(what)
     if path.is_dir():
         published = [path / name for name in HUGGING_FACE if (path / name).is_file()]
         saved = published or sorted((path / "checkpoints").glob("step-*.pt"))
         if not saved:
-            raise ValueError(f"{what} holds no checkpoint; train first with `kamim pretrain`")
+            raise UserError(f"{what} holds no checkpoint; train first with `kamim pretrain`")
         return saved[0] if published else saved[-1]
     if not path.is_file():
-        raise ValueError(f"{what} is no file, run folder, timm:NAME or random:NAME")
+        raise UserError(f"{what} is no file, run folder, timm:NAME or random:NAME")
     return path
 
 
@@ -58,16 +60,16 @@ def folder_for(command: str, encoder: str) -> Path:
 
 
 def check_labels(records: "ShardSet", other: "ShardSet | None" = None) -> int:
-    """The number of classes; ValueError if a label is none of them or `other` has other classes."""
+    """The number of classes; UserError if a label is none of them or `other` has other classes."""
     classes = records.manifest.classes
     if len(classes) < 2:
-        raise ValueError(f"{records.folder} has {len(classes)} classes; a probe needs two or more")
+        raise UserError(f"{records.folder} has {len(classes)} classes; a probe needs two or more")
     labels = records.index["label"]
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
-        raise ValueError(
+        raise UserError(
             f"{records.folder}: label {int(outside[0])} is none of its {len(classes)} classes"
         )
     if other is not None and other.manifest.classes != classes:
-        raise ValueError(f"{records.folder} and {other.folder} have different classes")
+        raise UserError(f"{records.folder} and {other.folder} have different classes")
     return len(classes)

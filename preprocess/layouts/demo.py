@@ -14,6 +14,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
+from shards.errors import UserError, install
 
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -36,13 +37,13 @@ LONGEST = 640  # px; the two large photographs are first brought to an ordinary 
 
 
 def folder() -> Path:
-    """Where the photographs lie. Raises ValueError with what to type if they are not installed."""
+    """Where the photographs lie. Raises UserError with what to type if they are not installed."""
     found = importlib.util.find_spec("skimage")
     places = (found.submodule_search_locations or []) if found else []
     for place in places:
         if (Path(place) / "data" / PHOTOGRAPHS[0]).is_file():
             return Path(place) / "data"
-    raise ValueError("the demo photographs are not installed; type: pip install 'kamim[demo]'")
+    raise UserError(f"the demo photographs are not installed; {install('skimage')}")
 
 
 def names() -> list[tuple[str, int]]:
@@ -77,7 +78,7 @@ def _window(number: int) -> tuple[float, float, float, float]:
             room = 1 - share
             return room * row / (down - 1), room * column / (across - 1), share, share
         number -= down * across
-    raise ValueError(f"a photograph has no window {number}")
+    raise UserError(f"a photograph has no window {number}")
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import UserError
+
 
 class _Dtype:
     """Stands in for numpy.dtype: keeps its name."""
@@ -62,16 +64,14 @@ class _Unpickler(pickle.Unpickler):
 def load_dictionary(data: bytes, where: str) -> dict[str, Any]:
     """The dictionary that the pickle `data` holds, its arrays as uint8; text keys either way.
 
-    Raises ValueError, calling the pickle `where`, at anything but plain containers and bytes.
+    Raises UserError, calling the pickle `where`, at anything but plain containers and bytes.
     """
     try:
         found = _Unpickler(io.BytesIO(data), encoding="latin1").load()
         return {_text(key): _plain(value) for key, value in found.items()}
     except Exception as error:  # hostile bytes raise anything
         words = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{where} is not one of CIFAR's pickles and is not read: {words}"
-        ) from None
+        raise UserError(f"{where} is not one of CIFAR's pickles and is not read: {words}") from None
 
 
 def _text(key: object) -> str:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from preprocess.entry import SUFFIXES, Entry, Source
 from preprocess.files import opened
+from shards.errors import UserError
 
 BLOCK = 512
 
@@ -48,7 +49,7 @@ def members(
 ) -> Iterator[tarfile.TarInfo]:
     """Members of the tar in bytes `start` to `end` of `file`, their places counted in `file`.
 
-    Raises ValueError, calling it `where`, unless it is whole: tarfile takes a damaged header for
+    Raises UserError, calling it `where`, unless it is whole: tarfile takes a damaged header for
     the end, and so would lose all that follows.
     """
     try:
@@ -63,8 +64,8 @@ def members(
             room = BLOCK if end is None else min(BLOCK, end - archive.offset)
             if any(file.read(max(0, room))):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        raise ValueError(
+    except (tarfile.TarError, UserError, OverflowError, RecursionError, EOFError) as error:
+        raise UserError(
             f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
             "once with gunzip or the like, else fetch it again or name another place"
         ) from None

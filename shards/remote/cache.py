@@ -14,10 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.dataset import Held, check_sha256, check_size
-from shards.order import Ints
+from shards.crops import Ints
+from shards.dataset import Held
+from shards.errors import UserError
+from shards.files import check_sha256, check_size
 from shards.remote.retry import LOG
-from shards.remote.store import Store
+from shards.remote.storage import Store
 from shards.spec import File, Manifest, fingerprint
 
 FOLDER, PART = "kamim-", ".part"
@@ -46,12 +48,12 @@ class Copies:
         self.sound: dict[str, tuple[int, int]] = {}  # inode and time of what was hashed
 
     def check(self, window: int) -> None:
-        """Raise ValueError if a window of so many shards and the next cannot be held at once."""
+        """Raise UserError if a window of so many shards and the next cannot be held at once."""
         most = sorted(self.sizes, reverse=True)
         total, room = sum(most), self.limit - self.extra
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if files > 0 and 2 * min(window, len(most)) > files - 100:
-            raise ValueError(
+            raise UserError(
                 f"two windows of {window} shards are more open files than the {files} allowed; "
                 "use a smaller --window, or raise it by ulimit -n"
             )
@@ -59,7 +61,7 @@ class Copies:
         if self.limit and need > room:
             fits = next((n for n in range(window, 0, -1) if 2 * sum(most[:n]) <= room), 0)
             advice = f", or --window {fits}" if fits else ""
-            raise ValueError(
+            raise UserError(
                 f"a cache limit of {self.limit / 1e9:g} GB is too small: a window of {window} "
                 f"shards and the next take up to {need / 1e9:.3g} GB; use --cache-limit "
                 f"{need + self.extra}{advice}"
@@ -136,11 +138,11 @@ class Copies:
                 check_sha256(part, file.sha256)
                 return
             except FileNotFoundError as error:
-                raise ValueError(f"{error}, the manifest lists it; restore it") from None
+                raise UserError(f"{error}, the manifest lists it; restore it") from None
             except ValueError as error:
                 if attempt + 1 == TRIES:
                     name = f"{self.store.url}/{file.name}"
-                    raise ValueError(str(error).replace(str(part), name)) from None
+                    raise UserError(str(error).replace(str(part), name)) from None
 
     def _claim(
         self,

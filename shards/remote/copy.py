@@ -5,7 +5,6 @@ manifest's sha256, the manifest last. A restart copies only what is missing.
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards import spec as _manifest
-from shards.dataset import check_sha256
-from shards.files import LOCK, alone, progress, sync_folder, temporary_of, write_atomically
+from shards.errors import UserError
+from shards.files import LOCK, MANIFEST, alone, check_sha256, replacing, write_atomically
+from shards.progress import progress
 from shards.remote import storage as remote
 from shards.remote.retry import retried
 from shards.remote.storage import is_url
-from shards.spec import MANIFEST, File, Manifest
+from shards.spec import File, Manifest
 
 MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its manifest
 
@@ -27,24 +27,24 @@ MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its m
 def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
     """Copy the finished set at `source` to `target`; returns its manifest and the files copied.
 
-    Raises ValueError if there is no finished set, if a file of it is damaged or missing, or if
+    Raises UserError if there is no finished set, if a file of it is damaged or missing, or if
     `target` holds anything else; OSError if a store cannot be reached or written.
     """
     source, target = (place.removeprefix("file://").rstrip("/") for place in (source, target))
     if target.startswith(("http://", "https://")):
-        raise ValueError(f"{target}: a web server takes no files; copy to a folder, s3:// or gs://")
+        raise UserError(f"{target}: a web server takes no files; copy to a folder, s3:// or gs://")
     data = _read(source, MANIFEST)
     if data is None:
-        raise ValueError(f"{source} has no {MANIFEST}: it is not a finished set of shards")
+        raise UserError(f"{source} has no {MANIFEST}: it is not a finished set of shards")
     manifest = _manifest.parse(f"{source}/{MANIFEST}", data)
     ours = next((f.name for f in manifest.shards if f.name in {MANIFEST, MARK, LOCK}), None)
     if ours:
-        raise ValueError(f"{source} lists a shard called {ours}, which is no shard")
+        raise UserError(f"{source} lists a shard called {ours}, which is no shard")
     if is_url(target):
         return manifest, _copy_files(source, target, manifest, data, jobs)
     folder = Path(target)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{target} is a file; name a folder for the shards")
+        raise UserError(f"{target} is a file; name a folder for the shards")
     with alone(folder):
         return manifest, _copy_files(source, target, manifest, data, jobs)
 
@@ -76,12 +76,12 @@ def _copy_files(source: str, target: str, manifest: Manifest, data: bytes, jobs:
 
 
 def _check_target(target: str, data: bytes, mark: bytes, files: dict[str, int]) -> set[str] | None:
-    """Names in `target` that may be files of this set, None if it is all there, else ValueError."""
+    """Names in `target` that may be files of this set, None if it is all there, else UserError."""
     sizes = _sizes(target)
     finished = _read(target, MANIFEST) if MANIFEST in sizes else None
     begun = _read(target, MARK) if MARK in sizes else None
     if (finished or data) != data or (begun or mark) != mark:
-        raise ValueError(f"{target} holds another set of shards, or part of one; name a new place")
+        raise UserError(f"{target} holds another set of shards, or part of one; name a new place")
     if begun is not None:  # what a killed copy left half written is ours to remove
         for name in [n for n in sizes if n.endswith(".tmp") and n.rsplit(".", 2)[0] in files]:
             del sizes[name]
@@ -89,7 +89,7 @@ def _check_target(target: str, data: bytes, mark: bytes, files: dict[str, int]) 
     others = sizes.keys() - files.keys() - {MANIFEST, MARK}
     if finished is None and (others or (sizes and begun is None)):
         some = min(others or sizes)
-        raise ValueError(f"{target} holds something else ({some}); name a new or empty place")
+        raise UserError(f"{target} holds something else ({some}); name a new or empty place")
     whole = {name for name, size in files.items() if sizes.get(name) == size}
     if finished is None or whole != files.keys():
         return whole
@@ -114,16 +114,9 @@ def _copy_file(source: str, target: str, file: File, there: bool) -> bool:
             name = f"{folder}/{file.name}"
             retried(f"{target}/{file.name}", lambda: files.put_file(str(path), name))
         return True
-    temporary = temporary_of(Path(target) / file.name)
-    try:
+    with replacing(Path(target) / file.name) as temporary:
         _fetch(source, file.name, temporary)
         check_sha256(temporary, file.sha256)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(Path(target) / file.name)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(Path(target))
     return True
 
 
@@ -139,7 +132,7 @@ def _here(place: str, name: str) -> Iterator[Path]:
 
 
 def _fetch(place: str, name: str, path: Path) -> None:
-    """Copy the file `name` at `place` to `path`. Raises ValueError if it is missing."""
+    """Copy the file `name` at `place` to `path`. Raises UserError if it is missing."""
     try:
         if is_url(place):
             files, folder = remote.filesystem(place)
@@ -148,7 +141,7 @@ def _fetch(place: str, name: str, path: Path) -> None:
         else:
             shutil.copyfile(Path(place) / name, path)
     except FileNotFoundError:
-        raise ValueError(f"{place}/{name} is missing, the manifest lists it") from None
+        raise UserError(f"{place}/{name} is missing, the manifest lists it") from None
 
 
 def _sizes(place: str) -> dict[str, int]:

@@ -9,8 +9,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 
 from shards.dataset import Held, ShardSet
-from shards.order import Plan
-from shards.windows import Windows
+from shards.order import Plan, Windows
 
 DOWNLOADS = 8  # at once: one stream rarely fills a network
 PAUSE = 0.02  # seconds
@@ -20,7 +19,7 @@ class Closed(Exception):
     """The loader that wanted the shard is gone."""
 
 
-class Ahead:
+class Prefetch:
     """Shards for steps `first` to `last` - 1 of `batch` samples.
 
     `begin`, `wait_for` and `close` are for the loader's own thread, `open` is for any.
@@ -98,7 +97,7 @@ class Ahead:
 
 
 def windows_of(records: ShardSet, plan: Plan) -> Windows:
-    """The plan's windows; without any, all shards are one. ValueError if the cache is too small."""
+    """The plan's windows; without any, all shards are one. UserError if the cache is too small."""
     counts = [shard.count for shard in records.shards]
     windows = plan.windows or Windows(counts, max(1, len(counts)), plan.seed)
     if records.copies:

@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from shards.errors import UserError, install
+
 PATIENCE = 300.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
 LONGEST_LINE = 200  # characters of a client library's own words
-INSTALL = "type: pip install 'kamim[remote]'"
+INSTALL = install("fsspec")
 LOG = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BARRED, GONE, PASSING = (401, 403), (404, 410), (408, 425, 429)  # of HTTP's 4xx
-OURS = (TypeError, ValueError, LookupError, NotImplementedError, IsADirectoryError,
+OURS = (TypeError, UserError, LookupError, NotImplementedError, IsADirectoryError,
         NotADirectoryError)  # fmt: skip
 # Stores that do not answer, and the call that said so: one line, not one for each request.
 AWAY: dict[str, object] = {}
@@ -34,7 +36,7 @@ def retried(
 
     patience: seconds, PATIENCE by default. `needed` is asked now and then whether someone waits,
     which is when patience counts, and may raise to give up. Raises FileNotFoundError if there is no
-    such thing, ValueError if no further try would help, ConnectionError when patience has ended.
+    such thing, UserError if no further try would help, ConnectionError when patience has ended.
     """
     patience = PATIENCE if patience is None else patience
     store, mine = "/".join(url.split("/")[:3]), object()
@@ -74,19 +76,19 @@ def _refuse(url: str, error: Exception) -> None:
     if isinstance(error, FileNotFoundError) or status in GONE:
         raise FileNotFoundError(f"{url} is not there ({_line(error)})") from None
     if isinstance(error, ImportError):
-        raise ValueError(f"{url} cannot be used: {_line(error)}; {INSTALL}") from None
+        raise UserError(f"{url} cannot be used: {_line(error)}; {INSTALL}") from None
     if isinstance(error, OSError) and error.errno in FULL:
         raise error
     barred = isinstance(error, PermissionError) or "Credential" in type(error).__name__
     if barred or status in BARRED:
-        raise ValueError(
+        raise UserError(
             f"no access to {url} ({_line(error)}); give the client library its credentials, "
             "by its environment variables or files"
         ) from None
     wrong = "Validation" in type(error).__name__  # botocore, of a bucket's name
     refused = 400 <= status < 500 and status not in PASSING
     if wrong or refused or isinstance(error, OURS):
-        raise ValueError(f"{url} cannot be used ({_line(error)})") from None
+        raise UserError(f"{url} cannot be used ({_line(error)})") from None
 
 
 def _status(error: Exception) -> int:

@@ -1,15 +1,18 @@
-"""Files wherever fsspec reaches: an s3://, gs://, hf:// or https:// URL in, bytes and names out.
+"""Files wherever fsspec reaches, by s3://, gs://, hf:// or https:// URL: their names and bytes.
 
-A failure that may pass is tried again. Credentials are the client library's affair. Paths of this
+A failure that may pass is tried again. Credentials are the client library's business. Paths of this
 machine never come here, so they need no fsspec.
 """
 
 import hashlib
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from shards.remote.retry import INSTALL, retried
+from shards.errors import UserError
+from shards.remote.retry import INSTALL, PATIENCE, retried
 
 BLOCK = 8 << 20  # a request's wait costs what some MB do, and the next block comes meanwhile
 CLIENTS = {
@@ -38,15 +41,15 @@ def is_url(where: object) -> bool:
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's client for `url`, and the path it knows it by.
 
-    Raises ValueError if the library for it is missing, nothing knows its protocol, or it holds a
+    Raises UserError if the library for it is missing, nothing knows its protocol, or it holds a
     secret.
     """
     protocol, _, rest = url.partition("://")
     if not rest:
-        raise ValueError(f"{url} names no place; use one as s3://bucket/folder")
+        raise UserError(f"{url} names no place; use one as s3://bucket/folder")
     if "@" in rest.partition("/")[0] or (protocol in {"http", "https"} and "?" in rest):
         # The URL goes into run.json, manifests and messages.
-        raise ValueError(
+        raise UserError(
             f"a {protocol}:// URL may hold no password or signature; give them to the client "
             "library (its environment variables or files)"
         )
@@ -56,9 +59,9 @@ def filesystem(url: str) -> tuple[Any, str]:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **_options(protocol)))
     except ImportError as error:
         needs = CLIENTS.get(protocol, error.name or protocol)
-        raise ValueError(f"{url} needs {needs}; {INSTALL}") from None
+        raise UserError(f"{url} needs {needs}; {INSTALL}") from None
     except ValueError as error:
-        raise ValueError(f"{url}: {error}; give s3://, gs://, hf:// or https://") from None
+        raise UserError(f"{url}: {error}; give s3://, gs://, hf:// or https://") from None
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -142,3 +145,36 @@ def opened(url: str, ahead: bool = True) -> BinaryIO:
     if not file.seekable():
         raise OSError(f"{url} sends only the whole file, never a part of it; copy it here first")
     return cast(BinaryIO, file)
+
+
+class Store:
+    """The files right below `url` (s3://, gs://, hf://, https:// or any other that fsspec knows).
+
+    patience: seconds that a caller who needs a file at once is kept waiting for a store that does
+    not answer. Raises UserError if the URL cannot be served; its calls raise as `retried` does.
+    """
+
+    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+        self.files, root = filesystem(url)
+        self.url, self.root, self.patience = url.rstrip("/"), root.rstrip("/"), patience
+
+    def read(self, name: str) -> bytes:
+        """The content of file `name`."""
+        read = lambda: self.files.cat_file(f"{self.root}/{name}")  # noqa: E731
+        return bytes(retried(f"{self.url}/{name}", read, self.patience))
+
+    def download(self, name: str, target: Path, needed: Callable[[], bool]) -> None:
+        """Copy file `name` over `target`. `needed` is asked now and then whether someone waits for
+        it, which is when patience counts, and may raise to give up.
+        """
+        from fsspec.callbacks import Callback
+
+        class Heed(Callback):  # type: ignore[misc]
+            """fsspec's own way of being told of every chunk."""
+
+            def relative_update(self, inc: int = 1) -> None:
+                needed()
+
+        source = f"{self.root}/{name}"
+        copy = lambda: self.files.get_file(source, str(target), callback=Heed())  # noqa: E731
+        retried(f"{self.url}/{name}", copy, self.patience, needed)

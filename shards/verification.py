@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import spec as _manifest
-from shards.bank import BANK_CELL
 from shards.beton import check_tables, layout_of
-from shards.dataset import ShardSet, check_sha256, check_size, load_index
-from shards.files import progress
+from shards.dataset import ShardSet, load_index
+from shards.errors import UserError
+from shards.files import check_sha256, check_size
+from shards.progress import progress
 from shards.record import Record, decode_frame, key_of
-from shards.spec import INDEX, REJECTED, File, Manifest, Settings
+from shards.spec import BANK_CELL, INDEX, REJECTED, File, Manifest, Settings
 from shards.tar import headers
 
 LEVELS = ("structure", "checksum", "decode")
@@ -27,7 +28,7 @@ LEVELS = ("structure", "checksum", "decode")
 def verify_shards(folder: Path | str, level: str = "checksum") -> list[str]:
     """Everything wrong with the set in `folder`, a line each; empty if it is sound."""
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; there are {', '.join(LEVELS)}")
+        raise UserError(f"unknown level {level!r}; there are {', '.join(LEVELS)}")
     folder = Path(folder)
     try:
         manifest = _manifest.load(folder)
