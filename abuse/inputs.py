@@ -86,7 +86,8 @@ def build(kind: str, folder: Path, valid: bool) -> Case:
 
 def written(folder: str) -> dict[str, list[str]]:
     """Sources of all records of a set, and what verify finds."""
-    from shards import ShardSet, verify_shards
+    from shards import ShardSet
+    from shards.verification import verify_shards
 
     records = ShardSet(folder)
     problems = verify_shards(folder, "decode")

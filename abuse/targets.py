@@ -33,7 +33,7 @@ with _instrumented():
     from abuse import source_targets
     from abuse.source_targets import packed, unpacked
     from preprocess import Rejected
-    from shards import File, Ledger, Manifest, ShardSet, decode_frame, verify_shards
+    from shards import File, Ledger, Manifest, ShardSet, decode_frame
     from shards import spec as _manifest
     from shards.beton import BETON, PAGE, check_tables, convert_to_ffcv, layout_of
     from shards.files import MANIFEST
@@ -42,6 +42,7 @@ with _instrumented():
     from shards.record import JPEG, LABEL, MAPS, META, RAW, from_members
     from shards.spec import INDEX, REJECTED
     from shards.tar import INDEX_DTYPE, parse_record
+    from shards.verification import verify_shards
 
 ROW = INDEX_DTYPE.itemsize
 SUFFIXES = (JPEG, MAPS, LABEL, META, RAW)

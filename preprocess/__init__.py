@@ -48,9 +48,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"preprocess.{home}"), name)
-            return value
-    raise AttributeError(f"module 'preprocess' has no attribute {name!r}")
+if not TYPE_CHECKING:  # so that a type checker knows which names there are
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(f"preprocess.{home}"), name)
+                return value
+        raise AttributeError(f"module 'preprocess' has no attribute {name!r}")

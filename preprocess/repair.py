@@ -19,14 +19,13 @@ from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
 from preprocess.source import Source, read
 from shards import spec as _manifest
-from shards.dataset import sizes_of
+from shards.dataset import flaws_of_files, sizes_of
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
 from shards.progress import progress
 from shards.record import npy_bytes
 from shards.spec import File, Manifest, Settings
 from shards.tar import index_of
-from shards.verification import flaws_of_files
 
 
 def repair_shards(

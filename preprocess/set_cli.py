@@ -42,7 +42,7 @@ def verify(
     decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
     """
     redetect = level == "redetect"
-    problems = shards.verify_shards(folder, shards.LEVELS[-1] if redetect else level)
+    problems = shards.verify(folder, shards.LEVELS[-1] if redetect else level)
     if redetect and not problems:
         records = shards.ShardSet(folder)
         if records.manifest.container != "webdataset":

@@ -95,9 +95,11 @@ def build(
     return manifest
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'shards' has no attribute {name!r}")
-    home, theirs = _WHERE[name]
-    value = globals()[name] = getattr(import_module(home), theirs)
-    return value
+if not TYPE_CHECKING:  # so that a type checker knows which names there are
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'shards' has no attribute {name!r}")
+        home, theirs = _WHERE[name]
+        value = globals()[name] = getattr(import_module(home), theirs)
+        return value

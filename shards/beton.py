@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import spec as _manifest
-from shards.dataset import ShardSet
+from shards.dataset import ShardSet, flaws_of_files
 from shards.errors import UserError
 from shards.files import LEFT, LOCK, MANIFEST, alone, replacing, sha256_of
 from shards.progress import progress, waiting
 from shards.record import Record, decode_frame, npy_bytes, packed, to_rows
 from shards.spec import EXTRAS, INDEX, REJECTED, File, Manifest
 from shards.tar import INDEX_DTYPE
-from shards.verification import flaws_of_files
 
 BETON = "records.beton"
 PAGE = 1 << 23  # bytes, FFCV's default

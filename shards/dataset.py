@@ -5,10 +5,12 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,10 +19,11 @@ from shards.crops import Ints
 from shards.errors import UserError
 from shards.files import MANIFEST, check_sha256, check_size, mending
 from shards.order import Plan
+from shards.progress import progress
 from shards.record import Record, from_rows, key_of, npy_bytes, npy_header, unpacked
 from shards.remote.retry import PATIENCE
 from shards.remote.storage import is_url
-from shards.spec import AREA, INDEX, Manifest
+from shards.spec import AREA, INDEX, File, Manifest
 from shards.tar import INDEX_DTYPE, parse_record
 
 if TYPE_CHECKING:
@@ -329,3 +332,26 @@ def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArra
         place = rows[name]
         wrong |= (place < start) | (place > end) | (length > end - place)
     return np.asarray(wrong)
+
+
+def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:
+    """What is wrong with each of `files` whose bytes are not as written, by name."""
+    flaws = {}
+    with (
+        ThreadPoolExecutor(joblib.cpu_count()) as pool,
+        progress("hashing", sum(file.bytes for file in files), unit="B", delay=1) as bar,
+    ):
+        found = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
+        for file, flaw in zip(files, found, strict=True):
+            bar.update(file.bytes)
+            if flaw:
+                flaws[file.name] = flaw
+    return flaws
+
+
+def _flaw_of_file(path: Path, sha256: str) -> str:
+    try:
+        check_sha256(path, sha256)
+    except ValueError as error:
+        return str(error)
+    return ""

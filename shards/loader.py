@@ -131,6 +131,8 @@ class Loader:
         skip: bool = False,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
+        if records.manifest.container != "webdataset":
+            raise UserError(f"{records.folder} is an FFCV set; load it by ShardSet.loader")
         check_plan(records, plan)
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()

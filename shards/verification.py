@@ -5,21 +5,19 @@ every file. decode: every record parses and its frame decodes. Each level includ
 (The fourth, redetect, needs detectors and lives in preprocess.)
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import spec as _manifest
 from shards.beton import check_tables, layout_of
-from shards.dataset import ShardSet, load_index
+from shards.dataset import ShardSet, flaws_of_files, load_index
 from shards.errors import UserError
-from shards.files import check_sha256, check_size
+from shards.files import check_size
 from shards.progress import progress
 from shards.record import Record, decode_frame, key_of
-from shards.spec import BANK_CELL, INDEX, REJECTED, File, Manifest, Settings
+from shards.spec import BANK_CELL, INDEX, REJECTED, Manifest, Settings
 from shards.tar import headers
 
 LEVELS = ("structure", "checksum", "decode")
@@ -100,29 +98,6 @@ def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
     """
     files = [*manifest.shards, manifest.rejected][part::parts]
     return list(flaws_of_files(folder, files).values())
-
-
-def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:
-    """What is wrong with each of `files` whose bytes are not as written, by name."""
-    flaws = {}
-    with (
-        ThreadPoolExecutor(joblib.cpu_count()) as pool,
-        progress("hashing", sum(file.bytes for file in files), unit="B", delay=1) as bar,
-    ):
-        found = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
-        for file, flaw in zip(files, found, strict=True):
-            bar.update(file.bytes)
-            if flaw:
-                flaws[file.name] = flaw
-    return flaws
-
-
-def _flaw_of_file(path: Path, sha256: str) -> str:
-    try:
-        check_sha256(path, sha256)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _decode(folder: Path) -> list[str]:

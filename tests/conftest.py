@@ -1,6 +1,7 @@
 """Shared fixtures: real photographs where they are at hand, small sources made on the spot."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,3 +155,20 @@ def built(small_source, tmp_path):
 def converted(request, built, tmp_path):
     convert_to_ffcv(built, tmp_path / request.param, request.param)
     return tmp_path / request.param
+
+
+def copied(loader):
+    """The batches of a loader, kept: the loader reuses its arrays."""
+
+    def kept(field):
+        if isinstance(field, dict):
+            return {name: np.array(array) for name, array in field.items()}
+        return np.array(field)
+
+    return [type(batch)(batch.step, *map(kept, batch[1:])) for batch in loader]
+
+
+def errors(done):
+    """How many lines a command ended in; a busy machine also has it say what it waits for."""
+    lines = done.stderr.splitlines()
+    return len([line for line in lines if not re.search(r"(, \d+ s| \.\.\. [\d:]+)$", line)])

@@ -23,8 +23,8 @@ import preprocess.shard
 from preprocess import BuildError, build_shards, open_source
 from preprocess import executors as backends
 from preprocess.shard import Job, Written, confirm, write_shard
-from shards import verify_shards
 from shards.spec import fingerprint
+from shards.verification import verify_shards
 
 SLOW = {
     **os.environ,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
+from conftest import errors
 from PIL import Image
 from test_cli import kamim
 from typer.testing import CliRunner
@@ -121,7 +122,7 @@ def test_mistakes_are_one_line():
         assert words in str(result.exception)
     done = kamim("bench", "--only", "x")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert errors(done) == 1
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, settings
+from conftest import REPOSITORY, errors, settings
 from test_cli import kamim
 
 torch = pytest.importorskip("torch")
@@ -370,7 +370,7 @@ def test_words_are_checked_before_torch_is_imported(labelled, tmp_path):
     ):
         done = kamim(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
         assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
+        assert errors(done) == 1
         assert said in done.stderr
 
 

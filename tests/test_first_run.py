@@ -11,11 +11,13 @@ import types
 from dataclasses import replace
 
 import pytest
+from conftest import errors
 
 torch = pytest.importorskip("torch")
 from test_pretrain import TINY, losses, run
 
-from train import checkpoint, estimate, loop, progress
+from shards.weighting import WeightedCrops
+from train import checkpoint, estimate, progress
 from train.cli import take_word
 from train.log import read_metrics
 from train.models import SimMIM, model_flops
@@ -65,7 +67,7 @@ def test_words_are_checked_before_torch_is_imported(words, line, built):
         cwd=built.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert errors(done) == 1
     assert line in done.stderr
     assert not (built.parent / "runs").exists()
 
@@ -155,15 +157,15 @@ def test_on_a_cpu_only_large_models_take_their_step_in_smaller_parts():
 
 def interrupted_at(call, monkeypatch):
     """A Ctrl-C in the micro-step of that number."""
-    calls, usual = [], loop.prepare
+    calls, usual = [], WeightedCrops.forward
 
-    def prepare(*arguments):
+    def forward(self, batch):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return usual(*arguments)
+        return usual(self, batch)
 
-    monkeypatch.setattr(loop, "prepare", prepare)
+    monkeypatch.setattr(WeightedCrops, "forward", forward)
     return calls
 
 

@@ -66,7 +66,7 @@ def test_verify_redetect_fidelity_and_inspect_take_it(small_source, tmp_path):
     source = open_source(str(small_source))
     build_shards(source, tmp_path / "both", settings(detectors=BOTH), 1)
     records = shards.ShardSet(tmp_path / "both")
-    assert shards.verify_shards(tmp_path / "both", "decode") == []
+    assert shards.verify(tmp_path / "both", "decode") == []
     assert preprocess.redetect_maps(records, source, 5) == []
     assert set(measure_fidelity(records, source, 3, jobs=1)) == {"fast"}
     assert preprocess.draw_fidelity(records, source, 2).shape[0] == 2 * 214

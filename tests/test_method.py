@@ -224,8 +224,8 @@ class Manifest:
     )
 
 
-def masking(recipe, maps=("frequency",)):
-    return Masking(recipe, 0, Manifest, list(maps), make_model(recipe).encoder, 4, CPU)
+def masking(recipe):
+    return Masking(recipe, 0, Manifest, make_model(recipe).encoder, 4, CPU)
 
 
 @pytest.mark.parametrize("flips", [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -259,20 +259,24 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     from shards.record import packed
 
     recipe = replace(find_recipe("small_famt"), options=SMALL, batch=1)
-    chooser = masking(recipe, ("fast", "frequency"))
+    chooser = masking(recipe)
     attention = np.zeros((4, 6, 6), np.uint8)
     attention[:, :, 3:] = 255
     chooser.attention = attention.reshape(4, 36)
-    maps = np.zeros((1, 2, 54, 54), np.uint8)
-    maps[:, 1, 27:] = 255
-    whole = {"boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]), "flips": torch.zeros(1, 2).bool(),
-             "maps": torch.from_numpy(packed(maps))}  # fmt: skip
+    frequency = np.zeros((1, 54, 54), np.uint8)
+    frequency[:, 27:] = 255
+    whole = {
+        "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+        "flips": torch.zeros(1, 2).bool(),
+        "maps": {"frequency": torch.from_numpy(packed(frequency))},
+    }
     found = chooser.weights(np.array([0]), whole).view(3, 3)
     expected = torch.tensor([[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]])
     torch.testing.assert_close(found, expected)
-    by_density = masking(replace(recipe, sample_by="fast"), ("fast", "frequency"))
-    maps[:, 0] = 255
-    edge = by_density.weights(np.array([0]), whole | {"maps": torch.from_numpy(packed(maps))})
+    by_density = masking(replace(recipe, sample_by="fast"))
+    fast = np.full((1, 54, 54), 255, np.uint8)
+    maps = {"fast": torch.from_numpy(packed(fast))}
+    edge = by_density.weights(np.array([0]), whole | {"maps": maps})
     assert edge[0, 4].item() == pytest.approx(1)
     assert edge[0, 4] > edge[0, 1] > edge[0, 0]
 

@@ -20,9 +20,9 @@ from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
 from preprocess.source import read
-from shards import verify_shards
 from shards.remote import retry
 from shards.remote.copy import copy_set
+from shards.verification import verify_shards
 
 MEMBERS = [(f"{c}/{n}.jpg", picture(n)) for n, c in enumerate("aabbbcc")]
 

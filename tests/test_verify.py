@@ -11,7 +11,9 @@ from conftest import settings
 
 import preprocess
 from preprocess import build_shards, open_source, redetect_maps
-from shards import FORMAT_VERSION, LEVELS, ShardSet, load, verify_shards
+from shards import LEVELS, ShardSet, load
+from shards.spec import FORMAT_VERSION
+from shards.verification import verify_shards
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import shards
 from kamim.bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.build import shard_size_for
 from preprocess.defaults import default_settings
-from shards import ShardSet, open_remote
+from shards import ShardSet
 from shards.loader import Loader
 from shards.order import Plan, Windows
 
@@ -71,17 +72,19 @@ def served(folder: Path) -> Iterator[str]:
 def measure(records: ShardSet, url: str, scratch: Path) -> dict[str, Any]:
     """One row of results, printed as a table."""
     epochs = max(2, 6400 // len(records))
-    warm = open_remote(url, scratch / "warm")
+    warm = shards.open(url, cache=scratch / "warm")
     rate(warm, 1)
 
     def cold() -> float:
         shutil.rmtree(scratch / "cold", ignore_errors=True)
-        return rate(open_remote(url, scratch / "cold"), 1)
+        return rate(shards.open(url, cache=scratch / "cold"), 1)
 
     works: dict[str, Callable[[], float]] = {
         LOCAL: lambda: rate(records, epochs),
         WARM: lambda: rate(warm, epochs),
-        "S3, cache warm, first epoch (hashed)": lambda: rate(open_remote(url, scratch / "warm"), 1),
+        "S3, cache warm, first epoch (hashed)": lambda: rate(
+            shards.open(url, cache=scratch / "warm"), 1
+        ),
         "local folder, first epoch": lambda: rate(records, 1),
         "S3, cache empty": cold,
     }
