@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import contents, settings
+from conftest import errors as lines
 from test_cli import kamim
 
 import preprocess
@@ -92,7 +93,7 @@ def test_mistakes_are_one_line(small_source, tmp_path):
     ):
         done = kamim("shards", "fidelity", tmp_path / "set", *arguments)
         assert done.returncode == 2
-        assert conftest.errors(done) == 1
+        assert lines(done) == 1
         assert words in done.stderr
 
 
