@@ -24,7 +24,7 @@ from train.models import SimMIM, model_flops
 from train.recipes import RECIPES, find_recipe
 from train.schedule import learning_rate
 from train.setup import Run, check_length, find_device
-from train.stopping import Stopped
+from train.stopping import Stop, Stopped
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.
@@ -197,6 +197,23 @@ def test_ctrl_c_in_the_first_step_leaves_nothing_and_the_same_command_begins_ane
     assert "the same command begins anew" in capsys.readouterr().err
     assert checkpoint.newest(out / "checkpoints") is None
     assert len(run(built, out, recipe, steps=2)) == 2
+
+
+def test_ctrl_c_cuts_a_pass_over_the_records_short(signals, capsys):
+    stop = Stop()
+    stop.listen()
+    seen = []
+
+    def look(batch):
+        seen.append(batch)
+        if batch == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        list(map(look, stop.heeded(range(9), 7, 1)))
+    assert seen == [0, 1, 2, 3]
+    assert "stopped after step 7, which is saved" in capsys.readouterr().err
+    assert list(stop.heeded(range(9), 7, 2)) == list(range(9))  # several agree between steps
 
 
 @pytest.mark.parametrize(

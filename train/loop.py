@@ -39,7 +39,7 @@ from train.setup import (
     run_facts,
     say_where,
 )
-from train.stopping import Stop, Stopped
+from train.stopping import Stop
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
@@ -112,6 +112,8 @@ def pretrain(run: Run) -> None:
     batches = to_device(loader, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = Stop()
+    if ranks > 1:
+        stop.listen()
     held = writing.alone(run.out) if rank == 0 else nullcontext()
     progress = Progress(first, last, total, recipe.batch, rank == 0 and first < last)
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
@@ -126,58 +128,63 @@ def pretrain(run: Run) -> None:
     ):
         for step in range(first, last):
             progress.begin(step)
-            # Nothing that is saved changes in this block: a signal may cut it short.
-            with stop.cutting(ranks == 1):
-                if masking.due(step):
-                    began = time.perf_counter()
-                    # Each record once; its crops are not used.
-                    once = replace(plan, batch=part * ranks, micro_steps=1)
-                    passes = 0, -(-len(records) // once.batch)
-                    frames = open_loader(run, records, once, passes, mine, [], device)
-                    with progress.busy("looking at attention"):
-                        masking.refresh(run.out, step, model.encoder, frames, mine)
-                    since += time.perf_counter() - began
-                    if rank == 0:
-                        say(f"attention of {len(records):,} records looked at before step "
-                            f"{step + 1}, in {time.perf_counter() - began:.1f} s")  # fmt: skip
-                rate = learning_rate(step, *rates)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad(set_to_none=True)
-                noise = masking.noise(step)
-                sums = torch.zeros(2, device=device)  # loss, mean weight
-                for micro_step in range(micro_steps):
-                    timed = parts == 1 and rank == 0  # the first warms up, the second is the rule
-                    if timed:
-                        synchronize(device)
-                    asked = time.perf_counter()
-                    batch, tensors = next(batches)
-                    waited += time.perf_counter() - asked
-                    assert batch.step == step
-                    images, weights, *_ = crops(tensors)
-                    begin = (micro_step * ranks + rank) * part
-                    rows = noise[begin : begin + part]
-                    hidden = masking.hidden(rows, step, batch.samples, tensors)
-                    # Gradients are averaged over processes once, in the last micro-step.
-                    alone = ranks > 1 and micro_step < micro_steps - 1
-                    with (
-                        parallel.no_sync() if alone else nullcontext(),  # type: ignore[operator]
-                        progress.busy("compiling") if compiles and not parts else nullcontext(),
-                    ):
-                        with autocast:
-                            output = forward(images, *hidden)
-                        loss = model.loss(output, images, hidden, weights) / micro_steps
-                        loss.backward()
-                    mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
-                    sums += torch.stack([loss.detach(), mean_weight / micro_steps])
-                    progress.advance(part * ranks)
-                    parts += 1
-                    if timed:
-                        synchronize(device)
-                        spent = time.perf_counter() - asked
-                        say(*time_lines(spent, micro_steps, last - first, device))
-            done = step if stop.cut else step + 1
-            if not stop.cut:
+            if masking.due(step):
+                began = time.perf_counter()
+                # Each record once; its crops are not used.
+                once = replace(plan, batch=part * ranks, micro_steps=1)
+                passes = 0, -(-len(records) // once.batch)
+                frames = open_loader(run, records, once, passes, mine, [], device)
+                with progress.busy("looking at attention"):
+                    heeded = stop.heeded(frames, step, ranks)
+                    masking.refresh(run.out, step, model.encoder, heeded, mine)
+                since += time.perf_counter() - began
+                if rank == 0:
+                    say(f"attention of {len(records):,} records looked at before step "
+                        f"{step + 1}, in {time.perf_counter() - began:.1f} s")  # fmt: skip
+            rate = learning_rate(step, *rates)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            noise = masking.noise(step)
+            sums = torch.zeros(2, device=device)  # loss, mean weight
+            cut = False  # by a signal: the step's gradients are dropped
+            for micro_step in range(micro_steps):
+                timed = parts == 1 and rank == 0  # the first warms up, the second is the rule
+                if timed:
+                    synchronize(device)
+                asked = time.perf_counter()
+                batch, tensors = next(batches)
+                waited += time.perf_counter() - asked
+                assert batch.step == step
+                images, weights, *_ = crops(tensors)
+                begin = (micro_step * ranks + rank) * part
+                rows = noise[begin : begin + part]
+                hidden = masking.hidden(rows, step, batch.samples, tensors)
+                # Gradients are averaged over processes once, in the last micro-step.
+                alone = ranks > 1 and micro_step < micro_steps - 1
+                with (
+                    parallel.no_sync() if alone else nullcontext(),  # type: ignore[operator]
+                    progress.busy("compiling") if compiles and not parts else nullcontext(),
+                ):
+                    with autocast:
+                        output = forward(images, *hidden)
+                    loss = model.loss(output, images, hidden, weights) / micro_steps
+                    loss.backward()
+                mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
+                sums += torch.stack([loss.detach(), mean_weight / micro_steps])
+                progress.advance(part * ranks)
+                parts += 1
+                if timed:
+                    synchronize(device)
+                    spent = time.perf_counter() - asked
+                    say(*time_lines(spent, micro_steps, last - first, device))
+                if parts == 1:  # before, there was nothing to save, and compiling takes long
+                    stop.listen()
+                if stop.wished and ranks == 1 and micro_step + 1 < micro_steps:
+                    cut = True
+                    break
+            done = step if cut else step + 1
+            if not cut:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimizer.step()
                 pending.append((step, rate, torch.stack([sums[0], norm.detach(), sums[1]])))
@@ -217,14 +224,8 @@ def pretrain(run: Run) -> None:
                 clock += since - now
             saved = done if saving else saved
             if stopping:
-                if rank == 0:
-                    say(
-                        f"stopped after step {done}, which is saved; go on with --resume"
-                        if done
-                        else "stopped before a step was done; the same command begins anew"
-                    )
                 batches.close()
-                raise Stopped(stop.wished)
+                stop.end(done, rank)
 
     # Pictures of the last step's first images, whether this process trained on them or not.
     if rank == 0 and last == total:

@@ -1,32 +1,36 @@
 """SIGTERM and Ctrl-C as a wish to stop, which all processes agree on.
 
-In: signals. Out: whether to stop now. One process alone cuts its step short; several stop between
+In: signals. Out: whether to stop now. One process alone stops between micro-steps, several between
 steps.
 """
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from train.progress import say
 
-class Stopped(BaseException):
-    """A signal (its number is the argument) arrived; what is finished is saved.
+Thing = TypeVar("Thing")
 
-    No Exception: it is raised in the middle of a forward pass, where libraries catch those.
-    """
+
+class Stopped(Exception):
+    """A signal (its number is the argument) arrived; what is finished is saved."""
 
 
 class Stop:
-    """Listens from its making on; a second signal ends the process at once."""
+    """A wish to stop. Until `listen` is called, and from the second signal on, a signal ends the
+    process at once, as it would without this.
+    """
 
     def __init__(self) -> None:
         self.wished = 0  # the signal's number
-        self.cut = False  # whether the last block of `cutting` was left in the middle
-        self._raises = False
+
+    def listen(self) -> None:
+        """From now on a signal is a wish."""
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._wish)
@@ -36,27 +40,23 @@ class Stop:
         for each in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(each) == self._wish:
                 signal.signal(each, signal.SIG_DFL)
-        if self._raises:
-            self._raises = False
-            raise Stopped(number)
 
-    @contextmanager
-    def cutting(self, alone: bool) -> Iterator[None]:
-        """Leave the block as soon as a signal arrives, if this process is `alone`; see `cut`.
+    def heeded(self, things: Iterable[Thing], done: int, ranks: int) -> Iterator[Thing]:
+        """`things`, one by one; one process alone ends in place of the next when it should."""
+        for thing in things:
+            if ranks == 1 and self.wished:
+                self.end(done, 0)
+            yield thing
 
-        Only for blocks that change nothing which is saved.
-        """
-        self.cut = False
-        try:
-            self._raises = alone
-            if alone and self.wished:
-                raise Stopped(self.wished)
-            yield
-            self._raises = False
-        except Stopped:
-            self.cut = True
-        finally:
-            self._raises = False
+    def end(self, done: int, rank: int) -> NoReturn:
+        """Raise Stopped, after `done` steps of the run, which are saved."""
+        if rank == 0:
+            say(
+                f"stopped after step {done}, which is saved; go on with --resume"
+                if done
+                else "stopped before a step was done; the same command begins anew"
+            )
+        raise Stopped(self.wished)
 
     def agreed(self, step: int, every: int, ranks: int, device: torch.device) -> bool:
         """Whether to stop after `step`. With several processes it costs a sync, every so often."""
