@@ -132,13 +132,25 @@ class ShardSet:
         plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
         where = find_device(device)
         crops = WeightedCrops(
-            self, weights, size=size, w_ps=w_ps, temperature=temperature, normalise=normalise,
+            self,
+            weights,
+            size=size,
+            w_ps=w_ps,
+            temperature=temperature,
+            normalise=normalise,
             bank=bank,
-        ).to(where)  # fmt: skip
+        ).to(where)
         loader = self.loader(
-            plan, first, plan.steps(epochs), maps=[weights] if weights else [], bank=bank,
-            workers=workers, rank=rank, ranks=ranks, device=where.type,
-        )  # fmt: skip
+            plan,
+            first,
+            plan.steps(epochs),
+            maps=[weights] if weights else [],
+            bank=bank,
+            workers=workers,
+            rank=rank,
+            ranks=ranks,
+            device=where.type,
+        )
         for _, tensors in to_device(loader, where):
             yield crops(tensors)
 
@@ -175,9 +187,17 @@ class ShardSet:
             if skip:
                 raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
             return FfcvLoader(
-                self, plan, first, last, maps=maps, bank=bank, rank=rank, ranks=ranks,
-                workers=workers, prefetch=prefetch,
-            )  # fmt: skip
+                self,
+                plan,
+                first,
+                last,
+                maps=maps,
+                bank=bank,
+                rank=rank,
+                ranks=ranks,
+                workers=workers,
+                prefetch=prefetch,
+            )
         from shards.loader import Loader
 
         allocate = None
@@ -186,9 +206,19 @@ class ShardSet:
 
             allocate = pinned
         return Loader(
-            self, plan, first, last, maps=maps, bank=bank, rank=rank, ranks=ranks,
-            workers=workers, prefetch=prefetch, skip=skip, allocate=allocate,
-        )  # fmt: skip
+            self,
+            plan,
+            first,
+            last,
+            maps=maps,
+            bank=bank,
+            rank=rank,
+            ranks=ranks,
+            workers=workers,
+            prefetch=prefetch,
+            skip=skip,
+            allocate=allocate,
+        )
 
     def dataset(
         self, plan: Plan, *, maps: Sequence[str] = (), bank: bool = False

@@ -46,7 +46,7 @@ class Windows:
 
     counts: records of each shard. window: the most shards a window may have; windows are as even
     as they can be. Windows are numbered through all epochs. One that holds every shard gives the
-    plan's full permutation. Cost: an order of the shards an epoch, then O(1) a sample.
+    plan's full permutation. Cost: an order of the shards per epoch, then O(1) per sample.
     """
 
     def __init__(self, counts: Sequence[int], window: int, seed: int) -> None:
@@ -113,7 +113,7 @@ class Windows:
 class Plan:
     """What every step of a run trains on.
 
-    count: samples. batch: samples a step, over all processes. micro_steps: parts a step is cut
+    count: samples. batch: samples per step, over all processes. micro_steps: parts a step is cut
     into. The orders of all epochs are one stream cut into batches, so that every batch is full
     and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
     as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an

@@ -147,7 +147,7 @@ def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
 
 
 def packed(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells a byte,
+    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells per byte,
     the left one in the low half.
     """
     fours = maps // LEVEL
@@ -187,7 +187,7 @@ def decode_frame(frame: bytes) -> NDArray[np.uint8]:
 
 
 def to_rows(bank: Bank) -> NDArray[np.uint8]:
-    """`bank` as it is stored: uint8 [K, bytes], a BOX and the counts a slot."""
+    """`bank` as it is stored: uint8 [K, bytes], a BOX and the counts per slot."""
     crops = np.zeros(len(bank.boxes), BOX)
     crops["box"], crops["flips"] = bank.boxes, bank.flips
     plain = crops.view(np.uint8).reshape(len(crops), BANK_HEAD)

@@ -1,7 +1,6 @@
-"""A finished set as one HTML page to look at: frames, heat maps, weight histograms, ledger.
+"""A finished set as one HTML page: frames, densities, weights of a crop, histograms, ledger.
 
-In: a set of shards, a temperature and w_ps. Out: a self-contained page without scripts; every
-name from the data is escaped.
+The page holds its pictures and runs no scripts; every name from the data is escaped.
 """
 
 import base64
@@ -46,7 +45,7 @@ box-shadow:0 0 0 99rem #0006,inset 0 0 0 1px #000}}
 def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int) -> str:
     """The page as HTML text. `samples` records, spread evenly, are shown, each with the crop that a
     run of seed 0 makes of it in its first epoch; the weights of up to 512 make the histograms, each
-    frame read whole (no crop) with as many cells a side as a crop.
+    frame read whole (no crop) with as many cells per side as a crop.
 
     Raises UserError if w_ps does not divide the crop or the temperature is not positive.
     """
@@ -101,13 +100,13 @@ def _facts(manifest: Manifest) -> str:
     size = sum(shard.bytes for shard in manifest.shards)
     facts = {
         "records": f"{manifest.count:,} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB, "
-        f"{size / max(1, manifest.count):,.0f} bytes a record",
+        f"{size / max(1, manifest.count):,.0f} bytes per record",
         "classes": f"{len(manifest.classes):,}",
         "frame": f"{settings.frame} px, {frame}",
         "maps": f"{settings.grid} x {settings.grid}, {settings.mark} marks detected on the "
         f"{settings.detect_on}: the whole and {settings.map_crops} random crops, for training "
         f"crops of {settings.crop} px",
-        "bank": f"{settings.bank} stored crops an image" if settings.bank else "none",
+        "bank": f"{settings.bank} stored crops per image" if settings.bank else "none",
         "fidelity": _fidelity(manifest),
         "detectors": "; ".join(
             f"{d.name} ({', '.join(f'{k} {v}' for k, v in d.options.items())})"
@@ -259,8 +258,10 @@ def _figure(
     data = base64.b64encode(cv2.imencode(form, bgr, options)[1].tobytes()).decode("ascii")
     mime, inside, bar = ("png" if ends else "jpeg"), "", ""
     if box:
-        style = ";".join(f"{side}:{100 * part:.2f}%" for side, part in
-                         zip(("top", "left", "height", "width"), box, strict=True))  # fmt: skip
+        style = ";".join(
+            f"{side}:{100 * part:.2f}%"
+            for side, part in zip(("top", "left", "height", "width"), box, strict=True)
+        )
         inside = f"<div class=box style='{style}'></div>"
     if ends:
         bar = f"<div class=bar></div><div class=ends><span>{ends[0]}</span>{ends[1]}</div>"

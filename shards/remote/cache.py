@@ -1,7 +1,7 @@
 """Local copies of a remote set's files, below a limit, for any number of processes of a machine.
 
-In: a store, a manifest, a folder. Out: files, open and equal to the manifest's sha256. A file that
-is held is locked (flock), so that nobody evicts it; the kernel lets go of it however we die.
+Every file is held to the manifest's sha256. A file in use is locked (flock), so that nobody evicts
+it; the kernel lets go of it however the process dies.
 """
 
 import fcntl

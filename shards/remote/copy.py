@@ -1,7 +1,7 @@
-"""A finished set from one place to another, either of them a folder or a URL.
+"""Copying a finished set between folders and URLs.
 
-In: the set's place and a new or unfinished one. Out: the same files there, each held to the
-manifest's sha256, the manifest last. A restart copies only what is missing.
+Every file is held to the manifest's sha256, and the manifest is written last. A restart copies only
+what is missing.
 """
 
 import hashlib

@@ -1,8 +1,4 @@
-"""Shards of a remote set, held while their window is read, the next window's fetched meanwhile.
-
-In: a set, the plan's windows, the steps as they are begun and done. Out: open shards, at once if
-the network is fast enough.
-"""
+"""Fetching the shards of a set at a URL: those of a window while the one before it is read."""
 
 import threading
 from concurrent.futures import Future

@@ -1,7 +1,7 @@
-"""A call to a store's client library, tried again while its failure may pass.
+"""Calls to a store's client library, tried again while their failure may pass.
 
-In: a URL for messages and a call. Out: its result, or one line. A server away or a cut connection
-is tried again at doubling intervals; no such bucket or no access is not.
+A server that is away or a connection that is cut is tried again, at doubling intervals; a bucket
+that does not exist or that denies access is not.
 """
 
 import errno
@@ -19,8 +19,14 @@ INSTALL = install("fsspec")
 LOG = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BARRED, GONE, PASSING = (401, 403), (404, 410), (408, 425, 429)  # of HTTP's 4xx
-OURS = (TypeError, UserError, LookupError, NotImplementedError, IsADirectoryError,
-        NotADirectoryError)  # fmt: skip
+OURS = (
+    TypeError,
+    UserError,
+    LookupError,
+    NotImplementedError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
 # Stores that do not answer, and the call that said so: one line, not one for each request.
 AWAY: dict[str, object] = {}
 Result = TypeVar("Result")
@@ -93,8 +99,11 @@ def _refuse(url: str, error: Exception) -> None:
 
 def _status(error: Exception) -> int:
     """The HTTP status an error of a client library carries, or 0."""
-    for place, name in ((error, "status"), (error, "code"),
-                        (getattr(error, "response", None), "status_code")):  # fmt: skip
+    for place, name in (
+        (error, "status"),
+        (error, "code"),
+        (getattr(error, "response", None), "status_code"),
+    ):
         status = getattr(place, name, None)
         if isinstance(status, int):
             return status
