@@ -147,8 +147,8 @@ def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
 
 
 def packed(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells per byte,
-    the left one in the low half.
+    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells per
+    byte, the left one in the low half.
     """
     fours = maps // LEVEL
     return np.asarray(fours[..., ::2] | fours[..., 1::2] << 4, np.uint8)
