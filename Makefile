@@ -66,7 +66,7 @@ verify: $(VENV)/core  ## Check shards: OUT.
 	@$(BIN)/kamim shards verify "$(OUT)"
 
 pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
-	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards' >&2; exit 2; fi
+	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards; make shards builds them' >&2; exit 2; fi
 	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(FLAGS)
 
 ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.

@@ -15,6 +15,7 @@ if sys.path and os.path.abspath(sys.path[0]) == os.getcwd() != _HERE:
     del sys.path[0]
 
 import json
+import re
 import signal
 import threading
 import traceback
@@ -88,6 +89,18 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     print(f"{failure.exc_type.__name__} in a thread: {failure.exc_value}", file=sys.stderr)
 
 
+def _plain(text: str, arguments: list[str]) -> str:
+    """A usage error with the value that was typed, and without its library's own words."""
+    form = r"Invalid value for '(--[\w-]+)': (?:Value error, |Input )?(.*?)(?:, unable to .*)?"
+    found = re.fullmatch(form, text.rstrip("."))
+    if not found:
+        return text.rstrip(".")
+    option, rule = found.groups()
+    words = [part for word in arguments for part in word.split("=", 1)]
+    typed = words[words.index(option) + 1 :] if option in words and "'" not in rule else []
+    return " ".join([option, *map(repr, typed[:1]), rule])
+
+
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and a status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -127,7 +140,7 @@ def main() -> None:
             if text.startswith("Usage: "):  # no command was given: the help, which is no error
                 print(text, file=sys.stderr)
             else:
-                line = f"{text} (see --help)"
+                line = f"{_plain(text, arguments)} (see --help)"
         else:
             status = 70
             line = f"a bug of kamim ({type(error).__name__}: {error}); report it with what follows"

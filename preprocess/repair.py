@@ -17,7 +17,7 @@ from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
-from preprocess.source import Source, read
+from preprocess.source import Source, check_outside, read
 from shards import spec as _manifest
 from shards.dataset import flaws_of_files, sizes_of
 from shards.errors import UserError
@@ -43,6 +43,7 @@ def repair_shards(
     BuildError if a file can no longer be built to the bytes that the manifest says.
     """
     backends.check(backend, scheduler)
+    check_outside(source, out)
     if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
         raise UserError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)

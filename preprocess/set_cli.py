@@ -41,9 +41,14 @@ def verify(
     structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
     decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
     """
+    if not folder.exists():
+        raise UserError(
+            f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
+        )
     redetect = level == "redetect"
     problems = shards.verify(folder, shards.LEVELS[-1] if redetect else level)
-    if redetect and not problems:
+    deep = redetect and not problems  # then no file is damaged
+    if deep:
         records = shards.ShardSet(folder)
         if records.manifest.container != "webdataset":
             raise UserError(f"{folder} holds no source names; redetect the set it was made from")
@@ -58,7 +63,24 @@ def verify(
     for problem in [] if json_output else problems[:20]:
         print(problem)
     if problems:
-        raise preprocess.BuildError(f"{len(problems)} problems at level {level} in {folder}")
+        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        mend = "" if deep else _mend(folder, problems)
+        raise preprocess.BuildError(f"{folder} has {number} at level {level}{mend}")
+
+
+def _mend(folder: Path, problems: list[str]) -> str:
+    """What to do about the first file that a build writes, as the end of a sentence."""
+    from shards.files import mending
+
+    try:
+        finished = shards.load(folder)
+    except ValueError:  # which is the problem, and says itself what to do
+        return ""
+    for file in [*finished.shards, finished.index, finished.rejected]:
+        path = folder / file.name
+        if any(line.startswith(str(path)) for line in problems):
+            return f", first in {file.name}; {mending(path)}"
+    return ""
 
 
 @app.command()
@@ -138,7 +160,9 @@ def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "pr
     """The source named, or the demo's; UserError if there is none to go by."""
     kind = records.manifest.source["kind"]
     if where is None and kind != "demo":
-        raise UserError(f"name what {records.folder} was built from by --source")
+        raise UserError(
+            f"{records.folder} does not hold its source; give --source, what it was built from"
+        )
     with waiting(f"listing {where or 'demo'}"):
         return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
 

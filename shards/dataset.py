@@ -280,7 +280,7 @@ class ShardSet:
                 return self._of_regions(key, data, row)
             record = parse_record(data)
             if record.key != key:
-                raise UserError(f"it is record {record.key} by its name")
+                raise ValueError(f"it is record {record.key} by its name")
         except ValueError as error:
             raise UserError(f"{path}: record {key}: {error}") from None
         return record
@@ -293,7 +293,7 @@ class ShardSet:
         if (maps_size, bank_size) != (prod(shapes[0]), prod(shapes[1])) or (
             len(data) != size + maps_size + bank_size
         ):
-            raise UserError("it is cut short")
+            raise ValueError("it is cut short")
         maps = unpacked(np.frombuffer(data, np.uint8, maps_size, size).reshape(shapes[0]))
         bank = None
         if bank_size:

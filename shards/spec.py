@@ -220,9 +220,11 @@ def load(folder: Path) -> Manifest:
                 f"{scheme}://{rest} is not on this machine; copy it, and each file of it is "
                 f"checked: kamim shards copy {scheme}://{rest} FOLDER"
             ) from None
+        names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+        words = f"{folder} OUT" if names and not names & {".build", INDEX} else f"SOURCE {folder}"
         raise UserError(
-            f"{folder} has no {MANIFEST}: it is not a finished set of shards; "
-            f"build one with `kamim shards build SOURCE {folder}`"
+            f"{folder} has no {MANIFEST}: it is not a finished set of shards; build one with "
+            f"`kamim shards build {words}`"
         ) from None
     return parse(path, data)
 

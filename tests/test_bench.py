@@ -2,7 +2,7 @@
 
 import io
 import json
-import time
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -126,12 +126,14 @@ def test_mistakes_are_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_quick_needs_no_data_and_three_minutes():
-    begin = time.monotonic()
-    done = kamim("bench", "--quick", "--json", timeout=300)
+    """In seconds of the processors: other work on them does not make them more."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = kamim("bench", "--quick", "--json", timeout=1100)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 180
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["bench"] for row in rows} == {"versus", "step", "build", "meaning"}
 

@@ -41,7 +41,9 @@ def kamim(*arguments, timeout=100, **options):
         (["--grid", "0"], "--grid 0"),
         (["--grid", "47"], "--grid 47 is odd; give 48"),
         (["--jobs", "-1"], "--jobs -1"),
-        (["--jobs", "two"], "--jobs"),
+        (["--jobs", "two"], "--jobs 'two'"),
+        (["--jobs=two"], "--jobs 'two'"),
+        (["--backend", "slurm"], "'slurm' is not one of 'loky', 'dask', 'ray' (see --help)"),
         (["--max-rejected", "7"], "--max-rejected 7"),
         (["--mark", "star"], "--mark"),
         (["--no-such-flag"], "--no-such-flag"),
@@ -98,6 +100,13 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     bad = kamim("shards", "verify", out, "--json")
     assert bad.returncode == 1
     assert "shard-000002.tar" in json.loads(bad.stdout)["problems"][0]
+    assert bad.stderr == (
+        f"kamim: {out} has 1 problem at level checksum, first in shard-000002.tar; restore it, or "
+        f"type: kamim shards build SOURCE {out} --repair\n"
+    )
+    nowhere = kamim("shards", "verify", tmp_path / "nowhere")
+    assert (nowhere.returncode, nowhere.stdout) == (2, "")
+    assert f"build it first: kamim shards build SOURCE {tmp_path / 'nowhere'}" in nowhere.stderr
 
 
 def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_pretrain import TINY, run
 from typer.testing import CliRunner
 
+import kamim.evaluate.analyse
 import kamim.evaluate.supervised
 import kamim.evaluate.words
 import preprocess
@@ -170,11 +172,13 @@ def test_what_is_no_encoder_is_one_line(labelled, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
     for what, words in (
-        (tmp_path / "junk.pt", "no sound checkpoint"),
+        (tmp_path / "junk.pt", "not loaded; name a run, .* or a file of `kamim export`$"),
         (tmp_path / "plain.safetensors", "does not say what it is of"),
         (tmp_path, "holds no checkpoint"),
         ("nothing", "is no file, run folder"),
         ("random:vit_nothing", "timm has no model"),
+        ("random:vit_tinny_patch16_224", "did you mean vit_tiny_patch16_224"),
+        ("timm:vit_tinny_patch16_224", "did you mean vit_tiny_patch16_224"),
     ):
         with pytest.raises(ValueError, match=words):
             load_encoder(str(what), CPU)
@@ -442,7 +446,11 @@ def test_a_package_that_analyse_lacks_is_named_before_any_work(package, labelled
     assert f"type: pip install scikit-{'learn' if package == 'sklearn' else 'image'}" in error
 
 
-def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path):
+def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        kamim.evaluate.analyse, "waiting", lambda what: told.append(what) or nullcontext()
+    )
     run(labelled, tmp_path / "run", steps=1)
     collapsed = load_encoder(str(tmp_path / "run"), CPU)
     path = checkpoint.newest(tmp_path / "run" / "checkpoints")
@@ -465,5 +473,8 @@ def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path):
     assert facts[str(tmp_path / "flat.pt")]["blocks"][0]["nmi"] == 0
     page = (tmp_path / "page" / "analysis.html").read_text()
     assert "flat.pt: attention has collapsed" in page
+    assert "img{max-width:100%" in page  # its third plot was cut off
+    for what in ("1 of 3): attention", "1 of 3): reconstructions", "3 of 3): t-SNE of tokens"):
+        assert any(title.endswith(what) for title in told)  # all of it was silent
     assert len(list((tmp_path / "page").glob("*.png"))) == 4
     assert collapsed.blocks == 2

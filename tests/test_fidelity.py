@@ -25,8 +25,9 @@ def demo_set(tmp_path_factory):
     return out
 
 
-def test_the_figures_are_those_of_the_demo(demo_set):
+def test_the_figures_are_those_of_the_demo(demo_set, capsys):
     found = measure_fidelity(ShardSet(demo_set), open_source("demo"), samples=60, jobs=1)
+    assert "fidelity: 100%" in capsys.readouterr().err  # it was silent for as long as it took
     assert list(found) == ["fast", "orb"]
     for name, errors in found.items():
         assert errors["bank"] == {
@@ -86,7 +87,7 @@ def test_the_command_prints_writes_the_headline_and_leaves_the_set_sound(demo_se
 def test_mistakes_are_one_line(small_source, tmp_path):
     build_shards(open_source(str(small_source)), tmp_path / "set", settings(), 1)
     for arguments, words in (
-        ([], "by --source"),
+        ([], "give --source"),
         (["--source", "demo"], "is not what"),
         (["--source", small_source, "--w-ps", "12"], "w_ps 12"),
         (["--source", small_source, "--samples", "0"], "--samples 0"),

@@ -16,6 +16,8 @@ from conftest import errors
 torch = pytest.importorskip("torch")
 from test_pretrain import TINY, losses, run
 
+import train.words
+from shards.beton import convert_to_ffcv
 from shards.weighting import WeightedCrops
 from train import checkpoint, estimate, progress
 from train.cli import take_word
@@ -70,6 +72,14 @@ def test_words_are_checked_before_torch_is_imported(words, line, built):
     assert errors(done) == 1
     assert line in done.stderr
     assert not (built.parent / "runs").exists()
+
+
+def test_an_ffcv_set_without_ffcv_is_told_before_torch_is_imported(built, tmp_path, monkeypatch):
+    convert_to_ffcv(built, tmp_path / "ffcv", "raw")
+    monkeypatch.setattr(train.words, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="FFCV is not installed; type: make ffcv"):
+        train.words.check_folder(str(tmp_path / "ffcv"))
+    train.words.check_folder(str(built))
 
 
 def test_a_word_that_is_right_comes_to_torch(built):
@@ -230,16 +240,32 @@ def test_resume_takes_no_word_and_still_knows_the_old_ones(folder, word, resume,
     assert take_word(folder, word, resume) == found
 
 
+def times_of(folder):
+    """When each file of `folder` was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_finished_run_says_so_and_what_to_do(built, tmp_path, capsys):
     run(built, tmp_path / "run")
     assert f"look at {tmp_path / 'run' / 'reconstructions.png'}" in capsys.readouterr().err
+    before = times_of(tmp_path / "run")
     run(built, tmp_path / "run", resume=True)
+    assert times_of(tmp_path / "run") == before
     said = capsys.readouterr().err
     for words in ("is finished, 15 of 15 steps", "kamim probe", "kamim export", "--extend"):
         assert words in said
     run(built, tmp_path / "part", steps=4)
+    before = times_of(tmp_path / "part")
     run(built, tmp_path / "part", steps=4, resume=True)
     assert "has done the 4 steps of --steps" in capsys.readouterr().err
+    assert times_of(tmp_path / "part") == before
+
+
+def test_a_finished_run_that_was_killed_before_its_pictures_gets_them(built, tmp_path):
+    run(built, tmp_path / "run")
+    (tmp_path / "run" / "reconstructions.png").unlink()
+    run(built, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "reconstructions.png").exists()
 
 
 def test_a_run_is_extended_only_when_asked_and_goes_on_to_the_last_bit(built, tmp_path, capsys):

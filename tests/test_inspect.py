@@ -80,6 +80,7 @@ def test_the_crop_and_its_weights_are_those_of_training(records):
         read = loss_weights(crop_maps(maps, *place, cells, visible), 0.25)[0]
         assert f"{detector.name}: weights of the crop, mean {read.mean():.2f}" in page
         assert f"x {read.max():.3g} the least" in page
+        assert f"<div class=bar></div><div class=ends><span>x 1</span>x {read.max():.3g}" in page
     frame = decode_frame(record.frame)
     expected = crop_frames(torch.from_numpy(frame)[None], *place, 96)[0].permute(1, 2, 0).numpy()
     ours = crop_picture(frame, boxes[0].tolist(), flips[0].tolist(), 96)

@@ -289,6 +289,12 @@ def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="no sound checkpoint"):
         checkpoint.load(path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="not loaded; remove it, and the checkpoint before it"):
+        checkpoint.load(checkpoint.chosen(tmp_path))
+    with pytest.raises(ValueError, match=r"there is no .*nowhere; name a run of `kamim pretrain`"):
+        checkpoint.chosen(tmp_path / "nowhere")
 
 
 def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):

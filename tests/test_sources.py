@@ -12,6 +12,7 @@ from conftest import settings
 
 from preprocess import Rejected, build_shards, open_source
 from preprocess.layouts.folder import list_folder
+from preprocess.repair import repair_shards
 from preprocess.source import read
 
 ODD = ["ünï.jpg", "with space.jpg", "quote'\"s.jpg", "dot.in.name.jpg", "new\nline.png"]
@@ -288,10 +289,11 @@ def test_an_out_in_the_source_is_refused(small_source, tmp_path):
     (tmp_path / "way").symlink_to(small_source)
     for out in (small_source, small_source / "out", small_source / "class0" / "out",
                 tmp_path / "way" / "out", small_source / ".." / "source" / "out"):  # fmt: skip
-        with pytest.raises(ValueError, match="name a folder outside of it") as caught:
-            build_shards(source, out, settings(), 1)
-        assert str(out) in str(caught.value)
-        assert str(small_source) in str(caught.value)
+        for work in (build_shards, repair_shards):
+            with pytest.raises(ValueError, match="name a folder outside of it") as caught:
+                work(source, out, settings(), 1)
+            assert str(out) in str(caught.value)
+            assert str(small_source) in str(caught.value)
         assert not (small_source / "out").exists()
     assert list_folder(str(small_source)) == source
     (tmp_path / "x.tar").write_bytes(tar_bytes([("a/1.jpg", picture(0))]))

@@ -76,6 +76,22 @@ def test_structure_finds(built, damage, words):
     assert "\n" not in problems[0]
 
 
+def test_a_folder_without_a_manifest_is_a_source_unless_it_holds_files_of_ours(built, tmp_path):
+    """The command that an error names is never one that is refused."""
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "unfinished" / ".build").mkdir(parents=True)
+    (built / "manifest.json").unlink()
+    for folder, words in (
+        (tmp_path / "photos", f"build {tmp_path / 'photos'} OUT`"),
+        (tmp_path / "unfinished", f"build SOURCE {tmp_path / 'unfinished'}`"),
+        (tmp_path / "nowhere", f"build SOURCE {tmp_path / 'nowhere'}`"),
+        (built, f"build SOURCE {built}`"),
+    ):
+        with pytest.raises(ValueError, match="not a finished set of shards") as caught:
+            load(folder)
+        assert str(caught.value).endswith(words)
+
+
 def test_swapped_shards_are_found_by_structure(built):
     a, b = built / "shard-000001.tar", built / "shard-000002.tar"
     data = a.read_bytes(), b.read_bytes()

@@ -72,9 +72,10 @@ def choose_detector(run: Run, manifest: Manifest) -> str | None:
         raise UserError(f"the shards have maps of {', '.join(names)}; choose one by --detector")
     name = run.detector or usual[0]
     if name not in names:
+        both = ",".join([*names, name])
         raise UserError(
-            f"{run.shards} has no maps of {name!r}, only of {', '.join(names)}; "
-            f"build it with --detector {name}"
+            f"{run.shards} has no maps of {name!r}, only of {', '.join(names)}; add them: "
+            f"kamim shards build SOURCE NEW --detector {both} --reuse {run.shards}"
         )
     check_cells(settings, recipe.size, recipe.w_ps, run.bank)
     return name

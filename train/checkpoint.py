@@ -43,8 +43,10 @@ def newest(folder: Path) -> Path | None:
 def chosen(what: Path) -> Path:
     """`what` itself, or the newest checkpoint of the run in the folder `what`.
 
-    Raises UserError if that folder holds none.
+    Raises UserError if there is no `what`, or it is a folder that holds none.
     """
+    if not what.exists():
+        raise UserError(f"there is no {what}; name a run of `kamim pretrain`, or its checkpoint")
     path = newest(what / "checkpoints") if what.is_dir() else what
     if path is None:
         raise UserError(f"{what} holds no checkpoint; train first with `kamim pretrain`")
@@ -65,13 +67,23 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
         raise UserError(f"no checkpoint at {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own
-        detail = str(error).splitlines()[0][:160]
-        raise UserError(f"{path} is no sound checkpoint and was not loaded: {detail}") from None
+    except Exception:  # zip, pickle and torch each raise their own, in lines of advice
+        raise UserError(
+            f"{path} is no sound checkpoint and was not loaded; {instead(path)}"
+        ) from None
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
     """`state`, read from `path`, if it is a checkpoint of ours; else UserError."""
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise UserError(f"{path} is not a checkpoint of version {VERSION} of kamim")
+        raise UserError(
+            f"{path} is not a checkpoint of version {VERSION} of kamim; {instead(path)}"
+        )
     return state
+
+
+def instead(path: Path) -> str:
+    """What to do about `path`, which cannot be loaded."""
+    if path.parent.name == "checkpoints":
+        return "remove it, and the checkpoint before it is used"
+    return "name a run, a checkpoint of it, or a file of `kamim export`"

@@ -99,12 +99,14 @@ def pretrain(run: Run) -> None:
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     compiles = run.compile and device.type == "cuda"
     forward: Any = torch.compile(parallel, dynamic=False) if compiles else parallel
-    if rank == 0:
+    drawn = (run.out / "reconstructions.png").exists()
+    idle = first >= last  # nothing to train, and nothing is written
+    if rank == 0 and not idle:
         hiding = masking.describe()
         describe(run, records, facts, model, hiding, total, micro_steps, ranks, device)
+        say(*memory_lines(needed, part, device))
+    if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
-        if first < last:
-            say(*memory_lines(needed, part, device))
 
     # The stream of batches.
     mine = rank, ranks
@@ -115,7 +117,7 @@ def pretrain(run: Run) -> None:
     if ranks > 1:
         stop.listen()
     held = writing.alone(run.out) if rank == 0 else nullcontext()
-    progress = Progress(first, last, total, recipe.batch, rank == 0 and first < last)
+    progress = Progress(first, last, total, recipe.batch, rank == 0 and not idle)
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     parts, saved = 0, first  # micro-steps of this process; the step of the newest checkpoint
     waited, since = 0.0, time.perf_counter()
@@ -123,7 +125,7 @@ def pretrain(run: Run) -> None:
 
     with (
         held,
-        Log(run.out, first, run.wandb, facts) if rank == 0 else nullcontext() as log,
+        Log(run.out, first, run.wandb, facts) if rank == 0 and not idle else nullcontext() as log,
         progress.running(),
     ):
         for step in range(first, last):
@@ -228,7 +230,7 @@ def pretrain(run: Run) -> None:
                 stop.end(done, rank)
 
     # Pictures of the last step's first images, whether this process trained on them or not.
-    if rank == 0 and last == total:
+    if rank == 0 and last == total and not (idle and drawn):
         with busy("drawing pictures"):
             draw_loss(run.out)
             parts = count_micro_steps(recipe, 1, max(PICTURES, part))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shards.errors import UserError
 from train.loss import masked_l1
 from train.tokens import embed, encode, patchify, take
+from train.words import nearest
 
 CELL = 32  # px of a mask cell, SimMIM's
 
@@ -116,8 +117,9 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
     if size % CELL:
         raise UserError(f"crop size {size} is no multiple of the mask cell, {CELL} px; use 192")
     if name not in timm.list_models():
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
-        raise UserError(f"timm has no model {name!r}; it has {near} ...")
+        some = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
+        near = nearest(name, timm.list_models()) or f"; it has {some} ..."
+        raise UserError(f"timm has no model {name!r}{near}")
     try:
         encoder: Any = timm.create_model(name, **encoder_options(name, size, options))
     except TypeError:

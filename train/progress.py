@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LOG_PACE = 10.0  # seconds without a line in a log
+LOG_PACE = 9.0  # seconds without a line in a log; looked at each second
 _said = time.monotonic()  # when the last line was
 
 
@@ -26,7 +26,7 @@ def say(*lines: str) -> None:
 
 @contextmanager
 def ticking(draw: Callable[[], None], line: Callable[[], str]) -> Iterator[None]:
-    """Each second `draw()` on a terminal; in a log `line()`, when there was none for 10 s."""
+    """Each second `draw()` on a terminal; in a log `line()`, when there was none for LOG_PACE."""
     ended = threading.Event()
 
     def tick() -> None:

@@ -42,7 +42,12 @@ def check_folder(folder: str) -> None:
         raise UserError(
             f"there is no folder {folder} of shards; build it with `kamim shards build`{near}"
         )
-    load(path)
+    manifest = load(path)
+    if manifest.container != "webdataset" and find_spec("ffcv") is None:
+        raise UserError(
+            f"{folder} is an FFCV set, and FFCV is not installed; type: make ffcv, or train on the "
+            "set that it was made from"
+        )
 
 
 def check_wandb(project: str) -> None:

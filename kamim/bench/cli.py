@@ -26,7 +26,7 @@ def bench(
         str, typer.Argument(help="Folder or .tar of class folders, or: demo.")
     ] = "demo",
     quick: Annotated[
-        bool, typer.Option("--quick", help="FAST alone, coarser: four minutes on two cores.")
+        bool, typer.Option("--quick", help="FAST alone, coarser: under three minutes on two cores.")
     ] = False,
     only: Annotated[str, typer.Option(help="Parts, by commas.")] = ",".join(PARTS),
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each loader and repeat.")] = 2.5,

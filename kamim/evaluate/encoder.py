@@ -25,6 +25,7 @@ from train import checkpoint
 from train.export import encoder_state
 from train.models import make_encoder
 from train.recipes import RECIPES, Recipe
+from train.words import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
 def _from_timm(name: str, size: int) -> Any:
     """timm's model with its weights, from Hugging Face or from the copy that is here."""
     if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}; see https://huggingface.co/timm")
+        near = nearest(name, timm.list_models()) or "; see https://huggingface.co/timm"
+        raise UserError(f"timm has no model {name!r}{near}")
     # Its client tries for a minute before it says that there is no network.
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     try:

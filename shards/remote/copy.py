@@ -35,7 +35,7 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
         raise UserError(f"{target}: a web server takes no files; copy to a folder, s3:// or gs://")
     data = _read(source, MANIFEST)
     if data is None:
-        raise UserError(f"{source} has no {MANIFEST}: it is not a finished set of shards")
+        raise UserError(f"{source} has no {MANIFEST}: it is not a finished set of shards; name one")
     manifest = _manifest.parse(f"{source}/{MANIFEST}", data)
     ours = next((f.name for f in manifest.shards if f.name in {MANIFEST, MARK, LOCK}), None)
     if ours:

@@ -25,8 +25,11 @@ HERE = Path(__file__).parent
 GOLDEN = HERE / "mistakes.txt"
 ABSENT = "ffcv,wandb"  # a newcomer has neither
 WORDS_SECONDS, TORCH_SECONDS = 2, 30  # on a quiet machine
+# make's own last line, and signs of life, which a slow machine shows more of.
+BESIDE = re.compile(r"^make: \*\*\*|^loading .* \.\.\. \d\d:\d\d$|^(loading|making) .*, \d+ s$")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# The README trains for a minute on a quiet machine, for ten on a busy one.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Newcomer:
@@ -50,7 +53,7 @@ class Newcomer:
     def types(self, command):
         return subprocess.run(
             command, shell=True, cwd=self.folder, env=self.env, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=600,
+            stdin=subprocess.DEVNULL, timeout=1200,
         )  # fmt: skip
 
     def tree(self, without):
@@ -72,22 +75,24 @@ class Newcomer:
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory):
-    """A newcomer after the README, and how each of its commands went."""
-    newcomer = Newcomer(tmp_path_factory.mktemp("newcomer"))
-    went = [
+def newcomer(tmp_path_factory):
+    return Newcomer(tmp_path_factory.mktemp("newcomer"))
+
+
+@pytest.fixture(scope="module")
+def followed(newcomer):
+    """How each command of the README went."""
+    return [
         (command, expected, newcomer.types(command))
         for block in BLOCKS
         for command, expected in commands(block)
         if command not in DEVELOP
     ]
-    return newcomer, went
 
 
 @pytest.fixture(scope="module")
-def prepared(followed, demo_images):
+def prepared(newcomer, demo_images):
     """The newcomer with photographs, finished and damaged sets, and a run of their own."""
-    newcomer, _ = followed
     for number, image in enumerate(demo_images[::13][:24]):
         for name in ("photos", "spoilt"):
             path = newcomer.folder / name / ("cats", "dogs")[number % 2] / f"{number:02d}.jpg"
@@ -119,14 +124,13 @@ def quiet_start():
 
 
 def test_the_readme_is_followed_with_nothing_beside_it(followed):
-    _, went = followed
-    for command, expected, done in went:
+    for command, expected, done in followed:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         lines = done.stdout.strip().splitlines()
         patterns = [line.replace("[", "[[]").replace("...", "*") for line in expected]
         assert len(lines) == len(patterns), f"{command}\n{done.stdout}"
         assert all(map(fnmatch.fnmatchcase, lines, patterns)), f"{command}\n{done.stdout}"
-    assert len(went) >= 5
+    assert len(followed) >= 5
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[m.command for m in MISTAKES])
@@ -139,7 +143,7 @@ def test_a_mistake_is_one_line_with_the_next_step_and_changes_nothing(mistake, p
     done = prepared.types(mistake.command)
     took = time.perf_counter() - begin
     slow = max(slow, quiet_start())
-    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    said = [line for line in done.stderr.splitlines() if not BESIDE.search(line)]
     if mistake.writes or mistake.status == 0:  # work was begun, and progress is told, too
         said = [line for line in said if re.search(mistake.says, line)]
     line = " / ".join(said).replace(str(prepared.folder.parent), "FOLDER")
