@@ -227,7 +227,7 @@ def _address(scheduler: str) -> str:
         return scheduler
     try:
         return str(json.loads(Path(scheduler).read_bytes())["address"])
-    except (OSError, UserError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--scheduler {scheduler} is no scheduler file of Dask's") from None
 
 

@@ -291,7 +291,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
             }
         )
         whole = to_json(manifest) == data and _plain(manifest)
-    except (TypeError, KeyError, UserError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError):
         raise damaged from None
     if not whole:
         raise damaged

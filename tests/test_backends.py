@@ -315,7 +315,7 @@ def alive(mark):
     ],
 )
 def test_a_scheduler_that_cannot_be_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
-    import kamim as command_line
+    import kamim.__main__ as command_line
 
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     out = tmp_path / "out"

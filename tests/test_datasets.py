@@ -349,7 +349,7 @@ def test_the_command_takes_names_and_splits(tmp_path):
     archives.unpack([(f"{split}/cat/{split}.png", archives.picture(1, ".png")) for split in
                      ("train", "test")], tmp_path / "mine")  # fmt: skip
     command = [sys.executable, "-m", "kamim", "shards", "build"]
-    flags = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
+    flags = ["--frame", "80", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
     flags += ["--split", "test"]
 
     def run(source):

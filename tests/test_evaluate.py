@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, errors, settings
-from test_cli import kamim
+from test_cli import kamim as typed_kamim
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -202,7 +202,7 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     index = np.load(labelled / "index.npy")
     index["label"][7] = 4
     resigned(labelled, index)
-    done = kamim(*words)
+    done = typed_kamim(*words)
     assert done.returncode == 2
     assert "label 4 is none of its 4 classes" in done.stderr
 
@@ -372,7 +372,7 @@ def test_words_are_checked_before_torch_is_imported(labelled, tmp_path):
         (["export-hf", "nosuch.pt", tmp_path / "x"], "nosuch.pt is no file"),
         (["probe", "random:small", labelled, labelled], "torch is not installed"),
     ):
-        done = kamim(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
+        done = typed_kamim(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
         assert done.returncode == 2
         assert errors(done) == 1
         assert said in done.stderr
@@ -393,7 +393,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_within_seconds(labelled, tm
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     name, environment = "timm:vit_tiny_patch16_224", {**os.environ, **nobody}
     begin = time.monotonic()
-    done = kamim("probe", name, labelled, labelled, "--out", tmp_path / "p", env=environment)
+    done = typed_kamim("probe", name, labelled, labelled, "--out", tmp_path / "p", env=environment)
     assert time.monotonic() - begin < 40  # of which most is torch
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(

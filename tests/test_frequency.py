@@ -89,7 +89,7 @@ def test_it_sees_to_the_edge_and_lies_as_densities_lie():
 
 
 def test_what_it_cannot_do_is_one_line(small_source, tmp_path):
-    with pytest.raises(ValueError, match="frequency has none: build it without --bank"):
+    with pytest.raises(ValueError, match="frequency has none: build it without a bank"):
         build_shards(open_source(str(small_source)), tmp_path / "x",
                      settings(detectors=BOTH, bank=2), 1)  # fmt: skip
     assert not (tmp_path / "x").exists()

@@ -222,7 +222,7 @@ def test_two_evaluations_into_one_folder_are_refused(built, tmp_path):
 
 def test_a_thread_that_fails_is_a_line(capsys, monkeypatch):
     """TensorBoard's had printed a trace before the one line of the command that it served."""
-    monkeypatch.setattr(threading, "excepthook", kamim._thread_failed)
+    monkeypatch.setattr(threading, "excepthook", kamim.__main__._thread_failed)
     thread = threading.Thread(target=os.mkdir, args=("/proc/x/y",))
     thread.start()
     thread.join()

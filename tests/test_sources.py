@@ -247,7 +247,7 @@ def test_permissions_are_respected_by_name(tree, tmp_path):
     if "chroot" in done.stderr:
         pytest.skip(f"chroot is not allowed here: {done.stderr.splitlines()[-1]}")
     assert done.stdout == "['a/deeper/z.jpg', 'b/']\n", done.stderr
-    assert "ValueError: '/root/b/' cannot be listed" in done.stderr
+    assert "UserError: '/root/b/' cannot be listed" in done.stderr
 
 
 def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source, tmp_path):

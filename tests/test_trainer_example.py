@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -15,9 +14,6 @@ from test_golden import build
 
 from shards.beton import convert_to_ffcv
 from train.log import read_metrics
-from train.loop import pretrain
-from train.recipes import RECIPES
-from train.setup import Run
 
 STEPS = 6
 
@@ -35,10 +31,12 @@ def example(*arguments):
     return [float(line) for line in done.stdout.splitlines()]
 
 
-def losses(where, out, **options):
-    recipe = replace(RECIPES["small"](), batch=64)
-    run = Run(shards=where, out=out, recipe=recipe, detector="fast", device="cpu", **options)
-    pretrain(replace(run, steps=STEPS))
+def losses(where, out):
+    """What `kamim pretrain` gives."""
+    line = [sys.executable, "-m", "kamim", "pretrain", str(where), "--recipe", "small"]
+    line += ["--batch", "64", "--detector", "fast", "--steps", str(STEPS), "--device", "cpu"]
+    done = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [row["loss"] for row in read_metrics(out)]
 
 
@@ -61,7 +59,7 @@ def test_from_tars_and_from_a_url(demo, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_from_ffcv(demo, tmp_path):
-    if find_spec("ffcv") is None:  # not imported here: it would set torch's number of threads
+    if find_spec("ffcv") is None:  # to import it here would set torch's number of threads
         pytest.skip("FFCV is not installed")
     convert_to_ffcv(demo, tmp_path / "raw", "raw")
     assert example(tmp_path / "raw", STEPS) == losses(tmp_path / "raw", tmp_path / "run")

@@ -64,7 +64,7 @@ def members(
             room = BLOCK if end is None else min(BLOCK, end - archive.offset)
             if any(file.read(max(0, room))):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (tarfile.TarError, UserError, OverflowError, RecursionError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise UserError(
             f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
             "once with gunzip or the like, else fetch it again or name another place"

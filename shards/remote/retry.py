@@ -21,7 +21,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BARRED, GONE, PASSING = (401, 403), (404, 410), (408, 425, 429)  # of HTTP's 4xx
 OURS = (
     TypeError,
-    UserError,
+    ValueError,
     LookupError,
     NotImplementedError,
     IsADirectoryError,
