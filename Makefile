@@ -87,13 +87,13 @@ test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make eve
 check: $(VENV)/test  ## Lint, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy shards preprocess train evaluate bench abuse kamim.py
+	$(BIN)/mypy shards preprocess train kamim abuse
 
 bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
 	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" $(if $(FLAGS),$(FLAGS),--save)
 
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
-	$(BIN)/python -m bench.loader "$(if $(DATA),$(DATA),demo)"
+	$(BIN)/python -m kamim.bench.loader "$(if $(DATA),$(DATA),demo)"
 
 abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="kills --scale 0.05".
 	$(BIN)/python -m abuse $(FLAGS)
@@ -108,27 +108,27 @@ audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; f
 	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-test.lock || { \
 	  echo 'audit: vulnerabilities were found, or they could not be looked up (above); nothing is vouched for' >&2; exit 1; }
 
-readme: $(VENV)/core  ## Render the README's and docs/scaling.md's tables from bench/results.
-	$(BIN)/python -m bench.readme
-	$(BIN)/python -m bench.scaling
+readme: $(VENV)/core  ## Render the README's and docs/scaling.md's tables from docs/results/bench.
+	$(BIN)/python -m kamim.bench.readme
+	$(BIN)/python -m kamim.bench.scaling
 
 bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it comes: DATA.
-	$(BIN)/python -m bench.ffcv "$(if $(DATA),$(DATA),demo)"
+	$(BIN)/python -m kamim.bench.ffcv "$(if $(DATA),$(DATA),demo)"
 
 bench-remote: $(VENV)/test  ## Measure shards in an S3 server on loopback against a folder: DATA.
-	$(BIN)/python -m bench.remote "$(if $(DATA),$(DATA),demo)"
+	$(BIN)/python -m kamim.bench.remote "$(if $(DATA),$(DATA),demo)"
 
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
-	$(BIN)/python -m bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
+	$(BIN)/python -m kamim.bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
 
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
-	$(BIN)/python -m bench.fidelity "$(if $(DATA),$(DATA),demo)"
+	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
 
 bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
-	$(BIN)/python -m bench.throw $(RECIPES)
+	$(BIN)/python -m kamim.bench.throw $(RECIPES)
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
-	$(BIN)/python -m bench.build "$(if $(DATA),$(DATA),demo)"
+	$(BIN)/python -m kamim.bench.build "$(if $(DATA),$(DATA),demo)"
 
 clean:  ## Remove the virtual environment and caches; never shards.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

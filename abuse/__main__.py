@@ -17,7 +17,7 @@ from typing import Any
 
 from abuse.cases import PAGE, REPOSITORY, RESULTS, SECTIONS, renewed, save, table
 from abuse.forked import spawn
-from bench.provenance import provenance
+from kamim.bench.provenance import provenance
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.markers import renewed_parts
+from kamim.bench.markers import renewed_parts
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results.json"

@@ -14,12 +14,13 @@ from abuse.cases import Case
 from abuse.forked import kamim, spawn
 from abuse.kills import LIMIT, warm_up
 from abuse.material import SMALL, make_source
-from shards import ShardSet, load, verify_shards
-from shards.convert import convert_to_ffcv
+from shards import ShardSet, load
+from shards.beton import convert_to_ffcv
+from shards.files import MANIFEST
 from shards.loader import Loader
-from shards.manifest import INDEX, MANIFEST, REJECTED
-from shards.plan import Plan
-from shards.verify import damaged_files
+from shards.order import Plan
+from shards.spec import INDEX, REJECTED
+from shards.verification import damaged_files, verify_shards
 
 CHANGES = 500  # single bytes of each kind of file, at scale 1
 STARTS = 20  # of the tars' changes, on which `kamim pretrain` itself is tried

@@ -112,7 +112,7 @@ def call(function: Callable[..., Any], *arguments: Any, log: Path, limit: float 
 
 def kamim(*arguments: object) -> None:
     """The command line, as `kamim ARGUMENTS` would run it. Raises SystemExit."""
-    import kamim as command
+    import kamim.__main__ as command
 
     sys.argv = ["kamim", *map(str, arguments)]
     command.main()

@@ -86,7 +86,8 @@ def build(kind: str, folder: Path, valid: bool) -> Case:
 
 def written(folder: str) -> dict[str, list[str]]:
     """Sources of all records of a set, and what verify finds."""
-    from shards import ShardSet, verify_shards
+    from shards import ShardSet
+    from shards.verification import verify_shards
 
     records = ShardSet(folder)
     problems = verify_shards(folder, "decode")
@@ -103,7 +104,7 @@ def grow(source: str, out: str) -> tuple[float, float]:
     from shards import Settings
 
     detectors = (detector_settings("fast"),)
-    settings = Settings(64, 90, 64, (0.67, 1.0), 1, 0, 16, "ring", "source", detectors, 64)
+    settings = Settings(frame=64, crop=64, map_crops=1, grid=16, detectors=detectors, shard_size=64)
     sizes = []
     for number in range(ROUNDS):
         build_shards(open_source(source), Path(f"{out}{number}"), settings, 1, max_rejected=1)

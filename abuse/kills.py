@@ -76,9 +76,17 @@ def finish(processes: list[Process]) -> str:
 def warm_up() -> None:
     """Import what takes seconds, once for all forks, and add the smallest recipes, `tiny`..."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch: two ranks share
-    for slow in ("matplotlib.pyplot", "torch.utils.tensorboard.writer", "sklearn.manifold",
-                 "skimage.metrics", "train.loop", "evaluate.analyse", "evaluate.features",
-                 "evaluate.supervised", "kamim"):  # fmt: skip
+    for slow in (
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard.writer",
+        "sklearn.manifold",
+        "skimage.metrics",
+        "train.loop",
+        "kamim.evaluate.analyse",
+        "kamim.evaluate.features",
+        "kamim.evaluate.supervised",
+        "kamim.__main__",
+    ):
         importlib.import_module(slow)
     from train.recipes import RECIPES, find_recipe
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from abuse.cases import REPOSITORY
 from preprocess import open_source
-from preprocess.sources import read
+from preprocess.source import read
 
 DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data"))
 # The smallest build that `--recipe small` trains on.

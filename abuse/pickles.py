@@ -151,7 +151,7 @@ def _spoils(canary: Path) -> dict[str, Callable[[Path], None]]:
 
 def _reseal(folder: Path, changed: dict[str, bytes]) -> None:
     """Write files of a set, and a manifest that agrees with them."""
-    from shards import manifest as _manifest
+    from shards import spec as _manifest
 
     manifest = _manifest.load(folder)
     rows = {file.name: file for file in [*manifest.shards, manifest.index]}

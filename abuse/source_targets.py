@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from preprocess import Rejected, decode_image, open_source
-from preprocess.sources import read
+from preprocess.source import read
 from shards import Manifest, ShardSet
 
 CIFAR = ("train", "test", "meta")  # the files of cifar-100-python

@@ -131,7 +131,8 @@ def built(arena: Path, source: object, out: Path, secret: Path, trick: str, soun
 
 
 def _seen(folder: str) -> dict[str, Any]:
-    from shards import ShardSet, decode_frame, verify_shards
+    from shards import ShardSet, decode_frame
+    from shards.verification import verify_shards
 
     records = ShardSet(folder)
     frames = [decode_frame(records[n].frame).reshape(-1, 3) for n in range(len(records))]

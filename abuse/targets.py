@@ -33,15 +33,16 @@ with _instrumented():
     from abuse import source_targets
     from abuse.source_targets import packed, unpacked
     from preprocess import Rejected
-    from shards import File, Ledger, Manifest, ShardSet, decode_frame, verify_shards
-    from shards import manifest as _manifest
-    from shards.beton import BETON, PAGE, check_tables, layout_of
-    from shards.convert import convert_to_ffcv
+    from shards import File, Ledger, Manifest, ShardSet, decode_frame
+    from shards import spec as _manifest
+    from shards.beton import BETON, PAGE, check_tables, convert_to_ffcv, layout_of
+    from shards.files import MANIFEST
     from shards.loader import Loader
-    from shards.manifest import INDEX, MANIFEST, REJECTED
-    from shards.plan import InOrder
+    from shards.order import Plan
     from shards.record import JPEG, LABEL, MAPS, META, RAW, from_members
-    from shards.webdataset import INDEX_DTYPE, parse_record
+    from shards.spec import INDEX, REJECTED
+    from shards.tar import INDEX_DTYPE, parse_record
+    from shards.verification import verify_shards
 
 ROW = INDEX_DTYPE.itemsize
 SUFFIXES = (JPEG, MAPS, LABEL, META, RAW)
@@ -89,9 +90,9 @@ def tar(folder: Path, manifest: Manifest, data: bytes) -> None:
         with suppress(ValueError):
             decode_frame(records[number].frame)
     for bank in (False, True):
-        order = InOrder(len(records), 2)
+        order = Plan(len(records), 2, in_order=True)
         try:
-            for _ in Loader(records, order, 0, order.steps, bank=bank, workers=1, prefetch=1):
+            for _ in Loader(records, order, 0, order.steps(), bank=bank, workers=1, prefetch=1):
                 pass
         except ValueError:
             pass

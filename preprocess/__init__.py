@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from preprocess.fidelity import measure_fidelity, storage
     from preprocess.pictures import draw_fidelity, write_picture
     from preprocess.redetect import redetect_maps
-    from preprocess.sources import Source, open_source
+    from preprocess.source import Source, open_source
 
 _HOMES = {
     "build": ["build_shards"],
@@ -27,7 +27,7 @@ _HOMES = {
     "fidelity": ["measure_fidelity", "storage"],
     "pictures": ["draw_fidelity", "write_picture"],
     "redetect": ["redetect_maps"],
-    "sources": ["Source", "open_source"],
+    "source": ["Source", "open_source"],
 }
 
 __all__ = [
@@ -48,9 +48,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"preprocess.{home}"), name)
-            return value
-    raise AttributeError(f"module 'preprocess' has no attribute {name!r}")
+if not TYPE_CHECKING:  # so that a type checker knows which names there are
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(f"preprocess.{home}"), name)
+                return value
+        raise AttributeError(f"module 'preprocess' has no attribute {name!r}")

@@ -17,7 +17,8 @@ from typing import Any
 import joblib
 import numpy as np
 
-from preprocess import backends, frequency
+from preprocess import executors as backends
+from preprocess import frequency
 from preprocess.compare import (
     Facts,
     check_files,
@@ -29,12 +30,14 @@ from preprocess.compare import (
 )
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
-from preprocess.sources import Source, check_outside
-from shards import manifest as _manifest
-from shards.manifest import EXTRAS, INDEX, MANIFEST, REJECTED, File, Ledger, Manifest, Settings
+from preprocess.source import Source, check_outside
+from shards import spec as _manifest
+from shards.errors import UserError
+from shards.files import MANIFEST, alone, sweep, write_atomically
+from shards.progress import progress, waiting
 from shards.record import npy_bytes
-from shards.webdataset import INDEX_DTYPE
-from shards.writing import alone, progress, sweep, waiting, write_atomically
+from shards.spec import EXTRAS, INDEX, REJECTED, File, Ledger, Manifest, Settings
+from shards.tar import INDEX_DTYPE
 
 WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between
@@ -62,7 +65,7 @@ def build_shards(
     `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
     or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
-    ValueError if `out` lies in the source or holds anything else or other settings or inputs,
+    UserError if `out` lies in the source or holds anything else or other settings or inputs,
     BuildError if a finished set lacks a file or one has another size (repair_shards mends it), if
     an input is rejected and on_error is `fail`, if no input could be used, if the engine is lost
     for good, or, after a complete build, if more than the share `max_rejected` was rejected.
@@ -108,16 +111,16 @@ def facts_of(source: Source, settings: Settings) -> Facts:
 
 
 def _check_folder(out: Path, facts: Facts) -> Manifest | None:
-    """The finished set in `out` if it is this one, None if it is ours to write, else ValueError."""
+    """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder for the shards")
+        raise UserError(f"{out} is a file; name a folder for the shards")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
         finished = _manifest.load(out)
         there = facts_of_set(finished)
         compare(out, there, facts, reuse_hint(out, there, facts))
         if finished.container != "webdataset":
-            raise ValueError(f"{out} is an FFCV set, and complete; name a new folder for shards")
+            raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
         check_files(out, finished)
         return finished
     plan = out / WORK / PLAN
@@ -127,7 +130,7 @@ def _check_folder(out: Path, facts: Facts) -> Manifest | None:
     check_manifest_is_not_lost(out)
     if names - {WORK} - EXTRAS:
         some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
-        raise ValueError(f"{out} holds something else ({some}); name a new or empty folder")
+        raise UserError(f"{out} holds something else ({some}); name a new or empty folder")
     return None
 
 

@@ -1,6 +1,6 @@
 """Whether a set that is there is the one that is asked for; if not, what differs, in a line.
 
-In: the facts of both. Out: nothing, or a ValueError that names what differs and what to type.
+In: the facts of both. Out: nothing, or a UserError that names what differs and what to type.
 """
 
 import json
@@ -13,10 +13,11 @@ from preprocess.defaults import DEFAULTS
 from preprocess.errors import BuildError
 from preprocess.options import DEFAULTS as OPTIONS
 from preprocess.options import OF_FREQUENCY
-from shards.manifest import FREQUENCY, INDEX, MANIFEST, Manifest, Settings, load
-from shards.reader import check_size
-from shards.verify import damaged_files
-from shards.webdataset import shard_name
+from shards.errors import UserError
+from shards.files import MANIFEST, check_size
+from shards.spec import FREQUENCY, INDEX, Manifest, Settings, load
+from shards.tar import shard_name
+from shards.verification import damaged_files
 
 Facts = dict[str, Any]
 PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on")
@@ -33,7 +34,7 @@ def facts_of_set(finished: Manifest) -> Facts:
 
 
 def compare(out: Path, there: Facts, asked: Facts, hint: str = "") -> None:
-    """ValueError unless all that `asked` says is so `there`, in `out`; it ends in `hint`."""
+    """UserError unless all that `asked` says is so `there`, in `out`; it ends in `hint`."""
     changed = [
         line
         for part in ("settings", "source", "versions")
@@ -45,7 +46,7 @@ def compare(out: Path, there: Facts, asked: Facts, hint: str = "") -> None:
         changed.insert(0, "format_version is {} there, {} here".format(*versions))
     if changed:
         hint = hint or "use the same ones to go on, or name a new folder"
-        raise ValueError(
+        raise UserError(
             f"{out} holds shards of other inputs or settings: {'; '.join(changed[:3])}; {hint}"
         )
 
@@ -72,19 +73,19 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
 
 
 def check_manifest_is_not_lost(out: Path) -> None:
-    """ValueError if `out` holds shards of a set whose manifest is gone."""
+    """UserError if `out` holds shards of a set whose manifest is gone."""
     if not (out / MANIFEST).exists() and any((out / n).exists() for n in (INDEX, shard_name(0))):
-        raise ValueError(
+        raise UserError(
             f"{out} has shards but no {MANIFEST}, without which nobody knows what they hold; "
             "restore that file, or build into a new folder"
         )
 
 
 def check_reuse(reuse: Path, facts: Facts) -> None:
-    """ValueError unless the set in `reuse` is sound and has the frames that `facts` ask for."""
+    """UserError unless the set in `reuse` is sound and has the frames that `facts` ask for."""
     finished = load(reuse)
     if finished.container != "webdataset":
-        raise ValueError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
+        raise UserError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
     there, asked = facts_of_set(finished), {**facts, "settings": {}, "versions": {}}
     for name in ("frame", "quality"):
         asked["settings"][name] = facts["settings"][name]
@@ -93,7 +94,7 @@ def check_reuse(reuse: Path, facts: Facts) -> None:
     compare(reuse, there, asked)
     damage = damaged_files(reuse, finished)
     if damage:
-        raise ValueError(damage[0])
+        raise UserError(damage[0])
 
 
 def check_files(out: Path, finished: Manifest) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from preprocess.entry import Source
+from preprocess.files import join, kind_of
 from preprocess.layouts import cifar, imagenet, inaturalist, places365
 from preprocess.layouts.finished import list_finished
 from preprocess.layouts.folder import list_folder
@@ -15,9 +16,9 @@ from preprocess.layouts.parquet import list_parquet
 from preprocess.layouts.tar import list_tar
 from preprocess.layouts.webdataset import list_webdataset
 from preprocess.listing import names_in
-from preprocess.places import join, kind_of
 from preprocess.splits import SPLITS
-from shards.remote import is_url
+from shards.errors import UserError
+from shards.remote.storage import is_url
 
 Lister = Callable[[str, str], Source | None]
 FAR = 0.02  # share of its images that a dataset may lack: some are lost in many a download
@@ -42,12 +43,12 @@ def _list_split(where: str, split: str) -> Source | None:
     """Class folders or a tar of them, or the class folders in a sub-folder named as the split."""
     if kind_of(where) == "file":
         if split:
-            raise ValueError(f"{where} is one file and has no split {split}; leave --split out")
+            raise UserError(f"{where} is one file and has no split {split}; leave --split out")
         return list_tar(where)
     if kind_of(join(where, split)) != "folder":
         there = ", ".join(name for name in names_in(where) if name in SPLITS)
         how = f"by --split there is {there}" if there else "leave --split out"
-        raise ValueError(f"{where} has no folder {split} for --split {split}; {how}")
+        raise UserError(f"{where} has no folder {split} for --split {split}; {how}")
     return list_folder(join(where, split))
 
 
@@ -102,13 +103,13 @@ def list_dataset(name: str, given: str, split: str) -> Source:
     """The `split` (its first, if empty) of the dataset `name` at the place `given`, or wherever it
     is found first: there in its published layouts, or in class folders called as its classes are.
 
-    Raises ValueError, with all places that were looked at, if it is nowhere.
+    Raises UserError, with all places that were looked at, if it is nowhere.
     """
     if name in PLACED:
         return _list_placed(name, given, split)
     dataset, split = NAMED[name], split_of(name, split)
     if given and not kind_of(given):
-        raise ValueError(f"there is no {given} to read {name} from; name where it lies")
+        raise UserError(f"there is no {given} to read {name} from; name where it lies")
     for base in filter(kind_of, [given] if given else usual_places(name)):
         if not given and _is_closed(base, name):
             continue
@@ -121,7 +122,7 @@ def list_dataset(name: str, given: str, split: str) -> Source:
                     source = _class_folders(where, dataset, bool(given), not below)
                 if source is not None:
                     return source
-    raise ValueError(_not_found(name, given, split))
+    raise UserError(_not_found(name, given, split))
 
 
 def _is_closed(base: str, name: str) -> bool:
@@ -131,23 +132,23 @@ def _is_closed(base: str, name: str) -> bool:
 
 
 def split_of(name: str, split: str) -> str:
-    """What the dataset `name` calls `split`. Raises ValueError if it has no such split."""
+    """What the dataset `name` calls `split`. Raises UserError if it has no such split."""
     splits = NAMED[name].splits
     split = {"val": "test"}.get(split, split) if "test" in splits else split
     if split and split not in splits:
-        raise ValueError(f"{name} has no split {split}; it has {', '.join(splits)}")
+        raise UserError(f"{name} has no split {split}; it has {', '.join(splits)}")
     return split or next(iter(splits))
 
 
 def check_counts(source: Source, name: str, split: str) -> None:
-    """ValueError if `source` is far from the dataset `name` as published: with another number of
+    """UserError if `source` is far from the dataset `name` as published: with another number of
     classes, or with a number of images that differs by more than FAR (2 %).
     """
     dataset, split = NAMED[name], split_of(name, split)
     images, published = sum(entry.flaw != "vanished" for entry in source.entries), dataset.splits
     far = abs(images - published[split]) > FAR * published[split]
     if far or len(source.classes) != dataset.classes:
-        raise ValueError(
+        raise UserError(
             f"{source.root} holds {images:,} images of {len(source.classes):,} classes, and {name} "
             f"(split {split}) has {published[split]:,} images of {dataset.classes:,} classes; name "
             "where all of it lies, or take what is there by --partial (make: FLAGS=--partial)"
@@ -207,10 +208,10 @@ def _not_found(name: str, given: str, split: str) -> str:
 
 def _list_placed(name: str, given: str, split: str) -> Source:
     if split and split not in SPLITS:
-        raise ValueError(f"{name} has no split {split}; it may have {', '.join(SPLITS)}")
+        raise UserError(f"{name} has no split {split}; it may have {', '.join(SPLITS)}")
     if not kind_of(given):
-        raise ValueError(f"no {name} source at {given}: there is no such place; give another")
+        raise UserError(f"no {name} source at {given}: there is no such place; give another")
     source = PLACED[name](given, split)
     if source is None:
-        raise ValueError(f"no {name} source at {given}; give the place of one")
+        raise UserError(f"no {name} source at {given}; give the place of one")
     return source

@@ -7,8 +7,7 @@ Imports no library, so that the command line answers at once.
 from dataclasses import replace
 from typing import Any, Literal
 
-from shards.limits import AREA
-from shards.manifest import Detector, Settings
+from shards.spec import AREA, Detector, Settings
 
 Backend = Literal["loky", "dask", "ray"]
 # Every name of datasets.py, which needs NumPy (tested).

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from preprocess.detectors import detect
 from preprocess.frequency import frequency_map
-from preprocess.marks import mark
+from preprocess.rings import mark
 from shards import Bank, Detector, Settings, decode_frame
-from shards.bank import BANK_CELL
-from shards.plan import BANK, VIEW, crop_boxes
+from shards.crops import between, crop_boxes, visible_sums
 from shards.record import LEVEL
-from shards.visibility import visible_sums
-from shards.weights import between
+from shards.rng import Purpose
+from shards.spec import BANK_CELL
 
 Image = NDArray[np.uint8]  # RGB [H, W, 3]
 Floats = NDArray[np.float64]
@@ -102,7 +101,7 @@ def map_views(number: int, size: tuple[int, int], settings: Settings) -> list[Vi
     squeezes it (to LONGEST crops at most), and settings.map_crops random crops, all of the training
     distribution.
     """
-    boxes, _ = _boxes(VIEW, number, settings.map_crops + 1, size, settings)
+    boxes, _ = _boxes(Purpose.VIEW, number, settings.map_crops + 1, size, settings)
     side, (height, width) = settings.crop, size
     _, _, tall, wide = boxes[0]
     rows, columns = round(side * height / tall), round(side * width / wide)
@@ -119,7 +118,7 @@ def bank_of(rgb: Image, number: int, settings: Settings) -> Bank:
     """
     side, cells = settings.crop, settings.crop // BANK_CELL
     height, width = rgb.shape[:2]
-    boxes, flips = _boxes(BANK, number, settings.bank, (height, width), settings)
+    boxes, flips = _boxes(Purpose.BANK, number, settings.bank, (height, width), settings)
     counts = np.empty((settings.bank, len(settings.detectors), cells, cells), np.uint8)
     for slot, box in enumerate(boxes):
         crop = squeezed(rgb, View(box, side, side))

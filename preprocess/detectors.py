@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from preprocess import frequency
 from preprocess.options import DEFAULTS, Option, parsed_detector
-from shards.manifest import Detector
+from shards.errors import UserError
+from shards.spec import Detector
 
 __all__ = ["DEFAULTS", "check_detector", "detect", "detector_settings"]
 
@@ -22,7 +23,7 @@ __all__ = ["DEFAULTS", "check_detector", "detect", "detector_settings"]
 def detector_settings(name: str, options: Mapping[str, str] | None = None) -> Detector:
     """Detector `name` with OpenCV's defaults, changed by `options` (name to text).
 
-    Raises ValueError, listing what there is, for an unknown name or option or a bad value.
+    Raises UserError, listing what there is, for an unknown name or option or a bad value.
     """
     settings = parsed_detector(name, options or {})
     check_detector(settings)
@@ -30,7 +31,7 @@ def detector_settings(name: str, options: Mapping[str, str] | None = None) -> De
 
 
 def check_detector(settings: Detector) -> None:
-    """ValueError unless `settings` make a detector: OpenCV's are tried on a grey square."""
+    """UserError unless `settings` make a detector: OpenCV's are tried on a grey square."""
     if not settings.has_keypoints:
         frequency.check_options(settings)
         return
@@ -38,7 +39,7 @@ def check_detector(settings: Detector) -> None:
         detect(settings, np.zeros((192, 192), np.uint8))
     except cv2.error as error:
         name, chosen = settings.name, settings.options
-        raise ValueError(f"OpenCV refuses {name} with {chosen}: {error.err}") from None
+        raise UserError(f"OpenCV refuses {name} with {chosen}: {error.err}") from None
 
 
 @lru_cache(maxsize=16)

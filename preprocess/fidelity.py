@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from preprocess.decode import decode_image
 from preprocess.densities import View, crop_counts, published_grey, squeezed
-from preprocess.sources import Source, read
+from preprocess.source import Source, read
 from shards import Detector, Record, Settings, ShardSet
-from shards.bank import BANK_CELL
-from shards.plan import TRIAL, crop_boxes, unit_boxes
-from shards.weights import read_crop as read_map_of
-from shards.weights import weights
-from shards.writing import progress
+from shards.crops import crop_boxes, unit_boxes, weights
+from shards.crops import read_crop as read_map_of
+from shards.errors import UserError
+from shards.progress import progress
+from shards.rng import Purpose
+from shards.spec import BANK_CELL
 
 Floats = NDArray[np.float64]
 FULL = BANK_CELL**2
@@ -52,17 +53,17 @@ def measure_fidelity(
     Errors, against detection on the crop: correlation of densities over all cells; wrong, the mean
     share of an image's loss weight on the wrong cell (total variation); bias of the mean weight,
     as a share of it; equal, the share of cells with the very same density.
-    Raises ValueError if the source is not that of the set.
+    Raises UserError if the source is not that of the set.
     """
     settings = records.manifest.settings
     if not keypoint_rows(settings):
-        raise ValueError(
+        raise UserError(
             f"{records.folder} has no keypoint maps: there is no detection to compare with"
         )
     if w_ps % BANK_CELL or settings.crop % w_ps:
-        raise ValueError(f"w_ps {w_ps} is no multiple of {BANK_CELL} that divides {settings.crop}")
+        raise UserError(f"w_ps {w_ps} is no multiple of {BANK_CELL} that divides {settings.crop}")
     if source.description()["sha256"] != records.manifest.source["sha256"]:
-        raise ValueError(f"{source.root} is not what {records.folder} was built from; name that")
+        raise UserError(f"{source.root} is not what {records.folder} was built from; name that")
     numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist()
     work = joblib.delayed(_densities)
     entries = [source.entries[int(records.index["key"][number])] for number in numbers]
@@ -129,7 +130,7 @@ def trial_crop(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed:
     epoch, number, height, width = (
         np.array([value]) for value in (seed, int(record.key), record.height, record.width)
     )
-    boxes, flips = crop_boxes(TRIAL, seed, epoch, number, height, width, settings.area)
+    boxes, flips = crop_boxes(Purpose.TRIAL, seed, epoch, number, height, width, settings.area)
     box, turned = tuple(boxes[0].tolist()), tuple(flips[0].tolist())
     return cut(box, turned, rgb, settings.crop)
 

@@ -10,25 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import Detector, Settings
-from shards.weights import between
+from shards.crops import between
+from shards.errors import UserError
 
 SIDE = 96  # px that the whole source is squeezed to: its low frequencies need no more
 MOST = SIDE / 4  # cycles a side; beyond, squeezing to SIDE is a low pass of its own
 
 
 def check_options(detector: Detector) -> None:
-    """ValueError unless the options make a low pass."""
+    """UserError unless the options make a low pass."""
     cutoff, scale = detector.options["cutoff"], detector.options["scale"]
     if not 0 < cutoff <= MOST:
-        raise ValueError(f"frequency.cutoff={cutoff} is out of range; give above 0 to {MOST:g}")
+        raise UserError(f"frequency.cutoff={cutoff} is out of range; give above 0 to {MOST:g}")
     if not scale > 0:
-        raise ValueError(f"frequency.scale={scale} is not positive; the default is 120")
+        raise UserError(f"frequency.scale={scale} is not positive; the default is 120")
 
 
 def check_bank(settings: Settings) -> None:
-    """ValueError if a bank of this map is asked for."""
+    """UserError if a bank of this map is asked for."""
     if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
-        raise ValueError(
+        raise UserError(
             "a bank holds counts of keypoint marks, and frequency has none: build it without "
             "--bank, or leave frequency out"
         )

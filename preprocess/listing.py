@@ -11,11 +11,12 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from preprocess.decode import Rejected
-from preprocess.places import join, kind_of, read_file
-from shards import remote
-from shards.manifest import MANIFEST
-from shards.remote import is_url
-from shards.retry import retried
+from preprocess.files import join, kind_of, read_file
+from shards.errors import UserError
+from shards.files import MANIFEST
+from shards.remote import storage as remote
+from shards.remote.retry import retried
+from shards.remote.storage import is_url
 
 LONGEST = 1 << 28  # bytes of a manifest.json that is looked into
 OURS = "shards"  # the flaw of a folder that holds a finished set
@@ -36,7 +37,7 @@ class Found(NamedTuple):
 def names_in(folder: str) -> list[str]:
     """Names right below a folder, in byte order; none if there is no such folder.
 
-    Raises ValueError if a folder here cannot be listed.
+    Raises UserError if a folder here cannot be listed.
     """
     if not is_url(folder):
         names = [child.name for child in children_of(folder)] if os.path.isdir(folder) else []
@@ -52,12 +53,12 @@ def names_in(folder: str) -> list[str]:
 
 
 def children_of(folder: str) -> list[os.DirEntry[str]]:
-    """What lies right below a local folder, in byte order; ValueError if it cannot be listed."""
+    """What lies right below a local folder, in byte order; UserError if it cannot be listed."""
     try:
         with os.scandir(folder) as children:
             return sorted(children, key=lambda child: os.fsencode(child.name))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} cannot be listed ({error.strerror or error}); make it readable for this "
             "user, or name another place"
         ) from None
@@ -155,7 +156,7 @@ def _is_gone(path: str) -> bool:
 def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
     """The archives below `root`, by name; `root` itself, as the part "", if it is one.
 
-    Raises ValueError if there is none, at one that leads out of the folder or is no file, and at a
+    Raises UserError if there is none, at one that leads out of the folder or is no file, and at a
     folder that cannot be listed; a finished set of ours below `root` is left out.
     """
     if kind_of(root) == "file":
@@ -168,9 +169,9 @@ def parts_below(root: str, suffixes: tuple[str, ...]) -> list[Found]:
     found = [file for file in found if file.flaw != OURS]
     for file in found:
         if file.flaw:
-            raise ValueError(f"{join(root, file.name.lstrip('/'))!r} cannot be read: {file.flaw}")
+            raise UserError(f"{join(root, file.name.lstrip('/'))!r} cannot be read: {file.flaw}")
     if not found:
-        raise ValueError(f"{root} holds no {suffixes[0]}; name one, or a folder of them")
+        raise UserError(f"{root} holds no {suffixes[0]}; name one, or a folder of them")
     return sorted(found, key=lambda file: os.fsencode(file.name))
 
 

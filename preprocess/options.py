@@ -1,13 +1,14 @@
 """Detectors by name and their options, as a user types them. Imports no detector.
 
-In: a name and options as text. Out: a Detector with every option it has, or a ValueError.
+In: a name and options as text. Out: a Detector with every option it has, or a UserError.
 Defaults are OpenCV's, which are the published ones (KAMIM utils/dataset_loaders.py).
 """
 
 import math
 from collections.abc import Mapping
 
-from shards.manifest import FREQUENCY, Detector
+from shards.errors import UserError
+from shards.spec import FREQUENCY, Detector
 
 Option = int | float | bool
 
@@ -41,16 +42,16 @@ OF_FREQUENCY: dict[str, Option] = {"cutoff": 7.0, "scale": 120.0}
 def parsed_detector(name: str, options: Mapping[str, str]) -> Detector:
     """Detector `name` with its defaults, changed by `options` (name to text).
 
-    Raises ValueError, listing what there is, for an unknown name or option or a bad value; what
+    Raises UserError, listing what there is, for an unknown name or option or a bad value; what
     OpenCV itself refuses, detector_settings finds.
     """
     known = DEFAULTS | {FREQUENCY: OF_FREQUENCY}
     if name not in known:
-        raise ValueError(f"unknown detector {name!r}; there are {', '.join(known)}")
+        raise UserError(f"unknown detector {name!r}; there are {', '.join(known)}")
     chosen = dict(known[name])
     for option, text in options.items():
         if option not in chosen:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(chosen)}")
+            raise UserError(f"{name} has no option {option!r}; it has {', '.join(chosen)}")
         chosen[option] = _parse(f"{name}.{option}", text, chosen[option])
     return Detector(name, chosen)
 
@@ -61,7 +62,7 @@ def _parse(name: str, text: str, default: Option) -> Option:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         value = type(default)(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{name}={text!r} is no {type(default).__name__}") from None
+        raise UserError(f"{name}={text!r} is no {type(default).__name__}") from None
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={text} must be a finite number of at least 0")
+        raise UserError(f"{name}={text} must be a finite number of at least 0")
     return value

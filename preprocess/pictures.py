@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from preprocess.decode import decode_image
 from preprocess.densities import crop_counts, published_grey
 from preprocess.fidelity import FULL, keypoint_rows, read_crop, trial_crop
-from preprocess.sources import Source, read
+from preprocess.source import Source, read
 from shards import ShardSet
-from shards.writing import write_atomically
+from shards.files import write_atomically
 
 SIDE, BAR, GAP = 192, 22, 6  # px of a tile, of the line of text above it, between tiles
 TITLES = ("crop", "detected on the crop", "read off the map", "difference (red: too much)")

@@ -8,20 +8,21 @@ import numpy as np
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
-from preprocess.sources import Source, read
+from preprocess.source import Source, read
 from shards import Record, ShardSet
+from shards.errors import UserError
 
 
 def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
     """What differs when the maps of `samples` records, spread evenly, are computed again.
 
     Pixels come from `source`, or from the stored frame where detection ran on frames. The maps
-    must be equal to the last bit. Raises ValueError if the source is needed and not given.
+    must be equal to the last bit. Raises UserError if the source is needed and not given.
     """
     settings = records.manifest.settings
     needs_source = settings.detect_on == "source" or settings.bank > 0  # a bank is never of frames
     if source is None and needs_source:
-        raise ValueError(
+        raise UserError(
             "redetect needs the pixels that detection ran on: give the source of these shards by "
             "--source (sets built with --detect-on frame and without a bank need none)"
         )

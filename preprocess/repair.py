@@ -11,20 +11,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocess import backends
+from preprocess import executors as backends
 from preprocess.build import WORK, claim, facts_of, job_of, shard_size_for, write_missing
 from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
-from preprocess.sources import Source, check_outside, read
-from shards import manifest as _manifest
-from shards.manifest import MANIFEST, File, Manifest, Settings
-from shards.reader import sizes_of
+from preprocess.source import Source, check_outside, read
+from shards import spec as _manifest
+from shards.dataset import flaws_of_files, sizes_of
+from shards.errors import UserError
+from shards.files import MANIFEST, sync, write_atomically
+from shards.progress import progress
 from shards.record import npy_bytes
-from shards.verify import flaws_of_files
-from shards.webdataset import index_of
-from shards.writing import progress, sync_folder, write_atomically
+from shards.spec import File, Manifest, Settings
+from shards.tar import index_of
 
 
 def repair_shards(
@@ -38,17 +39,17 @@ def repair_shards(
     """Hash every file of the finished set in `out`, build what is missing or damaged again.
 
     Returns the names of the files that were put in place. Stopped or killed, the same call goes
-    on. Raises ValueError if `out` holds no finished set, or one of another source or settings,
+    on. Raises UserError if `out` holds no finished set, or one of another source or settings,
     BuildError if a file can no longer be built to the bytes that the manifest says.
     """
     backends.check(backend, scheduler)
     check_outside(source, out)
     if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
-        raise ValueError(f"{out} is unfinished; the same command without --repair goes on")
+        raise UserError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)
     finished, facts = _manifest.load(out), facts_of(source, settings)
     if finished.container != "webdataset":
-        raise ValueError(f"{out} is an FFCV set; remove it and convert the set it was made from")
+        raise UserError(f"{out} is an FFCV set; remove it and convert the set it was made from")
     flags = flags_of(finished.settings, shard_size_for(len(source.entries)))
     compare(out, facts_of_set(finished), facts, f"give those of the set to repair it: {flags}")
     with claim(out, facts) as work:
@@ -59,7 +60,7 @@ def repair_shards(
         write_missing(source, job, numbers, backend, scheduler, jobs, "repairing")
         for number in numbers:
             _put(job, number, out / finished.shards[number].name, finished.shards[number])
-        sync_folder(out)
+        sync(out)
         if flaws.keys() & {finished.index.name, finished.rejected.name}:
             _restore_lists(source, out, finished)
     return [file.name for file in files if file.name in flaws]

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
 from preprocess.errors import BuildError
-from preprocess.sources import Entry, read, read_in_order
+from preprocess.source import Entry, read, read_in_order
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
-from shards.manifest import FORMAT_VERSION, fingerprint
+from shards.files import write_atomically
 from shards.record import key_of
-from shards.webdataset import shard_name
-from shards.writing import write_atomically
+from shards.spec import FORMAT_VERSION, fingerprint
+from shards.tar import shard_name
 
 PLAN = "plan.json"  # in the work folder: what is being built
 UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share

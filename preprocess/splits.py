@@ -5,6 +5,8 @@ In: file names and a split. Out: those of the split.
 
 import re
 
+from shards.errors import UserError
+
 WORDS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -17,7 +19,7 @@ def of_split(names: list[str], split: str) -> list[str]:
     """The `names` of `split` (empty: train), in their order; all of them, if none tells its split
     and none was asked for.
 
-    Raises ValueError if only others are there, or if some names tell and some do not.
+    Raises UserError if only others are there, or if some names tell and some do not.
     """
     told = {name: found for name in names if (found := _split_of(name))}
     if names == [""] or not (told or split):
@@ -25,11 +27,11 @@ def of_split(names: list[str], split: str) -> list[str]:
     silent = [name for name in names if name not in told]
     if silent:
         how = "as others do; move it away" if told else "so leave --split out"
-        raise ValueError(f"{silent[0]!r} does not tell its split, {how}, or name one file")
+        raise UserError(f"{silent[0]!r} does not tell its split, {how}, or name one file")
     chosen = [name for name in names if told[name] == (split or "train")]
     if not chosen:
         there = ", ".join(sorted(set(told.values())))
-        raise ValueError(f"there is no split {split or 'train'}; by --split there is {there}")
+        raise UserError(f"there is no split {split or 'train'}; by --split there is {there}")
     return chosen
 
 

@@ -1,57 +1,105 @@
-"""The contract between building and training: records, manifest, shards. Imports no other room.
+"""Shards of frames and keypoint densities: the library between building and training.
 
-In: a folder that a build wrote. Out: `ShardSet`, its records and its manifest, without torch.
-What a name needs is imported when it is asked for: a command line answers before NumPy is there.
+    records = shards.open("data/demo-fast")
+    for batch in records.batches(size=192, batch=64, epochs=2, weights="fast", temperature=0.25):
+        batch.images, batch.weights
+
+`open` gives a ShardSet, which loads batches, datasets and records; WeightedCrops turns batches into
+crops and loss weights; a Plan says which samples and crops each step shows. `build` and `verify`
+write and check sets. A name's module is imported when the name is first used: torch only where
+tensors are asked for.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shards.bank import Bank
-    from shards.inspect import inspect_page
-    from shards.manifest import FORMAT_VERSION, Detector, File, Ledger, Manifest, Settings, load
-    from shards.reader import ShardSet
-    from shards.record import Record, decode_frame, encode_frame
-    from shards.streaming import open_remote
-    from shards.verify import LEVELS, verify_shards
-    from shards.webdataset import ShardWriter
+    from pathlib import Path
 
+    from shards.dataset import ShardSet
+    from shards.dataset import open_set as open
+    from shards.errors import UserError
+    from shards.loader import Batch
+    from shards.order import Plan, Windows
+    from shards.record import Bank, Record, decode_frame, encode_frame
+    from shards.report import inspect_page
+    from shards.spec import Detector, File, Ledger, Manifest, Settings, load
+    from shards.tar import ShardWriter
+    from shards.torchdata import PlanSampler, RecordDataset
+    from shards.verification import LEVELS
+    from shards.verification import verify_shards as verify
+    from shards.weighting import Crops, WeightedCrops, to_device
+
+# Each public name, by the module that has it; `name=theirs` where it is called otherwise there.
 _HOMES = {
-    "bank": ["Bank"],
-    "inspect": ["inspect_page"],
-    "manifest": ["FORMAT_VERSION", "Detector", "File", "Ledger", "Manifest", "Settings", "load"],
-    "reader": ["ShardSet"],
-    "record": ["Record", "decode_frame", "encode_frame"],
-    "streaming": ["open_remote"],
-    "verify": ["LEVELS", "verify_shards"],
-    "webdataset": ["ShardWriter"],
+    "dataset": "ShardSet open=open_set",
+    "errors": "UserError",
+    "loader": "Batch",
+    "order": "Plan Windows",
+    "record": "Bank Record decode_frame encode_frame",
+    "report": "inspect_page",
+    "spec": "Detector File Ledger Manifest Settings load",
+    "tar": "ShardWriter",
+    "torchdata": "PlanSampler RecordDataset",
+    "verification": "LEVELS verify=verify_shards",
+    "weighting": "Crops WeightedCrops to_device",
+}
+_WHERE = {
+    name: (f"shards.{home}", theirs or name)
+    for home, names in _HOMES.items()
+    for name, _, theirs in (each.partition("=") for each in names.split())
 }
 
 __all__ = [
-    "FORMAT_VERSION",
     "LEVELS",
     "Bank",
+    "Batch",
+    "Crops",
     "Detector",
     "File",
     "Ledger",
     "Manifest",
+    "Plan",
+    "PlanSampler",
     "Record",
+    "RecordDataset",
     "Settings",
     "ShardSet",
     "ShardWriter",
+    "UserError",
+    "WeightedCrops",
+    "Windows",
+    "build",
     "decode_frame",
     "encode_frame",
     "inspect_page",
     "load",
-    "open_remote",
-    "verify_shards",
+    "open",
+    "to_device",
+    "verify",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"shards.{home}"), name)
-            return value
-    raise AttributeError(f"module 'shards' has no attribute {name!r}")
+def build(
+    source: str, out: "str | Path", detectors: tuple[str, ...] = ("fast",), **options: Any
+) -> "Manifest":
+    """Build shards of `source` in the folder `out`, as `kamim shards build` does, or finish that.
+
+    source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH. options: the
+    fields of Settings, and those of preprocess.build: split, jobs, on_error, max_rejected, reuse,
+    backend, scheduler. Returns the manifest. Raises UserError if the request is wrong, and
+    preprocess.BuildError if the build ends short.
+    """
+    # The one door to the room that writes sets; it is opened when it is used.
+    manifest: Manifest = import_module("preprocess").build(source, out, detectors, **options)
+    return manifest
+
+
+if not TYPE_CHECKING:  # so that a type checker knows which names there are
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'shards' has no attribute {name!r}")
+        home, theirs = _WHERE[name]
+        value = globals()[name] = getattr(import_module(home), theirs)
+        return value

@@ -1,4 +1,4 @@
-"""FFCV's .beton container, written and read without FFCV: records in, one file out, and back.
+"""FFCV's .beton container, written, checked and converted to without FFCV.
 
 Layout (FFCV 1.0.2, ffcv/types.py and ffcv/fields): header, field descriptors, one metadata row a
 record, pages of data that no region crosses, then a table of all regions. Writing it here copies
@@ -6,18 +6,21 @@ JPEG bytes as they are, needs no compiler, and cannot hang as FFCV's writer does
 """
 
 import json
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.bank import BANK_CELL, row_bytes, to_rows
-from shards.manifest import Manifest
-from shards.record import Record, decode_frame, packed
-from shards.webdataset import INDEX_DTYPE
+from shards import spec as _manifest
+from shards.dataset import ShardSet, flaws_of_files
+from shards.errors import UserError
+from shards.files import LEFT, LOCK, MANIFEST, alone, replacing, sha256_of
+from shards.progress import progress, waiting
+from shards.record import Record, decode_frame, npy_bytes, packed, to_rows
+from shards.spec import EXTRAS, INDEX, REJECTED, File, Manifest
+from shards.tar import INDEX_DTYPE
 
 BETON = "records.beton"
 PAGE = 1 << 23  # bytes, FFCV's default
@@ -66,10 +69,7 @@ class Layout:
 def layout_of(manifest: Manifest) -> Layout:
     """The layout of the FFCV set that `manifest` describes."""
     settings = manifest.settings
-    detectors, cells = len(settings.detectors), settings.crop // BANK_CELL
-    maps = (detectors, settings.grid, settings.grid // 2)
-    bank = (settings.bank, row_bytes(detectors, cells)) if settings.bank else (0, 0)
-    return Layout(settings.frame, settings.quality == 0, maps, bank)
+    return Layout(settings.frame, settings.quality == 0, settings.maps_shape, settings.bank_shape)
 
 
 def _descriptors(layout: Layout) -> bytes:
@@ -125,10 +125,10 @@ def first_page(count: int, layout: Layout) -> int:
 def write_beton(
     path: Path, records: Iterable[Record], count: int, layout: Layout
 ) -> NDArray[np.void]:
-    """Write `count` records to `path` and sync it; returns their index, INDEX_DTYPE [count].
+    """Write `count` records to `path`; returns their index, INDEX_DTYPE [count].
 
     Frames are copied as JPEG bytes, or decoded where the layout is raw. Places in the index are
-    the file's. Raises ValueError if a record is larger than a page.
+    the file's. Raises UserError if a record is larger than a page.
     """
     index = np.zeros(count, INDEX_DTYPE)
     at = first_page(count, layout)
@@ -139,7 +139,7 @@ def write_beton(
             bank = to_rows(record.bank).tobytes() if record.bank else b""
             size = len(frame) + len(maps) + len(bank)
             if size > PAGE:
-                raise ValueError(f"record {record.key} has {size} bytes, more than FFCV's page")
+                raise UserError(f"record {record.key} has {size} bytes, more than FFCV's page")
             if at // PAGE != (at + size - 1) // PAGE:
                 at = -(-at // PAGE) * PAGE
             file.seek(at)
@@ -152,8 +152,6 @@ def write_beton(
         file.write(after)
         file.seek(0)
         file.write(before)
-        file.flush()
-        os.fsync(file.fileno())
     return index
 
 
@@ -168,3 +166,85 @@ def check_tables(path: Path, index: NDArray[np.void], layout: Layout) -> str:
         return ""
     part = "header or metadata" if head != before else "table of regions"
     return f"{path}: its {part} are not those of its index"
+
+
+def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
+    """Write the set in `folder` as an FFCV set into `out`; returns its manifest.
+
+    frames: `jpeg` copies the JPEG bytes, `raw` stores pixels. A finished `out` of the same source
+    is hashed, and left as it is if it is whole; what is damaged there, or was left by a killed
+    conversion, is done again. Raises UserError, naming shard and key, at a damaged record, and if
+    `out` holds anything else.
+    """
+    source = ShardSet(folder)
+    settings = source.manifest.settings
+    if source.manifest.container != "webdataset":
+        raise UserError(f"{folder} is an FFCV set already; convert WebDataset shards")
+    if frames == "jpeg" and settings.quality == 0:
+        raise UserError(f"{folder} holds raw frames; convert it with --frames raw")
+    raw = frames == "raw"
+    facts = {"from": source.manifest.fingerprint, "frames": frames, "container": "ffcv"}
+    fingerprint = _manifest.fingerprint(facts)
+    finished = _finished(out, fingerprint)
+    if finished:
+        if (out / LOCK).exists():  # killed between the manifest and the tidying up
+            (out / LOCK).unlink(missing_ok=True)
+        return finished
+    manifest = replace(
+        source.manifest,
+        container="ffcv",
+        settings=replace(settings, quality=0) if raw else settings,
+        fingerprint=fingerprint,
+    )
+    with alone(out):
+        with replacing(out / BETON) as temporary:
+            numbers = progress("converting", len(source), range(len(source)))
+            index = write_beton(
+                temporary, map(source.__getitem__, numbers), len(source), layout_of(manifest)
+            )
+            with waiting(f"hashing {BETON}"):
+                size, digest = temporary.stat().st_size, sha256_of(temporary)
+        rejected, rows = (folder / REJECTED).read_bytes(), source.manifest.rejected.count
+        manifest = replace(
+            manifest,
+            shards=[File(BETON, len(source), size, digest)],
+            index=_manifest.write_file(out / INDEX, npy_bytes(index), len(index)),
+            rejected=_manifest.write_file(out / REJECTED, rejected, rows),
+        )
+        _compare(source, ShardSet(out, manifest), raw)
+        _manifest.write(out, manifest)
+    return manifest
+
+
+def _finished(out: Path, fingerprint: str) -> Manifest | None:
+    """The finished, whole conversion in `out`, None if one is to be written, else UserError."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder for the FFCV set")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if MANIFEST in names:
+        manifest = _manifest.load(out)
+        if manifest.fingerprint != fingerprint:
+            raise UserError(f"{out} holds another set; name a new folder")
+        flaws = flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected])
+        return None if flaws else manifest
+    ours = {BETON, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
+    others = {name for name in names if LEFT.sub("", name) not in ours}
+    if others:
+        raise UserError(f"{out} holds something else ({min(others)}); name a new or empty folder")
+    return None
+
+
+def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:
+    for number in progress("verifying", len(source), range(len(source))):
+        record, twin = source[number], copy[number]
+        same = (
+            np.array_equal(decode_frame(record.frame), decode_frame(twin.frame))
+            if raw
+            else record.frame == twin.frame
+        )
+        facts = ("key", "label", "height", "width")
+        same = same and all(getattr(record, f) == getattr(twin, f) for f in facts)
+        if record.bank and twin.bank:
+            same = same and record.bank.equals(twin.bank)
+        if not same or not np.array_equal(record.maps, twin.maps):
+            raise UserError(f"record {record.key} reads back otherwise; the disk may be at fault")

@@ -1,124 +1,179 @@
-"""The torch side of the contract: boxes and flips applied to frames and maps alike, and weights.
+"""Crops in NumPy: their boxes, what a detector finds near their edges, densities read off maps.
 
-In: uint8 batches on any device, boxes in the unit square. Out: float crops [b, 3, S, S],
-densities [b, c, c] and weights [b, c, c]. Import it by name; `import shards` stays without torch.
+A detector finds less near the edge of what it is shown, so density falls towards the edge of every
+crop, wherever in the image the crop lies. A map is free of that: the edge rule is taken off when a
+map is made from views, and put on again when a crop is read (docs/decisions.md).
 """
 
-from collections.abc import Generator, Iterable
-from typing import Any, Literal
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from shards.bank import BANK_CELL
-from shards.batch import Batch
+from shards.rng import uniform
+from shards.spec import AREA, Detector, Settings
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+TRIES = 10  # torchvision's RandomResizedCrop
+# The published crop, beside AREA: ratio in source pixels, probability of either flip.
+RATIO, FLIPS = (3 / 4, 4 / 3), (0.5, 0.5)
+
+# Rings: (distance from the edge in px, share of the density further in). Measured as density of
+# detection on a 192-px window over that of detection on a larger image at the same scale, 800
+# photos (docs/decisions.md). Between the distances it is linear.
+RINGS: dict[str, tuple[list[float], list[float]]] = {
+    "fast": ([0, 1, 2, 3, 4, 5, 6], [0.50, 0.71, 0.79, 0.87, 0.92, 0.97, 1]),
+    "orb": ([26, 27, 34, 48], [0, 0.15, 0.87, 1]),
+    "sift": (
+        [0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 30],
+        [0.22, 0.35, 0.47, 0.59, 0.69, 0.79, 0.86, 0.93, 0.95, 0.975, 1],
+    ),
+}
+MARGINS = {"fast": 3, "orb": 31, "sift": 3}  # px from the edge to the first keypoint
+ORB_MARGIN = 31  # OpenCV's default edgeThreshold, for which the table was measured
 
 
-def crop_frames(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Crops of `frames` (uint8 [b, F, F, 3]) as float32 [b, 3, size, size], 0 to 255.
+def crop_boxes(
+    purpose: int,
+    seed: int,
+    epochs: Ints,
+    samples: Ints,
+    heights: Ints,
+    widths: Ints,
+    area: tuple[float, float] = AREA,
+    ratio: tuple[float, float] = RATIO,
+    flips: tuple[float, float] = FLIPS,
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
 
-    Bilinear without antialias, as torchvision's crop then resize: sampling positions stay within
-    the box. boxes: [b, 4] (top, left, height, width); flips: bool [b, 2] (horizontal, vertical).
+    Returns int64 [n, 4] (top, left, height, width in source pixels) and bool [n, 2] (horizontal,
+    vertical, with the probabilities `flips`). The rule is torchvision's
+    RandomResizedCrop.get_params: up to ten draws of `area` and log-uniform `ratio` in whole source
+    pixels, else its centred fallback. `purpose` keeps training, bank and maps apart.
     """
-    pixels = frames.permute(0, 3, 1, 2).float()
-    side = frames.shape[1]
-    places = (torch.arange(size, device=frames.device) + 0.5) / size
-    axes = []
-    for axis in (1, 0):  # x, then y: the order that grid_sample wants
-        begin, length = boxes[:, axis, None] * side, boxes[:, axis + 2, None] * side
-        along = torch.where(flips[:, 1 - axis, None], 1 - places, places)
-        at = torch.clamp(begin + length * along, begin + 0.5, begin + length - 0.5)
-        axes.append(at * (2 / side) - 1)
-    x, y = axes
-    grid = torch.stack(
-        [x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1
+    draws = np.arange(2 * TRIES + 4)[:, None]
+    u = uniform(purpose, seed, epochs[None], samples[None], draws)
+    areas = (area[0] + (area[1] - area[0]) * u[:TRIES]) * heights * widths
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * u[TRIES : 2 * TRIES])
+    tall = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    wide = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
+    first = fits.argmax(axis=0)[None]
+    tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
+    centred_tall = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
+    centred_wide = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
+    found = fits.any(axis=0)
+    tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
+    top = np.floor(u[-4] * (heights - tall + 1)).astype(np.int64)
+    left = np.floor(u[-3] * (widths - wide + 1)).astype(np.int64)
+    top = np.where(found, top, (heights - tall) // 2)
+    left = np.where(found, left, (widths - wide) // 2)
+    turned = np.stack([u[-2] < flips[0], u[-1] < flips[1]], axis=1)
+    return np.stack([top, left, tall, wide], axis=1), turned
+
+
+def unit_boxes(boxes: Ints, heights: Ints, widths: Ints) -> NDArray[np.float32]:
+    """`boxes` of source pixels, int64 [n, 4], in the unit square: float32 [n, 4]."""
+    return (boxes / np.stack([heights, widths, heights, widths], axis=1)).astype(np.float32)
+
+
+def visible(detector: Detector, side: int, mark: str = "ring") -> Floats:
+    """Share kept at each of `side` px from one edge to the other, float64 [side].
+
+    Both directions multiply: a pixel's share is that of its row times that of its column.
+    """
+    if not detector.has_keypoints:
+        return np.ones(side)
+    pixels = np.arange(side)
+    distance = np.minimum(pixels, side - 1 - pixels).astype(np.float64)
+    if detector.name == "orb":  # the margin is an option of its own
+        distance += ORB_MARGIN - float(detector.options["edgeThreshold"])
+    if mark == "point":
+        return (distance >= MARGINS[detector.name]).astype(np.float64)
+    at, share = RINGS[detector.name]
+    return np.interp(distance, at, share)
+
+
+def visible_sums(detector: Detector, side: int, at: Floats, mark: str = "ring") -> Floats:
+    """Sums of `visible` between neighbouring `at` (px), which may cut pixels."""
+    margin = float(detector.options["edgeThreshold"]) if detector.name == "orb" else 0.0
+    sums = np.interp(at, *_running(detector.name, margin, side, mark))
+    return np.asarray(sums[1:] - sums[:-1])
+
+
+@lru_cache(maxsize=1024)
+def _running(name: str, margin: float, side: int, mark: str) -> tuple[Floats, Floats]:
+    """Pixel edges and the sums of `visible` up to them; the same few sides come again and again."""
+    sight = visible(Detector(name, {"edgeThreshold": margin}), side, mark)
+    return np.arange(side + 1.0), np.concatenate([[0.0], np.cumsum(sight)])
+
+
+def visible_cells(detector: Detector, side: int, cells: int, mark: str = "ring") -> Floats:
+    """Mean of `visible` over each of `cells` equal parts of `side` px, float64 [cells]."""
+    edges = np.arange(cells + 1) * side / cells
+    return visible_sums(detector, side, edges, mark) * cells / side
+
+
+def read_map(
+    density: NDArray[np.uint8],
+    box: tuple[float, float, float, float],
+    cells: int,
+    visible: NDArray[np.float64] | float = 1.0,
+) -> NDArray[np.float64]:
+    """Mean density of each of `cells` x `cells` parts of a box, float64 [cells, cells], 0 to 1.
+
+    `density` is uint8 [G, G] over the unit square; `box` is (top, left, height, width) in it;
+    `visible` is float64 [cells] of shards.visibility.visible_cells.
+    """
+    grid = density.shape[0]
+    integral = np.zeros((grid + 1, grid + 1))
+    integral[1:, 1:] = (density / 255).cumsum(axis=0).cumsum(axis=1)
+    top, left, height, width = box
+    rows = np.interp((top + height * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
+    columns = np.interp((left + width * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
+    corners = between(between(integral, rows).T, columns).T
+    area = (height * grid / cells) * (width * grid / cells)
+    return np.asarray(
+        np.diff(np.diff(corners, axis=0), axis=1) / area * np.multiply.outer(visible, visible)
     )
-    return F.grid_sample(pixels, grid, "bilinear", "border", align_corners=False)
 
 
-def crop_maps(
-    maps: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
-) -> Tensor:
-    """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
+def read_crop(
+    density: NDArray[np.uint8],
+    row: int,
+    settings: Settings,
+    box: Sequence[float],
+    flips: Sequence[bool],
+    cells: int,
+) -> NDArray[np.float64]:
+    """What a training run reads off map `row` for a crop, float64 [cells, cells], as flipped.
 
-    `maps` is uint8 [b, G, G / 2], packed as in a batch (shards.record.packed). The mean over a part
-    is exact: map cells count by their overlap. `visible` [cells] is the share of its marks that the
-    detector finds at each distance from the crop's edge (shards.visibility.visible_cells).
+    `density` is that map; `box` is (top, left, height, width) in the unit square, `flips` are
+    (horizontal, vertical).
     """
-    density = torch.stack([maps & 15, maps >> 4], dim=-1).flatten(-2) / 15
-    return crop_grid(density, boxes, flips, cells, visible)
+    visible = visible_cells(settings.detectors[row], settings.crop, cells, settings.mark)
+    top, left, height, width = box
+    read = read_map(density, (top, left, height, width), cells, visible)
+    return read[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
 
 
-def crop_grid(
-    values: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
-) -> Tensor:
-    """crop_maps of any `values` over the unit square, float32 [b, G, G], of attention say."""
-    grid = values.shape[-1]
-    lower = torch.arange(grid, device=values.device, dtype=torch.float32)
-    edges = torch.arange(cells + 1, device=values.device) / cells
-    shares = []
-    for axis in (0, 1):
-        at = (boxes[:, axis, None] + boxes[:, axis + 2, None] * edges) * grid
-        low, high = at[:, :-1, None], at[:, 1:, None]
-        overlap = torch.clamp(torch.minimum(high, lower + 1) - torch.maximum(low, lower), min=0)
-        share = overlap / (high - low)
-        if visible is not None:
-            share = share * visible[:, None]
-        shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
-    rows, columns = shares
-    return rows @ values @ columns.transpose(1, 2)
+def _ruler(grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.arange(grid + 1), np.arange(grid + 1)
 
 
-def pool_counts(counts: Tensor, cells: int) -> Tensor:
-    """Density of each of cells x cells parts of a stored crop, float32 [b, cells, cells].
-
-    `counts` is uint8 [b, c, c] of a bank, as flipped; exact. `cells` must divide c.
-    """
-    part = counts.shape[-1] // cells
-    return F.avg_pool2d(counts[:, None].float(), part)[:, 0] / BANK_CELL**2
+def between(values: NDArray[Any], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows of `values` at the fractional places `at`, linearly interpolated."""
+    low = np.minimum(at.astype(np.int64), len(values) - 2)
+    below = values[low]
+    return np.asarray(below + (values[low + 1] - below) * (at - low)[:, None])
 
 
-def loss_weights(
-    density: Tensor, temperature: float, normalise: Literal["min", "mean"] = "min"
-) -> Tensor:
-    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean.
-
-    `min` is the published form (KAMIM utils/KAMIM.py): at least 1, so that detectors and
-    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1.
-    """
-    raw = torch.exp(torch.clamp(density.float() / temperature, -20, 20))
-    flat = raw.flatten(1)
-    base = flat.amin(1) if normalise == "min" else flat.mean(1)
-    return raw / base[:, None, None]
-
-
-def to_device(
-    batches: Iterable[Batch], device: torch.device
-) -> Generator[tuple[Batch, dict[str, Tensor]], None, None]:
-    """Each batch with its tensors on `device`: (batch, {field: tensor}).
-
-    On CUDA the copies run beside the computation, from pinned buffers; the loader gets a buffer
-    back only when its copy is done.
-    """
-    cuda = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if cuda else None
-    for batch in batches:
-        arrays = {name: torch.from_numpy(array) for name, array in batch._asdict().items()
-                  if name != "step"}  # fmt: skip
-        if stream is None:
-            yield batch, arrays
-            continue
-        with torch.cuda.stream(stream):
-            tensors = {name: t.to(device, non_blocking=True) for name, t in arrays.items()}
-        done = stream.record_event()
-        torch.cuda.current_stream(device).wait_event(done)
-        for tensor in tensors.values():
-            tensor.record_stream(torch.cuda.current_stream(device))
-        yield batch, tensors
-        done.synchronize()  # long since true: the copy is a small part of a step
-
-
-def pinned(shape: tuple[int, ...]) -> Any:
-    """A page-locked uint8 NumPy buffer, for Loader's `allocate` when training on CUDA."""
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+def weights(density: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """exp(clip(density / T, -20, 20)) over its minimum, as published: at least 1."""
+    raw = np.exp(np.clip(density / temperature, -20, 20))
+    return np.asarray(raw / raw.min())

@@ -6,18 +6,20 @@ No crop on the CPU and no order of FFCV's own; a pipeline thread that dies is no
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from queue import Empty
 from typing import Any
 
 import joblib
 import numpy as np
 
-from shards.bank import from_rows
-from shards.batch import Batch, planned, wanted_rows
 from shards.beton import BETON
-from shards.plan import Plan, unit_boxes
-from shards.reader import ShardSet
+from shards.crops import unit_boxes
+from shards.dataset import ShardSet
+from shards.errors import UserError
+from shards.loader import Batch, Part, check_plan, planned
+from shards.order import Plan
+from shards.record import from_rows
 
 HINT = "type: make ffcv, or see `kamim doctor`"
 
@@ -48,7 +50,7 @@ class FfcvLoader:
     """As shards.loader.Loader, for a set whose container is FFCV.
 
     A batch's arrays stay as they are until the next batch is asked for. FFCV decodes without
-    telling damage: the checksum before training does. Raises ValueError if FFCV is not installed.
+    telling damage: the checksum before training does. Raises UserError if FFCV is not installed.
     """
 
     def __init__(
@@ -58,10 +60,10 @@ class FfcvLoader:
         first: int,
         last: int,
         *,
+        maps: Sequence[str] = (),
+        bank: bool = False,
         rank: int = 0,
         ranks: int = 1,
-        detectors: list[str] | None = None,
-        bank: bool = False,
         workers: int = 0,
         prefetch: int = 3,
     ) -> None:
@@ -71,17 +73,18 @@ class FfcvLoader:
             from ffcv.fields.ndarray import NDArrayDecoder
             from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"{records.folder} is an FFCV set and FFCV is not usable ({error}); {HINT}"
             ) from None
-        self.rows = wanted_rows(records, plan, detectors, bank)
+        check_plan(records, plan)
+        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
         self.bank = bank
         self.records, self.plan, self.damaged = records, plan, set[int]()
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.size = len(plan.samples(first, 0, rank, ranks)[0])
         settings = records.manifest.settings
         self.detectors = len(settings.detectors)
-        arrays = {"maps": [NDArrayDecoder()] if self.rows and not bank else None}
+        arrays = {"maps": [NDArrayDecoder()] if maps and not bank else None}
         if settings.bank:
             arrays["bank"] = [NDArrayDecoder()] if bank else None
         self.loader = ffcv.loader.Loader(
@@ -99,36 +102,34 @@ class FfcvLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of one endless FFCV epoch: its buffers are allocated, and touched, once."""
-        planned_parts: deque[tuple[int, Any, Any]] = deque()
-        running = self._start(planned_parts)
+        parts: deque[Part] = deque()
+        running = self._start(parts)
+        steps = self.last - self.first
         try:
-            for _ in range((self.last - self.first) * self.plan.micro_steps):
+            for _ in range(steps * self.plan.micro_steps):
                 frames, *arrays, _, numbers = self._next(running)
-                part = planned_parts.popleft()
+                part = parts.popleft()
                 assert np.array_equal(numbers.ravel(), part[2])
                 yield self._batch(part, frames, arrays)
         finally:
             running.close()
             running.join(timeout=10)
 
-    def _batch(self, part: tuple[int, Any, Any], frames: Any, arrays: list[Any]) -> Batch:
+    def _batch(self, part: Part, frames: Any, arrays: list[Any]) -> Batch:
         """FFCV's outputs as a Batch; with the bank, the plan's slot of each sample."""
-        empty = np.empty((self.size, 0, 0, 0), np.uint8)
-        maps = arrays[0] if arrays and not self.bank else empty
-        if self.rows != list(range(maps.shape[1])) and not self.bank:
-            maps = maps[:, self.rows]
-        batch, rows = planned(self.records, self.plan, part, (frames, maps, empty))
+        maps = {} if self.bank else {name: arrays[0][:, row] for name, row in self.rows.items()}
+        batch, rows = planned(self.records, self.plan, part, frames, maps, {})
         if not self.bank:
             return batch
         (bank,), (_, epochs, samples) = arrays, part
         slots = self.plan.slots(epochs, samples, bank.shape[1])
-        chosen = from_rows(bank[np.arange(self.size), slots], self.detectors)
+        chosen = from_rows(bank[np.arange(len(samples)), slots], self.detectors)
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         boxes = unit_boxes(chosen.boxes.astype(np.int64), *size)
-        counts = chosen.counts[:, self.rows]
+        counts = {name: chosen.counts[:, row] for name, row in self.rows.items()}
         return batch._replace(boxes=boxes, flips=chosen.flips.astype(bool), counts=counts)
 
-    def _start(self, taken: deque[tuple[int, Any, Any]]) -> Any:
+    def _start(self, taken: deque[Part]) -> Any:
         """FFCV's thread, running on the plan's order; what it has taken is noted in `taken`."""
         from ffcv.loader.epoch_iterator import EpochIterator
 
@@ -157,11 +158,11 @@ class FfcvLoader:
             except Empty:
                 if running.is_alive():
                     continue
-                raise ValueError(
+                raise UserError(
                     "FFCV's reading thread died; verify the set by `kamim shards verify`"
                 ) from None
             if item is None:
-                raise ValueError("FFCV ended its epoch early; verify the set")
+                raise UserError("FFCV ended its epoch early; verify the set")
             if hasattr(running, "cuda_streams") and running.cuda_streams[item[0]] is not None:
                 running.current_stream.wait_stream(running.cuda_streams[item[0]])
             return item[1]

@@ -1,4 +1,4 @@
-"""The loader: a set of shards and a plan in, a stream of constant-shape uint8 batches out.
+"""The loader of WebDataset shards: a stream of constant-shape uint8 batches, as the plan says.
 
 plan -> locate -> [threads: read at offset, decode straight into the batch's buffer] -> batch
 Threads, because reading and decoding release the interpreter lock: no copies between processes,
@@ -12,64 +12,134 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shards.ahead import Ahead, windows_of
-from shards.bank import BANK_CELL, row_bytes
-from shards.batch import Batch, planned, wanted_rows
-from shards.plan import InOrder, Plan
-from shards.reader import Held, ShardSet
-from shards.record import key_of, npy_header
+from shards.crops import Ints
+from shards.dataset import Held, ShardSet
+from shards.errors import UserError
+from shards.order import Plan
+from shards.record import decode_frame, key_of, npy_header, packed
+from shards.remote.prefetch import Prefetch, windows_of
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256
 FEW = 8  # of a remote set read in order: an open shard cannot be evicted
-SLOT = Struct("<4I2B")  # shards.bank.CROP, for reading one: NumPy would take longer
+SLOT = Struct("<4I2B")  # record.BOX, for reading one: NumPy would take longer
 # The index fields that a read needs.
 PLACES = ("start", "frame", "frame_bytes", "maps", "maps_bytes", "bank_bytes", "height", "width")
+
+
+class Batch(NamedTuple):
+    """One process's part of a step, or of a micro-step, in arrays that the loader uses again.
+
+    step; frames uint8 [b, F, F, 3] RGB; maps: by detector, uint8 [b, G, G / 2], two cells per byte;
+    labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit
+    square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are
+    those stored, and counts, by detector, uint8 [b, c, c], are the crops' as flipped.
+    """
+
+    step: int
+    frames: NDArray[np.uint8]
+    maps: dict[str, NDArray[np.uint8]]
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    flips: NDArray[np.bool_]
+    counts: dict[str, NDArray[np.uint8]]
+
+
+Part = tuple[int, Ints, Ints]  # step, epochs, samples
+Maps = dict[str, NDArray[np.uint8]]
+
+
+def planned(
+    records: ShardSet, plan: Plan, part: Part, frames: NDArray[np.uint8], maps: Maps, counts: Maps
+) -> tuple[Batch, NDArray[np.void]]:
+    """The batch of `part` with the plan's boxes around `frames`, `maps` and `counts`, whose first
+    rows are its samples; and its rows of the index.
+    """
+    step, epochs, samples = part
+    rows, count = records.index[samples], len(samples)
+    size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    boxes, flips = plan.boxes(epochs, samples, *size)
+    labels = rows["label"].astype(np.int64)
+    maps, counts = ({name: a[:count] for name, a in each.items()} for each in (maps, counts))
+    return Batch(step, frames[:count], maps, labels, samples, epochs, boxes, flips, counts), rows
+
+
+class RecordLoader:
+    """As Loader, of a set in any container, one record at a time, by threads.
+
+    For looking at an FFCV set once without FFCV, whose own loader wants batches of one size.
+    """
+
+    def __init__(
+        self, records: ShardSet, plan: Plan, first: int, last: int, maps: Sequence[str] = ()
+    ) -> None:
+        check_plan(records, plan)
+        self.damaged: set[int] = set()
+        self.records, self.plan, self.first, self.last = records, plan, first, last
+        self.rows = dict(zip(maps, records.find_maps(maps), strict=True))
+
+    def __iter__(self) -> Iterator[Batch]:
+        with ThreadPoolExecutor(thread_name_prefix="reader") as pool:
+            for part in self.plan.parts(self.first, self.last):
+                found = list(pool.map(self.records.__getitem__, part[2].tolist()))
+                frames = np.stack(list(pool.map(decode_frame, (r.frame for r in found))))
+                maps = {
+                    name: np.stack([packed(record.maps[row]) for record in found])
+                    for name, row in self.rows.items()
+                }
+                yield planned(self.records, self.plan, part, frames, maps, {})[0]
+
+
+def check_plan(records: ShardSet, plan: Plan) -> None:
+    """Raise UserError unless the plan is for the set."""
+    if plan.count != len(records):
+        raise UserError(f"the plan is for {plan.count} samples, the set has {len(records)}")
 
 
 class Loader:
     """Iterates over the batches of steps `first` to `last` - 1 of `plan`, for one process.
 
-    A batch's arrays stay as they are until the next batch is asked for. `detectors` names the
-    maps wanted, in order; none reads no maps. With `bank`, crops are those stored, their slots
-    the plan's, and counts come in place of maps. `allocate(shape)` gives a uint8 buffer (pinned,
-    say). Memory: prefetch + 1 batches. With `skip`, a record that does not decode is replaced by
-    the next sample and noted in `damaged`; otherwise it raises ValueError, naming shard and key.
+    A batch's arrays stay as they are until the next batch is asked for. `maps` names the detectors
+    wanted. With `bank`, crops are those stored, their slots the plan's, and counts come in place of
+    maps. `allocate(shape)` gives a uint8 buffer (pinned, say). Memory: prefetch + 1 batches. With
+    `skip`, a record that does not decode is replaced by the next sample and noted in `damaged`;
+    otherwise it raises UserError, naming shard and key.
     """
 
     def __init__(
         self,
         records: ShardSet,
-        plan: Plan | InOrder,
+        plan: Plan,
         first: int,
         last: int,
         *,
+        maps: Sequence[str] = (),
+        bank: bool = False,
         rank: int = 0,
         ranks: int = 1,
-        detectors: list[str] | None = None,
-        bank: bool = False,
         workers: int = 0,
         prefetch: int = 3,
         skip: bool = False,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
         if records.manifest.container != "webdataset":
-            raise ValueError(f"{records.folder} is an FFCV set; load it by shards.ffcv_loader")
-        self.rows = wanted_rows(records, plan, detectors, bank)
-        self.slots = records.manifest.settings.bank if bank else 0
+            raise UserError(f"{records.folder} is an FFCV set; load it by ShardSet.loader")
+        check_plan(records, plan)
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()
-        self.ahead: Callable[[], Ahead | None] = lambda: None
-        if records.copies and isinstance(plan, Plan):
+        self.ahead: Callable[[], Prefetch | None] = lambda: None
+        if records.copies and not plan.in_order:
             windows = windows_of(records, plan)
-            self.ahead = lambda: Ahead(records, windows, plan.batch, first, last)
+            self.ahead = lambda: Prefetch(records, windows, plan.batch, first, last)
         self.open: Callable[[int], Held] = lru_cache(FEW if records.copies else OPEN_FILES)(
             records.hold
         )
@@ -77,21 +147,25 @@ class Loader:
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
         settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
-        frames = (size, settings.frame, settings.frame, 3)
-        cells = settings.crop // BANK_CELL
-        self.bank_cells, self.bank_row = cells, row_bytes(len(settings.detectors), cells)
-        self.bank_header = npy_header((settings.bank, self.bank_row)) if bank else b""
-        maps = (size, 0 if bank else len(self.rows), settings.grid, settings.grid // 2)
-        counts = (size, len(self.rows) if bank else 0, cells, cells)
+        side, grid = settings.frame, settings.grid
+        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
-        shapes = (frames, maps, counts)
-        self.buffers = [tuple(allocate(shape) for shape in shapes) for _ in range(prefetch + 1)]
+
+        def buffers() -> tuple[NDArray[np.uint8], Maps, Maps]:
+            shape = (size, settings.cells, settings.cells) if bank else (size, grid, grid // 2)
+            densities = {name: allocate(shape) for name in maps}
+            pictures = allocate((size, side, side, 3))
+            return (pictures, {}, densities) if bank else (pictures, densities, {})
+
+        self.buffers = [buffers() for _ in range(prefetch + 1)]
         self.raw = settings.quality == 0
-        halves = settings.grid // 2
-        self.map_header = npy_header((len(settings.detectors), settings.grid, halves))
-        self.cells = settings.grid * halves if self.rows and not bank else 0
-        self.depth = max(self.rows, default=0) + 1  # maps to read: up to the last one wanted
-        self.frame_header = npy_header(frames[1:])
+        self.frame_header = npy_header((side, side, 3))
+        self.map_header = npy_header(settings.maps_shape)
+        self.map_bytes = grid * (grid // 2) if maps and not bank else 0
+        self.depth = max(self.rows.values(), default=0) + 1  # maps to read: up to the last wanted
+        self.slots, self.slot_bytes = settings.bank_shape if bank else (0, 0)
+        self.bank_header = npy_header(settings.bank_shape)
+        self.bank_cells = settings.cells
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
@@ -123,14 +197,13 @@ class Loader:
         self,
         pool: ThreadPoolExecutor,
         buffer: tuple[Any, ...],
-        part: tuple[int, Any, Any],
-        ahead: Ahead | None,
+        part: Part,
+        ahead: Prefetch | None,
     ) -> tuple[Batch, list[Future[None]], Any]:
         """Plan a batch and hand its samples to the threads, in chunks."""
-        frames, maps, counts = buffer
         if ahead:
             ahead.begin(part[0])
-        batch, _ = planned(self.records, self.plan, part, (frames, maps, counts))
+        batch, _ = planned(self.records, self.plan, part, *buffer)
         chunks = range(0, len(batch.samples), CHUNK)
         return batch, [pool.submit(self._fill, batch, at) for at in chunks], buffer
 
@@ -153,14 +226,14 @@ class Loader:
         while problem:
             path, row = self.records.locate(number)
             if not self.skip or (number + 1) % len(self.records) == first:
-                raise ValueError(
+                raise UserError(
                     f"{path}: record {key_of(int(row['key']))} {problem}; find all damage with "
                     "`kamim shards verify --level decode`, or train on with --on-error skip"
                 )
             self.damaged.add(number)
             number = (number + 1) % len(self.records)
             _, row = self.records.locate(number)
-            shard = int(np.searchsorted(self.records.ends, number, side="right"))
+            shard = self.records.shard_of(number)
             slot = self.plan.slots(batch.epochs[[place]], np.array([number]), max(1, self.slots))
             where = [*(int(row[name]) for name in PLACES), int(slot[0])]
             problem = self._read(shard, where, batch, place)
@@ -170,7 +243,7 @@ class Loader:
     def _read(self, shard: int, where: Sequence[int], batch: Batch, place: int) -> str:
         """Put the record at `where` (PLACES, slot) into its place. Returns what is wrong."""
         start, frame, frame_bytes, maps, maps_bytes, bank_bytes, height, width, slot = where
-        cells, end = self.cells, frame + frame_bytes
+        cells, end = self.map_bytes, frame + frame_bytes
         if cells:
             end = maps + len(self.map_header) + cells * self.depth
         elif self.slots:
@@ -184,21 +257,21 @@ class Loader:
             if not data.startswith(self.map_header, begin):
                 return "has maps that are not as the manifest says"
             begin += len(self.map_header)
-            for column, row in enumerate(self.rows):
+            for name, row in self.rows.items():
                 density = np.frombuffer(data, np.uint8, cells, begin + row * cells)
-                batch.maps[place, column].reshape(-1)[:] = density
+                batch.maps[name][place].reshape(-1)[:] = density
         elif self.slots:
             at = maps - start + maps_bytes
             if not data.startswith(self.bank_header, at):
                 return "has a bank that is not as the manifest says"
-            at += len(self.bank_header) + slot * self.bank_row
+            at += len(self.bank_header) + slot * self.slot_bytes
             top, left, tall, wide, *flips = SLOT.unpack_from(data, at)
             batch.boxes[place] = top / height, left / width, tall / height, wide / width
             batch.flips[place] = flips
             cells = self.bank_cells**2
-            for column, row in enumerate(self.rows):
+            for name, row in self.rows.items():
                 counts = np.frombuffer(data, np.uint8, cells, at + SLOT.size + row * cells)
-                batch.counts[place, column].reshape(-1)[:] = counts
+                batch.counts[name][place].reshape(-1)[:] = counts
         begin = frame - start
         return self._decode(memoryview(data)[begin : begin + frame_bytes], batch.frames[place])
 

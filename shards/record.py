@@ -1,6 +1,5 @@
-"""One record: frame, label, source's size, density maps and bank, as named byte members.
+"""One record as named byte members, and back: frame, label, source's size, maps and bank.
 
-In: a Record. Out: (suffix, bytes) pairs in the order a shard stores them, and back again.
 The layout is FORMAT.md; tests/golden holds its bytes.
 """
 
@@ -9,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from typing import Any
 
 import cv2
@@ -16,14 +16,35 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shards.bank import Bank, from_rows, to_rows
-from shards.limits import LARGEST
+from shards.errors import UserError
+from shards.spec import BANK_HEAD, LARGEST
 
 KEY_DIGITS = 9
 UINT8 = np.dtype(np.uint8)
 JPEG, RAW = "jpg", "frame.npy"
 LABEL, META, MAPS = "cls", "json", "maps.npy"
 LEVEL = 17  # maps have the 16 densities 0, 17, ... 255 of 255: more would be lost in their error
+BOX = np.dtype([("box", "<u4", 4), ("flips", "u1", 2)])  # BANK_HEAD bytes before a slot's counts
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """K crops of a source. boxes: uint32 [K, 4] (top, left, height, width, source pixels); flips:
+    uint8 [K, 2] (horizontal, vertical), 0 or 1; counts: uint8 [K, D, c, c], marked pixels of each
+    BANK_CELL of the crop as flipped, density = count / 64.
+    """
+
+    boxes: NDArray[np.uint32]
+    flips: NDArray[np.uint8]
+    counts: NDArray[np.uint8]
+
+    def equals(self, other: "Bank") -> bool:
+        """Whether every number is the same."""
+        return (
+            np.array_equal(self.boxes, other.boxes)
+            and np.array_equal(self.flips, other.flips)
+            and np.array_equal(self.counts, other.counts)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +96,14 @@ def npy_size(array: NDArray[Any]) -> int:
 def npy_array(data: bytes) -> NDArray[np.uint8]:
     """The uint8 array of a .npy file; what may follow it is left alone.
 
-    Raises ValueError for any other dtype, or for objects.
+    Raises UserError for any other dtype, or for objects.
     """
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy tokenizes the header: hostile bytes raise anything
-        raise ValueError(f"the .npy member is damaged: {error}") from None
+        raise UserError(f"the .npy member is damaged: {error}") from None
     if array.dtype != np.uint8:
-        raise ValueError("the .npy member does not hold a uint8 array")
+        raise UserError("the .npy member does not hold a uint8 array")
     return array
 
 
@@ -100,11 +121,11 @@ def members(record: Record) -> list[tuple[str, bytes]]:
 
 
 def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
-    """The record whose members are `parts` (suffix to bytes). Raises ValueError if one is wrong."""
+    """The record whose members are `parts` (suffix to bytes). Raises UserError if one is wrong."""
     frames = [suffix for suffix in (JPEG, RAW) if suffix in parts]
     missing = {LABEL, META, MAPS} - set(parts)
     if len(frames) != 1 or missing or len(parts) != 4:
-        raise ValueError(
+        raise UserError(
             f"record {key} has members {sorted(parts)}; the format wants {MAPS}, {LABEL}, {META} "
             f"and one of {JPEG} or {RAW}"
         )
@@ -114,20 +135,20 @@ def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
         label = int(parts[LABEL])
         halves = npy_array(parts[MAPS])
         if halves.ndim != 3:
-            raise ValueError(f"the maps are {halves.shape}")
+            raise UserError(f"the maps are {halves.shape}")
         rest = parts[MAPS][npy_size(halves) :]
         bank = from_rows(npy_array(rest), len(halves)) if rest else None
         maps = unpacked(halves)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"record {key} does not parse: {error}") from None
+        raise UserError(f"record {key} does not parse: {error}") from None
     if not (isinstance(height, int) and isinstance(width, int) and isinstance(source, str)):
-        raise ValueError(f"record {key}: height and width must be integers and source a string")
+        raise UserError(f"record {key}: height and width must be integers and source a string")
     return Record(key, parts[frames[0]], label, height, width, source, maps, bank)
 
 
 def packed(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells a byte,
-    the left one in the low half.
+    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells per
+    byte, the left one in the low half.
     """
     fours = maps // LEVEL
     return np.asarray(fours[..., ::2] | fours[..., 1::2] << 4, np.uint8)
@@ -148,18 +169,41 @@ def encode_frame(rgb: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def decode_frame(frame: bytes) -> NDArray[np.uint8]:
-    """The uint8 RGB [F, F, 3] pixels of an encoded frame. Raises ValueError if it is damaged."""
+    """The uint8 RGB [F, F, 3] pixels of an encoded frame. Raises UserError if it is damaged."""
     if frame.startswith(b"\x93NUMPY"):
         return npy_array(frame)
     if not frame.endswith(b"\xff\xd9"):
-        raise ValueError("the JPEG frame does not end in an end-of-image marker")
+        raise UserError("the JPEG frame does not end in an end-of-image marker")
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(frame)
     except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
-        raise ValueError(f"the frame is not a JPEG that decodes ({error})") from None
+        raise UserError(f"the frame is not a JPEG that decodes ({error})") from None
     if max(height, width) > LARGEST:
-        raise ValueError(f"the frame says {width} x {height} px; there are none beyond {LARGEST}")
+        raise UserError(f"the frame says {width} x {height} px; there are none beyond {LARGEST}")
     pixels = cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR_RGB)
     if pixels is None:
-        raise ValueError("the frame is not a JPEG that decodes")
+        raise UserError("the frame is not a JPEG that decodes")
     return pixels
+
+
+def to_rows(bank: Bank) -> NDArray[np.uint8]:
+    """`bank` as it is stored: uint8 [K, bytes], a BOX and the counts per slot."""
+    crops = np.zeros(len(bank.boxes), BOX)
+    crops["box"], crops["flips"] = bank.boxes, bank.flips
+    plain = crops.view(np.uint8).reshape(len(crops), BANK_HEAD)
+    return np.concatenate([plain, bank.counts.reshape(len(crops), -1)], axis=1)
+
+
+def from_rows(rows: NDArray[np.uint8], detectors: int) -> Bank:
+    """The bank of uint8 [n, bytes] rows, of one record or of a batch's chosen slots.
+
+    Raises UserError if they are not of that shape for any number of cells.
+    """
+    if rows.ndim != 2 or not len(rows) or rows.shape[1] < BANK_HEAD:
+        raise UserError(f"the bank's rows are {rows.shape}")
+    cells = isqrt((rows.shape[1] - BANK_HEAD) // detectors)
+    if not cells or rows.shape[1] != BANK_HEAD + detectors * cells * cells:
+        raise UserError(f"the bank's rows are {rows.shape}, of no square for {detectors} detectors")
+    crops = np.ascontiguousarray(rows[:, :BANK_HEAD]).view(BOX)[:, 0]
+    counts = rows[:, BANK_HEAD:].reshape(len(rows), detectors, cells, cells)
+    return Bank(crops["box"], crops["flips"], counts)

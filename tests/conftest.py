@@ -1,6 +1,7 @@
 """Shared fixtures: real photographs where they are at hand, small sources made on the spot."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 
 import preprocess
-import preprocess.sources
+import preprocess.source
 import shards
 from preprocess import build_shards, open_source
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 
 # A build server tries the same examples each time; everyone else finds new ones.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -103,7 +104,7 @@ def demo_images() -> list[np.ndarray]:
     """The 312 demo images as uint8 RGB; they need no data of anybody's."""
     source = preprocess.open_source("demo")
     return [
-        preprocess.decode_image(preprocess.sources.read("demo", source.root, entry))
+        preprocess.decode_image(preprocess.source.read("demo", source.root, entry))
         for entry in source.entries
     ]
 
@@ -154,3 +155,20 @@ def built(small_source, tmp_path):
 def converted(request, built, tmp_path):
     convert_to_ffcv(built, tmp_path / request.param, request.param)
     return tmp_path / request.param
+
+
+def copied(loader):
+    """The batches of a loader, kept: the loader reuses its arrays."""
+
+    def kept(field):
+        if isinstance(field, dict):
+            return {name: np.array(array) for name, array in field.items()}
+        return np.array(field)
+
+    return [type(batch)(batch.step, *map(kept, batch[1:])) for batch in loader]
+
+
+def errors(done):
+    """How many lines a command ended in; a busy machine also has it say what it waits for."""
+    lines = done.stderr.splitlines()
+    return len([line for line in lines if not re.search(r"(, \d+ s| \.\.\. [\d:]+)$", line)])

@@ -4,8 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from evaluate import attention  # noqa: E402
-from evaluate.encoder import load_encoder  # noqa: E402
+from kamim.evaluate import attention
+from kamim.evaluate.encoder import load_encoder
 
 
 def test_uniform_attention_has_the_published_distance_and_no_information():

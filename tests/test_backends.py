@@ -20,10 +20,11 @@ from test_cli import KAMIM, SMALL, kamim
 
 import preprocess.build
 import preprocess.shard
-from preprocess import BuildError, backends, build_shards, open_source
+from preprocess import BuildError, build_shards, open_source
+from preprocess import executors as backends
 from preprocess.shard import Job, Written, confirm, write_shard
-from shards import verify_shards
-from shards.manifest import fingerprint
+from shards.spec import fingerprint
+from shards.verification import verify_shards
 
 SLOW = {
     **os.environ,
@@ -100,7 +101,7 @@ def test_the_commands_of_the_page_are_real():
     from distributed.cli import dask_scheduler, dask_worker
     from typer.testing import CliRunner
 
-    from kamim import app
+    from kamim.__main__ import app
 
     page = (REPOSITORY / "docs" / "scaling.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
@@ -314,7 +315,7 @@ def alive(mark):
     ],
 )
 def test_a_scheduler_that_cannot_be_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
-    import kamim as command_line
+    import kamim.__main__ as command_line
 
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     out = tmp_path / "out"
@@ -331,7 +332,7 @@ def test_a_scheduler_that_cannot_be_is_one_line(arguments, words, tmp_path, caps
 @pytest.mark.parametrize("backend", ["dask", "ray"])
 def test_a_missing_library_is_named_with_what_to_type(backend, monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"type: pip install 'kamim\[{backend}\]'"):
+    with pytest.raises(ValueError, match=rf"pip install '.\[{backend}\]'"):
         backends.check(backend, "")
 
 

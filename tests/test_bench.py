@@ -8,21 +8,22 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
+from conftest import errors
 from PIL import Image
 from test_cli import kamim
 from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from bench import claim, meaning, plots, versus  # noqa: E402
-from bench.online import AUGMENT, Optimised, Published, published_weights  # noqa: E402
-from bench.provenance import provenance  # noqa: E402
-from kamim import app  # noqa: E402
-from preprocess import build_shards, detector_settings, open_source  # noqa: E402
-from preprocess.defaults import default_settings  # noqa: E402
-from preprocess.sources import read  # noqa: E402
-from shards import ShardSet, decode_frame  # noqa: E402
-from shards.plan import Plan  # noqa: E402
+from kamim.__main__ import app
+from kamim.bench import claim, meaning, plots, versus
+from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
+from kamim.bench.provenance import provenance
+from preprocess import build_shards, detector_settings, open_source
+from preprocess.defaults import default_settings
+from preprocess.source import read
+from shards import ShardSet, decode_frame
+from shards.order import Plan
 
 
 @pytest.mark.parametrize("name", ["fast", "orb", "sift"])
@@ -121,7 +122,7 @@ def test_mistakes_are_one_line():
         assert words in str(result.exception)
     done = kamim("bench", "--only", "x")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert errors(done) == 1
 
 
 @pytest.mark.slow
@@ -169,7 +170,7 @@ def test_a_small_experiment_is_gathered_seed_by_seed(tmp_path):
 
 
 def test_the_scaling_page_is_rendered_from_the_results():
-    from bench import scaling
+    from kamim.bench import scaling
 
     assert scaling.renewed(scaling.PAGE.read_text()) == scaling.PAGE.read_text()
 
@@ -180,9 +181,9 @@ def test_the_sizes_of_the_scaling_page_are_those_of_the_objects(tmp_path):
     import tracemalloc
     from dataclasses import asdict
 
-    from bench import scaling
-    from preprocess.sources import Entry
-    from shards.manifest import File
+    from kamim.bench import scaling
+    from preprocess.source import Entry
+    from shards.spec import File
 
     fast, orb = (detector_settings(name) for name in ("fast", "orb"))
     source = replace(open_source("demo"), entries=open_source("demo").entries[:4])

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from conftest import contents
 
-from shards import ShardSet, decode_frame, load, verify_shards
+from shards import ShardSet, decode_frame, load
 from shards import beton as layout
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
+from shards.files import LOCK, alone
 from shards.loader import Loader
-from shards.manifest import to_json, write_file
-from shards.plan import Plan
-from shards.writing import LOCK, alone
+from shards.order import Plan
+from shards.spec import to_json, write_file
+from shards.verification import verify_shards
 
 
 def test_every_record_is_the_sources(built, converted):

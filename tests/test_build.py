@@ -19,8 +19,9 @@ import shards
 from preprocess import BuildError, build_shards, open_source
 from preprocess.build import shard_size_for
 from preprocess.repair import repair_shards
-from shards import ShardSet, verify_shards
-from shards.convert import convert_to_ffcv
+from shards import ShardSet
+from shards.beton import convert_to_ffcv
+from shards.verification import verify_shards
 
 THREE = tuple(preprocess.detector_settings(name) for name in ("fast", "orb", "sift"))
 

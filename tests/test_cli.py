@@ -9,7 +9,7 @@ import time
 from typing import get_args
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, errors
 
 KAMIM = [sys.executable, "-m", "kamim"]
 SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
@@ -53,7 +53,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, words, tmp_path):
     done = kamim("shards", "build", "demo", tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
+    assert errors(done) == 1
     assert done.stderr.startswith("kamim: ")
     assert words in done.stderr
     assert not (tmp_path / "out").exists()
@@ -72,7 +72,7 @@ def test_wrong_places_are_one_line_and_status_2(tmp_path):
     ):
         done = kamim("shards", *arguments)
         status = 1 if arguments[0] == "verify" else 2
-        assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+        assert (done.returncode, errors(done)) == (status, 1), done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -155,7 +155,7 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
     """What the command line imports to answer; typing the wrong word costs no more."""
     heavy = ("cv2", "numpy", "joblib", "pandas", "torch", "tqdm", "PIL", "simplejpeg")
     code = (
-        "import sys, typer, preprocess.commands as c, preprocess.set_commands\n"
+        "import sys, typer, preprocess.cli as c, preprocess.set_cli\n"
         "try: c.app(sys.argv[1:], standalone_mode=False)\n"
         "except ValueError as error: print(error)\n"
         f"print([name for name in {heavy} if name in sys.modules])"
@@ -178,7 +178,8 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
 
 
 def test_help_names_every_dataset_and_backend():
-    from preprocess import backends, datasets, defaults
+    from preprocess import datasets, defaults
+    from preprocess import executors as backends
 
     assert ("demo", *datasets.NAMED, *datasets.PLACED) == defaults.DATASETS
     assert set(backends.PACKAGES) | {"loky"} == set(get_args(defaults.Backend))

@@ -7,17 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from torchvision.transforms import InterpolationMode  # noqa: E402
-from torchvision.transforms.v2 import functional as v2  # noqa: E402
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
 
-from preprocess import density_maps, detector_settings  # noqa: E402
-from preprocess.defaults import default_settings  # noqa: E402
-from preprocess.shard import squeeze  # noqa: E402
-from shards.crops import crop_frames, crop_maps, loss_weights, pool_counts  # noqa: E402
-from shards.plan import Plan  # noqa: E402
-from shards.record import packed  # noqa: E402
-from shards.visibility import visible, visible_cells  # noqa: E402
-from shards.weights import read_map, weights  # noqa: E402
+from preprocess import density_maps, detector_settings
+from preprocess.defaults import default_settings
+from preprocess.shard import squeeze
+from shards.crops import read_map, visible, visible_cells, weights
+from shards.order import Plan
+from shards.record import packed
+from shards.weighting import crop_frames, crop_maps, loss_weights, pool_counts
 
 FLIPS = [(False, False), (True, False), (False, True), (True, True)]
 

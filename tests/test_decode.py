@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from preprocess import Rejected, decode_image
-from preprocess.sources import Entry, read
+from preprocess.source import Entry, read
 
 GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[0:200:2, 0:240:2], 90), axis=-1).astype(np.uint8)
 

@@ -17,8 +17,7 @@ from preprocess.densities import (
     published_grey,
 )
 from preprocess.detectors import DEFAULTS, detect, detector_settings
-from shards.visibility import visible_cells
-from shards.weights import read_map, weights
+from shards.crops import read_map, visible_cells, weights
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +58,7 @@ def test_maps_equal_the_definition(name, demo_images):
 
 
 def test_views_are_the_whole_and_crops_of_the_training_distribution():
-    chosen = default_settings((detector_settings("fast"),), 1, map_crops=400)
+    chosen = default_settings((detector_settings("fast"),), 1, map_crops=64)
     whole, *crops = map_views(5, (300, 400), chosen)
     assert whole.box == (0, 0, 300, 400)
     assert 192 <= whole.rows <= 192 / 0.5

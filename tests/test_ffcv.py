@@ -11,23 +11,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import contents, settings
+from conftest import contents, copied, errors, settings
 
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, load
 from shards import beton as layout
-from shards.convert import convert_to_ffcv
+from shards.beton import convert_to_ffcv
 from shards.loader import Loader
-from shards.plan import Plan
+from shards.order import Plan
 
 ffcv = pytest.importorskip("ffcv", reason="FFCV is not installed: make ffcv")
 torch = pytest.importorskip("torch")
-from shards.ffcv_loader import FfcvLoader  # noqa: E402
-
-
-def copied(loader):
-    return [type(batch)(batch.step, *(np.array(a) for a in batch[1:])) for batch in loader]
+from shards.ffcv_loader import FfcvLoader
 
 
 def test_our_layout_is_ffcvs_own(converted):
@@ -59,19 +55,20 @@ def test_our_layout_is_ffcvs_own(converted):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("wanted", [None, ["orb"], []])
+@pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
 def test_the_same_batches_as_from_webdataset(built, converted, wanted):
     source, copy = ShardSet(built), ShardSet(converted)
     plan = Plan(40, 12, seed=3, micro_steps=2)
-    ours = copied(Loader(source, plan, 2, 12, detectors=wanted))
-    theirs = copied(FfcvLoader(copy, plan, 2, 12, detectors=wanted, workers=2))
+    ours = copied(Loader(source, plan, 2, 12, maps=wanted))
+    theirs = copied(FfcvLoader(copy, plan, 2, 12, maps=wanted, workers=2))
     assert len(ours) == len(theirs) == 20
     for a, b in zip(ours, theirs, strict=True):
         assert a.step == b.step
         for field in ("labels", "samples", "epochs", "boxes", "flips"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-        if wanted != []:
-            np.testing.assert_array_equal(a.maps, b.maps)
+        assert list(a.maps) == list(b.maps) == wanted
+        for name in wanted:
+            np.testing.assert_array_equal(a.maps[name], b.maps[name])
         for place, number in enumerate(a.samples.tolist()):
             expected = a.frames[place]
             if converted.name == "jpeg":  # FFCV decodes with the fast DCT: that, and no more
@@ -83,16 +80,19 @@ def test_the_same_batches_as_from_webdataset(built, converted, wanted):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("wanted", [None, ["orb"], []])
+@pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
 def test_the_same_stored_crops_as_from_webdataset(built, converted, wanted):
     plan = Plan(40, 12, seed=3)
-    options = {"detectors": wanted, "bank": True}
+    options = {"maps": wanted, "bank": True}
     ours = copied(Loader(ShardSet(built), plan, 2, 12, **options))
     theirs = copied(FfcvLoader(ShardSet(converted), plan, 2, 12, **options, workers=2))
     for a, b in zip(ours, theirs, strict=True):
-        for field in ("labels", "samples", "epochs", "boxes", "flips", "counts"):
+        for field in ("labels", "samples", "epochs", "boxes", "flips"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-        assert a.maps.size == b.maps.size == 0
+        assert a.maps == b.maps == {}
+        assert list(a.counts) == list(b.counts) == wanted
+        for name in wanted:
+            np.testing.assert_array_equal(a.counts[name], b.counts[name])
 
 
 @pytest.mark.timeout(120)
@@ -150,7 +150,7 @@ SCRIPT = """
 import sys
 from shards import ShardSet, load
 from shards.ffcv_loader import FfcvLoader
-from shards.plan import Plan
+from shards.order import Plan
 records = ShardSet(sys.argv[1])
 for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
     if batch.step == 3:
@@ -196,7 +196,7 @@ def test_a_truncated_beton_is_one_line(built, tmp_path):
         capture_output=True, text=True, timeout=60, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert errors(done) == 1
     assert "bytes, the manifest says" in done.stderr
 
 
@@ -220,7 +220,7 @@ def test_a_conversion_killed_at_any_moment_is_done_again(built, tmp_path):
 
 
 def test_one_cv2_and_a_doctor_that_says_so():
-    from bench.doctor import examine
+    from kamim.doctor import examine
 
     rows = {part: (state, hint) for part, state, hint in examine()}
     assert rows["FFCV"][0] == "1.0.2"

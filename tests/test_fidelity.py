@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 from conftest import contents, settings
+from conftest import errors as lines
 from test_cli import kamim
 
 import preprocess
 from preprocess import build_shards, measure_fidelity, open_source, storage
 from preprocess.defaults import default_settings
-from shards import ShardSet, load, verify_shards
+from shards import ShardSet, load
+from shards.verification import verify_shards
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_mistakes_are_one_line(small_source, tmp_path):
     ):
         done = kamim("shards", "fidelity", tmp_path / "set", *arguments)
         assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
+        assert lines(done) == 1
         assert words in done.stderr
 
 

@@ -11,24 +11,28 @@ import types
 from dataclasses import replace
 
 import pytest
+from conftest import errors
 
 torch = pytest.importorskip("torch")
-from test_pretrain import TINY, losses, run  # noqa: E402
+from test_pretrain import TINY, losses, run
 
-import train.words  # noqa: E402
-from shards.convert import convert_to_ffcv  # noqa: E402
-from train import checkpoint, estimate, loop, progress  # noqa: E402
-from train.commands import take_word  # noqa: E402
-from train.log import read_metrics  # noqa: E402
-from train.model import SimMIM, model_flops  # noqa: E402
-from train.recipes import RECIPES, find_recipe  # noqa: E402
-from train.schedule import learning_rate  # noqa: E402
-from train.setup import Run, check_length, find_device  # noqa: E402
-from train.stopping import Stop, Stopped  # noqa: E402
+import train.words
+from shards.beton import convert_to_ffcv
+from shards.weighting import WeightedCrops
+from train import checkpoint, estimate, progress
+from train.cli import take_word
+from train.log import read_metrics
+from train.models import SimMIM, model_flops
+from train.recipes import RECIPES, find_recipe
+from train.schedule import learning_rate
+from train.setup import Run, check_length, find_device
+from train.stopping import Stop, Stopped
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import kamim; kamim.main()"
+WITHOUT_TORCH = (
+    "import sys; sys.modules['torch'] = None; import kamim.__main__; kamim.__main__.main()"
+)
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_words_are_checked_before_torch_is_imported(words, line, built):
         cwd=built.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert errors(done) == 1
     assert line in done.stderr
     assert not (built.parent / "runs").exists()
 
@@ -165,15 +169,15 @@ def test_on_a_cpu_only_large_models_take_their_step_in_smaller_parts():
 
 def interrupted_at(call, monkeypatch):
     """A Ctrl-C in the micro-step of that number."""
-    calls, usual = [], loop.prepare
+    calls, usual = [], WeightedCrops.forward
 
-    def prepare(*arguments):
+    def forward(self, batch):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return usual(*arguments)
+        return usual(self, batch)
 
-    monkeypatch.setattr(loop, "prepare", prepare)
+    monkeypatch.setattr(WeightedCrops, "forward", forward)
     return calls
 
 

@@ -9,7 +9,7 @@ import shards
 from preprocess import build_shards, detector_settings, measure_fidelity, open_source
 from preprocess.densities import density_maps
 from preprocess.frequency import frequency_map
-from shards.visibility import visible_cells
+from shards.crops import visible_cells
 
 FREQUENCY = detector_settings("frequency")
 BOTH = (detector_settings("fast"), FREQUENCY)
@@ -66,7 +66,7 @@ def test_verify_redetect_fidelity_and_inspect_take_it(small_source, tmp_path):
     source = open_source(str(small_source))
     build_shards(source, tmp_path / "both", settings(detectors=BOTH), 1)
     records = shards.ShardSet(tmp_path / "both")
-    assert shards.verify_shards(tmp_path / "both", "decode") == []
+    assert shards.verify(tmp_path / "both", "decode") == []
     assert preprocess.redetect_maps(records, source, 5) == []
     assert set(measure_fidelity(records, source, 3, jobs=1)) == {"fast"}
     assert preprocess.draw_fidelity(records, source, 2).shape[0] == 2 * 214
@@ -89,7 +89,7 @@ def test_it_sees_to_the_edge_and_lies_as_densities_lie():
 
 
 def test_what_it_cannot_do_is_one_line(small_source, tmp_path):
-    with pytest.raises(ValueError, match="frequency has none: build it without --bank"):
+    with pytest.raises(ValueError, match="frequency has none: build it without a bank"):
         build_shards(open_source(str(small_source)), tmp_path / "x",
                      settings(detectors=BOTH, bank=2), 1)  # fmt: skip
     assert not (tmp_path / "x").exists()

@@ -9,10 +9,10 @@ from conftest import settings
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame, inspect_page
-from shards.inspect import crop_picture
-from shards.plan import Plan
+from shards.crops import visible_cells
+from shards.order import Plan
 from shards.record import packed
-from shards.visibility import visible_cells
+from shards.report import crop_picture
 
 EVIL = "<script>alert('x')<&>\".jpg"
 
@@ -60,7 +60,7 @@ def test_a_phone_shows_the_page_at_its_own_width_and_each_fact_in_a_line_of_its_
 
 def test_the_crop_and_its_weights_are_those_of_training(records):
     torch = pytest.importorskip("torch")
-    from shards.crops import crop_frames, crop_maps, loss_weights
+    from shards.weighting import crop_frames, crop_maps, loss_weights
 
     number, cells, chosen = 39, 12, records.manifest.settings
     record, rows = records[number], records.index[[number]]

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import settings
+from conftest import copied, settings
 
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.loader import Loader
-from shards.manifest import to_json, write_file
-from shards.plan import Plan
+from shards.order import Plan
 from shards.record import unpacked
-from shards.webdataset import INDEX_DTYPE
+from shards.spec import to_json, write_file
+from shards.tar import INDEX_DTYPE
 
 
 @pytest.fixture
@@ -28,21 +28,16 @@ def records(small_source, tmp_path):
     return ShardSet(tmp_path / "shards")
 
 
-def copied(loader):
-    """The batches of a loader, kept: the loader reuses its arrays."""
-    return [type(batch)(batch.step, *(np.array(a) for a in batch[1:])) for batch in loader]
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("wanted", [None, ["sift"], ["sift", "fast"], []])
+@pytest.mark.parametrize("wanted", [["fast", "orb", "sift"], ["sift"], ["sift", "fast"], []])
 def test_batches_are_the_plans_records(records, workers, wanted):
     plan = Plan(40, 12, seed=3)
-    loader = Loader(records, plan, 1, 9, detectors=wanted, workers=workers)
+    loader = Loader(records, plan, 1, 9, maps=wanted, workers=workers)
     batches = copied(loader)
     assert [batch.step for batch in batches] == list(range(1, 9))
     names = records.manifest.detectors
-    rows = [names.index(name) for name in (names if wanted is None else wanted)]
+    rows = {name: names.index(name) for name in wanted}
     for batch in batches:
         epochs, samples = plan.samples(batch.step)
         np.testing.assert_array_equal(batch.samples, samples)
@@ -51,7 +46,10 @@ def test_batches_are_the_plans_records(records, workers, wanted):
             record = records[number]
             # Two builds of libjpeg-turbo; both decode exactly.
             np.testing.assert_array_equal(batch.frames[place], decode_frame(record.frame))
-            np.testing.assert_array_equal(unpacked(batch.maps[place]), record.maps[rows])
+            assert list(batch.maps) == wanted
+            for name, row in rows.items():
+                found = unpacked(batch.maps[name][place])
+                np.testing.assert_array_equal(found, record.maps[row])
             assert batch.labels[place] == record.label
         size = np.full(len(samples), 80), np.full(len(samples), 96)
         boxes, flips = plan.boxes(epochs, samples, *size)
@@ -60,18 +58,20 @@ def test_batches_are_the_plans_records(records, workers, wanted):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("wanted", [None, ["sift", "fast"], []])
+@pytest.mark.parametrize("wanted", [["fast", "orb", "sift"], ["sift", "fast"], []])
 def test_from_the_bank_come_its_crops_and_counts(records, wanted):
     plan = Plan(40, 12, seed=3)
     names = records.manifest.detectors
-    rows = [names.index(name) for name in (names if wanted is None else wanted)]
+    rows = {name: names.index(name) for name in wanted}
     shown = np.zeros((40, 3), int)
-    for batch in copied(Loader(records, plan, 0, 30, detectors=wanted, bank=True)):
+    for batch in copied(Loader(records, plan, 0, 30, maps=wanted, bank=True)):
         slots = plan.slots(batch.epochs, batch.samples, 3)
-        assert batch.maps.size == 0
+        assert (batch.maps, list(batch.counts)) == ({}, wanted)
         for place, (number, slot) in enumerate(zip(batch.samples, slots, strict=True)):
             record = records[int(number)]
-            np.testing.assert_array_equal(batch.counts[place], record.bank.counts[slot, rows])
+            for name, row in rows.items():
+                counts = record.bank.counts[slot, row]
+                np.testing.assert_array_equal(batch.counts[name][place], counts)
             box = record.bank.boxes[slot] / np.tile([record.height, record.width], 2)
             np.testing.assert_allclose(batch.boxes[place], box, rtol=1e-6)
             np.testing.assert_array_equal(batch.flips[place], record.bank.flips[slot] == 1)
@@ -95,22 +95,25 @@ def test_raw_frames(small_source, tmp_path):
 
 
 def test_ranks_and_micro_steps_share_out_the_same_step(records):
-    whole = copied(Loader(records, Plan(40, 24), 0, 4))
+    whole = copied(Loader(records, Plan(40, 24), 0, 4, maps=["orb"]))
     plan = Plan(40, 24, micro_steps=3)
-    parts = [copied(Loader(records, plan, 0, 4, rank=rank, ranks=2)) for rank in range(2)]
+    parts = [
+        copied(Loader(records, plan, 0, 4, maps=["orb"], rank=rank, ranks=2)) for rank in range(2)
+    ]
     for step, batch in enumerate(whole):
         pieces = [parts[rank][step * 3 + micro] for micro in range(3) for rank in range(2)]
-        for field in ("frames", "maps", "labels", "samples", "boxes", "flips"):
+        for field in ("frames", "labels", "samples", "boxes", "flips"):
             joined = np.concatenate([getattr(piece, field) for piece in pieces])
             np.testing.assert_array_equal(joined, getattr(batch, field))
+        maps = np.concatenate([piece.maps["orb"] for piece in pieces])
+        np.testing.assert_array_equal(maps, batch.maps["orb"])
 
 
 def test_starting_late_is_starting_there(records):
     plan = Plan(40, 8, seed=2)
-    late = copied(Loader(records, plan, 7, 9))
-    for a, b in zip(copied(Loader(records, plan, 0, 9))[7:], late, strict=True):
-        for x, y in zip(a[1:], b[1:], strict=True):
-            np.testing.assert_array_equal(x, y)
+    late = copied(Loader(records, plan, 7, 9, maps=["sift"]))
+    for a, b in zip(copied(Loader(records, plan, 0, 9, maps=["sift"]))[7:], late, strict=True):
+        np.testing.assert_equal(a._asdict(), b._asdict())
 
 
 @pytest.mark.timeout(60)
@@ -131,12 +134,17 @@ def test_memory_is_the_prefetch_whatever_the_length(records):
     batch_bytes = 20 * (64 * 64 * 3 + 16 * 8 * 3)
     peaks = []
     for steps in (10, 150):
-        loader = Loader(records, Plan(40, 20), 0, steps, workers=2, prefetch=3)
+        names = records.manifest.detectors
+        loader = Loader(records, Plan(40, 20), 0, steps, maps=names, workers=2, prefetch=3)
         tracemalloc.start()
         assert sum(len(batch.frames) for batch in loader) == steps * 20
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert sum(a.nbytes for buffer in loader.buffers for a in buffer) == 4 * batch_bytes
+        held = sum(
+            frames.nbytes + sum(a.nbytes for a in (*maps.values(), *counts.values()))
+            for frames, maps, counts in loader.buffers
+        )
+        assert held == 4 * batch_bytes
     assert peaks[1] < peaks[0] + 100_000
     assert max(peaks) < 2 * 3 * batch_bytes
 
@@ -161,8 +169,8 @@ def test_a_damaged_record_is_named_or_skipped_and_counted(records, place):
     name = damage(records, 17, place, b"\0" * 60)
     damaged = ShardSet(records.folder)
     with pytest.raises(ValueError, match=rf"{name}: record 000000017 has .*--on-error skip"):
-        list(Loader(damaged, Plan(40, 8), 0, 5))
-    loader = Loader(damaged, Plan(40, 8), 0, 5, skip=True)
+        list(Loader(damaged, Plan(40, 8), 0, 5, maps=["fast"]))
+    loader = Loader(damaged, Plan(40, 8), 0, 5, maps=["fast"], skip=True)
     samples = np.concatenate([batch.samples.copy() for batch in loader])
     assert loader.damaged == {17}
     assert sorted(samples.tolist()) == sorted([*range(17), 18, *range(18, 40)])
@@ -179,7 +187,7 @@ def test_a_shard_that_shrinks_while_training_is_named(records):
 
 def test_what_does_not_fit_is_refused_before_the_first_batch(records):
     with pytest.raises(ValueError, match=r"no maps of 'surf', only of fast, orb, sift"):
-        Loader(records, Plan(40, 8), 0, 1, detectors=["surf"])
+        Loader(records, Plan(40, 8), 0, 1, maps=["surf"])
     with pytest.raises(ValueError, match="the plan is for 41 samples, the set has 40"):
         Loader(records, Plan(41, 8), 0, 1)
 
@@ -189,7 +197,7 @@ def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     import subprocess
     import sys
 
-    from shards.reader import sizes_of
+    from shards.dataset import sizes_of
     from shards.record import npy_bytes
 
     index = np.zeros(1_281_000, INDEX_DTYPE)
@@ -214,7 +222,7 @@ def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     code = f"""if True:
         import time
         import numpy, shards
-        from shards.plan import Plan
+        from shards.order import Plan
         begin = time.perf_counter()
         records = shards.ShardSet({str(folder)!r})
         plan = Plan(len(records), 2048)

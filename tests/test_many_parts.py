@@ -12,8 +12,9 @@ from conftest import settings
 
 import preprocess
 from preprocess import Rejected, build_shards, decode_image, open_source
-from preprocess.sources import read
-from shards import ShardSet, decode_frame, verify_shards
+from preprocess.source import read
+from shards import ShardSet, decode_frame
+from shards.verification import verify_shards
 
 
 def found(source):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from preprocess.densities import published_grey
 from preprocess.detectors import detect, detector_settings
-from preprocess.marks import MARKS, draw, mark
+from preprocess.rings import MARKS, draw, mark
 
 
 @pytest.mark.parametrize("name", ["fast", "orb", "sift"])

@@ -15,20 +15,20 @@ import preprocess
 from preprocess import build_shards, open_source
 
 torch = pytest.importorskip("torch")
-import timm  # noqa: E402
-from test_pretrain import losses  # noqa: E402
+import timm
+from test_pretrain import losses
 
-from train import checkpoint  # noqa: E402
-from train.attention import class_attention, read_attention, write_attention  # noqa: E402
-from train.loop import pretrain  # noqa: E402
-from train.loss import masked_mse  # noqa: E402
-from train.mae import MAE  # noqa: E402
-from train.method import Masking, make_model  # noqa: E402
-from train.model import SimMIM  # noqa: E402
-from train.recipes import RECIPES, Recipe, famt, find_recipe, recipe_of, simmim  # noqa: E402
-from train.sampling import counts, drawn, races  # noqa: E402
-from train.setup import Run  # noqa: E402
-from train.tokens import embed, encode, patchify, sincos, take, unpatchify  # noqa: E402
+from train import checkpoint
+from train.attention import class_attention, read_attention, write_attention
+from train.loop import pretrain
+from train.loss import masked_mse
+from train.mae import MAE
+from train.masking import Masking, make_model
+from train.models import SimMIM
+from train.recipes import RECIPES, Recipe, famt, find_recipe, recipe_of, simmim
+from train.sampling import counts, drawn, races
+from train.setup import Run
+from train.tokens import embed, encode, patchify, sincos, take, unpatchify
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -165,7 +165,7 @@ def test_thrown_and_masked_patches_reach_nothing():
 
 
 def test_throwing_saves_the_operations_of_what_is_thrown():
-    from train.model import model_flops
+    from train.models import model_flops
 
     whole = SimMIM(VIT, 224, {"depth": 1})
     mask = torch.ones(1, 7, 7, dtype=torch.bool)
@@ -224,8 +224,8 @@ class Manifest:
     )
 
 
-def masking(recipe, maps=("frequency",)):
-    return Masking(recipe, 0, Manifest, list(maps), make_model(recipe).encoder, 4, CPU)
+def masking(recipe):
+    return Masking(recipe, 0, Manifest, make_model(recipe).encoder, 4, CPU)
 
 
 @pytest.mark.parametrize("flips", [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -259,20 +259,24 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     from shards.record import packed
 
     recipe = replace(find_recipe("small_famt"), options=SMALL, batch=1)
-    chooser = masking(recipe, ("fast", "frequency"))
+    chooser = masking(recipe)
     attention = np.zeros((4, 6, 6), np.uint8)
     attention[:, :, 3:] = 255
     chooser.attention = attention.reshape(4, 36)
-    maps = np.zeros((1, 2, 54, 54), np.uint8)
-    maps[:, 1, 27:] = 255
-    whole = {"boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]), "flips": torch.zeros(1, 2).bool(),
-             "maps": torch.from_numpy(packed(maps))}  # fmt: skip
+    frequency = np.zeros((1, 54, 54), np.uint8)
+    frequency[:, 27:] = 255
+    whole = {
+        "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+        "flips": torch.zeros(1, 2).bool(),
+        "maps": {"frequency": torch.from_numpy(packed(frequency))},
+    }
     found = chooser.weights(np.array([0]), whole).view(3, 3)
     expected = torch.tensor([[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]])
     torch.testing.assert_close(found, expected)
-    by_density = masking(replace(recipe, sample_by="fast"), ("fast", "frequency"))
-    maps[:, 0] = 255
-    edge = by_density.weights(np.array([0]), whole | {"maps": torch.from_numpy(packed(maps))})
+    by_density = masking(replace(recipe, sample_by="fast"))
+    fast = np.full((1, 54, 54), 255, np.uint8)
+    maps = {"fast": torch.from_numpy(packed(fast))}
+    edge = by_density.weights(np.array([0]), whole | {"maps": maps})
     assert edge[0, 4].item() == pytest.approx(1)
     assert edge[0, 4] > edge[0, 1] > edge[0, 0]
 
@@ -421,10 +425,10 @@ def test_seconds_of_training_go_on_and_lost_attention_is_told(shards, tmp_path):
 def test_a_run_of_mae_is_probed_analysed_and_exported(shards, tmp_path):
     from safetensors.torch import load_file
 
-    from evaluate.analyse import reconstruction
-    from evaluate.encoder import load_encoder
+    from kamim.evaluate.analyse import reconstruction
+    from kamim.evaluate.encoder import load_encoder
     from train.export import export
-    from train.model import encoder_options
+    from train.models import encoder_options
 
     recipe = replace(TINY["small_mae_famt"], temperature=0.25, norm_pix=True)
     run(shards, tmp_path / "run", recipe)
@@ -480,7 +484,7 @@ def test_what_the_shards_lack_is_one_line(shards, tmp_path):
 def test_attention_of_records_that_were_skipped_is_even(tmp_path):
     """A loader that shows three of four records leaves the fourth as AMT begins: all alike."""
     encoder = timm.create_model(VIT, img_size=96, num_classes=0, **SMALL)
-    from shards.batch import Batch
+    from shards.loader import Batch
 
     frames, three = (
         np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8),

@@ -16,17 +16,17 @@ import pytest
 from conftest import REPOSITORY
 
 torch = pytest.importorskip("torch")
-import timm  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import timm
+from safetensors.torch import load_file
 
-from shards.writing import alone  # noqa: E402
-from train import checkpoint  # noqa: E402
-from train.export import export  # noqa: E402
-from train.log import read_metrics  # noqa: E402
-from train.loop import pretrain  # noqa: E402
-from train.model import encoder_options  # noqa: E402
-from train.recipes import find_recipe, simmim  # noqa: E402
-from train.setup import Run  # noqa: E402
+from shards.files import alone
+from train import checkpoint
+from train.export import export
+from train.log import read_metrics
+from train.loop import pretrain
+from train.models import encoder_options
+from train.recipes import find_recipe, simmim
+from train.setup import Run
 
 TINY = replace(
     find_recipe("small"),
@@ -184,7 +184,7 @@ def test_the_end_of_a_run_leaves_pictures_metrics_and_a_model_for_timm(shards, t
     assert "timm.create_model('vit_tiny_patch16_224', img_size=96" in export(source, target)
     encoder = timm.create_model(TINY.model, **encoder_options(TINY.model, TINY.size, TINY.options))
     encoder.load_state_dict(load_file(target), strict=True)
-    from train.model import SimMIM
+    from train.models import SimMIM
 
     model = SimMIM(TINY.model, TINY.size, TINY.options)
     model.load_state_dict(checkpoint.load(source)["model"])
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ({"detector": "sift"}, TINY, "no maps of 'sift', only of fast, orb"),
         ({"detector": None}, TINY, "maps of fast, orb; choose one"),
         ({}, replace(TINY, size=100), "100 is no multiple of the mask cell"),
-        ({}, replace(TINY, size=160), r"maps of 16 cells a side cannot serve 20 weight cells"),
+        ({}, replace(TINY, size=160), r"maps of 16 cells per side cannot serve 20 weight cells"),
         ({}, replace(TINY, w_ps=7), "w_ps 7 does not divide"),
         ({}, replace(TINY, batch=10_000), "make no batch of 10000"),
         ({}, replace(TINY, model="vit_giant_patch3_1"), "timm has no model"),

@@ -4,14 +4,14 @@ import threading
 
 import pytest
 
-import shards.progress
-from shards.writing import progress, waiting
+import shards.bar
+from shards.progress import progress, waiting
 
 
 @pytest.fixture
 def fast(monkeypatch):
     """Ten seconds of a log in a fiftieth of one."""
-    monkeypatch.setattr(shards.progress, "LOG_SECONDS", 0.02)
+    monkeypatch.setattr(shards.bar, "LOG_SECONDS", 0.02)
 
 
 class Log:

@@ -10,8 +10,14 @@ import sys
 import pytest
 from conftest import REPOSITORY, copy_repository
 
+from kamim.bench.readme import PAGES, renewed
+
 README = (REPOSITORY / "README.md").read_text()
+DOCS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "docs").glob("*.md"))
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
+FIDELITY = re.findall(
+    r"^```console\n(.*?)^```", (REPOSITORY / "docs" / "fidelity.md").read_text(), re.M | re.S
+)
 DEVELOP = ["make check", "make test"]
 
 
@@ -37,7 +43,7 @@ def run(command, folder):
 @pytest.mark.timeout(1200)  # it trains for a minute on a quiet machine, for ten on a busy one
 def test_every_console_block_runs_as_printed(clone):
     seen = 0
-    for block in BLOCKS:
+    for block in [*BLOCKS[:-1], *FIDELITY]:
         for command, expected in commands(block):
             if command in DEVELOP:
                 continue  # this very run; the next test holds it to .ci/run
@@ -59,9 +65,10 @@ def test_python_blocks_run_as_printed_from_a_train_py_of_the_users_own(clone, tm
     """In a folder of theirs, whose train.py must not get into the way of our room of that name."""
     assert run("make shards DATASET=demo DETECTOR=fast", clone).returncode == 0
     (tmp_path / "data").symlink_to(clone / "data")
-    codes = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(codes) == 2
-    for code, words in zip(codes, ("torch.Size([64, 3, 192, 192])", "(256, 256, 3)"), strict=True):
+    library = (REPOSITORY / "docs" / "library.md").read_text()
+    codes = re.findall(r"^```python\n(.*?)^```", README + library, re.M | re.S)
+    shape = "torch.Size([64, 3, 192, 192])"
+    for code, words in zip(codes, (shape, shape, shape, "(256, 256, 3)"), strict=True):
         (tmp_path / "train.py").write_text(code)
         done = subprocess.run(
             [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True
@@ -89,31 +96,22 @@ def test_the_command_has_one_name_and_is_made_known_before_it_is_used():
     assert not any(command.startswith("kamim") for command in first[:2])
 
 
-def test_the_measured_numbers_are_those_of_the_results():
-    from bench.readme import renewed
-
-    assert renewed(README) == README
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_the_measured_numbers_are_those_of_the_results(page):
+    assert renewed(page) == (REPOSITORY / page).read_text()
 
 
-def test_options_of_the_tables_are_real_with_their_defaults():
-    found = 0
-    for words in (["shards", "build"], ["pretrain"]):
-        section = README.split(f"kamim {' '.join(words)} --help`")[1].split("\n## ")[0]
-        text = subprocess.run(
-            [sys.executable, "-m", "kamim", *words, "--help"],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        text = " ".join(text.split())
-        for option, default in re.findall(r"^\| `(--[a-z-]+)` \| ([^|]+) \|", section, re.M):
-            found += 1
-            assert option in text
-            assert default[0].isupper() or f"[default: {default}" in text or not default.strip()
-    assert found >= 12
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *map(str, DOCS)])
+def test_links_lead_somewhere(page):
+    path = REPOSITORY / page
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_the_example_is_the_one_that_is_tested():
+    assert len(README.splitlines()) <= 180
+    example = (REPOSITORY / "examples" / "trainer.py").read_text()
+    assert example in (REPOSITORY / "docs" / "library.md").read_text()
 
 
 def test_make_says_what_is_missing(clone):

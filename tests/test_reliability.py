@@ -20,9 +20,9 @@ import pytest
 import simplejpeg
 from conftest import REPOSITORY, settings
 
-import kamim
+import kamim.__main__
 import preprocess.build
-import preprocess.places
+import preprocess.files
 from abuse.broken import KINDS
 from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
 from abuse.forked import spawn
@@ -30,16 +30,16 @@ from abuse.source_targets import parquet_of
 from abuse.watch import spawn_watched
 from preprocess import Rejected, build_shards, decode_image, open_source
 from preprocess.densities import LONGEST, map_views
-from preprocess.sources import Entry, read
-from shards import ShardSet, decode_frame, load, verify_shards
-from shards import manifest as _manifest
-from shards.convert import convert_to_ffcv
+from preprocess.source import Entry, read
+from shards import ShardSet, decode_frame, load
+from shards import spec as _manifest
+from shards.beton import convert_to_ffcv
+from shards.files import LEFT, LOCK, alone, temporary_of
 from shards.loader import Loader
-from shards.manifest import INDEX
-from shards.plan import Plan
+from shards.order import Plan
 from shards.record import npy_bytes
-from shards.verify import damaged_files
-from shards.writing import LEFT, LOCK, alone, temporary_of
+from shards.spec import INDEX
+from shards.verification import damaged_files, verify_shards
 
 
 def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():
@@ -124,7 +124,7 @@ def test_a_machine_at_fault_is_not_blamed_on_the_images(number, tmp_path, monkey
     def failing(*arguments: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(preprocess.places.os, "open", failing)
+    monkeypatch.setattr(preprocess.files.os, "open", failing)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         read("folder", tmp_path, Entry("a.jpg", 0, 1))
 
@@ -145,7 +145,7 @@ def test_a_lock_that_its_last_holder_removed_is_not_held(tmp_path, monkeypatch):
         lock.unlink()
         take(file, how)
 
-    monkeypatch.setattr("shards.writing.fcntl.flock", late)
+    monkeypatch.setattr("shards.files.fcntl.flock", late)
     with pytest.raises(ValueError, match="another process is writing"), alone(tmp_path, lock):
         pass
 
@@ -198,7 +198,7 @@ def test_tensors_are_written_under_a_name_that_is_known(tmp_path, monkeypatch):
         seen.extend(path.name for path in tmp_path.iterdir())
         sync(descriptor)
 
-    monkeypatch.setattr("shards.writing.os.fsync", look)
+    monkeypatch.setattr("shards.files.os.fsync", look)
     write_tensors({"a": torch.zeros(2)}, tmp_path / "y.safetensors", {})
     assert LEFT.sub("", seen[0]) == "y.safetensors" != seen[0]
 
@@ -206,7 +206,7 @@ def test_tensors_are_written_under_a_name_that_is_known(tmp_path, monkeypatch):
 def test_two_evaluations_into_one_folder_are_refused(built, tmp_path):
     """Their checkpoints and metrics had become a mixture."""
     pytest.importorskip("torch")
-    from evaluate import commands
+    from kamim.evaluate import cli as commands
 
     encoder, out = "random:small", tmp_path / "out"
     with alone(out):
@@ -222,7 +222,7 @@ def test_two_evaluations_into_one_folder_are_refused(built, tmp_path):
 
 def test_a_thread_that_fails_is_a_line(capsys, monkeypatch):
     """TensorBoard's had printed a trace before the one line of the command that it served."""
-    monkeypatch.setattr(threading, "excepthook", kamim._thread_failed)
+    monkeypatch.setattr(threading, "excepthook", kamim.__main__._thread_failed)
     thread = threading.Thread(target=os.mkdir, args=("/proc/x/y",))
     thread.start()
     thread.join()
@@ -334,14 +334,14 @@ def test_a_changed_bank_of_sound_hashes_is_no_crash(built):
     at = int(row["maps"] + row["maps_bytes"])
     data[at : at + 4] = b"\0\0\0\0"
     shard.write_bytes(data)
-    loader = Loader(ShardSet(built), Plan(len(records), 8, 0), 0, 5, bank=True)
+    loader = Loader(ShardSet(built), Plan(len(records), 8, 0), 0, 5, maps=["fast"], bank=True)
     with pytest.raises(ValueError, match="bank that is not as the manifest says"):
         list(loader)
 
 
 def test_weights_that_cannot_be_written_or_read_are_one_line(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    from evaluate.encoder import load_encoder
+    from kamim.evaluate.encoder import load_encoder
     from train import checkpoint
     from train.export import write_tensors
 

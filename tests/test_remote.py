@@ -19,9 +19,10 @@ from conftest import contents, settings
 from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
-from preprocess.sources import read
-from shards import retry, verify_shards
-from shards.copy import copy_set
+from preprocess.source import read
+from shards.remote import retry
+from shards.remote.copy import copy_set
+from shards.verification import verify_shards
 
 MEMBERS = [(f"{c}/{n}.jpg", picture(n)) for n, c in enumerate("aabbbcc")]
 
@@ -214,7 +215,7 @@ def test_protocols_and_missing_clients_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match=r"nonsense://x: .*give s3://"):
         open_source("nonsense://x")
     monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
-    with pytest.raises(ValueError, match=r"pip install 'kamim\[remote\]'"):
+    with pytest.raises(ValueError, match=r"pip install '.\[remote\]'"):
         open_source("s3://bucket/x")
 
 
@@ -309,8 +310,8 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
         return real(url, call)
 
     for target in (there, str(tmp_path / "here")):
-        monkeypatch.setattr("shards.copy.retried", stopping)
-        monkeypatch.setattr("shards.copy._fetch", lambda place, name, path: stopping(
+        monkeypatch.setattr("shards.remote.copy.retried", stopping)
+        monkeypatch.setattr("shards.remote.copy._fetch", lambda place, name, path: stopping(
             name, lambda: path.write_bytes((built / name).read_bytes())))  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             copy_set(str(built), target, jobs=1)

@@ -13,7 +13,7 @@ from conftest import settings
 from preprocess import Rejected, build_shards, open_source
 from preprocess.layouts.folder import list_folder
 from preprocess.repair import repair_shards
-from preprocess.sources import read
+from preprocess.source import read
 
 ODD = ["ünï.jpg", "with space.jpg", "quote'\"s.jpg", "dot.in.name.jpg", "new\nline.png"]
 
@@ -247,7 +247,7 @@ def test_permissions_are_respected_by_name(tree, tmp_path):
     if "chroot" in done.stderr:
         pytest.skip(f"chroot is not allowed here: {done.stderr.splitlines()[-1]}")
     assert done.stdout == "['a/deeper/z.jpg', 'b/']\n", done.stderr
-    assert "ValueError: '/root/b/' cannot be listed" in done.stderr
+    assert "UserError: '/root/b/' cannot be listed" in done.stderr
 
 
 def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source, tmp_path):

@@ -7,10 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from train.loss import block_masks, masked_l1  # noqa: E402
-from train.model import SimMIM, make_encoder, model_flops  # noqa: E402
-from train.recipes import BACKBONES, RECIPES, find_recipe, simmim  # noqa: E402
-from train.schedule import learning_rate  # noqa: E402
+from train.loss import block_masks, masked_l1
+from train.models import SimMIM, make_encoder, model_flops
+from train.recipes import BACKBONES, RECIPES, find_recipe, simmim
+from train.schedule import learning_rate
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 CPU = torch.device("cpu")

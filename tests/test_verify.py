@@ -11,7 +11,9 @@ from conftest import settings
 
 import preprocess
 from preprocess import build_shards, open_source, redetect_maps
-from shards import FORMAT_VERSION, LEVELS, ShardSet, load, verify_shards
+from shards import LEVELS, ShardSet, load
+from shards.spec import FORMAT_VERSION
+from shards.verification import verify_shards
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_a_newer_format_is_refused_by_its_number(built):
 
 def resign(built, change):
     """Change the manifest and give it a checksum that fits, as an attacker or a bug would."""
-    from shards.manifest import fingerprint
+    from shards.spec import fingerprint
 
     content = json.loads((built / "manifest.json").read_text())
     content.pop("checksum")
@@ -133,7 +135,7 @@ def test_decode_names_shard_and_key_of_a_bad_record(built):
     """A record damaged before the checksums were made, as by a faulty build."""
     from dataclasses import replace
 
-    from shards.manifest import to_json, write_file
+    from shards.spec import to_json, write_file
 
     records = ShardSet(built)
     path, row = records.locate(17)

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.plan import Plan
-from shards.windows import Windows
+from shards.order import Plan, Windows
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 

@@ -5,6 +5,7 @@ over the whole frames; read back without unpickling. AMT (arXiv 2211.15362, mae-
 least to most, mean over heads.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,24 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.crops import crop_frames, to_device
-from shards.writing import temporary_of
+from shards.errors import UserError
+from shards.files import replacing
+from shards.weighting import crop_frames, to_device
 from train.inputs import normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
 
 
 def check_attention(encoder: Any, name: str) -> None:
-    """ValueError unless `encoder` has a class token whose attention can be read."""
+    """UserError unless `encoder` has a class token whose attention can be read."""
     token = getattr(encoder, "cls_token", None)
     if token is None or not hasattr(encoder, "blocks"):
-        raise ValueError(
+        raise UserError(
             f"{name} has no class token, whose attention sample_by needs; use a ViT with one, or "
             "sample by frequency or by keypoints"
         )
     if not hasattr(encoder.blocks[-1].attn, "qkv"):
-        raise ValueError(f"{name}: its attention has no qkv to read; use one of timm's plain ViTs")
+        raise UserError(f"{name}: its attention has no qkv to read; use one of timm's plain ViTs")
 
 
 def class_attention(encoder: Any, images: Tensor) -> Tensor:
@@ -63,53 +65,43 @@ def write_attention(path: Path, encoder: Any, loader: Any, count: int, size: int
     """
     rank, ranks = place
     patches = (size // encoder.patch_embed.patch_size[0]) ** 2
-    temporary = temporary_of(path)
-    maps = None
-    if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        maps = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, patches))
-        maps[:] = UNSEEN
     was_training = encoder.training
     encoder.eval()
-    try:
-        with torch.no_grad():
-            for batch, tensors in to_device(loader, device):
-                whole = (
-                    tensors["boxes"].new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(tensors["boxes"])
-                )
-                images = crop_frames(
-                    tensors["frames"], whole, torch.zeros_like(tensors["flips"]), size
-                )
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    found = class_attention(encoder, normalised(images))
-                levels = torch.round(found * 255).to(torch.uint8)
-                samples = torch.from_numpy(batch.samples).to(device)
-                rows, numbers = (_gathered(t, ranks).cpu().numpy() for t in (levels, samples))
-                if maps is not None:
-                    maps[numbers] = rows
-        if maps is not None:
-            maps.flush()
-            del maps
-            temporary.replace(path)
-    finally:
-        encoder.train(was_training)
-        temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.callback(encoder.train, was_training)
+        stack.enter_context(torch.no_grad())
+        maps = None
+        if rank == 0:
+            temporary = stack.enter_context(replacing(path, durable=False))
+            maps = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, patches))
+            maps[:] = UNSEEN
+            stack.callback(maps.flush)
+        for batch, tensors in to_device(loader, device):
+            boxes, flips = tensors["boxes"], tensors["flips"]
+            whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(boxes)
+            images = crop_frames(tensors["frames"], whole, torch.zeros_like(flips), size)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                found = class_attention(encoder, normalised(images))
+            levels = torch.round(found * 255).to(torch.uint8)
+            samples = torch.from_numpy(batch.samples).to(device)
+            rows, numbers = (_gathered(t, ranks).cpu().numpy() for t in (levels, samples))
+            if maps is not None:
+                maps[numbers] = rows
     if ranks > 1:
         dist.barrier()
 
 
 def read_attention(path: Path, count: int, patches: int) -> NDArray[np.uint8]:
-    """The maps in `path`, uint8 [count, patches], memory-mapped. ValueError if they are not it."""
+    """The maps in `path`, uint8 [count, patches], memory-mapped. UserError if they are not it."""
     try:
         maps: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
         ) from None
     if maps.dtype != np.uint8 or maps.shape != (count, patches):
-        raise ValueError(
-            f"{path} is {maps.dtype} {maps.shape}, the run's is uint8 {count, patches}"
-        )
+        raise UserError(f"{path} is {maps.dtype} {maps.shape}, the run's is uint8 {count, patches}")
     return maps
 
 

@@ -4,13 +4,13 @@ In: model, optimizer, step and what the run is. Out: RUN/checkpoints/step-000012
 few. Random state is not in them: it follows from (seed, epoch, sample) and (seed, step).
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shards.writing import sweep, temporary_of
+from shards.errors import UserError
+from shards.files import replacing, sweep
 
 VERSION = 1
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
@@ -20,21 +20,15 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` as the checkpoint after `step` optimizer steps; drop all but the newest."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    temporary = temporary_of(path)
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({"version": VERSION, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except RuntimeError as error:  # so torch calls a write that failed, as on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else None
         detail = cause.strerror if cause else str(error).splitlines()[0]
         raise OSError(
             cause and cause.errno, f"checkpoint not written ({detail})", str(path)
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
         old.unlink(missing_ok=True)
     sweep(folder)
@@ -49,40 +43,40 @@ def newest(folder: Path) -> Path | None:
 def chosen(what: Path) -> Path:
     """`what` itself, or the newest checkpoint of the run in the folder `what`.
 
-    Raises ValueError if there is no `what`, or it is a folder that holds none.
+    Raises UserError if there is no `what`, or it is a folder that holds none.
     """
     if not what.exists():
-        raise ValueError(f"there is no {what}; name a run of `kamim pretrain`, or its checkpoint")
+        raise UserError(f"there is no {what}; name a run of `kamim pretrain`, or its checkpoint")
     path = newest(what / "checkpoints") if what.is_dir() else what
     if path is None:
-        raise ValueError(f"{what} holds no checkpoint; train first with `kamim pretrain`")
+        raise UserError(f"{what} holds no checkpoint; train first with `kamim pretrain`")
     return path
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in `path`. Raises ValueError if it is no checkpoint of ours, or damaged."""
+    """The state in `path`. Raises UserError if it is no checkpoint of ours, or damaged."""
     return checked(read(path, device), path)
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What torch.save wrote into `path`, ours or not. Raises ValueError if it is damaged.
+    """What torch.save wrote into `path`, ours or not. Raises UserError if it is damaged.
 
     Only tensors and plain values are read: a file that holds anything else is refused unread.
     """
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception:  # zip, pickle and torch each raise their own, in lines of advice
-        raise ValueError(
+        raise UserError(
             f"{path} is no sound checkpoint and was not loaded; {instead(path)}"
         ) from None
 
 
 def checked(state: Any, path: Path) -> dict[str, Any]:
-    """`state`, read from `path`, if it is a checkpoint of ours; else ValueError."""
+    """`state`, read from `path`, if it is a checkpoint of ours; else UserError."""
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint of version {VERSION} of kamim; {instead(path)}"
         )
     return state

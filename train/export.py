@@ -10,9 +10,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from shards.writing import write_atomically
+from shards.errors import UserError
+from shards.files import write_atomically
 from train import checkpoint
-from train.model import encoder_options
+from train.models import encoder_options
 
 
 def encoder_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -37,10 +38,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str])
 def export(source: Path, target: Path) -> str:
     """Write the encoder of checkpoint `source` to `target`; returns the line that loads it.
 
-    Raises ValueError if `source` is no checkpoint or `target` exists.
+    Raises UserError if `source` is no checkpoint or `target` exists.
     """
     if target.exists():
-        raise ValueError(f"{target} exists; name another file or remove it")
+        raise UserError(f"{target} exists; name another file or remove it")
     state = checkpoint.load(source)
     recipe = state["run"]["recipe"]
     options = encoder_options(recipe["model"], recipe["size"], recipe["options"])

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.writing import write_atomically
+from shards.errors import UserError
+from shards.files import write_atomically
 from train.progress import Progress
 
 METRICS = "metrics.jsonl"
@@ -81,7 +82,7 @@ def make_rows(
     rows = []
     for (step, rate, _), (loss, norm, weight) in zip(pending, values.tolist(), strict=True):
         if not math.isfinite(loss):
-            raise ValueError(
+            raise UserError(
                 f"the loss is {loss} at step {step + 1}; the last checkpoint is sound: lower the "
                 "peak learning rate or raise the temperature"
             )
@@ -109,13 +110,13 @@ def _wandb(project: str, run: Path, facts: Any) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError("--wandb needs the package; type: pip install wandb") from None
+        raise UserError("--wandb needs the package; type: pip install wandb") from None
     try:
         # The run's own name as its id: a resumed run goes on with the same curves.
         return wandb.init(project=project, id=run.name, resume="allow", dir=str(run), config=facts)
     except Exception as error:  # its own kinds, of which most are about the login
         detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"--wandb {project} cannot be used ({detail}); type: wandb login, or set "
             "WANDB_MODE=offline, or leave --wandb out"
         ) from None

@@ -13,18 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards import writing
-from shards.crops import to_device
+from shards import files as writing
+from shards.errors import UserError
+from shards.weighting import to_device
 from train import checkpoint
 from train.check import check, wanted_maps
 from train.data import make_plan, open_loader, open_records
+from train.distributed import agree, connect, find_place, together
 from train.estimate import largest_part, memory_lines, memory_needed, synchronize, time_lines
-from train.inputs import MEAN, STD, find_visible, prepare
+from train.inputs import MEAN, STD, weighted_crops
 from train.log import Log, make_rows
-from train.method import Masking, make_model
-from train.model import model_flops
+from train.masking import Masking, make_model
+from train.models import model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
-from train.processes import agree, connect, find_place, together
 from train.progress import Progress, busy, say
 from train.schedule import learning_rate
 from train.setup import (
@@ -47,7 +48,7 @@ ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 def pretrain(run: Run) -> None:
     """Train; returns when all steps are done.
 
-    Raises ValueError, before the first step, if shards, recipe and what is in `out` do not fit
+    Raises UserError, before the first step, if shards, recipe and what is in `out` do not fit
     together, and Stopped, after saving, on SIGTERM or a first Ctrl-C.
     """
     recipe = run.recipe
@@ -62,7 +63,7 @@ def pretrain(run: Run) -> None:
     plan = make_plan(run, records, 1)
     total = plan.steps(recipe.epochs)
     if total < 1:
-        raise ValueError(
+        raise UserError(
             f"{recipe.epochs:g} epochs of {len(records)} records make no batch of {recipe.batch}; "
             "give more --epochs or a smaller --batch"
         )
@@ -71,16 +72,14 @@ def pretrain(run: Run) -> None:
     last = min(run.steps or total, total)
     window = plan.windows.limit if plan.windows else 0
     facts = run_facts(run, records.manifest, detector, window)
-    visible = find_visible(recipe, records.manifest, detector, device)
+    crops = weighted_crops(recipe, records, detector, run.bank).to(device)
     maps = wanted_maps(recipe, detector)
 
     # The model, and where it left off.
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
         model = make_model(recipe).to(device)
-        masking = Masking(
-            recipe, run.seed, records.manifest, maps, model.encoder, steps_an_epoch, device
-        )
+        masking = Masking(recipe, run.seed, records.manifest, model.encoder, steps_an_epoch, device)
         groups = parameter_groups(model, recipe)
         betas = 0.9, recipe.beta2
         optimizer = torch.optim.AdamW(groups, betas=betas, fused=device.type == "cuda")
@@ -159,7 +158,7 @@ def pretrain(run: Run) -> None:
                 batch, tensors = next(batches)
                 waited += time.perf_counter() - asked
                 assert batch.step == step
-                images, weights = prepare(tensors, recipe, visible)
+                images, weights, *_ = crops(tensors)
                 begin = (micro_step * ranks + rank) * part
                 rows = noise[begin : begin + part]
                 hidden = masking.hidden(rows, step, batch.samples, tensors)
@@ -238,7 +237,7 @@ def pretrain(run: Run) -> None:
             alike, end = replace(plan, micro_steps=parts), (total - 1, total)
             loader = open_loader(run, records, alike, end, (0, 1), maps, device)
             batch, tensors = next(to_device(loader, device))
-            images, weights = prepare(tensors, recipe, visible)
+            images, weights, *_ = crops(tensors)
             noise = masking.noise(total - 1)[: len(images)]
             masking.restore(run.out, total - 1, done=True)
             hidden = masking.hidden(noise, total - 1, batch.samples, tensors)

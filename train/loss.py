@@ -9,10 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from shards.plan import mix
+from shards.rng import Purpose, mix
 from train.tokens import take
-
-MASK = 3  # this hash's purpose; shards.plan has 1 and 2
 
 
 def block_masks(seed: int, step: int, batch: int, cells: int, ratio: float,
@@ -22,7 +20,7 @@ def block_masks(seed: int, step: int, batch: int, cells: int, ratio: float,
     Each hides ceil(ratio * cells**2) cells (22 of 36 at 0.6), a pure function of (seed, step)
     and the kind of device: every process draws all of them and takes its part.
     """
-    generator = torch.Generator(device).manual_seed(int(mix(MASK, seed, step)) >> 1)
+    generator = torch.Generator(device).manual_seed(int(mix(Purpose.MASK, seed, step)) >> 1)
     noise = torch.rand(batch, cells * cells, generator=generator, device=device)
     hidden = noise.argsort(dim=1).argsort(dim=1) < math.ceil(ratio * cells * cells)
     return hidden.view(batch, cells, cells)

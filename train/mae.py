@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from train.loss import masked_mse
-from train.model import make_encoder
+from train.models import make_encoder
 from train.tokens import check_tokens, embed, encode, patchify, sincos, take, unpatchify
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from shards.errors import UserError
 from train.words import nearest
 
 
@@ -165,13 +166,13 @@ for _name, _model in BACKBONES.items():
 def find_recipe(name: str) -> Recipe:
     """The recipe called `name`; a timm model name gives the published recipe on that model.
 
-    Raises ValueError, with the nearest name and what there is, for any other name.
+    Raises UserError, with the nearest name and what there is, for any other name.
     """
     if name in RECIPES:
         return RECIPES[name]()
     if "_patch" in name:
         return Recipe(model=name)
-    raise ValueError(
+    raise UserError(
         f"unknown recipe {name!r}; there are demo, small, {', '.join(BACKBONES)}, these as _224, "
         "and endings for other methods, all listed by `kamim recipes`; or any timm ViT by its name"
         f"{nearest(name, RECIPES)}"
@@ -181,10 +182,10 @@ def find_recipe(name: str) -> Recipe:
 def recipe_of(facts: Mapping[str, Any]) -> Recipe:
     """The recipe of a checkpoint; what an older one does not have was as the defaults are.
 
-    Raises ValueError for one of a kamim that knows more.
+    Raises UserError for one of a kamim that knows more.
     """
     unknown = set(facts) - {each.name for each in fields(Recipe)}
     if unknown:
-        raise ValueError(f"the checkpoint's recipe has {sorted(unknown)}, of a newer kamim")
+        raise UserError(f"the checkpoint's recipe has {sorted(unknown)}, of a newer kamim")
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
     return Recipe(**plain)

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shards.plan import mix
+from shards.errors import UserError
+from shards.rng import Purpose, mix
 
-RACE = 9  # this hash's purpose; shards.plan has 1, 2, 4 to 7, train.loss 3, evaluate 8
 LEAST = 1e-20  # a weight of 0 comes after all others, and takes part in a full order
 
 Method = Literal["simmim", "mae"]
@@ -21,7 +21,7 @@ Method = Literal["simmim", "mae"]
 def counts(cells: int, mask: float, throw: float, method: Method) -> tuple[int, int, int]:
     """(masked, thrown, visible) of `cells` by the shares `mask` and `throw`.
 
-    Rounded as published: MAE's down, the two together; SimMIM's up, each. Raises ValueError if no
+    Rounded as published: MAE's down, the two together; SimMIM's up, each. Raises UserError if no
     cell is left to mask or to see.
     """
     if method == "mae":
@@ -31,7 +31,7 @@ def counts(cells: int, mask: float, throw: float, method: Method) -> tuple[int, 
         masked, thrown = (math.ceil(cells * share - 1e-9) for share in (mask, throw))
     visible = cells - masked - thrown
     if masked < 1 or thrown < 0 or visible < 1:
-        raise ValueError(
+        raise UserError(
             f"of {cells} cells, {mask:g} masked and {throw:g} thrown are {masked} and {thrown}, "
             f"and leave {visible} visible; at least one must be masked and one visible"
         )
@@ -44,7 +44,7 @@ def races(seed: int, step: int, batch: int, cells: int) -> Tensor:
     A pure function of (seed, step): every process draws all of it and takes its part, and every
     device gets the same.
     """
-    generator = torch.Generator().manual_seed(int(mix(RACE, seed, step)) >> 1)
+    generator = torch.Generator().manual_seed(int(mix(Purpose.RACE, seed, step)) >> 1)
     return -torch.log1p(-torch.rand(batch, cells, generator=generator))
 
 

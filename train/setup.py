@@ -1,6 +1,6 @@
 """Before the first step: what a run is, where it runs, and where it left off.
 
-In: a Run. Out: the device, the parts of a step, the restored state, or one clear ValueError.
+In: a Run. Out: the device, the parts of a step, the restored state, or one clear UserError.
 """
 
 import json
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from shards import Manifest, ShardSet
-from shards.manifest import Detector
-from shards.retry import PATIENCE
+from shards.errors import UserError
+from shards.remote.retry import PATIENCE
 from train import checkpoint
 from train.progress import say
 from train.recipes import Recipe
@@ -59,7 +59,7 @@ class Run:
 def find_device(name: str) -> torch.device:
     """The device called `name`: auto, cpu, cuda (of several processes each its own) or cuda:N.
 
-    Raises ValueError if there is none.
+    Raises UserError if there is none.
     """
     check_device(name)
     if name == "auto":
@@ -67,13 +67,13 @@ def find_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     mine = os.environ.get("LOCAL_RANK")
     if mine is not None and ":" in name:
-        raise ValueError(f"--device {name}: torchrun gives each process its own; use --device cuda")
+        raise UserError(f"--device {name}: torchrun gives each process its own; use --device cuda")
     number, count = int(name.partition(":")[2] or mine or 0), torch.cuda.device_count()
     if number >= count:
-        raise ValueError(f"--device {name}: torch sees {count} CUDA devices, from cuda:0 on")
+        raise UserError(f"--device {name}: torch sees {count} CUDA devices, from cuda:0 on")
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
@@ -88,24 +88,21 @@ def count_micro_steps(recipe: Recipe, ranks: int, most: int) -> int:
     """The fewest parts of a step, all of equal size, of `most` images each at most."""
     mine, rest = divmod(recipe.batch, ranks)
     if rest:
-        raise ValueError(
+        raise UserError(
             f"a batch of {recipe.batch} does not split over {ranks} processes; use a multiple"
         )
     fewest = math.ceil(mine / most)
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def run_facts(
-    run: Run, manifest: Manifest, detector: Detector | None, window: int
-) -> dict[str, Any]:
+def run_facts(run: Run, manifest: Manifest, detector: str | None, window: int) -> dict[str, Any]:
     """What a checkpoint belongs to: a run goes on only where all of it is equal."""
     plain = asdict(run.recipe)
     recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-    name = detector.name if detector else ""
     return {
         "recipe": recipe,
         "seed": run.seed,
-        "detector": name,
+        "detector": detector or "",
         "bank": run.bank,
         "shards": manifest.fingerprint,
         "window": window,
@@ -159,11 +156,11 @@ def restore(
     path = checkpoint.newest(run.out / "checkpoints")
     if path is None:
         if run.extend:
-            raise ValueError(f"{run.out} holds no run to extend; leave --extend out, or name its "
+            raise UserError(f"{run.out} holds no run to extend; leave --extend out, or name its "
                              "--out")  # fmt: skip
         return 0, 0.0, run.recipe.epochs
     if not run.resume:
-        raise ValueError(
+        raise UserError(
             f"{run.out} holds a run already (to step {int(path.stem[5:])}); go on with it by "
             "--resume, or name another --out"
         )
@@ -178,7 +175,7 @@ def restore(
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now
                if k not in apart and then.get(k) != now[k]]  # fmt: skip
     if changed:
-        raise ValueError(f"{path} is of another run: {'; '.join(changed[:3])}; use the same, "
+        raise UserError(f"{path} is of another run: {'; '.join(changed[:3])}; use the same, "
                          "or name another --out")  # fmt: skip
     epochs, step = float(then["recipe.epochs"]), int(state["step"])
     if longer:
@@ -192,20 +189,20 @@ def restore(
 
 
 def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """ValueError unless a run that had other epochs `then` can be extended, and shall be."""
+    """UserError unless a run that had other epochs `then` can be extended, and shall be."""
     before, epochs = then["recipe.epochs"], now["recipe.epochs"]
     phases = [k for k in LENGTHS[1:] if then[k] != now[k]]
     what = f"{run.out} is a run of {before:g} epochs, not of {epochs:g}"
     if before > epochs:
-        raise ValueError(f"{what}; go on with it by --resume --epochs {before:g}")
+        raise UserError(f"{what}; go on with it by --resume --epochs {before:g}")
     if phases:
         name = phases[0].removeprefix("recipe.")
-        raise ValueError(
+        raise UserError(
             f"{what}, and its {name} of {then[phases[0]]:g} would have been {now[phases[0]]:g}: "
             f"it cannot be extended; train anew with --epochs {epochs:g} and another --out"
         )
     if not run.extend:
-        raise ValueError(f"{what}; add --extend to train it longer, or name another --out")
+        raise UserError(f"{what}; add --extend to train it longer, or name another --out")
 
 
 def say_where(

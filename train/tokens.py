@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards.errors import UserError
+
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Patches [b, n, 3 * patch**2] of `images` [b, 3, S, S], row by row; pixels by channel, row,
@@ -32,13 +34,11 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def check_tokens(encoder: Any, name: str) -> None:
-    """ValueError unless `encoder` can be run on some of its patches."""
+    """UserError unless `encoder` can be run on some of its patches."""
     if hasattr(encoder, "layers"):
-        raise ValueError(
-            f"{name}: Swin's windows need every patch; none can be left out, use a ViT"
-        )
+        raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
     if not isinstance(getattr(encoder, "pos_embed", None), Tensor):
-        raise ValueError(f"{name} has no absolute positions; patches cannot be left out of it")
+        raise UserError(f"{name} has no absolute positions; patches cannot be left out of it")
 
 
 def embed(encoder: Any, patches: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def encode(encoder: Any, tokens: Tensor, index: Tensor) -> Tensor:
 def sincos(side: int, width: int) -> Tensor:
     """Sine and cosine positions of side x side patches, float32 [side**2, width] (MAE util)."""
     if width % 4:
-        raise ValueError(f"a width of {width} is no multiple of 4, which sin-cos positions need")
+        raise UserError(f"a width of {width} is no multiple of 4, which sin-cos positions need")
     rates = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     along = torch.arange(side, dtype=torch.float64)[:, None] * rates
     one = torch.cat([along.sin(), along.cos()], dim=1)

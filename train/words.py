@@ -1,6 +1,6 @@
 """What a user typed, checked before torch is imported: seconds later it would be the same words.
 
-In: a folder, a recipe's name, a device. Out: nothing, or one ValueError that names the nearest.
+In: a folder, a recipe's name, a device. Out: nothing, or one UserError that names the nearest.
 """
 
 import re
@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+
+from shards.errors import UserError
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -19,16 +21,17 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def check_device(name: str) -> None:
-    """ValueError unless `name` is auto, cpu, cuda or cuda:N."""
+    """UserError unless `name` is auto, cpu, cuda or cuda:N."""
     if not DEVICES.fullmatch(name):
         near = nearest(name, ["auto", "cpu", "cuda", "cuda:0"])
-        raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N{near}")
+        raise UserError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N{near}")
 
 
 def check_folder(folder: str) -> None:
-    """ValueError unless `folder` holds a sound manifest, or is a URL."""
-    from shards.manifest import MANIFEST, load
-    from shards.remote import is_url
+    """UserError unless `folder` holds a sound manifest, or is a URL."""
+    from shards.files import MANIFEST
+    from shards.remote.storage import is_url
+    from shards.spec import load
 
     path = Path(folder)
     if is_url(folder):
@@ -36,18 +39,18 @@ def check_folder(folder: str) -> None:
     if not path.exists():
         beside = path.parent.glob(f"*/{MANIFEST}") if path.parent.is_dir() else ()
         near = nearest(str(path), sorted(str(each.parent) for each in beside))
-        raise ValueError(
+        raise UserError(
             f"there is no folder {folder} of shards; build it with `kamim shards build`{near}"
         )
     manifest = load(path)
     if manifest.container != "webdataset" and find_spec("ffcv") is None:
-        raise ValueError(
+        raise UserError(
             f"{folder} is an FFCV set, and FFCV is not installed; type: make ffcv, or train on the "
             "set that it was made from"
         )
 
 
 def check_wandb(project: str) -> None:
-    """ValueError if a `project` is named and the package is not there."""
+    """UserError if a `project` is named and the package is not there."""
     if project and find_spec("wandb") is None:
-        raise ValueError("--wandb needs the package; type: pip install wandb")
+        raise UserError("--wandb needs the package; type: pip install wandb")

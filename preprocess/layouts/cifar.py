@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
+from preprocess.files import join, kind_of, opened, read_all, version_of
+from preprocess.layouts.pickles import load_dictionary
 from preprocess.listing import names_in
-from preprocess.pickles import load_dictionary
-from preprocess.places import join, kind_of, opened, read_all, version_of
+from shards.errors import UserError
 
 PIXELS = 3 * 32 * 32
 LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB
@@ -90,7 +91,7 @@ def list_cifar100(where: str, split: str) -> Source | None:
 
 
 def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> Source | None:
-    """Raises ValueError at a missing batch, a pickle of something else or a label out of range."""
+    """Raises UserError at a missing batch, a pickle of something else or a label out of range."""
     packed = where.endswith((".tar.gz", ".tgz"))
     if kind_of(where) == "file" and not packed:
         return None
@@ -106,7 +107,7 @@ def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> 
         entries: list[Entry] = []
         for batch in batches:
             if batch not in members:
-                raise ValueError(f"{where} lacks {batch}; take the complete archive")
+                raise UserError(f"{where} lacks {batch}; take the complete archive")
             entries += _entries(where, members[batch], archive, count)
         return Source("cifar", where, entries, _classes(where, members, archive, count), 0)
     return None
@@ -117,7 +118,7 @@ def _names_in_archive(where: str) -> dict[str, str]:
         with opened(where) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
             return {os.path.basename(info.name): info.name for info in archive if info.isreg()}
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{where} is not a whole .tar.gz ({error}); fetch it again") from None
+        raise UserError(f"{where} is not a whole .tar.gz ({error}); fetch it again") from None
 
 
 def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]:
@@ -129,10 +130,10 @@ def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]
     names = table.get("filenames") or [f"{row:05d}" for row in range(len(rows))]
     lists = isinstance(labels, list) and isinstance(names, list)
     if not lists or not len(labels) == len(names) == len(rows):
-        raise ValueError(f"{part} in {where} has not one label and name for each of {len(rows)}")
+        raise UserError(f"{part} in {where} has not one label and name for each of {len(rows)}")
     strange = next((n for n in labels if type(n) is not int or n not in range(count)), None)
     if strange is not None:
-        raise ValueError(f"{part} in {where} has the label {strange!r}; there are 0 to {count - 1}")
+        raise UserError(f"{part} in {where} has the label {strange!r}; there are 0 to {count - 1}")
     stem, size = os.path.basename(part).partition(".")[0], len(rows)
     return [
         Entry(f"{stem}/{name}", label, PIXELS, row, size, part=part)
@@ -150,7 +151,7 @@ def _classes(where: str, members: dict[str, str], archive: Archive, count: int) 
     else:
         names = load_dictionary(data, f"{part} in {where}").get(archive.key, [])
     if len(names) != count:
-        raise ValueError(f"{part} in {where} names {len(names)} classes; there are {count}")
+        raise UserError(f"{part} in {where} names {len(names)} classes; there are {count}")
     return [str(name) for name in names]
 
 
@@ -179,11 +180,11 @@ def _kept_batch(root: str, part: str, version: tuple[int, ...]) -> dict[str, Any
     if not part.endswith(".bin"):
         table = load_dictionary(data, f"{part} in {root}")
         if "data" not in table:
-            raise ValueError(f"{part} in {root} holds no data; take the published archive")
+            raise UserError(f"{part} in {root} holds no data; take the published archive")
         return table
     before = 2 if os.path.basename(part) in {"train.bin", "test.bin"} else 1
     if len(data) % (before + PIXELS):
-        raise ValueError(f"{part} in {root} is cut short: {len(data)} bytes; fetch it again")
+        raise UserError(f"{part} in {root} is cut short: {len(data)} bytes; fetch it again")
     return {"rows": np.frombuffer(data, np.uint8).reshape(-1, before + PIXELS)}
 
 
@@ -192,7 +193,7 @@ def _pixels(root: str, part: str) -> NDArray[np.uint8]:
     table = _batch(root, part)
     rows = table["data"] if "data" in table else table["rows"][:, -PIXELS:]
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != PIXELS:
-        raise ValueError(f"{part} in {root} does not hold rows of {PIXELS} bytes")
+        raise UserError(f"{part} in {root} does not hold rows of {PIXELS} bytes")
     return rows
 
 
@@ -206,5 +207,5 @@ def _bytes_of(root: str, part: str) -> bytes:
                 if stream and info.size <= LARGEST:
                     return stream.read()
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{root} is not a whole .tar.gz ({error}); fetch it again") from None
-    raise ValueError(f"{root} lacks {part}; take the complete archive")
+        raise UserError(f"{root} is not a whole .tar.gz ({error}); fetch it again") from None
+    raise UserError(f"{root} lacks {part}; take the complete archive")

@@ -14,19 +14,20 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
-from preprocess.places import version_of
+from preprocess.files import version_of
 from shards import ShardSet
-from shards.manifest import MANIFEST
+from shards.errors import UserError
+from shards.files import MANIFEST
 from shards.record import decode_frame, key_of
-from shards.remote import is_url
+from shards.remote.storage import is_url
 
 BLOCK = tarfile.BLOCKSIZE
 
 
 def list_finished(where: str, split: str) -> Source | None:
-    """Records in their order. Raises ValueError if the set is not finished or not here."""
+    """Records in their order. Raises UserError if the set is not finished or not here."""
     if is_url(where):
-        raise ValueError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
+        raise UserError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
     records = _opened(where)
     names = _names(records) if records.manifest.container == "webdataset" else None
     entries = []
@@ -53,7 +54,7 @@ def _names(records: ShardSet) -> Iterator[str]:
                     yield str(json.loads(data[BLOCK : BLOCK + head.size])["source"])
                 except (tarfile.HeaderError, ValueError, KeyError, TypeError):
                     key = key_of(int(row["key"]))
-                    raise ValueError(f"{file.name}: record {key} is damaged") from None
+                    raise UserError(f"{file.name}: record {key} is damaged") from None
         first = end
 
 

@@ -6,23 +6,24 @@ In: its path or URL. Out: its images, sub-folders in byte order as the classes 0
 import os
 
 from preprocess.entry import SUFFIXES, Entry, Source
+from preprocess.files import join
 from preprocess.listing import OURS, Found, children_of, facts_of, files_below, holds_set, inside
-from preprocess.places import join
-from shards import remote
-from shards.manifest import MANIFEST
-from shards.remote import is_url
+from shards.errors import UserError
+from shards.files import MANIFEST
+from shards.remote import storage as remote
+from shards.remote.storage import is_url
 
 
 def list_folder(root: str, split: str = "") -> Source:
     """Images of the class folders of `root`, then those beside them with label -1.
 
-    Folders that hold finished shards of ours are left out. Raises ValueError if `root` is one, or
+    Folders that hold finished shards of ours are left out. Raises UserError if `root` is one, or
     cannot be listed.
     """
     if is_url(root):
         return _list_store(root)
     if holds_set(root):
-        raise ValueError(_is_ours(root))
+        raise UserError(_is_ours(root))
     entries: list[Entry] = []
     ignored = 0
     home = os.path.realpath(root)
@@ -72,7 +73,7 @@ def _list_store(root: str) -> Source:
     sets = [folder for folder, _, name in folders if name == MANIFEST]
     sets = [folder for folder in sets if holds_set(join(root, folder))]
     if "" in sets:
-        raise ValueError(_is_ours(root))
+        raise UserError(_is_ours(root))
     ours = tuple(f"{name}/" for name in sets)
     found = [file for file in found if not file.name.startswith(ours)]
     found.sort(key=lambda file: _order(file.name))

@@ -10,10 +10,11 @@ import re
 from dataclasses import replace
 
 from preprocess.entry import SUFFIXES, Entry, Source
+from preprocess.files import join, kind_of, opened, read_all
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.tar import entry_of, list_tar, members
 from preprocess.listing import names_in
-from preprocess.places import join, kind_of, opened, read_all
+from shards.errors import UserError
 
 WNID = re.compile(r"n\d{8}")
 ANSWERS = "LOC_val_solution.csv"
@@ -28,7 +29,7 @@ def places_of(split: str) -> tuple[str, ...]:
 def list_imagenet(where: str, split: str) -> Source | None:
     """The split in the tar or folder `where`, or None if it holds nothing of ImageNet's.
 
-    Raises ValueError at a folder that is no class, a damaged inner tar, or a validation image
+    Raises UserError at a folder that is no class, a damaged inner tar, or a validation image
     that Kaggle's LOC_val_solution.csv, looked for above it, gives no class.
     """
     if kind_of(where) == "file":
@@ -43,7 +44,7 @@ def list_imagenet(where: str, split: str) -> Source | None:
 def _by_wnid(source: Source) -> Source:
     strange = next((name for name in source.classes if not WNID.fullmatch(name)), None)
     if strange is not None:
-        raise ValueError(
+        raise UserError(
             f"{source.root} holds the folder {strange!r} among ImageNet's classes and labels would "
             f"shift; move it away, or take every folder as a class by folder:{source.root}"
         )
@@ -85,7 +86,7 @@ def _list_val(where: str) -> Source:
         folder = folder.rpartition("/")[0]
         answers = join(folder, ANSWERS) if kind_of(join(folder, ANSWERS)) else ""
     if not answers:
-        raise ValueError(
+        raise UserError(
             f"{where} holds validation images without classes; put Kaggle's {ANSWERS} beside it, "
             "or sort the images into folders by wnid"
         )
@@ -93,13 +94,13 @@ def _list_val(where: str) -> Source:
         rows = csv.DictReader(read_all(answers).decode("utf-8").splitlines())
         wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (ValueError, KeyError, IndexError, AttributeError, csv.Error):
-        raise ValueError(f"{answers} is not Kaggle's list of ImageId,PredictionString") from None
+        raise UserError(f"{answers} is not Kaggle's list of ImageId,PredictionString") from None
     classes = sorted(set(wnids.values()))
     labels = {wnid: label for label, wnid in enumerate(classes)}
     entries = []
     for entry in source.entries:
         stem = os.path.splitext(os.path.basename(entry.name))[0]
         if stem not in wnids:
-            raise ValueError(f"{answers} gives {entry.name!r} no class; take the complete file")
+            raise UserError(f"{answers} gives {entry.name!r} no class; take the complete file")
         entries.append(entry._replace(label=labels[wnids[stem]]))
     return replace(source, entries=entries, classes=classes)

@@ -8,9 +8,10 @@ import json
 from typing import Any
 
 from preprocess.entry import Source
+from preprocess.files import kind_of, read_all
 from preprocess.layouts.folder import entry_of, list_folder
 from preprocess.listing import look_up, names_in
-from preprocess.places import kind_of, read_all
+from shards.errors import UserError
 
 
 def places_of(split: str) -> tuple[str, ...]:
@@ -22,7 +23,7 @@ def places_of(split: str) -> tuple[str, ...]:
 def list_inaturalist(where: str, split: str) -> Source | None:
     """The split that the JSON or folder `where` holds, or None if it is neither.
 
-    Raises ValueError at a JSON of another form, an annotation of no category, an image with two.
+    Raises UserError at a JSON of another form, an annotation of no category, an image with two.
     """
     if kind_of(where) == "file":
         return _list_json(where)
@@ -39,18 +40,18 @@ def _list_json(where: str) -> Source:
         category_of: dict[Any, int] = {}
         for image, category in annotations:
             if category not in label_of:
-                raise ValueError(f"image {image!r} has the category {category!r}, which is none")
+                raise UserError(f"image {image!r} has the category {category!r}, which is none")
             if category_of.setdefault(image, category) != category:
-                raise ValueError(f"image {image!r} has two categories")
+                raise UserError(f"image {image!r} has two categories")
         names = [str(name) for _, name in images]
         labels = [label_of[category_of[n]] if n in category_of else -1 for n, _ in images]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = f"{type(error).__name__}: {error}"[:200]
-        raise ValueError(f"{where} is no list of iNaturalist's ({words}); fetch it again") from None
+        raise UserError(f"{where} is no list of iNaturalist's ({words}); fetch it again") from None
     found = zip(look_up(where.rpartition("/")[0], names), labels, strict=True)
     entries = sorted(entry for file, label in found if (entry := entry_of(file, label)))
     if entries and all(entry.flaw == "vanished" for entry in entries):
-        raise ValueError(f"none of the images of {where} is there; unpack them beside it")
+        raise UserError(f"none of the images of {where} is there; unpack them beside it")
     classes = [name for _, name in categories]
     return Source("folder", where.rpartition("/")[0], entries, classes, len(names) - len(entries))
 

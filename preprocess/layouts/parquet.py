@@ -15,11 +15,12 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.entry import Entry, Source
+from preprocess.files import join, of_each, opened, version_of
 from preprocess.listing import Found, parts_below
-from preprocess.places import join, of_each, opened, version_of
 from preprocess.splits import of_split
-from shards.remote import is_url
-from shards.retry import retried
+from shards.errors import UserError, install
+from shards.remote.retry import retried
+from shards.remote.storage import is_url
 
 
 class Columns(NamedTuple):
@@ -33,7 +34,7 @@ class Columns(NamedTuple):
 def list_parquet(where: str, split: str) -> Source | None:
     """Rows in the order of the files. Only labels and names are read.
 
-    Raises ValueError if the files do not agree on columns and classes, or a label is outside them.
+    Raises UserError if the files do not agree on columns and classes, or a label is outside them.
     """
     found = {part.name: part for part in parts_below(where, (".parquet",))}
     entries: list[Entry] = []
@@ -42,7 +43,7 @@ def list_parquet(where: str, split: str) -> Source | None:
     listed = of_each(where, lambda part: _list_part(join(where, part), found[part]), parts)
     for part, (columns, rows) in zip(parts, listed, strict=True):
         if agreed not in {None, columns}:
-            raise ValueError(f"{part} in {where} has other columns or classes than those before")
+            raise UserError(f"{part} in {where} has other columns or classes than those before")
         agreed = columns
         entries += rows
     top = max((entry.label for entry in entries), default=-1)
@@ -80,15 +81,15 @@ def _value(where: str, row: int) -> Any:
 
 @contextmanager
 def _parsing(where: str) -> Iterator[None]:
-    """Nearly anything that damaged bytes raise within, as a ValueError that names the file."""
+    """Nearly anything that damaged bytes raise within, as a UserError that names the file."""
     try:
         yield
     except Exception as error:
         # OSErrors of damage have no number, a disk's have one; a store is asked again.
         elsewhere = isinstance(error, OSError) and (error.errno is not None or is_url(where))
-        if elsewhere or isinstance(error, Rejected) or type(error) is ValueError:
+        if elsewhere or isinstance(error, (Rejected, UserError)):
             raise
-        raise ValueError(
+        raise UserError(
             f"{where} is no whole Parquet file ({_words(error)}); fetch it again"
         ) from None
 
@@ -103,14 +104,14 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError("Parquet needs pyarrow; type: pip install 'kamim[parquet]'") from None
+        raise UserError(f"Parquet needs pyarrow; {install('pyarrow')}") from None
     stream = opened(where, ahead=False)
     file, size = ParquetFile(stream, pre_buffer=is_url(where)), stream.seek(0, os.SEEK_END)
     facts = file.metadata
     groups = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
     # Lists of so many rows, ours and Arrow's, would be made before any of them is read.
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or facts.num_rows > size:
-        raise ValueError(f"{where} says {sum(groups)} rows in {size} bytes; fetch it again")
+        raise UserError(f"{where} says {sum(groups)} rows in {size} bytes; fetch it again")
     return file
 
 
@@ -142,7 +143,7 @@ def _columns(schema: Any, where: str) -> Columns:
     labels += [name for name in ("label", "fine_label", "labels") if name in schema.names]
     images = [name for name in images if name in schema.names]
     if not images:
-        raise ValueError(f"{where} has no column of images; it has {', '.join(schema.names)}")
+        raise UserError(f"{where} has no column of images; it has {', '.join(schema.names)}")
     label = next((name for name in labels if name in schema.names), "")
     names = kinds.get(label, {}).get("names") or []
     return Columns(images[0], label, tuple(map(str, names)))
@@ -169,7 +170,7 @@ def _entries(file: Any, columns: Columns, part: str, size: int, where: str) -> l
     for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
         label = -1 if label is None else label
         if not isinstance(label, int) or not -1 <= label < most:
-            raise ValueError(f"{where}, row {row}: label {label!r} is none of {most} classes")
+            raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
         name = os.path.join(part, path or str(row)) if part else path or str(row)
         entries.append(Entry(str(name), label, 0, row, size, part=part))
     return entries

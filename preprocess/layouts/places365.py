@@ -7,9 +7,10 @@ categories_places365.txt.
 import os
 
 from preprocess.entry import Source
+from preprocess.files import join, kind_of, read_all
 from preprocess.layouts.folder import entry_of, list_folder
 from preprocess.listing import look_up, names_in
-from preprocess.places import join, kind_of, read_all
+from shards.errors import UserError
 
 LISTS = {
     "train": ("places365_train_standard.txt", "places365_train_challenge.txt"),
@@ -31,7 +32,7 @@ def places_of(split: str) -> tuple[str, ...]:
 def list_places365(where: str, split: str) -> Source | None:
     """The split in the folder of images `where`, or None if it is none.
 
-    Raises ValueError if its list is not beside it, or gives a label that is no category.
+    Raises UserError if its list is not beside it, or gives a label that is no category.
     """
     if kind_of(where) != "folder":
         return None
@@ -42,7 +43,7 @@ def list_places365(where: str, split: str) -> Source | None:
     above = where.rstrip("/").rpartition("/")[0]
     listing = next((path for file in LISTS[split] if (path := _beside(above, file))), None)
     if listing is None:
-        raise ValueError(
+        raise UserError(
             f"{above} holds {name} without its list; put {' or '.join(LISTS[split])} from the "
             f"archive of file lists, with {CATEGORIES}, beside it"
         )
@@ -64,15 +65,15 @@ def _list(where: str, listing: str, categories: str | None) -> Source:
         names = {label: name.rpartition("/")[0] or str(label) for label, name in names.items()}
     count = max(names, default=-1) + 1
     if len(names) != count:  # labels are no less than 0
-        raise ValueError(f"{categories or listing} leaves out labels below {count}; fetch it again")
+        raise UserError(f"{categories or listing} leaves out labels below {count}; fetch it again")
     strange = next((row for row in rows if row[1] not in names), None)
     if strange:
-        raise ValueError(f"{listing} gives {strange[0]!r} the label {strange[1]}, no category has")
+        raise UserError(f"{listing} gives {strange[0]!r} the label {strange[1]}, no category has")
     found = look_up(where, [name.removeprefix("/") for name, _ in rows])
     pairs = zip(found, (label for _, label in rows), strict=True)
     entries = sorted(entry for file, label in pairs if (entry := entry_of(file, label)))
     if entries and all(entry.flaw == "vanished" for entry in entries):
-        raise ValueError(f"none of the images of {listing} is in {where}; unpack them there")
+        raise UserError(f"none of the images of {listing} is in {where}; unpack them there")
     classes = [names[label] for label in range(count)]
     return Source("folder", where, entries, classes, len(rows) - len(entries))
 
@@ -85,6 +86,6 @@ def _rows(path: str) -> list[tuple[str, int]]:
         if not line.strip():
             continue
         if not name or not label.isdecimal():
-            raise ValueError(f"{path}, line {number + 1}: not a name and a label: {line[:80]!r}")
+            raise UserError(f"{path}, line {number + 1}: not a name and a label: {line[:80]!r}")
         rows.append((name, int(label)))
     return rows

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from preprocess.entry import SUFFIXES, Entry, Source
-from preprocess.places import opened
+from preprocess.files import opened
+from shards.errors import UserError
 
 BLOCK = 512
 
@@ -48,7 +49,7 @@ def members(
 ) -> Iterator[tarfile.TarInfo]:
     """Members of the tar in bytes `start` to `end` of `file`, their places counted in `file`.
 
-    Raises ValueError, calling it `where`, unless it is whole: tarfile takes a damaged header for
+    Raises UserError, calling it `where`, unless it is whole: tarfile takes a damaged header for
     the end, and so would lose all that follows.
     """
     try:
@@ -64,7 +65,7 @@ def members(
             if any(file.read(max(0, room))):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
             "once with gunzip or the like, else fetch it again or name another place"
         ) from None

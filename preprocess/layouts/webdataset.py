@@ -11,10 +11,11 @@ from functools import partial
 from typing import BinaryIO
 
 from preprocess.entry import Entry, Source
+from preprocess.files import join, kind_of, of_each, opened, read_all
 from preprocess.layouts.tar import entry_of, members
 from preprocess.listing import look_up, names_in, parts_below
-from preprocess.places import join, kind_of, of_each, opened, read_all
 from preprocess.splits import of_split
+from shards.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("label", "cls", "class")  # names of the number in a sample's json
@@ -26,7 +27,7 @@ LONGEST = 1 << 20  # bytes of a json that is looked into
 def list_webdataset(where: str, split: str) -> Source | None:
     """Samples in the order of the tars and of their members; several pictures are several entries.
 
-    Raises ValueError at a tar that is not whole, a label that is no number or outside the classes
+    Raises UserError at a tar that is not whole, a label that is no number or outside the classes
     of a classnames.txt beside the tars.
     """
     root, parts = where, [""]
@@ -36,7 +37,7 @@ def list_webdataset(where: str, split: str) -> Source | None:
         parts = [line for line in parts if line and not line.startswith("#")]
         flawed = next((part for part in look_up(root, parts) if part.flaw), None)
         if flawed:
-            raise ValueError(f"{where} lists {flawed.name!r}, which cannot be read: {flawed.flaw}")
+            raise UserError(f"{where} lists {flawed.name!r}, which cannot be read: {flawed.flaw}")
     elif kind_of(where) == "folder":
         parts = of_split([part.name for part in parts_below(where, (".tar",))], split)
     entries: list[Entry] = []
@@ -47,7 +48,7 @@ def list_webdataset(where: str, split: str) -> Source | None:
     classes = _classes(root if parts != [""] else root.rpartition("/")[0])
     top = max((entry.label for entry in entries), default=-1)
     if classes and top >= len(classes):
-        raise ValueError(f"{where}: label {top} is none of the {len(classes)} classes beside it")
+        raise UserError(f"{where}: label {top} is none of the {len(classes)} classes beside it")
     return Source("tar", root, entries, classes or [str(n) for n in range(top + 1)], ignored)
 
 
@@ -87,7 +88,7 @@ def _label(file: BinaryIO, info: tarfile.TarInfo, suffix: str, where: str) -> in
     except (ValueError, RecursionError):
         label = None
     if not isinstance(label, int) or not -1 <= label < MOST:
-        raise ValueError(f"{where}: {info.name!r} gives no label: {data[:40]!r}; repair or drop it")
+        raise UserError(f"{where}: {info.name!r} gives no label: {data[:40]!r}; repair or drop it")
     return int(label)
 
 

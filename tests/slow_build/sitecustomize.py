@@ -3,9 +3,9 @@
 import os
 import time
 
-import shards.webdataset
+import shards.tar
 
-_add = shards.webdataset.ShardWriter.add
+_add = shards.tar.ShardWriter.add
 
 
 def _slow(self, record):
@@ -13,4 +13,4 @@ def _slow(self, record):
     _add(self, record)
 
 
-shards.webdataset.ShardWriter.add = _slow
+shards.tar.ShardWriter.add = _slow

@@ -1,0 +1,1 @@
+"""The `kamim` command, evaluation and benchmarks."""

@@ -1,0 +1,149 @@
+"""The papers' claims tried in small: runs of several methods and seeds in, tables out.
+
+In: folders that docs/results/cifar10/run.sh filled. Out: results.json with provenance, and the
+tables of the README.md beside it between their markers, rendered from results.json.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from kamim.bench.markers import renewed_parts
+from kamim.bench.provenance import provenance
+from train.log import read_metrics
+
+FOLDER = Path(__file__).parents[2] / "docs" / "results"
+TITLES = {
+    "small_simmim": "SimMIM",
+    "small": "KAMIM, FAST, T 0.25, least weight 1 (published)",
+    "small_mean": "KAMIM, FAST, T 0.25, mean weight 1",
+    "small_famt": "KAMIM + FAMT",
+    "small_mae": "MAE",
+    "small_mae_amt": "MAE + AMT",
+    "small_mae_famt": "MAE + FAMT",
+    "random": "random weights, not trained",
+}
+
+
+def gather(runs: Path) -> list[dict[str, Any]]:
+    """A row a method: probes and diagnostics of each seed. `runs` holds METHOD-seed-N folders."""
+    found: dict[str, list[Path]] = {}
+    for probe in sorted(runs.glob("*-seed-*/probe/probe.json")):
+        found.setdefault(probe.parts[-3].rpartition("-seed-")[0], []).append(probe.parent.parent)
+    diagnoses = json.loads((runs / "analysis" / "analysis.json").read_text())
+    by_run = {Path(title).name: facts for title, facts in diagnoses.items()}
+    rows = [_row(method, folders, by_run) for method, folders in found.items()]
+    if (runs / "random" / "probe.json").exists():
+        untrained = json.loads((runs / "random" / "probe.json").read_text())
+        rows.append({"method": "random", **_accuracies([untrained]), **by_run["random:small"]})
+    return sorted(rows, key=lambda row: list(TITLES).index(row["method"]))
+
+
+def _row(method: str, folders: list[Path], by_run: dict[str, Any]) -> dict[str, Any]:
+    probes = [json.loads((folder / "probe" / "probe.json").read_text()) for folder in folders]
+    facts = json.loads((folders[0] / "run.json").read_text())
+    last = [read_metrics(folder)[-1] for folder in folders]
+    found = [by_run[folder.name] for folder in folders]
+    blocks = [
+        {key: round(statistics.mean(row[key] for row in same), 4) for key in same[0]}
+        for same in zip(*(each["blocks"] for each in found), strict=True)
+    ]
+    return {
+        "method": method,
+        "recipe": facts["recipe"],
+        "seeds": len(folders),
+        "steps": last[0]["step"] + 1,
+        "mean_weight": [round(row["mean_weight"], 3) for row in last],
+        **_accuracies(probes),
+        "psnr_masked": [each["psnr_masked"] for each in found],
+        "ssim_masked": [each["ssim_masked"] for each in found],
+        "blocks": blocks,
+    }
+
+
+def _accuracies(probes: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """One number a pretrained encoder: the mean over its heads."""
+    names = ("top1", "top5")
+    heads = {name: [round(statistics.mean(p[name]), 4) for p in probes] for name in names}
+    return heads | {"knn": [p["knn"] for p in probes]}
+
+
+def seconds(row: dict[str, Any], costs: dict[str, dict[str, float]]) -> float:
+    """CPU seconds that a run's steps and attention passes take by their measured costs."""
+    recipe, cost = row["recipe"], costs[row["method"]]
+    if recipe.get("sample_by", "none") == "none":
+        return row["steps"] * cost["step_ms"] / 1000
+    an_epoch, early = row["steps"] / recipe["epochs"], recipe["random_epochs"]
+    passes = 1 + int((recipe["epochs"] - early - 1e-9) / recipe["refresh_epochs"])
+    plain = costs["small_mae" if recipe["method"] == "mae" else "small"]["step_ms"]
+    steps = early * plain + (recipe["epochs"] - early) * cost["step_ms"]
+    return an_epoch * (steps + passes * cost["look_ms"]) / 1000
+
+
+def spread(values: list[float], scale: float = 100, digits: int = 2) -> str:
+    """Mean and sample deviation as text."""
+    text = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def render(results: dict[str, Any]) -> str:
+    """The tables and their circumstances, as Markdown."""
+    rows, costs = results["rows"], results.get("costs", {})
+    lines = ["| mean ± deviation | seeds | epochs | CPU s | top-1, % | top-5, % | 20-NN, % | "
+             "masked PSNR, dB | mean weight |", "|---|" + "---|" * 8]  # fmt: skip
+    for row in rows:
+        accuracies = " | ".join(spread(row[name]) for name in ("top1", "top5", "knn"))
+        trained = "steps" in row
+        psnr = spread(row["psnr_masked"], 1) if trained else ""
+        weight = spread(row["mean_weight"], 1) if trained else ""
+        spent = f"{seconds(row, costs):.0f}" if trained and costs else ""
+        epochs = f"{row['recipe']['epochs']:g}" if trained else ""
+        lines.append(f"| {TITLES[row['method']]} | {row.get('seeds', 1)} | {epochs} | {spent} | "
+                     f"{accuracies} | {psnr} | {weight} |")  # fmt: skip
+    depth = len(rows[0]["blocks"])
+    uniform = rows[0]["blocks"][0]["uniform"]
+    lines += ["", f"| attention distance, px (uniform {uniform:.2f}) / mutual information | "
+              + " | ".join(f"block {n}" for n in range(1, depth + 1)) + " |"]  # fmt: skip
+    lines.append("|---|" + "---|" * depth)
+    for row in rows:
+        cells = (f"{block['distance']:.2f} / {block['nmi']:.4f}" for block in row["blocks"])
+        epochs = f", {row['recipe']['epochs']:g} epochs" if "recipe" in row else ""
+        lines.append(f"| {TITLES[row['method']]}{epochs} | {' | '.join(cells)} |")
+    machine = f"{results['cores']} cores of an {results['cpu']}, no GPU"
+    recipe = rows[0]["recipe"]
+    lines += ["", f"CIFAR-10, 50,000 images at {recipe['size']} px, batch {recipe['batch']}; fast "
+              f"probe of block 3 of {depth}, 10,000 test images, 3 heads an encoder; {machine}; "
+              f"torch {results['versions'].get('torch')}; {results['date']}.", ""]  # fmt: skip
+    if costs:
+        lines.insert(-1, "CPU s: steps and attention passes of a run, at what each costs on one "
+                         "core, measured apart in turn.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def renewed(text: str, results: dict[str, Any]) -> str:
+    """`text` with what stands between its markers rendered anew."""
+    return renewed_parts(text, {"tables": render(results)})
+
+
+def main(name: str, folders: list[Path]) -> None:
+    """Gather `folders` of runs into docs/results/`name` and render its README.
+
+    costs.json in the first, of kamim.bench.throw.costs, gives the seconds of runs.
+    """
+    rows = gather(folders[0])  # with the untrained encoder, which is the same in all
+    rows += [r for folder in folders[1:] for r in gather(folder) if r["method"] != "random"]
+    results: dict[str, Any] = {"rows": rows, **provenance()}
+    if (folders[0] / "costs.json").exists():
+        results["costs"] = json.loads((folders[0] / "costs.json").read_text())
+    (FOLDER / name / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    readme = FOLDER / name / "README.md"
+    readme.write_text(renewed(readme.read_text(), results))
+    print(readme)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [Path(word) for word in sys.argv[2:]])

@@ -1,0 +1,154 @@
+"""`kamim bench`: what offline detection gains on this machine, with every factor printed.
+
+In: a source of photographs, by default the demo's. Out: tables on stdout, and JSON lines with their
+circumstances and pictures where they are asked for.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shards.errors import UserError
+
+app = typer.Typer()
+
+PARTS = ("loaders", "step", "build", "meaning")
+
+
+@app.command()
+def bench(
+    source: Annotated[
+        str, typer.Argument(help="Folder or .tar of class folders, or: demo.")
+    ] = "demo",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="FAST alone, coarser: under three minutes on two cores.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Parts, by commas.")] = ",".join(PARTS),
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each loader and repeat.")] = 2.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 5,
+    save: Annotated[
+        bool, typer.Option("--save", help="Append to docs/results/bench and draw into docs.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Measure loaders with offline and online detection on the same images and cores.
+
+    Repeats are interleaved; figures are medians with least and most. Warm-up is told apart, and so
+    is a machine too noisy to trust. `published` does what KAMIM's own code does, step by step.
+    """
+    parts = only.split(",")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise UserError(f"--only {only!r}: there are {', '.join(PARTS)}")
+    if "meaning" in parts and "loaders" not in parts:
+        raise UserError("--only meaning needs the loaders' rates; add loaders")
+    begin = time.perf_counter()
+    rows = _measure(source, parts, quick, seconds, repeats)
+    if save:
+        _save(rows)
+    for row in rows if json_output else []:
+        print(json.dumps(row, sort_keys=True))
+    if not json_output:
+        _print(rows)
+    print(f"took {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+
+
+def _measure(
+    where: str, parts: list[str], quick: bool, seconds: float, repeats: int
+) -> list[dict[str, Any]]:
+    from shards.progress import waiting
+
+    with waiting("loading PyTorch and the loaders"):
+        import joblib
+
+        from kamim.bench import build, meaning, step, versus
+        from preprocess import open_source
+        from train.setup import find_device
+
+    source, cores = open_source(where, partial=True), joblib.cpu_count()
+    effort = versus.Effort(0.7, 2) if quick else versus.Effort(seconds, repeats)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "loaders" in parts:
+            rates = versus.prepare_rivals(source, folder, cores, quick)
+            found, warm = versus.measure(rates, len(source.entries), effort)
+            rows += versus.rows_of(found, warm, len(source.entries))
+            problem = versus.noise(found)
+            if problem:
+                print(f"warning: {problem}", file=sys.stderr)
+            rows = [row | {"noisy": bool(problem)} for row in rows]
+        if "step" in parts:
+            device = find_device("auto")
+            cuda = device.type == "cuda"
+            records = versus.prepare_set(source, folder, quick)
+            recipes = ["vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base"]
+            for recipe in recipes if cuda else ["small"]:
+                short = {"steps": 3, "repeats": 2} if quick else {"steps": 40 if cuda else 8}
+                with waiting(f"training steps of {recipe}"):
+                    row = step.measure(records, recipe, device, 256 if cuda else 64, **short)
+                rows.append(row)
+    if "build" in parts:
+        for detector in ("fast",) if quick else build.REPEATS:
+            wanted = 1 if quick else build.REPEATS[detector]
+            rows.append(build.measure(source, detector, wanted, int(quick)))
+    if "meaning" in parts:
+        medians = {f"{r['loader']}: {r['detector']}": r["images_per_s"]["median"]
+                   for r in rows if "images_per_s" in r and "loader" in r}  # fmt: skip
+        steps = {r["recipe"]: r["images_per_s_synthetic"] for r in rows
+                 if r["bench"] == "step" and r["device"] != "cpu"}  # fmt: skip
+        rows += meaning.rows_of(medians, cores, steps)
+    return rows
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from kamim.bench.build import table
+
+    loaders = [r for r in rows if r["bench"] == "versus" and r["loader"] != "chain"]
+    if loaders:
+        print(f"{'loader':42s}{'images/s':>10s}{'least to most':>22s}{'x published':>13s}  "
+              "of its ceiling")  # fmt: skip
+    for row in loaders:
+        rate, name = row["images_per_s"], row["loader"]
+        if "only" not in name:
+            name += ", no weights" if row["detector"] == "None" else f", {row['detector']}"
+        extent = f"{rate['min']:,.0f} to {rate['max']:,.0f}"
+        times = f"{row['times_published']['median']:.1f}" if "times_published" in row else ""
+        top = row.get("of_ceiling")
+        share = f"{top['median']:.2f} of {top['ceiling']}" if top else ""
+        print(f"{name:42s}{rate['median']:10,.0f}{extent:>22s}{times:>13s}  {share}")
+    for row in rows:
+        if row.get("loader") == "chain":
+            factors = ", ".join(f"{k} x {v['median']:.2f}" for k, v in row["factors"].items())
+            print(f"\nfrom the published loader to ours, FAST: {factors};")
+            print(f"product {row['product']:.1f}, measured {row['total']['median']:.1f}")
+        elif row["bench"] == "step":
+            mfu = f", {row['mfu']:.0%} MFU" if row["mfu"] else ""
+            share, weighing = row["end_to_end_over_synthetic"], row["weighted_over_unweighted"]
+            print(f"\nstep, {row['recipe']} on {row['device']}: {row['images_per_s']:,} images/s,")
+            print(f"{share:.2f} of synthetic, weighted / unweighted {weighing:.2f} in time, "
+                  f"waiting {row['waiting']:.1%}{mfu}")  # fmt: skip
+        elif row["bench"] == "build":
+            print("\nbuild, " + table(row))
+        elif row["bench"] == "meaning":
+            hours = ", ".join(f"{way} {h:,.1f}" for way, h in row["hours_100_epochs"].items())
+            print(f"\n{row['recipe']}: one GPU takes {row['gpu_images_per_s']:,} images/s "
+                  f"({row['gpu_is']});")  # fmt: skip
+            print(f"hours of 100 epochs of ImageNet-1K with 16 cores, computed: {hours}")
+
+
+def _save(rows: list[dict[str, Any]]) -> None:
+    from kamim.bench.plots import draw_all
+    from kamim.bench.provenance import RESULTS, append
+
+    for name in sorted({row["bench"] for row in rows}):
+        of_name = [row for row in rows if row["bench"] == name]
+        print(append(name, of_name), file=sys.stderr)
+    if any(row.get("loader") == "chain" for row in rows):
+        for path in draw_all(rows, RESULTS.parent.parent / "docs"):
+            print(path, file=sys.stderr)

@@ -1,0 +1,55 @@
+"""What the measured rates mean for ImageNet-1K: computed, and said to be.
+
+In: images a second of the loaders on this machine's cores, and of training steps if there are any.
+Out: rows of images a second that each backbone asks for, what 16 cores deliver, and hours.
+"""
+
+from typing import Any
+
+from train.models import SimMIM, model_flops
+from train.recipes import find_recipe
+
+IMAGENET, EPOCHS, CORES = 1_281_167, 100, 16
+PEAK, SHARE = 989e12, 0.5  # bf16 FLOP/s of one H200 or H100, and the share of it assumed
+BACKBONES = ("vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base")
+WAYS = {
+    "published": "online, published: fast",
+    "optimised": "online, optimised: fast",
+    "WebDataset": "offline, WebDataset: fast",
+    "FFCV raw": "offline, FFCV raw: fast",
+}
+
+
+def rows_of(
+    found: dict[str, float], cores: int, measured: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """A row a backbone. `found`: images a second of each loader on `cores` cores; `measured`:
+    images a second of a GPU's synthetic steps by recipe, in place of the assumed ones.
+    """
+    ways = {way: found[name] * CORES / cores for way, name in WAYS.items() if name in found}
+    rows = []
+    for name in BACKBONES:
+        recipe = find_recipe(name)
+        flops = model_flops(SimMIM(recipe.model, recipe.size), recipe.size)
+        wanted = (measured or {}).get(name)
+        gpu = wanted or SHARE * PEAK / flops
+        rows.append(
+            {
+                "bench": "meaning",
+                "recipe": name,
+                "gflops_an_image": round(flops / 1e9, 2),
+                "gpu_images_per_s": round(gpu),
+                "gpu_is": "measured" if wanted else f"computed at {SHARE:.0%} of an H200's peak",
+                "delivered_by_16_cores": {way: round(rate) for way, rate in ways.items()},
+                "hours_100_epochs": {
+                    way: round(hours(min(gpu, rate)), 1) for way, rate in ways.items()
+                },
+                "hours_if_never_waiting": round(hours(gpu), 1),
+            }
+        )
+    return rows
+
+
+def hours(images_per_s: float) -> float:
+    """Hours of EPOCHS epochs of ImageNet-1K."""
+    return IMAGENET * EPOCHS / images_per_s / 3600

@@ -1,0 +1,217 @@
+"""The measured tables of README and docs, rendered from docs/results/bench; by `make readme`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kamim.bench.markers import renewed_parts
+from kamim.bench.plots import FACTORS, ORDER, WAYS
+from kamim.bench.provenance import RESULTS
+
+REPOSITORY = Path(__file__).parents[2]
+
+Row = tuple[str, dict[str, float], int]
+
+
+def newest(name: str) -> list[dict[str, Any]]:
+    """The lines of the newest run in results/`name`.jsonl: the last of each detector, if any."""
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return list({row.get("detector"): row for row in rows}.values())
+
+
+def render() -> str:
+    """The table and the circumstances of its numbers, as Markdown."""
+    rows: list[Row] = []
+    for row in newest("build"):
+        name = row["detector"].upper()
+        share, scaling = row["share_of_ceiling_2_jobs"], row["two_jobs_over_one"]
+        rows.append(
+            (f"build, {name}: 2 jobs / (2 cores / sum of the stages alone)", share, row["n"])
+        )
+        rows.append((f"build, {name}: 2 jobs / 1 job", scaling, row["n"]))
+    (loader,), (ffcv,) = newest("loader"), newest("ffcv")
+    for title, key in {
+        "loader / (cores x one thread that only decodes)": "loader / (cores x decode alone)",
+        "loader with maps / without": "with maps / without",
+        "loader from the bank / without maps": "from the bank / without maps",
+        "loader's threads / a DataLoader's processes": "threads / processes",
+        "training step, weighted / unweighted": "weighted step / unweighted",
+    }.items():
+        rows.append((title, loader[key], loader["n"]))
+    for title, key in {
+        "FFCV, our square JPEG frames / its own RandomResizedCrop": (
+            "square JPEG / RandomResizedCrop"
+        ),
+        "FFCV, raw frames / JPEG frames": "raw / JPEG",
+        "FFCV JPEG with maps / without": "JPEG with maps / without",
+        "FFCV, first batch at 90 % of an epoch / at 0 % (time)": "first batch at 90 % / at 0 %",
+    }.items():
+        rows.append((title, ffcv[key], ffcv["n"]))
+    (remote,) = newest("remote")
+    for title, key in {
+        "S3 server on loopback, cache warm / folder": "S3, cache warm / local",
+        "S3, warm, first epoch (hashed) / folder": "S3, cache warm, first epoch (hashed) / local",
+        "S3, cache empty / folder": "S3, cache empty / local",
+    }.items():
+        rows.append((title, remote[key], remote["n"]))
+    lines = ["| ratio within one run | median | least to most | n |", "|---|---|---|---|"]
+    lines += [
+        f"| {title} | {v['median']:.2f} | {v['min']:.2f} to {v['max']:.2f} | {n} |"
+        for title, v, n in rows
+    ]
+    versions = ", ".join(f"{name} {value}" for name, value in ffcv["versions"].items())
+    dates = sorted({row["date"] for row in [*newest("build"), loader, ffcv]})
+    origin = (
+        f"{ffcv['images']} ImageNet photos (several times each in builds), {ffcv['cores']} cores "
+        f"of an {ffcv['cpu']}, Python {ffcv['python']}, {versions}; "
+        f"{' and '.join(dates)}. Raw lines with their commits: docs/results/bench."
+    )
+    return "\n".join([*lines, "", origin, ""])
+
+
+def render_fidelity() -> str:
+    """Errors of default maps and of maps of eight crops beside the rulers, as Markdown."""
+    rows = [json.loads(line) for line in (RESULTS / "fidelity.jsonl").read_text().splitlines()]
+    found = {(r["detector"], r["changes"].get("map_crops")): r for r in rows
+             if set(r["changes"]) == {"map_crops"}}  # fmt: skip
+    names = sorted({name for name, _ in found})
+    lines = ["| correlation, and share of loss weight on the wrong cell | "
+             + " | ".join(name.upper() for name in names) + " |"]  # fmt: skip
+    lines.append("|---|" + "---|" * len(names))
+
+    def line(title: str, errors: list[dict[str, float]]) -> str:
+        cells = (f"{e['correlation']:.3f}, {e['wrong']:.1%}" for e in errors)
+        return f"| {title} | {' | '.join(cells)} |"
+
+    lines.append(line("map, default (3 crops)", [found[name, 3] for name in names]))
+    lines.append(line("map of 8 crops", [found[name, 8] for name in names]))
+    for ruler, title in {
+        "shifted": "ruler: the crop 2 px aside",
+        "flipped": "ruler: the crop flipped",
+        "torchvision": "ruler: torchvision's resize",
+        "uniform": "ruler: no weights",
+    }.items():
+        lines.append(line(title, [found[name, 3]["rulers"][ruler] for name in names]))
+    row = found[names[0], 3]
+    lines += ["", f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; "
+              f"{row['date']}. The bank is exact. Cost of more crops:", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def render_versus() -> str:
+    """Images per second of each loader, as Markdown."""
+    newest_of = _versus()
+    chain = newest_of["chain", "fast"]
+    columns = ("None", "fast", "orb", "sift")
+    lines = ["| images per second (times as published) | no weights | FAST | ORB | SIFT |"]
+    lines.append("|---|---|---|---|---|")
+    for loader in [name for name in ORDER if any(name == key[0] for key in newest_of)]:
+        cells = []
+        for detector in columns:
+            row = newest_of.get((loader, detector))
+            cell = f"{row['images_per_s']['median']:,.0f}" if row else ""
+            if row and "times_published" in row:
+                cell += f" ({row['times_published']['median']:.1f})"
+            cells.append(cell)
+        lines.append(f"| {loader} | {' | '.join(cells)} |")
+    machine = f"{chain['cores']} cores of an {chain['cpu']}"
+    lines += ["", f"{chain['images']} ImageNet photos, {machine}; "
+              f"medians of {chain['n']} interleaved repeats; {chain['date']}."]  # fmt: skip
+    if chain["noisy"]:
+        lines.append("The machine was noisier than the benchmark asks for.")
+    return "\n".join([*lines, ""])
+
+
+def _versus() -> dict[tuple[str, str], dict[str, Any]]:
+    """The newest row of each loader and detector."""
+    rows = [json.loads(line) for line in (RESULTS / "versus.jsonl").read_text().splitlines()]
+    return {(row["loader"], row["detector"]): row for row in rows}
+
+
+def render_factors() -> str:
+    """Where the gain over the published loader comes from, and the ceilings, as Markdown."""
+    newest_of = _versus()
+    chain = newest_of["chain", "fast"]
+    factors = ", ".join(f"{k} {chain['factors'][k]['median']:.2f}" for k in FACTORS)
+    ceilings = ", ".join(
+        f"{name} {row['images_per_s']['median']:,.0f}"
+        for (name, _), row in newest_of.items()
+        if "only" in name
+    )
+    return (
+        f"From the published FAST loader to ours from WebDataset, factor by factor: {factors}; "
+        f"product {chain['product']:.1f}, measured {chain['total']['median']:.1f}. "
+        f"Ceilings, images per second: {ceilings}.\n"
+    )
+
+
+def render_meaning() -> str:
+    """Hours of 100 epochs of ImageNet-1K by backbone and loader, an estimate, as Markdown."""
+    rows = [json.loads(line) for line in (RESULTS / "meaning.jsonl").read_text().splitlines()]
+    rows = list({row["recipe"]: row for row in rows}.values())
+    ways = [way for way in WAYS if way in rows[0]["hours_100_epochs"]]
+    lines = [f"| 100 epochs of ImageNet-1K, 16 cores, 1 GPU: hours | {' | '.join(ways)} |"]
+    lines.append("|---|" + "---|" * len(ways))
+    for row in rows:
+        hours = " | ".join(f"{row['hours_100_epochs'][way]:,.1f}" for way in ways)
+        wants = f"{row['recipe']}: takes {row['gpu_images_per_s']:,} images/s"
+        lines.append(f"| {wants} | {hours} |")
+    delivered = ", ".join(f"{k} {rows[0]['delivered_by_16_cores'][k]:,}" for k in ways)
+    kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
+    times = f"{16 / rows[0]['cores']:g}"
+    lines += [
+        "",
+        f"An estimate: the rates of {rows[0]['cores']} cores times {times} ({delivered} images/s), "
+        f"and a GPU's rate that is {kinds}. What limits it: one process of our loader feeds six or "
+        "seven decoding cores and stops, at about 23,000 JPEG images/s on such cores; the two "
+        "columns of ours need several processes beyond that.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def render_throw() -> str:
+    """What throwing saves beside what FAMT claims, as Markdown; or how to find out."""
+    path = RESULTS / "throw.jsonl"
+    if not path.exists():
+        return "Not measured yet on this machine: `make bench-throw`.\n"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = list({(row["recipe"], row["device"]): row for row in rows}.values())
+    lines = [
+        "| time, throwing over not | a step | an attention pass, of an epoch | a published run |"
+    ]
+    lines.append("|---|---|---|---|")
+    for row in rows:
+        for method in ("MAE", "SimMIM"):
+            step, look, run = (row[method][key] for key in ("step", "look", "run"))
+            lines.append(f"| {method}, {row['recipe']} on {row['device']}, batch {row['batch']} | "
+                         f"{step['median']:.2f} ({step['min']:.2f} to {step['max']:.2f}) | "
+                         f"{look['median']:.2f} | {run['median']:.2f} |")  # fmt: skip
+    last = rows[-1]
+    return "\n".join([*lines, "", f"Claimed: training time cut by nearly half. 224 px, medians of "
+                      f"{last['n']} interleaved repeats, {last['cores']} cores of an "
+                      f"{last['cpu']}; {last['date']}. A published run has random masks for its "
+                      f"first 40 epochs, of 400 (MAE) or 200 (SimMIM).", ""])  # fmt: skip
+
+
+PAGES = {
+    "README.md": {"versus": render_versus},
+    "docs/benchmarks.md": {
+        "factors": render_factors,
+        "measured": render,
+        "meaning": render_meaning,
+    },
+    "docs/fidelity.md": {"fidelity": render_fidelity},
+    "docs/masking.md": {"throw": render_throw},
+}
+
+
+def renewed(page: str) -> str:
+    """The text of `page`, with the parts between its markers rendered anew."""
+    parts = {name: make() for name, make in PAGES[page].items()}
+    return renewed_parts((REPOSITORY / page).read_text(), parts)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        (REPOSITORY / page).write_text(renewed(page))

@@ -1,0 +1,199 @@
+"""What ImageNet-22K and LAION-400M would cost: computed from measured rates, rendered into a page.
+
+In: the newest lines of results/build.jsonl, loader.jsonl, versus.jsonl and meaning.jsonl, and the
+sizes below. Out: the tables between the markers of docs/scaling.md; run by `make readme`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kamim.bench.markers import renewed_parts
+from kamim.bench.provenance import RESULTS
+from kamim.bench.readme import newest
+from preprocess.defaults import default_settings
+from preprocess.detectors import detector_settings
+from shards.spec import BANK_CELL, BANK_HEAD
+from shards.tar import INDEX_DTYPE
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+DATASETS = {"ImageNet-22K": 14_200_000, "LAION-400M": 400_000_000}
+SHARD = 1000  # inputs; what build chooses from 64,000 inputs on
+# Means over the 800 ImageNet photos, bytes. The record is with one detector and four crops.
+PHOTO, FRAME, RECORD = 109_820, 21_770, 29_197
+NPY_HEADER = 128
+# Of a listed input, a manifest's row as text, a File, and a record in a shard's .build row; and
+# seconds to hash one input's listing. CPython 3.11; a test holds sizes to the objects themselves.
+ENTRY, MANIFEST_ROW, FILE, BUILD_ROW, LISTING_HASH = 282, 170, 315, 81, 1.8e-6
+SHA256 = 1.4e9  # bytes a second and core: docs/decisions.md, "Every shard is hashed"
+STAT = 1e-3  # seconds a file on a network file system: assumed
+LINKS = (1, 10, 100)  # Gbit/s
+CORES = (16, 256, 4096)
+
+
+def record_bytes(detectors: int, bank: int) -> int:
+    """Bytes of a record in its tar: frame, maps, bank, and headers as in the 800 photos."""
+    settings = default_settings((detector_settings("fast"),), SHARD)
+    a_map, cells = settings.grid**2 // 2, settings.crop // BANK_CELL
+    slots = NPY_HEADER + 4 * (BANK_HEAD + cells * cells)
+    around = RECORD - FRAME - NPY_HEADER - a_map - slots  # tar headers, padding, label, JSON
+    stored = NPY_HEADER + bank * (BANK_HEAD + detectors * cells * cells) if bank else 0
+    return FRAME + NPY_HEADER + detectors * a_map + stored + around
+
+
+def core_seconds(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds an image and core by stage, and the rest of a one-job build, from a build's row."""
+    stages = {stage: ms / 1000 for stage, ms in row["stages_ms"].items()}
+    whole = 1 / row["images_per_s_1_job"]["median"]
+    return {**stages, "read, write, hash": whole - sum(stages.values()), "whole": whole}
+
+
+def cost() -> str:
+    """Milliseconds by stage, core-hours, and the time on so many cores."""
+    rows = newest("build")
+    names = [row["detector"].upper() for row in rows]
+    seconds = [core_seconds(row) for row in rows]
+    groups = {
+        "decode": ("decode",),
+        "frame: shrink": ("frame",),
+        "frame: encode": ("encode",),
+        "four views: resize": ("resize",),
+        "detect": ("detect",),
+        "mark and sum": ("mark", "grid"),
+        "read, write, hash: the rest of a build": ("read, write, hash",),
+        "whole build, one core": ("whole",),
+    }
+    lines = [
+        _row(f"{title}, ms", [f"{1000 * sum(s[stage] for stage in parts):.2f}" for s in seconds])
+        for title, parts in groups.items()
+    ]
+    for dataset, images in DATASETS.items():
+        needed = [images * s["whole"] for s in seconds]
+        lines.append(_row(f"{dataset}, core-hours", [f"{n / 3600:,.0f}" for n in needed]))
+        lines += [
+            _row(f"{dataset} on {cores:,} cores", [_time(n / cores) for n in needed])
+            for cores in CORES
+        ]
+    paces = [f"{CORES[-1] / s['whole'] / SHARD:,.0f}" for s in seconds]
+    lines.append(_row(f"tasks a second, {CORES[-1]:,} cores", paces))
+    return _table("one detector, 3 map crops", names, lines) + _origin(rows[0])
+
+
+def storage() -> str:
+    """Bytes of what goes in and what comes out."""
+    lines = [
+        _row("photos to read, 110 kB each", [_bytes(n * PHOTO) for n in DATASETS.values()]),
+    ]
+    for detectors, bank in ((1, 0), (3, 0), (1, 4), (3, 4)):
+        size = record_bytes(detectors, bank)
+        title = f"shards, {detectors} detector{'s' * (detectors > 1)}, bank of {bank}: {size:,} B"
+        lines.append(_row(title, [_bytes(n * size) for n in DATASETS.values()]))
+    lines.append(_row("shards of 1,000", [f"{n // SHARD:,}" for n in DATASETS.values()]))
+    index = [_bytes(n * INDEX_DTYPE.itemsize) for n in DATASETS.values()]
+    lines.append(_row(f"index.npy, {INDEX_DTYPE.itemsize} B a record", index))
+    return _table("", list(DATASETS), lines)
+
+
+def network() -> str:
+    """The time that the bytes take on a link, and the cores that fill it."""
+    size, lines = record_bytes(1, 0), []
+    for dataset, images in DATASETS.items():
+        for title, each in (("photos in", PHOTO), ("shards out, or one epoch", size)):
+            spent = [_time(images * each * 8 / (link * 1e9)) for link in LINKS]
+            lines.append(_row(f"{dataset}: {title}", spent))
+    for row in newest("build"):
+        rate = (PHOTO + size) / core_seconds(row)["whole"]
+        cores = [f"{link * 1e9 / 8 / rate:,.0f}" for link in LINKS]
+        lines.append(_row(f"cores that fill it, building {row['detector'].upper()}", cores))
+    return _table("", [f"{link} Gbit/s" for link in LINKS], lines)
+
+
+def driver() -> str:
+    """What the process that lists, hands out and publishes holds and waits for."""
+    files = {name: -(-images // SHARD) for name, images in DATASETS.items()}
+    images, counts = list(DATASETS.values()), list(files.values())
+    total = [n * record_bytes(1, 0) for n in images]
+    rows = {
+        f"listing in memory, {ENTRY} B an input": [_bytes(n * ENTRY) for n in images],
+        "listing hashed": [_time(n * LISTING_HASH) for n in images],
+        "folder listed at 1 ms a file": [_time(n * STAT) for n in images],
+        "rows of finished shards in .build": [_bytes(n * BUILD_ROW) for n in images],
+        "index while publishing (parts, joined, as bytes)": [
+            _bytes(3 * n * INDEX_DTYPE.itemsize) for n in images
+        ],
+        f"manifest.json, {MANIFEST_ROW} B a shard": [_bytes(n * MANIFEST_ROW) for n in counts],
+        "opening: shards as objects, a process": [_bytes(n * FILE) for n in counts],
+        "opening: one stat a shard at 1 ms": [_time(n * STAT) for n in counts],
+        "opening: index hashed on one core": [
+            _time(n * INDEX_DTYPE.itemsize / SHA256) for n in images
+        ],
+        "start: all shards hashed by 16 cores": [_time(n / SHA256 / 16) for n in total],
+        "start: all shards read at 10 Gbit/s": [_time(n * 8 / 10e9) for n in total],
+    }
+    return _table("", list(DATASETS), [_row(title, cells) for title, cells in rows.items()])
+
+
+def loading() -> str:
+    """What one GPU asks of its host, by backbone."""
+    (loader,) = newest("loader")
+    tar = loader["loader, threads, with maps"]["median"] / loader["cores"]
+    lines_of = [json.loads(line) for line in (RESULTS / "versus.jsonl").read_text().splitlines()]
+    found = {(row["loader"], row["detector"]): row for row in lines_of}
+    ffcv = found["offline, FFCV raw", "fast"]
+    raw = ffcv["images_per_s"]["median"] / ffcv["cores"]
+    rows = [json.loads(line) for line in (RESULTS / "meaning.jsonl").read_text().splitlines()]
+    size, lines = record_bytes(1, 0), []
+    for row in {row["recipe"]: row for row in rows}.values():
+        rate = row["gpu_images_per_s"]
+        cells = [f"{rate:,}", f"{rate / tar:.1f}", f"{rate / raw:.1f}"]
+        epochs = [_time(images / rate) for images in DATASETS.values()]
+        lines.append(_row(row["recipe"], [*cells, f"{rate * size * 8 / 1e9:.1f}", *epochs]))
+    heads = ["images/s", "cores, WebDataset", "cores, FFCV raw", "Gbit/s"]
+    heads += [f"an epoch of {name}" for name in DATASETS]
+    kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
+    return _table("one GPU", heads, lines) + f"\nThe GPU's rate is {kinds}.\n"
+
+
+def _row(title: str, cells: list[str]) -> str:
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def _table(title: str, heads: list[str], lines: list[str]) -> str:
+    return "\n".join([_row(title, heads), "|---|" + "---|" * len(heads), *lines, ""])
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, {"B": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{count:,.1f} {unit}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def _origin(row: dict[str, Any]) -> str:
+    return (
+        f"\nMeasured with one job on {row['cores']} cores of an {row['cpu']}, ImageNet photos, "
+        f"files in the page cache; {row['date']}, docs/results/bench/build.jsonl.\n"
+    )
+
+
+def renewed(text: str) -> str:
+    """`text` of the page with its tables rendered anew."""
+    parts = {
+        "cost": cost(),
+        "storage": storage(),
+        "network": network(),
+        "driver": driver(),
+        "loading": loading(),
+    }
+    return renewed_parts(text, parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text()))

@@ -1,0 +1,299 @@
+"""The commands of evaluation: `kamim probe`, `finetune`, `analyse`, `export-hf`.
+
+In: what a user typed. Out: a table, a JSON file. torch is imported only when one of them runs.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from kamim.evaluate.words import (
+    CONFIG,
+    check_installed,
+    check_labels,
+    check_words,
+    file_of,
+    folder_for,
+)
+from shards.errors import UserError
+
+app = typer.Typer()
+
+What = Annotated[
+    str,
+    typer.Argument(
+        help="A run, checkpoint, exported or Hugging Face file or folder, timm:NAME or random:NAME."
+    ),
+]
+Train = Annotated[Path, typer.Argument(help="Shards to learn on.")]
+Val = Annotated[Path, typer.Argument(help="Shards to test on.")]
+Block = Annotated[
+    int, typer.Option(min=0, help="Features after this block; 0: 8 of 12, a Swin's last stage.")
+]
+Pooling = Annotated[
+    Literal["mean", "cls"], typer.Option(help="Mean of the patch tokens, or the class token.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for what is kept and the result; runs/COMMAND-ENCODER by default."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def probe(
+    encoder: What,
+    train: Train,
+    val: Val,
+    protocol: Annotated[
+        Literal["fast", "paper"],
+        typer.Option(help="Cached features and swept rates, or the published augmented recipe."),
+    ] = "fast",
+    block: Block = 0,
+    pool: Pooling = "mean",
+    seeds: Annotated[int, typer.Option(min=1, help="Heads trained, each with its own seed.")] = 3,
+    neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest neighbours.")] = 20,
+    epochs: Annotated[float, typer.Option(min=0, help="Of the head; 0: 30 fast, 100 paper.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Of the paper's protocol.")] = 2048,
+    device: Device = "auto",
+    out: Out = None,
+    json_output: Json = False,
+) -> None:
+    """Linear probe of frozen features, and their nearest neighbours.
+
+    fast: features are computed once and kept, learning rates are swept on a tenth of the training
+    set, no augmentation. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or
+    CutMix. Killed, the same command goes on from what is finished.
+    """
+    task = _open(encoder, train, val, block, pool, device)
+    from kamim.evaluate.features import cached
+    from kamim.evaluate.probe import linear_probe, nearest_neighbours
+    from shards.files import alone
+
+    folder = out or folder_for("probe", encoder)
+    with alone(folder):
+        known, asked = (cached(folder, task.model, records, task.block, pool, task.device)
+                        for records in (task.learn, task.test))  # fmt: skip
+        near = nearest_neighbours(known, asked, task.classes, neighbours)
+        row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
+        if protocol == "fast":
+            scores = [linear_probe(known, asked, task.classes, seed, round(epochs) or 30,
+                                   device=task.device) for seed in range(seeds)]  # fmt: skip
+            row |= {"top1": [round(s.top1, 4) for s in scores]}
+            row |= {"top5": [round(s.top5, 4) for s in scores], "rates": [s.rate for s in scores]}
+        else:
+            row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
+        _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
+
+
+@app.command()
+def finetune(
+    encoder: What,
+    train: Train,
+    val: Val,
+    recipe: Annotated[
+        Literal["kamim", "simmim"], typer.Option(help="KAMIM's, or SimMIM's with layer decay.")
+    ] = "simmim",
+    epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's 100.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Decides order and augmentation.")] = 0,
+    device: Device = "auto",
+    out: Out = None,
+    json_output: Json = False,
+) -> None:
+    """Train all of an encoder with labels, and test it.
+
+    Killed, the same command goes on from the last finished epoch, to the same numbers.
+    """
+    task = _open(encoder, train, val, 0, "mean", device)
+    from shards.files import alone
+
+    task.block = task.model.blocks
+    folder = out or folder_for("finetune", encoder)
+    with alone(folder):
+        found = _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
+        row = task.facts() | {"recipe": recipe} | found
+        _report(row, folder / "finetune.json", json_output, "")
+
+
+@dataclass(slots=True)
+class _Task:
+    """An encoder to evaluate, and on what."""
+
+    encoder: str
+    model: Any
+    learn: Any
+    test: Any
+    classes: int
+    block: int
+    pool: Literal["mean", "cls"]
+    device: Any
+
+    def facts(self) -> dict[str, Any]:
+        """What a result stands beside."""
+        return {
+            "encoder": self.encoder, "block": self.block, "blocks": self.model.blocks,
+            "pool": self.pool, "train": str(self.learn.folder), "val": str(self.test.folder),
+            "samples": [len(self.learn), len(self.test)],
+        }  # fmt: skip
+
+
+def _open(
+    encoder: str, train: Path, val: Path, block: int, pool: Literal["mean", "cls"], device: str
+) -> _Task:
+    """The task that a user typed, checked before any work."""
+    check_words([encoder], device)
+    from shards import ShardSet
+    from shards.progress import waiting
+
+    learn, test = ShardSet(train), ShardSet(val)
+    classes = check_labels(learn, test)
+    check_labels(test)
+    with waiting(f"loading PyTorch and {encoder}"):
+        from kamim.evaluate.encoder import load_encoder
+        from train.setup import find_device
+
+        where = find_device(device)
+        model = load_encoder(encoder, where)
+    if block > model.blocks:
+        raise UserError(f"--block {block}: {encoder} has {model.blocks}")
+    return _Task(encoder, model, learn, test, classes, block or model.default_block, pool, where)
+
+
+def _supervised(
+    task: _Task, name: str, epochs: float, batch: int, folder: Path, seeds: range
+) -> dict[str, list[float]]:
+    """Top-1 and top-5 of each seed's run by the recipe `name`, each in a folder of its own."""
+    from copy import deepcopy
+    from dataclasses import replace
+
+    import torch
+
+    from kamim.evaluate.supervised import RECIPES, Classifier, train_supervised
+
+    recipe = replace(RECIPES[name], batch=batch, epochs=epochs or RECIPES[name].epochs)
+    same = {"encoder": task.encoder, "block": task.block, "pool": task.pool}
+    found: dict[str, list[float]] = {"top1": [], "top5": []}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = deepcopy(task.model)
+        classifier = Classifier(model, task.block, task.pool, task.classes, recipe.frozen)
+        classifier.to(task.device)
+        run = folder / f"{name}-seed-{seed}"
+        scores = train_supervised(
+            classifier, recipe, task.learn, task.test, run, seed, task.device, same
+        )
+        for key, values in found.items():
+            values.append(scores[key])
+    return found
+
+
+def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
+    from shards.files import write_atomically
+
+    write_atomically(path, (json.dumps(row, indent=2) + "\n").encode("ascii"))
+    if json_output:
+        print(json.dumps(row))
+        return
+    count = len(row["top1"])
+    spread = f" +- {statistics.stdev(row['top1']):.2%}" if count > 1 else ""
+    print(
+        f"{row['encoder']}, block {row['block']} of {row['blocks']}, {row['pool']}: top-1 "
+        f"{statistics.mean(row['top1']):.2%}{spread}, top-5 {statistics.mean(row['top5']):.2%}"
+        f"{more} of {row['samples'][1]:,}, {count} seeds"
+    )
+
+
+@app.command()
+def analyse(
+    encoders: Annotated[
+        list[str], typer.Argument(help="Encoders as for probe, then the folder of the shards.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path(
+        "runs/analysis"
+    ),
+    images: Annotated[int, typer.Option(min=2, help="Frames to look at.")] = 32,
+    json_output: Json = False,
+) -> None:
+    """Attention, frequencies, tokens and reconstructions of several encoders on one page.
+
+    Attention distance stands beside that of uniform attention, and a warning where attention has
+    collapsed.
+    """
+    *names, folder = encoders
+    if not names:
+        raise UserError("name at least one encoder, then the folder of the shards")
+    check_words(names)
+    check_installed(
+        {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
+    )
+    from shards import ShardSet
+    from shards.files import alone
+    from shards.progress import waiting
+
+    records = ShardSet(folder)
+    with waiting("loading PyTorch and the encoders"):
+        import torch
+
+        from kamim.evaluate.analyse import analyse
+        from kamim.evaluate.encoder import load_encoder
+
+        loaded = {name: load_encoder(name, torch.device("cpu")) for name in names}
+    files = {name: file_of(name) for name in names if Path(name).exists()}
+    ours = {name: path for name, path in files.items() if path.suffix == ".pt"}
+    with alone(out):
+        found, warnings = analyse(loaded, ours, records, out, images)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    page = out / "analysis.html"
+    result = {"page": str(page), "warnings": warnings, "encoders": found}
+    print(json.dumps(result, indent=2) if json_output else page)
+
+
+@app.command()
+def export_hf(
+    encoder: What,
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder to write, for from_pretrained; or one file, if it ends in .safetensors."
+        ),
+    ],
+) -> None:
+    """Write a ViT's encoder for Hugging Face: config.json and model.safetensors for ViTModel.
+
+    ViTModel.from_pretrained(TARGET, add_pooling_layer=False) loads it and gives the same features.
+    """
+    check_words([encoder])
+    alone = target.suffix == ".safetensors"
+    path = target if alone else target / "model.safetensors"
+    if target.is_file() or path.exists() or (target / CONFIG).exists():
+        kind = "file" if alone else "folder"
+        raise UserError(f"{target} exists; name another {kind} or remove it")
+    from shards.files import write_atomically
+    from shards.progress import waiting
+
+    with waiting(f"loading PyTorch and {encoder}"):
+        import torch
+
+        from kamim.evaluate.encoder import load_encoder
+        from kamim.evaluate.huggingface import config_of, from_timm
+        from train.export import write_tensors
+
+        model = load_encoder(encoder, torch.device("cpu")).model
+    if not hasattr(model, "blocks"):
+        raise UserError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
+    config = json.dumps(config_of(model), indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(from_timm(model.state_dict()), path, {"format": "pt", "config": config})
+    if alone:
+        print("note: from_pretrained wants a folder with a config.json; name one", file=sys.stderr)
+    else:
+        write_atomically(target / CONFIG, config.encode("ascii"))
+    print(target)

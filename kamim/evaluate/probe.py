@@ -1,0 +1,103 @@
+"""Linear probe and nearest neighbours on cached features: what frozen features are worth.
+
+In: features and labels of a training and a validation set. Out: accuracies, over several seeds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shards.progress import progress
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Shares of the validation set, 0 to 1, and the learning rate that was chosen."""
+
+    top1: float
+    top5: float
+    rate: float
+
+
+def linear_probe(
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    classes: int,
+    seed: int,
+    epochs: int = 30,
+    batch: int = 1024,
+    device: torch.device | str = "cpu",
+) -> Score:
+    """The fast protocol: a linear head behind a BatchNorm without parameters, by AdamW and cosine.
+
+    Heads for all RATES are trained side by side; the one best on a tenth of the training set, which
+    no head was trained on, is read on the validation set. features [N, d], labels [N].
+    """
+    shuffle = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train[0]), generator=shuffle)
+    held = max(1, round(HELD_OUT * len(order)))
+    features, labels = (tensor[order[held:]].to(device) for tensor in train)
+    chosen_on = tuple(tensor[order[:held]].to(device) for tensor in train)
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    torch.manual_seed(seed)
+    heads = [nn.Linear(features.shape[1], classes).to(device) for _ in RATES]
+    for head in heads:
+        nn.init.trunc_normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    groups = [{"params": head.parameters(), "lr": rate, "peak": rate}
+              for head, rate in zip(heads, RATES, strict=True)]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    steps = epochs * -(-len(features) // batch)
+    step = 0
+    with progress(f"heads of seed {seed}", epochs * len(features)) as bar:
+        for _ in range(epochs):
+            for part in torch.randperm(len(features), generator=shuffle).split(batch):
+                for group in optimizer.param_groups:
+                    turn = torch.cos(torch.tensor(torch.pi * step / steps)).item()
+                    group["lr"] = group["peak"] * 0.5 * (1 + turn)
+                x, y = (features[part] - mean) / std, labels[part]
+                loss = torch.stack([F.cross_entropy(head(x), y) for head in heads]).sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+                bar.update(len(part))
+    with torch.inference_mode():
+        held_x = (chosen_on[0] - mean) / std
+        scores = [(head(held_x).argmax(1) == chosen_on[1]).float().mean().item() for head in heads]
+        best = scores.index(max(scores))
+        logits = heads[best]((val[0].to(device) - mean) / std)
+        top = logits.topk(min(5, classes), dim=1).indices.cpu() == val[1][:, None]
+    return Score(top[:, 0].float().mean().item(), top.any(1).float().mean().item(), RATES[best])
+
+
+def nearest_neighbours(
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    batch: int = 1024,
+) -> float:
+    """Share of the validation set that its `k` nearest training features get right, 0 to 1.
+
+    Cosine similarity of features with the training mean taken off, votes exp(similarity / T), as
+    in DINO's evaluation (arXiv 2104.14294, eval_knn.py).
+    """
+    mean = train[0].mean(0)
+    known = F.normalize(train[0] - mean)
+    right = 0
+    with progress("nearest neighbours", len(val[0])) as bar:
+        for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
+            similarity = F.normalize(features - mean) @ known.T
+            near, which = similarity.topk(min(k, len(known)), dim=1)
+            votes = torch.zeros(len(features), classes)
+            votes.scatter_add_(1, train[1][which], (near / temperature).exp())
+            right += int((votes.argmax(1) == labels).sum())
+            bar.update(len(features))
+    return right / len(val[0])

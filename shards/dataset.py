@@ -1,0 +1,387 @@
+"""A finished set of shards, opened: its manifest, its index, and any record by its number.
+
+`shards.open` is how others get one. Everything that reads a set for training begins here.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+
+from shards import spec
+from shards.crops import Ints
+from shards.errors import UserError
+from shards.files import MANIFEST, check_sha256, check_size, mending
+from shards.order import Plan
+from shards.progress import progress
+from shards.record import Record, from_rows, key_of, npy_bytes, npy_header, unpacked
+from shards.remote.retry import PATIENCE
+from shards.remote.storage import is_url
+from shards.spec import AREA, INDEX, File, Manifest
+from shards.tar import INDEX_DTYPE, parse_record
+
+if TYPE_CHECKING:
+    from shards.ffcv_loader import FfcvLoader
+    from shards.loader import Loader, RecordLoader
+    from shards.remote.cache import Copies
+    from shards.torchdata import RecordDataset
+    from shards.weighting import Crops
+
+
+def open_set(
+    where: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cache_limit: int = 0,
+    patience: float = PATIENCE,
+    checksum: bool = True,
+) -> "ShardSet":
+    """The finished set in a folder, or at an s3://, gs://, hf:// or https:// URL.
+
+    cache: the local folder that the shards of a URL are fetched into as they are read; cache_limit:
+    bytes that all sets in it may take, 0 for any. patience: seconds to wait for a store that does
+    not answer. checksum: hash what is found in the cache before its first use. Raises UserError if
+    there is no such set, if it is damaged, or if there is no access; ConnectionError when patience
+    has ended.
+    """
+    if not is_url(where):
+        if cache is not None:
+            raise UserError(f"a cache is for shards at a URL; {where} is read where it is")
+        return ShardSet(Path(where))
+    if cache is None:
+        raise UserError(f"{where} needs a cache: a folder on a fast local disk, for copies")
+    from shards.remote.cache import Copies
+    from shards.remote.storage import Store
+
+    store = Store(str(where), patience)
+    try:
+        manifest = spec.parse(f"{store.url}/{MANIFEST}", store.read(MANIFEST))
+    except FileNotFoundError as error:
+        raise UserError(f"{error}: no finished set of shards, or the wrong place") from None
+    if manifest.container != "webdataset":
+        raise UserError(
+            f"{store.url} is an FFCV set, which is read from local files only; copy it to a local "
+            "folder, or use the WebDataset shards"
+        )
+    copies = Copies(store, manifest, Path(cache), cache_limit, checksum)
+    return ShardSet(copies.folder, manifest, copies)
+
+
+class ShardSet:
+    """The records 0 to len - 1 of a set, in the order of its shards.
+
+    Opening costs the manifest and a memory map, whatever the size. Raises UserError if the
+    manifest or the index is damaged or a shard is missing or has another size. With `copies`, of
+    a remote set, `folder` holds the shards that are here.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        manifest: Manifest | None = None,
+        copies: "Copies | None" = None,
+    ) -> None:
+        self.folder, self.copies = Path(folder), copies
+        self.manifest: Manifest = manifest or spec.load(self.folder)
+        self.held = copies.hold(self.manifest.index) if copies else None
+        self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
+        self.shards = self.manifest.shards
+        self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
+        for shard in self.shards if copies is None else []:
+            check_size(self.folder / shard.name, shard.bytes)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def batches(
+        self,
+        size: int = 192,
+        batch: int = 256,
+        *,
+        epochs: float = 1,
+        seed: int = 0,
+        weights: str | None = None,
+        temperature: float = 0.25,
+        w_ps: int = 8,
+        normalise: Literal["min", "mean"] = "min",
+        bank: bool = False,
+        area: tuple[float, float] = AREA,
+        flips: tuple[float, float] = (0.5, 0.5),
+        device: str = "auto",
+        workers: int = 0,
+        first: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Iterator["Crops"]:
+        """Random crops with their loss weights, on `device`, for the steps from `first` on.
+
+        Each is a Crops: images float32 [b, 3, size, size] of 0 to 1, weights float32 [b, c, c] with
+        c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
+        boxes (area: least and most share of the source; flips: chance of a horizontal and a
+        vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
+        its part of each batch. bank: show the stored crops with their exact densities.
+        """
+        from shards.weighting import WeightedCrops, find_device, to_device
+
+        plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        where = find_device(device)
+        crops = WeightedCrops(
+            self,
+            weights,
+            size=size,
+            w_ps=w_ps,
+            temperature=temperature,
+            normalise=normalise,
+            bank=bank,
+        ).to(where)
+        loader = self.loader(
+            plan,
+            first,
+            plan.steps(epochs),
+            maps=[weights] if weights else [],
+            bank=bank,
+            workers=workers,
+            rank=rank,
+            ranks=ranks,
+            device=where.type,
+        )
+        for _, tensors in to_device(loader, where):
+            yield crops(tensors)
+
+    def loader(
+        self,
+        plan: Plan,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        maps: Sequence[str] = (),
+        bank: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        prefetch: int = 3,
+        skip: bool = False,
+        device: str = "cpu",
+    ) -> "Loader | RecordLoader | FfcvLoader":
+        """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
+
+        maps: the detectors whose densities are wanted; with `bank` those of the stored crops. Each
+        Batch holds uint8 frames and densities, boxes and flips, in arrays that are used again for
+        a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
+        in the place of a damaged one. device: `cuda` has buffers pinned.
+        """
+        last = plan.steps() if last is None else last
+        if self.manifest.container == "ffcv" and plan.in_order:
+            from shards.loader import RecordLoader
+
+            return RecordLoader(self, plan, first, last, maps)
+        if self.manifest.container == "ffcv":
+            from shards.ffcv_loader import FfcvLoader
+
+            if skip:
+                raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
+            return FfcvLoader(
+                self,
+                plan,
+                first,
+                last,
+                maps=maps,
+                bank=bank,
+                rank=rank,
+                ranks=ranks,
+                workers=workers,
+                prefetch=prefetch,
+            )
+        from shards.loader import Loader
+
+        allocate = None
+        if device == "cuda":
+            from shards.weighting import pinned
+
+            allocate = pinned
+        return Loader(
+            self,
+            plan,
+            first,
+            last,
+            maps=maps,
+            bank=bank,
+            rank=rank,
+            ranks=ranks,
+            workers=workers,
+            prefetch=prefetch,
+            skip=skip,
+            allocate=allocate,
+        )
+
+    def dataset(
+        self, plan: Plan, *, maps: Sequence[str] = (), bank: bool = False
+    ) -> "RecordDataset":
+        """A map-style torch Dataset of the set's frames, densities, boxes and flips.
+
+        An item is asked for by (epoch, sample), as PlanSampler does, or by sample, of epoch 0. For
+        a DataLoader; `loader` is several times as fast.
+        """
+        from shards.torchdata import RecordDataset
+
+        return RecordDataset(self, plan, maps, bank)
+
+    def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
+        """Rows of the detectors `names` among the set's maps. Raises UserError if one is absent."""
+        if bank and not self.manifest.settings.bank:
+            raise UserError(
+                f"{self.folder} has no bank; add one by `kamim shards build SOURCE NEW --bank 4 "
+                f"--reuse {self.folder}`"
+            )
+        known = self.manifest.detectors
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; "
+                    f"build it with --detector {name}"
+                )
+        return [known.index(name) for name in names]
+
+    def locate(self, number: int) -> tuple[Path, NDArray[np.void]]:
+        """The shard's path and the index row of record `number`. Raises IndexError past the end."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of a set of {len(self)}")
+        return self.folder / self.shards[self.shard_of(number)].name, self.index[number]
+
+    def shard_of(self, number: int) -> int:
+        """The number of the shard that holds record `number`."""
+        return int(np.searchsorted(self.ends, number, side="right"))
+
+    def hold(
+        self,
+        shard: int,
+        needed: Callable[[], bool] = lambda: True,
+        next_use: Callable[[], Ints] | None = None,
+    ) -> "Held":
+        """Shard number `shard`, open; that of a remote set is fetched first, as Copies.hold."""
+        if self.copies:
+            return self.copies.hold(self.shards[shard], needed, next_use)
+        return Held(os.open(self.folder / self.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC))
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`. Raises UserError, naming shard and key, if it is damaged."""
+        path, row = self.locate(number)
+        held = self.hold(self.shard_of(number))
+        data = os.pread(held.descriptor, int(row["bytes"]), int(row["start"]))
+        key = key_of(int(row["key"]))
+        try:
+            if self.manifest.container == "ffcv":
+                return self._of_regions(key, data, row)
+            record = parse_record(data)
+            if record.key != key:
+                raise ValueError(f"it is record {record.key} by its name")
+        except ValueError as error:
+            raise UserError(f"{path}: record {key}: {error}") from None
+        return record
+
+    def _of_regions(self, key: str, data: bytes, row: NDArray[np.void]) -> Record:
+        """A record of a .beton: its frame and its maps without names; the index has the rest."""
+        settings = self.manifest.settings
+        shapes = settings.maps_shape, settings.bank_shape
+        size, maps_size, bank_size = (int(row[f"{n}_bytes"]) for n in ("frame", "maps", "bank"))
+        if (maps_size, bank_size) != (prod(shapes[0]), prod(shapes[1])) or (
+            len(data) != size + maps_size + bank_size
+        ):
+            raise ValueError("it is cut short")
+        maps = unpacked(np.frombuffer(data, np.uint8, maps_size, size).reshape(shapes[0]))
+        bank = None
+        if bank_size:
+            rows = np.frombuffer(data, np.uint8, offset=size + maps_size)
+            bank = from_rows(rows.reshape(shapes[1]), len(settings.detectors))
+        frame = data[:size]
+        if settings.quality == 0:
+            pixels = np.frombuffer(frame, np.uint8)
+            frame = npy_bytes(pixels.reshape(settings.frame, settings.frame, 3))
+        label, height, width = (int(row[name]) for name in ("label", "height", "width"))
+        return Record(key, frame, label, height, width, "", maps, bank)
+
+
+class Held:
+    """An open shard. It closes when the last reader lets go of it, never under one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
+    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises UserError if it is wrong.
+
+    Its sha256 is checked first, 60 bytes per record, and that its places lie in their shards: every
+    later read trusts it.
+    """
+    path, sizes = folder / INDEX, sizes_of(manifest)
+    check_size(path, manifest.index.bytes)
+    check_sha256(path, manifest.index.sha256)
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
+        raise UserError(
+            f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
+        )
+    with path.open("rb") as file:  # not through the map, which would keep all of it in memory
+        file.seek(index.offset)
+        for shard in manifest.shards:
+            rows = np.fromfile(file, INDEX_DTYPE, shard.count)
+            if misplaced(rows, shard.bytes, *sizes).any():
+                raise UserError(
+                    f"{path} has a record of {shard.name} that cannot lie in it; {mending(path)}"
+                )
+    return index
+
+
+def sizes_of(manifest: Manifest) -> tuple[int, int]:
+    """Bytes of each record's maps and bank, as the index has them."""
+    maps, bank = manifest.settings.maps_shape, manifest.settings.bank_shape
+    if manifest.container == "ffcv":
+        return prod(maps), prod(bank)
+    bank_bytes = len(npy_header(bank)) + prod(bank) if prod(bank) else 0
+    return len(npy_header(maps)) + prod(maps), bank_bytes
+
+
+def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArray[np.bool_]:
+    """Which rows of an index are of no record in a shard of `size` bytes, whose maps and bank have
+    `maps` and `bank` bytes: whoever reads them would read elsewhere, or divide by zero.
+    """
+    start, end = rows["start"], rows["start"] + rows["bytes"]
+    wrong = (start > size) | (end > size) | (rows["height"] == 0) | (rows["width"] == 0)
+    wrong |= (rows["maps_bytes"] != maps) | (rows["bank_bytes"] != bank)
+    for name, length in (("frame", rows["frame_bytes"]), ("maps", np.uint64(maps + bank))):
+        place = rows[name]
+        wrong |= (place < start) | (place > end) | (length > end - place)
+    return np.asarray(wrong)
+
+
+def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:
+    """What is wrong with each of `files` whose bytes are not as written, by name."""
+    flaws = {}
+    with (
+        ThreadPoolExecutor(joblib.cpu_count()) as pool,
+        progress("hashing", sum(file.bytes for file in files), unit="B", delay=1) as bar,
+    ):
+        found = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
+        for file, flaw in zip(files, found, strict=True):
+            bar.update(file.bytes)
+            if flaw:
+                flaws[file.name] = flaw
+    return flaws
+
+
+def _flaw_of_file(path: Path, sha256: str) -> str:
+    try:
+        check_sha256(path, sha256)
+    except ValueError as error:
+        return str(error)
+    return ""

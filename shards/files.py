@@ -1,0 +1,137 @@
+"""Files of a set: written whole or not at all, by one process per folder, and checked."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import UserError
+
+MANIFEST = "manifest.json"  # of a finished set
+LOCK = ".lock"
+LEFT = re.compile(r"\.[0-9a-f]{12}\.tmp")  # how names of temporary_of end
+
+
+def temporary_of(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on this machine or any other."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`, where nobody else may write."""
+    for path in folder.glob("*.tmp"):
+        if LEFT.search(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write; when the block ends, it takes the place of `path`.
+
+    After a crash `path` is whole, or as it was before. Not `durable`, that holds for a killed
+    process but not for a power cut, and saves two syncs. If the block raises, `path` is untouched.
+    """
+    temporary = temporary_of(path)
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write `data` to `path`, as `replacing` does."""
+    with replacing(path, durable) as temporary:
+        temporary.write_bytes(data)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Write into `folder`, made if need be, as nobody else does, or raise UserError.
+
+    `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
+    the process dies, however it dies. What a killed process left half written there goes. The
+    OSError of a full disk names the folder and what to do.
+    """
+    lock = lock or folder / LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+        except OSError:  # held, or its last holder removed it since it was opened
+            ours = False
+        if not ours:
+            raise UserError(f"another process is writing into {folder}; wait for it")
+        try:
+            sweep(folder)
+            yield
+        except OSError as error:
+            raise _named_if_full(error, folder) from error
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _named_if_full(error: OSError, folder: Path) -> OSError:
+    """`error`, or what to do about it if the disk of `folder` is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    words = "the disk is full; free space, then run the same command again (what is done is kept)"
+    return OSError(error.errno, words, str(folder))
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise UserError unless the content of `path` can be read and has this sha256 (hex)."""
+    try:
+        actual = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {mending(path)}") from None
+    if actual != expected:
+        raise UserError(
+            f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
+            f"{expected[:12]}...; {mending(path)}"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise UserError unless the file `path` exists and has `expected` bytes."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, the manifest lists it; {mending(path)}") from None
+    if actual != expected:
+        raise UserError(f"{path} has {actual} bytes, the manifest says {expected}; {mending(path)}")
+
+
+def mending(path: Path) -> str:
+    """What to do about `path`, a file of a set that is missing or damaged."""
+    folder = path.parent
+    if path.suffix == ".beton" or any(folder.glob("*.beton")):
+        return f"convert it again: kamim shards convert FOLDER --out {folder}"
+    if not (folder / MANIFEST).exists():  # a copy under way, or a cache of a store's shards
+        return "restore it where it came from"
+    return f"restore it, or type: kamim shards build SOURCE {folder} --repair"

@@ -1,0 +1,195 @@
+"""The order of training: which samples each step of each epoch shows, and which crop of them.
+
+Pure functions of numbers, without state: any step of any epoch is reached at the same cost, for any
+number of workers and processes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.crops import FLIPS, RATIO, Ints, crop_boxes, unit_boxes
+from shards.errors import UserError
+from shards.rng import Purpose, mix
+from shards.spec import AREA
+
+ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
+
+
+def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
+    """The samples at `places` of an epoch's order: a permutation of 0..count-1, O(1) each.
+
+    A Feistel network permutes the smallest even power of two that holds `count`; what falls
+    beyond `count` is sent through again, at most four times on average.
+    """
+    half = np.uint64(max(1, math.ceil(max(1, count - 1).bit_length() / 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    values = np.asarray(places).astype(np.uint64)
+    epochs = np.broadcast_to(np.asarray(epoch), values.shape)
+    outside = np.ones(values.shape, bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & low
+        for number in range(ROUNDS):
+            keyed = mix(Purpose.ORDER, seed, epochs[outside], number, right)
+            left, right = right, left ^ (keyed & low)
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(count)
+    return values.astype(np.int64)
+
+
+class Windows:
+    """Each epoch permutes the shards, cuts them into windows, and permutes samples within each.
+
+    counts: records of each shard. window: the most shards a window may have; windows are as even
+    as they can be. Windows are numbered through all epochs. One that holds every shard gives the
+    plan's full permutation. Cost: an order of the shards per epoch, then O(1) per sample.
+    """
+
+    def __init__(self, counts: Sequence[int], window: int, seed: int) -> None:
+        if window < 1:
+            raise UserError(f"a window of {window} shards reads nothing; use 1 or more")
+        self.limit, self.seed = window, seed
+        self.counts = np.asarray(counts, np.int64)
+        self.firsts = np.cumsum(self.counts) - self.counts
+        self.total = int(self.counts.sum())
+        self.an_epoch = max(1, -(-len(counts) // window))
+        self.cuts = np.arange(self.an_epoch + 1) * len(counts) // self.an_epoch
+        self._order = lru_cache(4)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> tuple[Ints, Ints]:
+        """(shards in the order of the epoch, places where its windows end)."""
+        places = np.arange(len(self.counts))
+        order = shuffled(len(places), int(mix(Purpose.SHARDS, self.seed)), epoch, places)
+        ends = np.cumsum(np.concatenate([[0], self.counts[order]]))
+        return order, ends[self.cuts[1:]]
+
+    def samples(self, epochs: Ints, places: Ints) -> Ints:
+        """The samples at `places` of `epochs`, int64 [n] each: every one once an epoch."""
+        if self.an_epoch == 1:
+            return shuffled(self.total, self.seed, epochs, places)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            order, ends = self._order(epoch)
+            windows = np.searchsorted(ends, places[here], side="right")
+            for window in np.unique(windows).tolist():
+                at = here[windows == window]
+                shards = order[self.cuts[window] : self.cuts[window + 1]]
+                upto = np.cumsum(self.counts[shards])
+                begin, key = ends[window] - upto[-1], int(mix(Purpose.WINDOW, self.seed, window))
+                inside = shuffled(int(upto[-1]), key, epoch, places[at] - begin)
+                which = np.searchsorted(upto, inside, side="right")
+                shard = shards[which]
+                found[at] = self.firsts[shard] + inside - (upto[which] - self.counts[shard])
+        return found
+
+    def window(self, place: int) -> int:
+        """The window of a place in the stream of all epochs."""
+        epoch, inside = divmod(place, self.total)
+        ends = self._order(epoch)[1]
+        return epoch * self.an_epoch + int(np.searchsorted(ends, inside, side="right"))
+
+    def shards(self, window: int) -> list[int]:
+        """The shards that `window` reads."""
+        epoch, part = divmod(window, self.an_epoch)
+        return self._order(epoch)[0][self.cuts[part] : self.cuts[part + 1]].tolist()
+
+    def next_use(self, window: int) -> Ints:
+        """For each shard the first window from `window` on that reads it, int64 [shards]."""
+        epoch, uses = window // self.an_epoch, []
+        parts = np.repeat(np.arange(self.an_epoch), np.diff(self.cuts))
+        for number in (epoch, epoch + 1):
+            use = np.empty(len(self.counts), np.int64)
+            use[self._order(number)[0]] = number * self.an_epoch + parts
+            uses.append(use)
+        return np.where(uses[0] >= window, *uses)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every step of a run trains on.
+
+    count: samples. batch: samples per step, over all processes. micro_steps: parts a step is cut
+    into. The orders of all epochs are one stream cut into batches, so that every batch is full
+    and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
+    as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an
+    epoch in windows of shards; None permutes all samples at once. in_order: look at the set, once:
+    samples in their own order, whole and unflipped, the last step short.
+    """
+
+    count: int
+    batch: int
+    seed: int = 0
+    micro_steps: int = 1
+    area: tuple[float, float] = AREA
+    ratio: tuple[float, float] = RATIO
+    horizontal: float = FLIPS[0]
+    vertical: float = FLIPS[1]
+    windows: Windows | None = None
+    in_order: bool = False
+
+    def steps(self, epochs: float = 1) -> int:
+        """Whole steps in `epochs`; in order, the steps that show every sample once."""
+        if self.in_order:
+            return -(-self.count // self.batch)
+        return int(epochs * self.count) // self.batch
+
+    def samples(
+        self, step: int, micro_step: int = 0, rank: int = 0, ranks: int = 1
+    ) -> tuple[Ints, Ints]:
+        """(epochs, sample indices) of one process's part of a step, int64 [part] each.
+
+        Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
+        either. Raises UserError if they do not divide the batch.
+        """
+        part, rest = divmod(self.batch, self.micro_steps * ranks)
+        if rest or not part:
+            raise UserError(
+                f"a batch of {self.batch} does not split into {self.micro_steps} micro-steps on "
+                f"{ranks} processes; choose a batch that is a multiple of "
+                f"{self.micro_steps * ranks}"
+            )
+        first = step * self.batch + (micro_step * ranks + rank) * part
+        if self.in_order:
+            samples = np.arange(first, min(first + part, self.count), dtype=np.int64)
+            return np.zeros_like(samples), samples
+        epochs, places = np.divmod(first + np.arange(part, dtype=np.int64), self.count)
+        if self.windows:
+            return epochs, self.windows.samples(epochs, places)
+        return epochs, shuffled(self.count, self.seed, epochs, places)
+
+    def boxes(
+        self, epochs: Ints, samples: Ints, heights: Ints, widths: Ints
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
+
+        Returns float32 [n, 4] (top, left, height, width in the unit square) and bool [n, 2]
+        (horizontal, vertical), by the rule of crop_boxes.
+        """
+        if self.in_order:
+            whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(samples), 1))
+            return whole, np.zeros((len(samples), 2), bool)
+        size, flips = (heights, widths), (self.horizontal, self.vertical)
+        boxes, turned = crop_boxes(
+            Purpose.CROP, self.seed, epochs, samples, *size, self.area, self.ratio, flips
+        )
+        return unit_boxes(boxes, *size), turned
+
+    def slots(self, epochs: Ints, samples: Ints, count: int) -> Ints:
+        """Which of `count` stored crops each sample shows: all of them in turn, epoch by epoch."""
+        if self.in_order:
+            return np.zeros_like(samples)
+        begin = mix(Purpose.SLOT, self.seed, samples) % np.uint64(count)
+        return (epochs + begin.astype(np.int64)) % count
+
+    def parts(
+        self, first: int, last: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[int, Ints, Ints]]:
+        """(step, epochs, samples) of every micro-step of steps `first` to `last` - 1."""
+        for step in range(first, last):
+            for micro_step in range(self.micro_steps):
+                yield step, *self.samples(step, micro_step, rank, ranks)

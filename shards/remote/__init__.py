@@ -1,0 +1,1 @@
+"""Sets at a URL: storage, a local cache of their shards, fetching ahead, copies."""

@@ -1,0 +1,272 @@
+"""A finished set as one HTML page: frames, densities, weights of a crop, histograms, ledger.
+
+The page holds its pictures and runs no scripts; every name from the data is escaped.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.crops import read_crop, read_map, weights
+from shards.dataset import ShardSet
+from shards.errors import UserError
+from shards.order import Plan
+from shards.record import Record, decode_frame
+from shards.spec import Manifest
+
+SHADES = "#440154,#3b528b,#21918c,#5ec962,#fde725"  # viridis, dark to light
+STYLE = f"""body{{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;
+padding:0 1rem;color:#1d2026;background:#fff;overflow-wrap:break-word}}
+h1{{font-size:1.5rem}}h2{{font-size:1.1rem;margin-top:2rem}}
+table{{border-collapse:collapse}}td,th{{padding:.25rem .8rem .25rem 0;text-align:left;
+vertical-align:top}}td{{overflow-wrap:anywhere}}td.n{{text-align:right;
+font-variant-numeric:tabular-nums}}
+.plots{{display:flex;flex-wrap:wrap;gap:1.5rem}}.plots svg{{max-width:100%;height:auto}}
+figure{{margin:0;min-width:0}}figcaption{{font-size:12px;margin-top:3px;color:#555}}
+svg text{{font:11px system-ui,sans-serif;fill:#555}}
+.card{{display:grid;grid-template-columns:repeat(5,1fr);gap:.8rem .6rem;
+border-top:1px solid #ddd;padding:.9rem 0}}.card dl{{grid-column:1/-1;margin:0}}
+dl div{{display:flex;gap:.5rem}}dt{{flex:0 0 2.6rem;color:#555}}dd{{margin:0;min-width:0}}
+.density{{grid-column-start:3}}
+.picture{{position:relative;overflow:hidden;border-radius:3px}}
+.picture img{{width:100%;display:block}}.cells img{{image-rendering:pixelated}}
+.box{{position:absolute;box-sizing:border-box;border:2px solid #fff;
+box-shadow:0 0 0 99rem #0006,inset 0 0 0 1px #000}}
+.bar{{height:8px;margin-top:4px;background:linear-gradient(90deg,{SHADES})}}
+.ends{{display:flex;justify-content:space-between;font-size:12px;color:#555}}
+@media(max-width:700px){{.card{{grid-template-columns:repeat(2,1fr)}}
+.density{{grid-column-start:1}}}}"""
+
+
+def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int) -> str:
+    """The page as HTML text. `samples` records, spread evenly, are shown, each with the crop that a
+    run of seed 0 makes of it in its first epoch; the weights of up to 512 make the histograms, each
+    frame read whole (no crop) with as many cells per side as a crop.
+
+    Raises UserError if w_ps does not divide the crop or the temperature is not positive.
+    """
+    crop = records.manifest.settings.crop
+    if w_ps < 1 or crop % w_ps:
+        raise UserError(f"w_ps {w_ps} does not divide {crop}; use 8, 16 or 32")
+    if not temperature > 0:
+        raise UserError(f"temperature {temperature} is not positive; the published one is 0.25")
+    manifest = records.manifest
+    measured = [records[n].maps for n in _spread(len(records), 512)]
+    cells = crop // w_ps
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{_text(records.folder.name)}</title><style>{STYLE}</style><h1>{_text(records.folder.name)}</h1>",
+        _facts(manifest),
+        _ledger(manifest),
+        f"<h2>Weights at T = {temperature:g}, w_ps = {w_ps}</h2><p>Over {len(measured)} whole "
+        f"frames of {cells} x {cells} cells. A weight is exp(density / T) over the frame's "
+        "smallest, so the least is 1.</p><div class=plots>",
+    ]
+    for row, detector in enumerate(manifest.settings.detectors):
+        if not detector.has_keypoints:
+            continue
+        found = [weights(read_map(m[row], (0, 0, 1, 1), cells), temperature) for m in measured]
+        parts.append(_histogram(detector.name, np.concatenate([w.ravel() for w in found])))
+    parts.append(
+        "</div><h2>Frames, densities and weights</h2><p>A density is the share of a cell's pixels "
+        "that keypoint marks cover, or of the greatest low-frequency amplitude: 0 to 1. The white "
+        "rectangle is the crop that a run of seed 0 makes of the frame in its first epoch; the "
+        f"weights, of {cells} x {cells} cells, are those that this run reads for it: how often "
+        "over the least one a cell's error counts in the loss.</p>"
+    )
+    for n in _spread(len(records), samples):
+        parts.append(_card(records[n], n, manifest, cells, temperature))
+    return "".join(parts) + "</html>\n"
+
+
+def _text(value: object) -> str:
+    """`value` as harmless HTML text; bytes that are no UTF-8 show as question marks."""
+    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+
+
+def _spread(count: int, samples: int) -> list[int]:
+    numbers = np.linspace(0, count - 1, min(samples, count)).astype(int)
+    return [int(number) for number in np.unique(numbers)]
+
+
+def _facts(manifest: Manifest) -> str:
+    settings = manifest.settings
+    frame = "raw" if settings.quality == 0 else f"JPEG quality {settings.quality}, 4:2:0"
+    size = sum(shard.bytes for shard in manifest.shards)
+    facts = {
+        "records": f"{manifest.count:,} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB, "
+        f"{size / max(1, manifest.count):,.0f} bytes per record",
+        "classes": f"{len(manifest.classes):,}",
+        "frame": f"{settings.frame} px, {frame}",
+        "maps": f"{settings.grid} x {settings.grid}, {settings.mark} marks detected on the "
+        f"{settings.detect_on}: the whole and {settings.map_crops} random crops, for training "
+        f"crops of {settings.crop} px",
+        "bank": f"{settings.bank} stored crops per image" if settings.bank else "none",
+        "fidelity": _fidelity(manifest),
+        "detectors": "; ".join(
+            f"{d.name} ({', '.join(f'{k} {v}' for k, v in d.options.items())})"
+            for d in settings.detectors
+        ),
+        "versions": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
+        "fingerprint": manifest.fingerprint[:16],
+    }
+    rows = "".join(f"<tr><th>{name}<td>{_text(value)}" for name, value in facts.items())
+    return f"<table>{rows}</table>"
+
+
+def _fidelity(manifest: Manifest) -> str:
+    found = manifest.fidelity
+    if not found:
+        return "not measured yet: kamim shards fidelity"
+    errors = "; ".join(
+        f"{name} {what}: correlation {e['correlation']:.3f}, {e['wrong']:.1%} of the weight on the "
+        f"wrong cell"
+        for name, of_detector in found["detectors"].items()
+        for what, e in of_detector.items()
+    )
+    return f"{errors}; against detection on crops, T {found['temperature']}, w_ps {found['w_ps']}"
+
+
+def _ledger(manifest: Manifest) -> str:
+    ledger = manifest.ledger
+    lines = {"inputs": ledger.inputs, "written": ledger.written}
+    lines |= {f"rejected: {reason}": n for reason, n in sorted(ledger.rejected.items())}
+    rows = "".join(f"<tr><th>{_text(name)}<td class=n>{n:,}" for name, n in lines.items())
+    verdict = "balances" if ledger.balanced else "DOES NOT BALANCE"
+    return f"<h2>Ledger</h2><table>{rows}</table><p>The ledger {verdict}.</p>"
+
+
+def _histogram(name: str, values: NDArray[np.float64]) -> str:
+    """Shares of cells by weight on a logarithmic axis, as inline SVG."""
+    bins = 32
+    end = np.log(max(float(values.max()), np.e))
+    counts, _ = np.histogram(np.log(values), bins=bins, range=(0, end))
+    shares = counts / counts.sum()
+    width, height = 340, 130
+    bars = "".join(
+        f"<rect x='{i * width / bins:.1f}' y='{10 + height * (1 - s / shares.max()):.1f}' "
+        f"width='{width / bins - 1:.1f}' height='{height * s / shares.max():.1f}' fill='#31688e'/>"
+        for i, s in enumerate(shares)
+    )
+    ticks = "".join(
+        f"<text x='{width * f:.0f}' y='{height + 26}' text-anchor='{anchor}'>{np.exp(end * f):.3g}"
+        "</text>"
+        for f, anchor in (
+            (0, "start"),
+            (0.25, "middle"),
+            (0.5, "middle"),
+            (0.75, "middle"),
+            (1, "end"),
+        )
+    )
+    return (
+        f"<figure style='flex:0 1 {width}px'>"
+        f"<svg viewBox='0 0 {width} {height + 32}' width='{width}' role='img' "
+        f"aria-label='weights of {_text(name)}'>{bars}{ticks}</svg><figcaption>"
+        f"<b>{_text(name)}</b>, share of cells by weight (log scale): mean {values.mean():.2f}, "
+        f"median {np.median(values):.2f}, largest {values.max():.1f}; highest bar "
+        f"{shares.max():.0%} of cells</figcaption></figure>"
+    )
+
+
+def _card(record: Record, number: int, manifest: Manifest, cells: int, temperature: float) -> str:
+    """What record `number` is, its frame with a crop on it, that crop, and what detectors say."""
+    settings = manifest.settings
+    plan, first = Plan(manifest.count, 1, area=settings.area), np.array([0])
+    size = np.array([record.height]), np.array([record.width])
+    boxes, turned = plan.boxes(first, np.array([number]), *size)
+    box, flips = boxes[0].tolist(), turned[0].tolist()
+    frame = decode_frame(record.frame)
+    how = " and ".join(w for w, on in zip(("left-right", "upside down"), flips, strict=True) if on)
+    parts = [
+        _heading(record, manifest),
+        _figure(frame, "the frame, and a crop", box=box),
+        _figure(
+            crop_picture(frame, box, flips, settings.crop),
+            f"the crop{f', flipped {how}' if how else ''}",
+        ),
+    ]
+    for row, detector in enumerate(settings.detectors):
+        density, name = record.maps[row], detector.name
+        lit = frame * (0.25 + 0.75 * cv2.resize(density / 255, frame.shape[:2])[:, :, None])
+        end = "1, all of a cell" if detector.has_keypoints else "1, the greatest"
+        mean = f"{name}: density of the frame, mean {density.mean() / 255:.3f}"
+        parts.append(_figure(_heat(density), mean, "density", ("0", end)))
+        parts.append(_figure(lit, f"{name}: the frame lit by it"))
+        if not detector.has_keypoints:
+            continue
+        read = weights(read_crop(density, row, settings, box, flips, cells), temperature)
+        levels = np.rint(255 * (read - 1) / max(float(read.max()) - 1, 1e-9)).astype(np.uint8)
+        title = f"{name}: weights of the crop, mean {read.mean():.2f}"
+        ends = ("x 1", f"x {read.max():.3g} the least")
+        parts.append(_figure(_heat(levels), title, "weights", ends))
+    return f"<div class=card>{''.join(parts)}</div>"
+
+
+def _heading(record: Record, manifest: Manifest) -> str:
+    """File name, class and size, a line each; a long name may break after / _ and - alone."""
+    name = _text(record.source or f"record {record.key}")
+    for mark in "/_-":
+        name = name.replace(mark, f"{mark}<wbr>")
+    known = 0 <= record.label < len(manifest.classes)
+    of_class = f"{manifest.classes[record.label]} (label {record.label})" if known else "none"
+    lines = {
+        "file": name,
+        "class": _text(of_class),
+        "size": f"{record.width} x {record.height} px, the source's",
+    }
+    rows = "".join(f"<div><dt>{title}<dd>{line}</div>" for title, line in lines.items())
+    return f"<dl>{rows}</dl>"
+
+
+def crop_picture(
+    frame: NDArray[np.uint8], box: Sequence[float], flips: Sequence[bool], side: int
+) -> NDArray[np.uint8]:
+    """The crop of `frame` (RGB [F, F, 3]) as training makes it, uint8 [side, side, 3].
+
+    `box` is (top, left, height, width) in the unit square, `flips` are (horizontal, vertical).
+    """
+    top, left, height, width = (part * len(frame) for part in box)
+    x, y = width / side, height / side  # px of the frame a px of the crop
+    places = np.array([[x, 0, left + x / 2 - 0.5], [0, y, top + y / 2 - 0.5]])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    crop = cv2.warpAffine(frame, places, (side, side), flags=how, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(crop[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1], np.uint8)
+
+
+def _heat(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1])
+
+
+def _figure(
+    rgb: NDArray[np.generic],
+    caption: str,
+    kind: str = "",
+    ends: tuple[str, str] | None = None,
+    box: Sequence[float] | None = None,
+) -> str:
+    """A picture over its caption: cells and the bar of their colours where there are `ends`, and
+    `box`, of the unit square, drawn on it.
+    """
+    bgr = np.ascontiguousarray(rgb[:, :, ::-1]).astype(np.uint8)
+    form, options = (".png", []) if ends else (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 88])
+    data = base64.b64encode(cv2.imencode(form, bgr, options)[1].tobytes()).decode("ascii")
+    mime, inside, bar = ("png" if ends else "jpeg"), "", ""
+    if box:
+        style = ";".join(
+            f"{side}:{100 * part:.2f}%"
+            for side, part in zip(("top", "left", "height", "width"), box, strict=True)
+        )
+        inside = f"<div class=box style='{style}'></div>"
+    if ends:
+        bar = f"<div class=bar></div><div class=ends><span>{ends[0]}</span>{ends[1]}</div>"
+    return (
+        f"<figure class='{kind}'><div class='picture{' cells' if ends else ''}'>"
+        f"<img alt='' src='data:image/{mime};base64,{data}'>{inside}</div>{bar}"
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )

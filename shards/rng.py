@@ -1,0 +1,46 @@
+"""Random numbers as pure functions: nothing here, or anywhere else, has hidden random state.
+
+Every number is drawn by a Purpose, a seed and what it is for: (epoch, sample) or a step.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Purpose(IntEnum):
+    """What a random number decides: the first part of every hash. A number is never used twice."""
+
+    ORDER = 1  # of the samples of an epoch
+    CROP = 2  # box and flips of a training crop
+    MASK = 3  # SimMIM's masks
+    SLOT = 4  # which stored crop an epoch shows first
+    BANK = 5  # boxes and flips of stored crops
+    VIEW = 6  # crops that a density map averages over
+    TRIAL = 7  # crops that fidelity is measured on
+    SHARDS = 8  # order of the shards of an epoch
+    WINDOW = 9  # order of the samples of a window
+    RACE = 10  # order in which cells are masked and thrown
+    AUGMENT = 11  # augmentations of training with labels
+
+
+def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:
+    """A 64-bit hash of the tuple of `parts`, element by element (splitmix64's finalizer, chained).
+
+    Neighbouring inputs give unrelated outputs; it is the only source of randomness here.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.asarray(golden)
+    with np.errstate(over="ignore"):  # wrapping at 2**64 is the point
+        for part in parts:
+            value = state + np.asarray(part).astype(np.uint64)
+            value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = (value ^ (value >> np.uint64(31))) + golden
+    return state
+
+
+def uniform(*parts: int | NDArray[np.integer]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each tuple of `parts`, 53 bits of it."""
+    return np.asarray((mix(*parts) >> np.uint64(11)) * 2.0**-53)

@@ -1,0 +1,303 @@
+"""What a set of shards is: its settings, and its manifest, which says that it is complete.
+
+The manifest is written last and atomically, and read back only if every byte is as written.
+FORMAT.md lists its fields.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from shards.files import MANIFEST, write_atomically
+
+FORMAT_VERSION = 2
+INDEX = "index.npy"
+REJECTED = "rejected.jsonl"
+# What else a finished set's folder may hold: pages and pictures that commands write there.
+EXTRAS = frozenset({"inspect.html", "fidelity.png", "README.md"})
+FREQUENCY = "frequency"  # the one map that is not of keypoints
+AREA = (0.67, 1.0)  # of a crop: least and most share of the source, as published
+BANK_CELL = 8  # px of a crop's side that one count of a bank covers; counts are 0 to 64
+BANK_HEAD = 18  # bytes of a stored crop's box and flips
+MARKS = ("ring", "disc", "point")
+DETECT_ON = ("source", "frame")
+LARGEST = 8192  # px of a frame's side; a record that says more asks for gigabytes
+# Settings that are numbers, with the least and the most they may be.
+RANGES = (
+    ("frame", 16, LARGEST),
+    ("quality", 0, 100),
+    ("crop", 32, 1024),
+    ("map_crops", 0, 64),
+    ("bank", 0, 255),
+    ("grid", 2, 254),
+    ("shard_size", 0, 1 << 40),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the set: its name (no folder), records it holds, bytes and sha256 (hex)."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where every input went: inputs = written + sum of rejected, by reason."""
+
+    inputs: int
+    written: int
+    rejected: dict[str, int]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the totals add up."""
+        return self.inputs == self.written + sum(self.rejected.values())
+
+    @property
+    def rejected_share(self) -> float:
+        """The share of inputs that was rejected, 0 to 1."""
+        return sum(self.rejected.values()) / max(1, self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A map's detector and every option it was made with, by OpenCV's own option names.
+
+    `frequency` is a map without keypoints: it has no marks, no edge that hides them, no bank.
+    """
+
+    name: str
+    options: dict[str, int | float | bool]
+
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether its map is a density of keypoint marks."""
+        return self.name != FREQUENCY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that decides the bytes of a record, beside the inputs and the library versions.
+
+    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw pixels. crop: side
+    of the training crops that densities are for, px; area: least and most share of the source that
+    such a crop shows. map_crops: random crops that a map averages over, beside the whole. bank:
+    crops stored per image, with their exact counts. grid: cells per side of a map. mark: what a
+    keypoint covers. detect_on: source or frame. detectors: in the order of the maps. shard_size:
+    inputs per shard. Raises UserError if a value is out of its range. docs/decisions.md has the
+    measurements behind the defaults.
+    """
+
+    frame: int = 256
+    quality: int = 90
+    crop: int = 192
+    area: tuple[float, float] = AREA
+    map_crops: int = 3
+    bank: int = 0
+    grid: int = 54
+    mark: str = "ring"
+    detect_on: str = "source"
+    detectors: tuple[Detector, ...] = ()
+    shard_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in RANGES:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise UserError(f"{name} {value} is out of range; give {least} to {most}")
+        if not 0.01 <= self.area[0] <= self.area[1] <= 1:
+            raise UserError(f"area {self.area[0]} is out of range; give 0.01 to 1")
+        if self.crop % BANK_CELL:
+            nearest = round(self.crop / BANK_CELL) * BANK_CELL
+            raise UserError(f"crop {self.crop} is no multiple of {BANK_CELL}; give {nearest}")
+        if self.grid % 2:
+            raise UserError(f"grid {self.grid} is odd; give {self.grid + 1}")
+        for name, words in (("mark", MARKS), ("detect_on", DETECT_ON)):
+            if getattr(self, name) not in words:
+                raise UserError(f"{name} is {getattr(self, name)!r}; there are {', '.join(words)}")
+        bare = [detector.name for detector in self.detectors if not detector.has_keypoints]
+        if self.bank and bare:
+            raise UserError(
+                f"a bank holds counts of keypoint marks, and {bare[0]} has none: build it without "
+                f"a bank, or leave {bare[0]} out"
+            )
+
+    @property
+    def cells(self) -> int:
+        """Cells per side of a stored crop's counts."""
+        return self.crop // BANK_CELL
+
+    @property
+    def maps_shape(self) -> tuple[int, int, int]:
+        """Shape of a record's maps as stored, two cells per byte."""
+        return len(self.detectors), self.grid, self.grid // 2
+
+    @property
+    def bank_shape(self) -> tuple[int, int]:
+        """Shape of a record's bank as stored; (0, 0) without one."""
+        row = BANK_HEAD + len(self.detectors) * self.cells**2
+        return (self.bank, row) if self.bank else (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """manifest.json as an object; see FORMAT.md for each field."""
+
+    format_version: int
+    container: str  # webdataset or ffcv
+    settings: Settings
+    source: dict[str, Any]  # kind, inputs, ignored, sha256 of the listing
+    classes: list[str]
+    versions: dict[str, str]
+    fingerprint: str
+    ledger: Ledger
+    shards: list[File]
+    index: File
+    rejected: File
+    fidelity: dict[str, Any]  # what `kamim shards fidelity` last measured; empty until then
+
+    @property
+    def count(self) -> int:
+        """Records in all shards."""
+        return self.ledger.written
+
+    @property
+    def detectors(self) -> list[str]:
+        """Detector names in the order of the maps."""
+        return [detector.name for detector in self.settings.detectors]
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """sha256 (hex) of `facts` as canonical JSON: equal facts, equal fingerprint."""
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def write_file(path: Path, data: bytes, count: int) -> File:
+    """Write `data` to `path` atomically; returns its row: `count` records, size and sha256."""
+    write_atomically(path, data)
+    return File(path.name, count, len(data), sha256_of_bytes(data))
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """sha256 (hex) of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_json(manifest: Manifest) -> bytes:
+    """The exact bytes of manifest.json: sorted keys, two-space indent, a checksum of the rest."""
+    content = asdict(manifest)
+    content["checksum"] = fingerprint(content)
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into `folder`, or put it in place of the one there."""
+    write_atomically(folder / MANIFEST, to_json(manifest))
+
+
+def load(folder: Path) -> Manifest:
+    """Read and check the manifest of the set in `folder`.
+
+    Raises UserError, naming the file and what to do, if it is missing, damaged, of a newer
+    format, or if its totals do not add up.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        scheme, slashes, rest = str(folder).partition(":/")
+        if slashes and scheme.isalnum():  # a URL that became a path
+            raise UserError(
+                f"{scheme}://{rest} is not on this machine; copy it, and each file of it is "
+                f"checked: kamim shards copy {scheme}://{rest} FOLDER"
+            ) from None
+        names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+        words = f"{folder} OUT" if names and not names & {".build", INDEX} else f"SOURCE {folder}"
+        raise UserError(
+            f"{folder} has no {MANIFEST}: it is not a finished set of shards; build one with "
+            f"`kamim shards build {words}`"
+        ) from None
+    return parse(path, data)
+
+
+def parse(path: Path | str, data: bytes) -> Manifest:
+    """The manifest that `data`, the content of `path`, says. Raises UserError as load does."""
+    try:
+        content = json.loads(data)
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it is not the JSON that a build writes") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this kamim reads version {FORMAT_VERSION}; "
+            f"install the kamim that wrote it (versions: {content.get('versions')})"
+        )
+    return _parse(path, data, content)
+
+
+def _plain(manifest: Manifest) -> bool:
+    """Whether names are text and counts whole numbers from 0, as a hostile file's may not be."""
+    settings, ledger = manifest.settings, manifest.ledger
+    files = [*manifest.shards, manifest.index, manifest.rejected]
+    counts = [n for file in files for n in (file.count, file.bytes)]
+    counts += [ledger.inputs, ledger.written, *ledger.rejected.values()]
+    sides = [getattr(settings, field.name) for field in fields(Settings) if field.type is int]
+    sides.remove(settings.shard_size)
+    texts = [text for file in files for text in (file.name, file.sha256)]
+    texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
+    texts += [*manifest.classes, *manifest.detectors]
+    parts: list[object] = [manifest.source, manifest.versions, manifest.fidelity, ledger.rejected]
+    parts += [detector.options for detector in settings.detectors]
+    counts += [*sides, settings.shard_size]
+    return (
+        all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+        and max(sides) <= 1 << 16  # so that no product of them overflows
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(part, dict) for part in parts)
+        and isinstance(manifest.classes, list)
+        and [type(share) in (int, float) for share in settings.area] == [True, True]
+    )
+
+
+def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
+    damaged = UserError(
+        f"{path} is damaged: its content does not match its checksum; restore it, or build the set "
+        "anew in another folder"
+    )
+    content.pop("checksum", None)
+    if set(content) != {field.name for field in fields(Manifest)}:
+        raise damaged
+    try:
+        settings = content["settings"]
+        settings["area"] = tuple(settings["area"])
+        settings["detectors"] = tuple(Detector(**row) for row in settings["detectors"])
+        manifest = Manifest(
+            **{
+                **content,
+                "settings": Settings(**settings),
+                "ledger": Ledger(**content["ledger"]),
+                "shards": [File(**row) for row in content["shards"]],
+                "index": File(**content["index"]),
+                "rejected": File(**content["rejected"]),
+            }
+        )
+        whole = to_json(manifest) == data and _plain(manifest)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise damaged from None
+    if not whole:
+        raise damaged
+    for file in [*manifest.shards, manifest.index, manifest.rejected]:
+        if Path(file.name).name != file.name or file.name in {"", ".", ".."}:
+            raise UserError(f"{path} names the file {file.name!r}; names may hold no folder")
+    if not manifest.ledger.balanced or manifest.count != sum(s.count for s in manifest.shards):
+        raise UserError(f"{path}: the ledger does not balance: {manifest.ledger}; rebuild the set")
+    return manifest

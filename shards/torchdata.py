@@ -1,0 +1,79 @@
+"""The plan for users of torch's DataLoader: a map-style dataset and the sampler that orders it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from shards.crops import unit_boxes
+from shards.dataset import ShardSet
+from shards.loader import check_plan
+from shards.order import Plan
+from shards.record import decode_frame, packed
+
+
+class RecordDataset(Dataset[dict[str, Any]]):
+    """Frames, densities, boxes and flips of a set, as `ShardSet.dataset` says.
+
+    An item is a mapping as WeightedCrops takes it, without the first dimension: frames uint8
+    [F, F, 3], maps or counts by detector, boxes float32 [4], flips bool [2], labels, samples,
+    epochs. DataLoader's own collation makes the batch.
+    """
+
+    def __init__(
+        self, records: ShardSet, plan: Plan, maps: Sequence[str] = (), bank: bool = False
+    ) -> None:
+        check_plan(records, plan)
+        self.records, self.plan, self.bank = records, plan, bank
+        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, sample = place if isinstance(place, tuple) else (0, place)
+        record = self.records[sample]
+        epochs, samples = np.array([epoch]), np.array([sample])
+        size = np.array([record.height]), np.array([record.width])
+        maps, counts = {}, {}
+        if self.bank and record.bank:
+            slot = int(self.plan.slots(epochs, samples, len(record.bank.boxes))[0])
+            boxes = unit_boxes(record.bank.boxes[[slot]].astype(np.int64), *size)
+            flips = record.bank.flips[[slot]].astype(bool)
+            counts = {name: record.bank.counts[slot, row] for name, row in self.rows.items()}
+        else:
+            boxes, flips = self.plan.boxes(epochs, samples, *size)
+            maps = {name: packed(record.maps[row]) for name, row in self.rows.items()}
+        return {
+            "frames": torch.from_numpy(np.array(decode_frame(record.frame))),
+            "maps": {name: torch.from_numpy(np.array(a)) for name, a in maps.items()},
+            "counts": {name: torch.from_numpy(np.array(a)) for name, a in counts.items()},
+            "boxes": torch.from_numpy(boxes[0]),
+            "flips": torch.from_numpy(flips[0]),
+            "labels": record.label,
+            "samples": sample,
+            "epochs": epoch,
+        }
+
+
+class PlanSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of steps `first` to `last` - 1 of a plan, for DataLoader's `batch_sampler`.
+
+    Each is a list of (epoch, sample). `last` is by default the end of the first epoch. A process
+    of `ranks` gets its part.
+    """
+
+    def __init__(
+        self, plan: Plan, first: int = 0, last: int | None = None, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.plan, self.place = plan, (rank, ranks)
+        self.first, self.last = first, plan.steps() if last is None else last
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.plan.micro_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for _, epochs, samples in self.plan.parts(self.first, self.last, *self.place):
+            yield list(zip(epochs.tolist(), samples.tolist(), strict=True))

@@ -1,0 +1,250 @@
+"""From uint8 batches to training inputs, in torch: crops of frames and densities, loss weights.
+
+`WeightedCrops` is all of it in one module; the functions below it are each usable alone.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shards.crops import visible_cells
+from shards.dataset import ShardSet
+from shards.errors import UserError
+from shards.loader import Batch
+from shards.spec import BANK_CELL, Detector, Settings
+
+Normalise = Literal["min", "mean"]
+
+
+class Crops(NamedTuple):
+    """What a step trains on, on one device.
+
+    images: float32 [b, 3, S, S], 0 to 1 unless a mean and deviation were taken off. weights:
+    float32 [b, c, c], or None. labels, samples, epochs: int64 [b].
+    """
+
+    images: Tensor
+    weights: Tensor | None
+    labels: Tensor
+    samples: Tensor
+    epochs: Tensor
+
+
+class WeightedCrops(nn.Module):
+    """A batch of frames and densities in, its random crops and their loss weights out: Crops.
+
+    The batch is what to_device gives of a loader's batches, or what a DataLoader makes of
+    `ShardSet.dataset`: a mapping with frames uint8 [b, F, F, 3], boxes [b, 4], flips bool [b, 2],
+    maps or counts by detector, labels, samples and epochs. The crop of the frame and that of the
+    density are one and the same, and the density is read by the detector's edge rule, or from the
+    bank's counts where those are given.
+
+    weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
+    of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
+    per channel, of 0 to 1, to take off the images. Raises UserError where the set cannot serve.
+    """
+
+    visible: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        records: ShardSet,
+        weights: str | None = None,
+        *,
+        size: int = 192,
+        w_ps: int = 8,
+        temperature: float = 0.25,
+        normalise: Normalise = "min",
+        bank: bool = False,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.weights, self.size, self.temperature = weights, size, temperature
+        self.normalise, self.cells = normalise, size // w_ps
+        sight = torch.ones(self.cells)
+        if weights is not None:
+            (row,) = records.find_maps([weights], bank)
+            settings = records.manifest.settings
+            check_cells(settings, size, w_ps, bank)
+            if not temperature > 0:
+                raise UserError(f"temperature {temperature} is not positive; published is 0.25")
+            sight = edge_rule(settings, settings.detectors[row], self.cells)
+        self.register_buffer("visible", sight, persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            scaled = torch.tensor(values).view(3, 1, 1) * 255
+            self.register_buffer(name, scaled, persistent=False)
+
+    def forward(self, batch: Mapping[str, Any]) -> Crops:
+        """The crops of a batch, on the device that it and this module are on."""
+        boxes, flips = batch["boxes"], batch["flips"]
+        images = crop_frames(batch["frames"], boxes, flips, self.size)
+        images = (images - self.mean) / self.std
+        return Crops(images, self.weigh(batch), batch["labels"], batch["samples"], batch["epochs"])
+
+    def weigh(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The loss weights of a batch's crops alone."""
+        if self.weights is None:
+            return None
+        if self.weights in batch["counts"]:
+            density = pool_counts(batch["counts"][self.weights], self.cells)
+        else:
+            maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
+            density = crop_maps(maps, boxes, flips, self.cells, self.visible)
+        return loss_weights(density, self.temperature, self.normalise)
+
+
+def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) -> None:
+    """Raise UserError unless crops of `size` px can be read in cells of `w_ps` px."""
+    cells, rest = divmod(size, w_ps)
+    if rest:
+        raise UserError(f"w_ps {w_ps} does not divide the crop size {size}")
+    if not bank and settings.grid < cells:
+        raise UserError(
+            f"maps of {settings.grid} cells per side cannot serve {cells} weight cells (crop "
+            f"{size}, w_ps {w_ps}); build with --grid {2 * cells} or raise w_ps"
+        )
+    if bank and w_ps % BANK_CELL:
+        raise UserError(f"w_ps {w_ps} is no multiple of the bank's {BANK_CELL} px")
+    if bank and size != settings.crop:
+        raise UserError(
+            f"the bank's crops have {settings.crop} px, not {size}; build a bank for crops of "
+            f"{size} px (--crop {size}), or train on the maps"
+        )
+
+
+def edge_rule(settings: Settings, detector: Detector, cells: int) -> Tensor:
+    """What `detector` finds of its marks by distance from a crop's edge, float32 [cells]."""
+    share = visible_cells(detector, settings.crop, cells, settings.mark)
+    return torch.from_numpy(share).float()
+
+
+def crop_frames(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """Crops of `frames` (uint8 [b, F, F, 3]) as float32 [b, 3, size, size], 0 to 255.
+
+    Bilinear without antialias, as torchvision's crop then resize: sampling positions stay within
+    the box. boxes: [b, 4] (top, left, height, width); flips: bool [b, 2] (horizontal, vertical).
+    """
+    pixels = frames.permute(0, 3, 1, 2).float()
+    side = frames.shape[1]
+    places = (torch.arange(size, device=frames.device) + 0.5) / size
+    axes = []
+    for axis in (1, 0):  # x, then y: the order that grid_sample wants
+        begin, length = boxes[:, axis, None] * side, boxes[:, axis + 2, None] * side
+        along = torch.where(flips[:, 1 - axis, None], 1 - places, places)
+        at = torch.clamp(begin + length * along, begin + 0.5, begin + length - 0.5)
+        axes.append(at * (2 / side) - 1)
+    x, y = axes
+    grid = torch.stack(
+        [x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1
+    )
+    return F.grid_sample(pixels, grid, "bilinear", "border", align_corners=False)
+
+
+def crop_maps(
+    maps: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
+) -> Tensor:
+    """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
+
+    `maps` is uint8 [b, G, G / 2], packed as in a batch (shards.record.packed). The mean over a part
+    is exact: map cells count by their overlap. `visible` [cells] is the share of its marks that the
+    detector finds at each distance from the crop's edge (edge_rule).
+    """
+    density = torch.stack([maps & 15, maps >> 4], dim=-1).flatten(-2) / 15
+    return crop_grid(density, boxes, flips, cells, visible)
+
+
+def crop_grid(
+    values: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
+) -> Tensor:
+    """crop_maps of any `values` over the unit square, float32 [b, G, G], of attention say."""
+    grid = values.shape[-1]
+    lower = torch.arange(grid, device=values.device, dtype=torch.float32)
+    edges = torch.arange(cells + 1, device=values.device) / cells
+    shares = []
+    for axis in (0, 1):
+        at = (boxes[:, axis, None] + boxes[:, axis + 2, None] * edges) * grid
+        low, high = at[:, :-1, None], at[:, 1:, None]
+        overlap = torch.clamp(torch.minimum(high, lower + 1) - torch.maximum(low, lower), min=0)
+        share = overlap / (high - low)
+        if visible is not None:
+            share = share * visible[:, None]
+        shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
+    rows, columns = shares
+    return rows @ values @ columns.transpose(1, 2)
+
+
+def pool_counts(counts: Tensor, cells: int) -> Tensor:
+    """Density of each of cells x cells parts of a stored crop, float32 [b, cells, cells].
+
+    `counts` is uint8 [b, c, c] of a bank, as flipped; exact. `cells` must divide c.
+    """
+    part = counts.shape[-1] // cells
+    return F.avg_pool2d(counts[:, None].float(), part)[:, 0] / BANK_CELL**2
+
+
+def loss_weights(density: Tensor, temperature: float, normalise: Normalise = "min") -> Tensor:
+    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean.
+
+    `min` is the published form (KAMIM utils/KAMIM.py): at least 1, so that detectors and
+    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1.
+    """
+    raw = torch.exp(torch.clamp(density.float() / temperature, -20, 20))
+    flat = raw.flatten(1)
+    base = flat.amin(1) if normalise == "min" else flat.mean(1)
+    return raw / base[:, None, None]
+
+
+def to_device(
+    batches: Iterable[Batch], device: torch.device
+) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
+    """Each batch with its tensors on `device`: (batch, {field: tensor, or tensors by detector}).
+
+    On CUDA the copies run beside the computation, from pinned buffers; the loader gets a buffer
+    back only when its copy is done.
+    """
+    cuda = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if cuda else None
+    for batch in batches:
+        arrays = {name: array for name, array in batch._asdict().items() if name != "step"}
+        if stream is None:
+            yield batch, _each(torch.from_numpy, arrays)
+            continue
+        with torch.cuda.stream(stream):
+            tensors = _each(lambda a: torch.from_numpy(a).to(device, non_blocking=True), arrays)
+        done = stream.record_event()
+        current = torch.cuda.current_stream(device)
+        current.wait_event(done)
+        _each(partial(_used_on, current), tensors)
+        yield batch, tensors
+        done.synchronize()  # long since true: the copy is a small part of a step
+
+
+def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> None:
+    """Keep the tensor's memory until what `stream` now has to do is done."""
+    tensor.record_stream(stream)
+
+
+def _each(call: Callable[[Any], Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`call` of each leaf of a dictionary, which may hold others."""
+    return {k: _each(call, v) if isinstance(v, dict) else call(v) for k, v in tree.items()}
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; auto: CUDA if there is one. Raises UserError if it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name}: torch sees no CUDA device; use cpu")
+    return torch.device(name)
+
+
+def pinned(shape: tuple[int, ...]) -> Any:
+    """A page-locked uint8 NumPy buffer, for Loader's `allocate` when training on CUDA."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()

@@ -1,0 +1,212 @@
+"""The commands of pretraining: `kamim pretrain`, `recipes` and `export`.
+
+In: what a user typed. Out: a run, a list, a file. torch is imported only when one of them runs, and
+after what was typed is checked.
+"""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from shards.errors import UserError
+from shards.remote.retry import PATIENCE
+
+app = typer.Typer()
+
+Folder = Annotated[str, typer.Argument(help="Folder of a finished set of shards, or its URL.")]
+
+
+@app.command()
+def pretrain(
+    folder: Folder,
+    word: Annotated[str, typer.Argument(hidden=True)] = "",
+    recipe: Annotated[
+        str,
+        typer.Option(help="See `kamim recipes`; or any timm ViT. Default: demo, on CUDA vit_base."),
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="The map to weigh by; the only one of keypoints.")
+    ] = None,
+    bank: Annotated[
+        bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides order, crops, flips, masks, weights.")
+    ] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint, if any."),
+    ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on to more --epochs than the run was to have.")
+    ] = False,
+    epochs: Annotated[
+        float, typer.Option(min=0, help="0: the recipe's; phases of sampling keep their share.")
+    ] = 0,
+    batch: Annotated[
+        int, typer.Option(min=0, help="Images per step, over all processes; 0: the recipe's.")
+    ] = 0,
+    micro_batch: Annotated[
+        int,
+        typer.Option(min=0, help="Most images in memory at once, per process; 0: the recipe's."),
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Stop after this many steps, on the same schedule.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option(help="A damaged record: stop, or skip and count.")
+    ] = "fail",
+    check: Annotated[
+        Literal["checksum", "size"], typer.Option(help="How to check the shards at the start.")
+    ] = "checksum",
+    wandb: Annotated[str, typer.Option(help="Weights & Biases project to log to.")] = "",
+    window: Annotated[
+        int, typer.Option(min=0, help="Shards shuffled together; 0: all, 64 of a URL's.")
+    ] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Local folder for copies of shards at a URL.")
+    ] = None,
+    cache_limit: Annotated[
+        str, typer.Option(help="Most it may take, as 200GB or 1TiB; 0: no limit.")
+    ] = "0",
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a store that does not answer.")
+    ] = PATIENCE,
+) -> None:
+    """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
+
+    FOLDER may be an s3://, gs://, hf:// or https:// URL: shards are then fetched into --cache,
+    ahead of need, and read in windows of --window shards.
+
+    Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
+    attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
+    known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
+    attention is looked at anew every refresh_epochs, in one pass over the shards.
+
+    SIGTERM or Ctrl-C saves and stops (exit status 143 or 130), a second one ends at once. Killed or
+    stopped, --resume goes on with the same losses as a run that was not. --extend --epochs 20 goes
+    on with a run of fewer epochs: its learning rate then follows the longer schedule.
+    """
+    from shards.remote.storage import is_url
+    from train.progress import busy, say
+    from train.recipes import find_recipe
+    from train.words import check_device, check_folder, check_wandb
+
+    folder, resume = take_word(folder, word, resume)
+    limit = parse_bytes(cache_limit)
+    if recipe:
+        find_recipe(recipe)
+    if extend and not epochs:
+        raise UserError("--extend needs --epochs, more than the run was to have")
+    check_device(device)
+    check_wandb(wandb)
+    check_folder(folder)
+    with busy("loading torch"):
+        from train.loop import pretrain
+        from train.setup import Run, find_device
+        from train.stopping import Stopped
+
+    if not recipe:
+        kind = find_device(device).type
+        recipe = "vit_base" if kind == "cuda" else "demo"
+        say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
+    chosen = find_recipe(recipe)
+    changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
+    if epochs and chosen.sample_by != "none":
+        changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
+        changes["refresh_epochs"] = chosen.refresh_epochs * epochs / chosen.epochs
+    changes |= {"batch": batch} if batch else {}
+    changes |= {"micro_batch": micro_batch} if micro_batch else {}
+    run = Run(
+        shards=folder if is_url(folder) else Path(folder),
+        out=out or Path("runs") / recipe,
+        recipe=replace(chosen, **changes),
+        seed=seed,
+        detector=detector,
+        bank=bank,
+        device=device,
+        workers=workers,
+        resume=resume or extend,
+        extend=extend,
+        steps=steps,
+        save_every=save_every,
+        log_every=log_every,
+        skip_damaged=on_error == "skip",
+        checksum=check == "checksum",
+        wandb=wandb,
+        window=window,
+        cache=cache,
+        cache_limit=limit,
+        patience=patience,
+    )
+    try:
+        pretrain(run)
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.args[0]) from None
+    print(run.out)
+
+
+def take_word(folder: str, word: str, resume: bool) -> tuple[str, bool]:
+    """(folder, whether to resume), where --resume may still have its value of old, auto or no.
+
+    Click gives that to the argument before or after FOLDER. Raises UserError for other words.
+    """
+    if not word:
+        return folder, resume
+    if resume and folder in ("auto", "no"):
+        folder, word = word, folder
+    if not resume or word not in ("auto", "no"):
+        raise UserError(f"pretrain takes one FOLDER; what is {word!r}?")
+    return folder, word == "auto"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size as a user types it: 200GB is 200 * 10**9, 200GiB is 200 * 2**30."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", text.strip().lower())
+    if not found or (found[3] and not found[2]):
+        raise UserError(f"--cache-limit {text!r} is no size; use one as 200GB, 1.5TiB, or bytes")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".find(found[2] or " "))
+
+
+@app.command()
+def recipes(
+    as_json: Annotated[bool, typer.Option("--json", help="All their settings, as JSON.")] = False,
+) -> None:
+    """List the recipes of `kamim pretrain` with what they set."""
+    from train.recipes import RECIPES
+
+    made = {name: make() for name, make in RECIPES.items()}
+    if as_json:
+        print(json.dumps({name: asdict(recipe) for name, recipe in made.items()}, indent=2))
+        return
+    for name, recipe in made.items():
+        weights = "no weights"
+        if recipe.temperature is not None:
+            of = "least weight 1" if recipe.normalise == "min" else "mean weight 1"
+            weights = f"T {recipe.temperature:g}, {of}"
+        cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
+        if recipe.sample_by != "none":
+            cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"
+        print(f"{name:28s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
+              f"batch {recipe.batch}, {weights}, {cells}")  # fmt: skip
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Write the encoder of a checkpoint as safetensors that timm loads unchanged."""
+    from train.checkpoint import chosen
+    from train.export import export
+
+    print(f"{target}: load it into {export(chosen(checkpoint), target)}")
