@@ -11,6 +11,8 @@ import shutil
 import subprocess
 from collections.abc import Callable
 
+from shards.errors import FFCV
+
 FFCV_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
 Row = tuple[str, str, str]
 
@@ -91,7 +93,7 @@ def _ffcv() -> tuple[str, str]:
                 found = subprocess.run(["pkg-config", "--exists", library], check=False)
                 missing += [] if found.returncode == 0 else [library]
         first = f"apt-get install {FFCV_PACKAGES}; then " if missing else ""
-        return "missing", f"{first}make ffcv"
+        return "missing", f"{first}{FFCV}"
     import ffcv.loader  # noqa: F401
 
     return importlib.metadata.version("ffcv"), ""

@@ -16,12 +16,10 @@ import numpy as np
 from shards.beton import BETON
 from shards.crops import unit_boxes
 from shards.dataset import ShardSet
-from shards.errors import UserError
+from shards.errors import UserError, install
 from shards.loader import Batch, Part, check_plan, planned
 from shards.order import Plan
 from shards.record import from_rows
-
-HINT = "type: make ffcv, or see `kamim doctor`"
 
 
 def _ffcv() -> Any:
@@ -74,7 +72,8 @@ class FfcvLoader:
             from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         except ImportError as error:
             raise UserError(
-                f"{records.folder} is an FFCV set and FFCV is not usable ({error}); {HINT}"
+                f"{records.folder} is an FFCV set and FFCV is not usable ({error}); "
+                f"{install('ffcv')}"
             ) from None
         check_plan(records, plan)
         self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))

@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
 FIDELITY = re.findall(
     r"^```console\n(.*?)^```", (REPOSITORY / "docs" / "fidelity.md").read_text(), re.M | re.S
 )
-DEVELOP = ["make check", "make test"]
+DEVELOP = ["make check", "make test", "make dist"]
 
 
 def commands(block):

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import UserError, install
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -45,8 +45,8 @@ def check_folder(folder: str) -> None:
     manifest = load(path)
     if manifest.container != "webdataset" and find_spec("ffcv") is None:
         raise UserError(
-            f"{folder} is an FFCV set, and FFCV is not installed; type: make ffcv, or train on the "
-            "set that it was made from"
+            f"{folder} is an FFCV set, and FFCV is not installed; {install('ffcv')}; or train on "
+            "the set that it was made from"
         )
 
 

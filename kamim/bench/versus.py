@@ -31,6 +31,7 @@ from preprocess.defaults import default_settings
 from preprocess.source import Source, read
 from shards import ShardSet
 from shards.beton import convert_to_ffcv
+from shards.errors import install
 from shards.progress import waiting
 
 DETECTORS = ["fast", "orb", "sift"]
@@ -103,7 +104,9 @@ def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dic
     try:
         rates |= _ffcv(records, source, folder, quick)
     except (ImportError, ValueError) as error:
-        print(f"FFCV is not installed and not compared ({error}): make ffcv", file=sys.stderr)
+        print(
+            f"FFCV is not installed and not compared ({error}); {install('ffcv')}", file=sys.stderr
+        )
     return rates | ceilings(source, records, cores)
 
 
