@@ -92,9 +92,9 @@ check: $(VENV)/check  ## Lint, formatting and types; seconds, no torch.
 	  --no-warn-redundant-casts --no-warn-unreachable shards preprocess train kamim abuse
 
 dist: $(VENV)/dist  ## Build wheel and sdist, install the wheel beside other packages, and try it.
-	@rm -rf build/dist
-	@$(VENV)/dist/bin/python -m build -q --outdir build/dist .
-	$(VENV)/dist/bin/python -m pytest -q -m dist -p no:cacheprovider tests/test_dist.py
+	@rm -rf build/dist && mkdir -p build/dist
+	@$(VENV)/dist/bin/python -m build --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
+	$(VENV)/dist/bin/python -m pytest -q -m dist --noconftest -p no:cacheprovider tests/test_dist.py
 
 bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
 	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" $(if $(FLAGS),$(FLAGS),--save)
@@ -169,7 +169,7 @@ $(VENV)/check: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/dist: pyproject.toml | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@
-	$(call install,build and pytest,50 MB,$@/bin,build pytest)
+	$(call install,build and pytest,50 MB,$@/bin,build pytest pytest-timeout)
 	@touch $@
 
 # An environment of its own: what audits and locks is not part of what is audited and locked.
