@@ -1,14 +1,14 @@
 """Looks at every source image once and writes frames and keypoint densities into shards.
 
-In: a dataset by name, path or URL. Out: a finished set of shards. Works without torch.
-What a name needs is imported when it is asked for: a command line answers before OpenCV is there.
+It works without torch. What a name needs is imported when the name is first used: a command line
+answers before OpenCV is there.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from preprocess.build import build_shards
+    from preprocess.building import build, build_shards
     from preprocess.decode import Rejected, decode_image
     from preprocess.densities import bank_of, density_maps
     from preprocess.detectors import detector_settings
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from preprocess.source import Source, open_source
 
 _HOMES = {
-    "build": ["build_shards"],
+    "building": ["build", "build_shards"],
     "decode": ["Rejected", "decode_image"],
     "densities": ["bank_of", "density_maps"],
     "detectors": ["detector_settings"],
@@ -35,6 +35,7 @@ __all__ = [
     "Rejected",
     "Source",
     "bank_of",
+    "build",
     "build_shards",
     "decode_image",
     "density_maps",

@@ -130,7 +130,7 @@ def build(
     from preprocess import compare, detectors
     from preprocess import executors as backends
     from preprocess import repair as repairs
-    from preprocess.build import shard_size_for
+    from preprocess.building import shard_size_for
 
     for each in settings.detectors:
         detectors.check_detector(each)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import executors as backends
-from preprocess.build import WORK, claim, facts_of, job_of, shard_size_for, write_missing
+from preprocess.building import WORK, claim, facts_of, job_of, shard_size_for, write_missing
 from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError

@@ -18,7 +18,7 @@ import pytest
 from conftest import REPOSITORY, contents, settings
 from test_cli import KAMIM, SMALL, kamim
 
-import preprocess.build
+import preprocess.building
 import preprocess.shard
 from preprocess import BuildError, build_shards, open_source
 from preprocess import executors as backends
@@ -197,8 +197,8 @@ def test_a_dask_cluster_loses_a_worker_and_its_scheduler(small_source, calm, tmp
 @pytest.mark.timeout(400)
 def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(preprocess.build, "TRIES", 1)
-    monkeypatch.setattr(preprocess.build, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(preprocess.building, "TRIES", 1)
+    monkeypatch.setattr(preprocess.building, "PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 2)
     port, out, source = free_port(), tmp_path / "out", open_source(str(small_source))
     with scheduler(port) as doomed:
@@ -340,8 +340,8 @@ def test_a_missing_library_is_named_with_what_to_type(backend, monkeypatch):
 def job(small_source, tmp_path):
     """A job whose first shard was written, as on another machine."""
     source, out = open_source(str(small_source)), tmp_path / "out"
-    facts = preprocess.build.facts_of(source, settings())
-    with preprocess.build.claim(out, facts) as work:
+    facts = preprocess.building.facts_of(source, settings())
+    with preprocess.building.claim(out, facts) as work:
         job = Job(settings(), "folder", source.root, out, work, None, False, fingerprint(facts))
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 
@@ -374,8 +374,8 @@ def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, mo
 
 
 def test_a_loky_worker_that_dies_costs_one_try(small_source, calm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preprocess.build, "PAUSE_SECONDS", 0)
-    monkeypatch.setattr(preprocess.build, "write_shard", _dies_once)
+    monkeypatch.setattr(preprocess.building, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(preprocess.building, "write_shard", _dies_once)
     build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 2)
     assert contents(tmp_path / "out") == calm
     assert "a worker process died, perhaps for want of memory" in capsys.readouterr().err
@@ -394,8 +394,8 @@ def test_an_engine_lost_before_it_told_of_a_shard_is_looked_for_again(
             raise lost[0]
         yield from run(backend, scheduler, jobs, work, tasks, scratch)
 
-    monkeypatch.setattr(preprocess.build.backends, "run", silent)
-    monkeypatch.setattr(preprocess.build, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(preprocess.building.backends, "run", silent)
+    monkeypatch.setattr(preprocess.building, "PAUSE_SECONDS", 0)
     build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
     assert contents(tmp_path / "out") == calm
     assert lost

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, contents, settings
 import preprocess
 import shards
 from preprocess import BuildError, build_shards, open_source
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.repair import repair_shards
 from shards import ShardSet
 from shards.beton import convert_to_ffcv
@@ -108,7 +108,7 @@ def test_the_same_bytes_after_20_kills(small_source, tmp_path):
 def test_a_restart_does_only_what_is_missing(small_source, tmp_path, monkeypatch):
     source, out = open_source(str(small_source)), tmp_path / "out"
     written = []
-    real = preprocess.build.write_shard
+    real = preprocess.building.write_shard
 
     def stopping(job, number, entries):
         if len(written) == 6:
@@ -116,7 +116,7 @@ def test_a_restart_does_only_what_is_missing(small_source, tmp_path, monkeypatch
         written.append(number)
         return real(job, number, entries)
 
-    monkeypatch.setattr(preprocess.build, "write_shard", stopping)
+    monkeypatch.setattr(preprocess.building, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         build_shards(source, out, settings(), jobs=1)
     assert not (out / "manifest.json").exists()
@@ -220,7 +220,7 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
 def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
     with (
-        preprocess.build.claim(out, preprocess.build.facts_of(source, settings())),
+        preprocess.building.claim(out, preprocess.building.facts_of(source, settings())),
         pytest.raises(ValueError, match="another process is"),
     ):
         build_shards(source, out, settings(), 1)
@@ -358,9 +358,9 @@ def test_repair_builds_what_is_damaged_and_nothing_else(small_source, tmp_path, 
     for name in damaged:
         damage(out, name)
     (out / "inspect.html").write_text("a page")
-    numbers, real = [], preprocess.build.write_shard
+    numbers, real = [], preprocess.building.write_shard
     monkeypatch.setattr(
-        preprocess.build, "write_shard", lambda j, n, e: (numbers.append(n), real(j, n, e))[1]
+        preprocess.building, "write_shard", lambda j, n, e: (numbers.append(n), real(j, n, e))[1]
     )
     assert repair_shards(source, out, chosen, 1) == ["shard-000002.tar", *damaged]
     assert numbers == [2, 5]
@@ -372,7 +372,7 @@ def test_repair_builds_what_is_damaged_and_nothing_else(small_source, tmp_path, 
 def test_a_killed_repair_goes_on(small_source, tmp_path, monkeypatch):
     source, out = open_source(str(small_source)), tmp_path / "out"
     build_shards(source, out, settings(), 1)
-    whole, real, numbers = contents(out), preprocess.build.write_shard, []
+    whole, real, numbers = contents(out), preprocess.building.write_shard, []
     for number in (1, 4, 7):
         damage(out, f"shard-{number:06d}.tar")
 
@@ -382,7 +382,7 @@ def test_a_killed_repair_goes_on(small_source, tmp_path, monkeypatch):
         numbers.append(number)
         return real(job, number, entries)
 
-    monkeypatch.setattr(preprocess.build, "write_shard", stopping)
+    monkeypatch.setattr(preprocess.building, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         repair_shards(source, out, settings(), 1)
     numbers.append("again")
@@ -472,7 +472,35 @@ def test_a_full_disk_names_the_place_and_what_to_do(small_source, tmp_path, monk
     def full(job, number, entries):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(preprocess.build, "write_shard", full)
+    monkeypatch.setattr(preprocess.building, "write_shard", full)
     with pytest.raises(OSError, match="the disk is full; free space, then run the same") as caught:
         build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
     assert caught.value.filename == str(tmp_path / "out")
+
+
+def test_from_python_it_gives_the_bytes_of_the_command(small_source, tmp_path):
+    flags = ["--frame", "80", "--crop", "64", "--map-crops", "1", "--grid", "16"]
+    line = [sys.executable, "-m", "kamim", "shards", "build", small_source, tmp_path / "a", *flags]
+    subprocess.run(list(map(str, line)), check=True, capture_output=True)
+    chosen = {"frame": 80, "crop": 64, "map_crops": 1, "grid": 16}
+    manifest = shards.build(str(small_source), tmp_path / "b", ("fast",), **chosen)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert manifest.count == 40
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"grid": 47}, "grid 47 is odd; give 48"),
+        ({"crop": 100}, "crop 100 is no multiple of 8; give 96"),
+        ({"quality": 101}, "quality 101 is out of range; give 0 to 100"),
+        ({"mark": "star"}, "mark is 'star'; there are ring, disc, point"),
+        ({"fram": 80}, "there is no setting 'fram'; did you mean frame?"),
+    ],
+)
+def test_wrong_settings_from_python_are_one_line(wrong, words, small_source, tmp_path):
+    with pytest.raises(shards.UserError) as caught:
+        shards.build(str(small_source), tmp_path / "out", **wrong)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ import simplejpeg
 from conftest import REPOSITORY, settings
 
 import kamim.__main__
-import preprocess.build
+import preprocess.building
 import preprocess.files
 from abuse.broken import KINDS
 from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
@@ -171,7 +171,7 @@ def test_two_that_tidy_up_after_a_finished_build_do_not_trip_over_each_other(
         remove(path, **how)
 
     (built / ".build").mkdir()
-    monkeypatch.setattr(preprocess.build.shutil, "rmtree", late)
+    monkeypatch.setattr(preprocess.building.shutil, "rmtree", late)
     manifest = load(built)
     source = open_source(str(small_source))
     assert build_shards(source, built, manifest.settings, 1) == manifest

@@ -10,13 +10,13 @@ import pytest
 COUNT = 100_000
 SCRIPT = """
 import json, re, sys, time
-import preprocess.build
+import preprocess.building
 from pathlib import Path
 from conftest import settings
 started = time.process_time()
 source = preprocess.open_source(sys.argv[1])
-facts = preprocess.build.facts_of(source, settings(shard_size=1000))
-assert preprocess.build._check_folder(Path(sys.argv[2]), facts) is None
+facts = preprocess.building.facts_of(source, settings(shard_size=1000))
+assert preprocess.building._check_folder(Path(sys.argv[2]), facts) is None
 seconds = time.process_time() - started
 # Not ru_maxrss, which begins with what the process that started this one had.
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

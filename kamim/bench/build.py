@@ -20,7 +20,7 @@ import numpy as np
 
 from kamim.bench.provenance import append, ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
 from preprocess.densities import View, cell_sums, map_views, published_grey, squeezed
 from preprocess.detectors import detect

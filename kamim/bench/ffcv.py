@@ -23,7 +23,7 @@ from ffcv.writer import DatasetWriter
 
 from kamim.bench.provenance import append, ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
 from preprocess.source import Source, read
 from shards import ShardSet

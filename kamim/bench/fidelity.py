@@ -16,7 +16,7 @@ import numpy as np
 
 from kamim.bench.provenance import append
 from preprocess import build_shards, decode_image, density_maps, detector_settings, open_source
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
 from preprocess.fidelity import measure_fidelity
 from preprocess.source import Source, read

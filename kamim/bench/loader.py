@@ -20,7 +20,7 @@ import torch
 
 from kamim.bench.provenance import append, ratio, spread
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
 from shards import ShardSet, decode_frame
 from shards.loader import Loader

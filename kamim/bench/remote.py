@@ -21,7 +21,7 @@ from typing import Any
 import shards
 from kamim.bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
 from shards import ShardSet
 from shards.loader import Loader

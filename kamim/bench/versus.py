@@ -26,7 +26,7 @@ from kamim.bench.rivals import (
     stock_webdataset,
 )
 from preprocess import build_shards, detector_settings
-from preprocess.build import shard_size_for
+from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
 from preprocess.source import Source, read
 from shards import ShardSet

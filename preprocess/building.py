@@ -8,9 +8,10 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from preprocess.compare import (
     facts_of_set,
     reuse_hint,
 )
+from preprocess.detectors import detector_settings
 from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
-from preprocess.source import Source, check_outside
+from preprocess.source import Source, check_outside, open_source
 from shards import spec as _manifest
 from shards.errors import UserError
 from shards.files import MANIFEST, alone, sweep, write_atomically
@@ -47,6 +49,43 @@ PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 def shard_size_for(inputs: int) -> int:
     """Inputs a shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
     return min(1000, max(16, inputs // 64))
+
+
+def build(
+    source: str,
+    out: Path | str,
+    detectors: Sequence[str] = ("fast",),
+    *,
+    split: str = "",
+    partial: bool = False,
+    jobs: int = 0,
+    on_error: str = "quarantine",
+    max_rejected: float = 0.01,
+    reuse: Path | str | None = None,
+    backend: str = "loky",
+    scheduler: str = "",
+    **settings: Any,
+) -> Manifest:
+    """Build shards of `source` in the folder `out`, or finish that; returns the manifest.
+
+    source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH; split and
+    partial as open_source. detectors: by name, with OpenCV's defaults. settings: fields of
+    shards.Settings. The rest as build_shards, whose errors are raised; UserError also for a setting
+    that there is not, or that is out of its range.
+    """
+    known = {field.name for field in fields(Settings)} - {"detectors"}
+    for name in settings.keys() - known:
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
+        raise UserError(f"there is no setting {name!r}{hint}")
+    chosen = Settings(detectors=tuple(map(detector_settings, detectors)), **settings)
+    listed = open_source(source, split, partial)
+    if not chosen.shard_size:
+        chosen = replace(chosen, shard_size=shard_size_for(len(listed.entries)))
+    old = Path(reuse) if reuse else None
+    return build_shards(
+        listed, Path(out), chosen, jobs, on_error, max_rejected, old, backend, scheduler
+    )
 
 
 def build_shards(
