@@ -94,7 +94,7 @@ check: $(VENV)/check  ## Lint, formatting and types; seconds, no torch.
 dist: $(VENV)/dist  ## Build wheel and sdist, install the wheel beside other packages, and try it.
 	@rm -rf build/dist && mkdir -p build/dist
 	@$(VENV)/dist/bin/python -m build --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
-	$(VENV)/dist/bin/python -m pytest -q -m dist --noconftest -p no:cacheprovider tests/test_dist.py
+	$(VENV)/dist/bin/python -m pytest -q -m dist --noconftest -p no:cacheprovider tests/integration/test_dist.py
 
 bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
 	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" $(if $(FLAGS),$(FLAGS),--save)

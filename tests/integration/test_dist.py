@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-DIST = Path(__file__).parent.parent / "build" / "dist"
+DIST = Path(__file__).parents[2] / "build" / "dist"
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 

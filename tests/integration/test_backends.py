@@ -28,7 +28,7 @@ from shards.verification import verify_shards
 
 SLOW = {
     **os.environ,
-    "PYTHONPATH": f"{Path(__file__).parent / 'slow_build'}{os.pathsep}{REPOSITORY}",
+    "PYTHONPATH": f"{REPOSITORY}/tests/slow_build{os.pathsep}{REPOSITORY}",
     "SLOW_SECONDS": "0.1",
 }
 

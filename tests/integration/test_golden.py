@@ -1,7 +1,8 @@
 """Golden numbers: 20 losses of each method on the demo, seed 0, on a CPU.
 
 A change that should not alter numbers leaves them equal. Written anew by
-`python tests/test_golden.py`, after a change that is meant to, with a line in the changelog.
+`python tests/integration/test_golden.py FOLDER`, after a change that is meant to, with a line in the
+changelog.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 pytest.importorskip("torch")
 
@@ -19,7 +21,7 @@ from train.loop import pretrain
 from train.recipes import RECIPES
 from train.setup import Run
 
-GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+GOLDEN = REPOSITORY / "tests" / "golden" / "losses.json"
 METHODS = ("small", "small_simmim", "small_mae", "small_famt")
 STEPS, BATCH = 20, 64  # four epochs: attention is looked at after the first
 

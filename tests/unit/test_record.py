@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from shards.record import (
 )
 from shards.tar import _header, parse_record
 
-GOLDEN = Path(__file__).parent / "golden" / "two-records.tar"
+GOLDEN = REPOSITORY / "tests" / "golden" / "two-records.tar"
 MAPS = (np.arange(2 * 4 * 4, dtype=np.uint8) * 7 % 16 * 17).reshape(2, 4, 4)
 BANK = Bank(
     np.array([[0, 1, 300, 400], [2, 3, 301, 402], [70, 5, 290, 395]], np.uint32),
