@@ -78,7 +78,7 @@ test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2
 
 test-slow: $(VENV)/test  ## Run the long tests too.
-	$(BIN)/python -m pytest -q -m '(slow or not slow) and not dist'
+	$(BIN)/python -m pytest -q -m '(slow or not slow) and not dist and not stress'
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
@@ -89,7 +89,7 @@ check: $(VENV)/check  ## Lint, formatting and types; seconds, no torch.
 	$(VENV)/check/bin/ruff check .
 	$(VENV)/check/bin/ruff format --check .
 	$(VENV)/check/bin/mypy --allow-subclassing-any --allow-untyped-decorators --no-warn-unused-ignores \
-	  --no-warn-redundant-casts --no-warn-unreachable shards preprocess train kamim abuse
+	  --no-warn-redundant-casts --no-warn-unreachable shards preprocess train kamim
 
 dist: $(VENV)/dist  ## Build wheel and sdist, install the wheel beside other packages, and try it.
 	@rm -rf build/dist && mkdir -p build/dist
@@ -102,8 +102,8 @@ bench: $(VENV)/test  ## Measure offline against online detection, and keep the r
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m kamim.bench.loader "$(if $(DATA),$(DATA),demo)"
 
-abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="kills --scale 0.05".
-	$(BIN)/python -m abuse $(FLAGS)
+abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="-k kills --scale 0.05".
+	$(BIN)/python -m pytest -s -m stress tests/stress $(FLAGS)
 
 lock: $(VENV)/audit  ## Choose anew the versions and hashes that tests can be run with.
 	$(VENV)/audit/bin/uv pip compile pyproject.toml --extra demo --extra train --extra test -q \

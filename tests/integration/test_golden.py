@@ -1,8 +1,7 @@
 """Golden numbers: 20 losses of each method on the demo, seed 0, on a CPU.
 
-A change that should not alter numbers leaves them equal. Written anew by
-`python tests/integration/test_golden.py FOLDER`, after a change that is meant to, with a line in the
-changelog.
+A change that should not alter numbers leaves them equal. After one that is meant to,
+`python tests/integration/test_golden.py FOLDER` writes them anew.
 """
 
 import json

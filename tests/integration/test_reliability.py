@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import REPOSITORY, settings
+from stress.broken import KINDS
+from stress.cases import PAGE, RESULTS, SECTIONS, Case, renewed
+from stress.forked import spawn
+from stress.source_targets import parquet_of
+from stress.watch import spawn_watched
 
 import kamim.__main__
 import preprocess.building
 import preprocess.files
-from abuse.broken import KINDS
-from abuse.cases import PAGE, RESULTS, SECTIONS, Case, renewed
-from abuse.forked import spawn
-from abuse.source_targets import parquet_of
-from abuse.watch import spawn_watched
 from preprocess import Rejected, build_shards, decode_image, open_source
 from preprocess.densities import LONGEST, map_views
 from preprocess.source import Entry, read
@@ -91,9 +91,10 @@ def test_a_hung_process_ends_with_its_group_and_a_status_is_told(tmp_path):
 @pytest.mark.slow
 def test_a_section_runs_and_writes_its_rows(tmp_path):
     path = tmp_path / "results.json"
-    line = [sys.executable, "-m", "abuse", "damage", "--scale", "0.01", "--results", str(path)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    line = [sys.executable, "-m", "pytest", "-s", "-m", "stress", "-k", "damage", "tests/stress"]
+    line += ["--scale", "0.01", "--results", str(path), "-p", "no:cacheprovider"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout
     facts = json.loads(path.read_text())["damage"]
     assert {"python", "commit", "date"} <= set(facts["provenance"])
     assert all(row["case"] in done.stdout for row in facts["rows"])

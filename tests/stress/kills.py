@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abuse.cases import Case
-from abuse.forked import Process, call, kamim, spawn
-from abuse.material import SMALL, files, make_source, run_digest, tuned_digest
+from stress.cases import Case
+from stress.forked import Process, call, kamim, spawn
+from stress.material import SMALL, files, make_source, run_digest, tuned_digest
 
 LIMIT = 180  # seconds for any one command: a second's work on a quiet machine
 STOPPED = 10  # seconds that a rank may outlive another's death; torchrun stops it sooner

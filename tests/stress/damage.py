@@ -10,10 +10,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from abuse.cases import Case
-from abuse.forked import kamim, spawn
-from abuse.kills import LIMIT, warm_up
-from abuse.material import SMALL, make_source
 from shards import ShardSet, load
 from shards.beton import convert_to_ffcv
 from shards.files import MANIFEST
@@ -21,6 +17,10 @@ from shards.loader import Loader
 from shards.order import Plan
 from shards.spec import INDEX, REJECTED
 from shards.verification import damaged_files, verify_shards
+from stress.cases import Case
+from stress.forked import kamim, spawn
+from stress.kills import LIMIT, warm_up
+from stress.material import SMALL, make_source
 
 CHANGES = 500  # single bytes of each kind of file, at scale 1
 STARTS = 20  # of the tars' changes, on which `kamim pretrain` itself is tried

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from abuse.cases import Case
-from abuse.forked import call, kamim
-from abuse.kills import LIMIT
-from abuse.watch import spawn_watched
+from stress.cases import Case
+from stress.forked import call, kamim
+from stress.kills import LIMIT
+from stress.watch import spawn_watched
 
 TRAIN = ("--recipe", "tiny", "--batch", 4, "--epochs", 1, "--device", "cpu", "--resume")
 

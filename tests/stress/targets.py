@@ -1,6 +1,6 @@
 """Every parser of sets as a function of hostile bytes, for a coverage-guided fuzzer.
 
-`python -m abuse.targets NAME SET FOLDER [libFuzzer's options]`: a small set to make seeds from and
+`python -m stress.targets NAME SET FOLDER [libFuzzer's options]`: a small set to make seeds from and
 a folder to write into in, a fuzzer's exit status out: 0 if nothing but ValueError and Rejected, the
 answers that the parsers promise, came out.
 """
@@ -30,8 +30,6 @@ def _instrumented() -> Any:
 
 
 with _instrumented():
-    from abuse import source_targets
-    from abuse.source_targets import packed, unpacked
     from preprocess import Rejected
     from shards import File, Ledger, Manifest, ShardSet, decode_frame
     from shards import spec as _manifest
@@ -43,6 +41,8 @@ with _instrumented():
     from shards.spec import INDEX, REJECTED
     from shards.tar import INDEX_DTYPE, parse_record
     from shards.verification import verify_shards
+    from stress import source_targets
+    from stress.source_targets import packed, unpacked
 
 ROW = INDEX_DTYPE.itemsize
 SUFFIXES = (JPEG, MAPS, LABEL, META, RAW)

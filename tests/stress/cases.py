@@ -11,7 +11,7 @@ from typing import Any
 
 from kamim.bench.markers import renewed_parts
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = REPOSITORY / "docs" / "reliability.md"
 SECTIONS = ("kills", "inputs", "fuzz", "damage", "faults", "archives")

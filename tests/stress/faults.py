@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abuse import places
-from abuse.cases import Case
-from abuse.forked import Process, behind, call, fresh, kamim, spawn
-from abuse.kills import LIMIT, Job, finish, jobs, start, warm_up
+from stress import places
+from stress.cases import Case
+from stress.forked import Process, behind, call, fresh, kamim, spawn
+from stress.kills import LIMIT, Job, finish, jobs, start, warm_up
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:

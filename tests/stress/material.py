@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from abuse.cases import REPOSITORY
 from preprocess import open_source
 from preprocess.source import read
+from stress.cases import REPOSITORY
 
 DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data"))
 # The smallest build that `--recipe small` trains on.

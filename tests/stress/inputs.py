@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from abuse.broken import KINDS
-from abuse.cases import Case
-from abuse.forked import call, kamim, spawn
-from abuse.material import photographs
+from stress.broken import KINDS
+from stress.cases import Case
+from stress.forked import call, kamim, spawn
+from stress.material import photographs
 
 FLAGS = ("--frame", 64, "--crop", 64, "--map-crops", 1, "--grid", 16, "--max-rejected", 1)
 SOUND = 4  # photographs among the damaged ones of a kind

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from abuse.cases import REPOSITORY, Case
-from abuse.material import SMALL, make_source
+from stress.cases import REPOSITORY, Case
+from stress.material import SMALL, make_source
 
 SECONDS = 60  # a target, at scale 1
 LIMIT, MEMORY = 10, 2048
@@ -22,10 +22,10 @@ TAKEN = (0, 77)  # statuses of the fuzzer: done, or a finding
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
     """A case a target. Inputs are counted; a finding is a loss and kept in the arena."""
-    from abuse.targets import FUZZER, TARGETS, seeds
+    from stress.targets import FUZZER, TARGETS, seeds
 
     if not FUZZER:
-        raise SystemExit("the fuzzer is not installed; type: pip install 'kamim[abuse]'")
+        raise SystemExit("the fuzzer is not installed; type: pip install '.[abuse]'")
     make_source(arena / "source", 6, seed, classes=2)
     subprocess.run(["tar", "cf", arena / "source.tar", "-C", arena, "source"], check=True)
     line = [sys.executable, "-m", "kamim", "shards", "build", f"{arena}/source", f"{arena}/built"]
@@ -46,11 +46,12 @@ def fuzz(name: str, arena: Path, corpus: Path, scratch: Path, seconds: int, seed
     """One target for so many seconds."""
     case = Case("fuzz", name)
     findings = arena / f"finding-{name}-"
-    line = [sys.executable, "-m", "abuse.targets", name, str(arena / "built"), str(scratch)]
+    line = [sys.executable, "-m", "stress.targets", name, str(arena / "built"), str(scratch)]
     line += [str(corpus), f"-max_total_time={seconds}", f"-timeout={LIMIT}", "-max_len=65536"]
     line += [f"-rss_limit_mb={MEMORY}", f"-seed={seed + 1}", f"-artifact_prefix={findings}"]
     line += ["-print_final_stats=1"]
-    quiet = {**os.environ, "TMPDIR": str(scratch), "OPENCV_LOG_LEVEL": "OFF"}
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    quiet = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(scratch), "OPENCV_LOG_LEVEL": "OFF"}
     limit = 2 * seconds + 120
     try:
         done = subprocess.run(line, cwd=REPOSITORY, env=quiet, capture_output=True, timeout=limit)

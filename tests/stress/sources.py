@@ -11,11 +11,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from abuse.cases import Case
-from abuse.forked import call, kamim
-from abuse.kills import LIMIT
-from abuse.material import SMALL
-from abuse.watch import Around, spawn_watched
+from stress.cases import Case
+from stress.forked import call, kamim
+from stress.kills import LIMIT
+from stress.material import SMALL
+from stress.watch import Around, spawn_watched
 
 COLOUR = (255, 0, 254)  # of the secret picture, and of nothing else
 NAMES = [

@@ -13,13 +13,13 @@ from typing import Any
 
 from PIL import Image
 
-from abuse.cases import Case
-from abuse.forked import kamim, spawn
-from abuse.kills import LIMIT, warm_up
-from abuse.layouts import layouts
-from abuse.material import SMALL, make_source, small_photographs
-from abuse.pickles import arrays, checkpoints
-from abuse.sources import COLOUR, NAMES, sources
+from stress.cases import Case
+from stress.forked import kamim, spawn
+from stress.kills import LIMIT, warm_up
+from stress.layouts import layouts
+from stress.material import SMALL, make_source, small_photographs
+from stress.pickles import arrays, checkpoints
+from stress.sources import COLOUR, NAMES, sources
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:

@@ -1,6 +1,6 @@
 """Datasets in layouts of their own, with names and pickles in them that are meant to do harm.
 
-In: sound photographs and a secret one outside. Out: a case; lost as in `abuse.sources`.
+In: sound photographs and a secret one outside. Out: a case; lost as in `stress.sources`.
 """
 
 import json
@@ -8,14 +8,14 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-from abuse.cases import Case
-from abuse.forked import kamim
-from abuse.kills import LIMIT
-from abuse.material import SMALL
-from abuse.pickles import Payload, refused
-from abuse.source_targets import parquet_of, tar_of
-from abuse.sources import built
-from abuse.watch import spawn_watched
+from stress.cases import Case
+from stress.forked import kamim
+from stress.kills import LIMIT
+from stress.material import SMALL
+from stress.pickles import Payload, refused
+from stress.source_targets import parquet_of, tar_of
+from stress.sources import built
+from stress.watch import spawn_watched
 
 Layout = Callable[[Path, list[bytes], list[str]], str]  # folder, photographs, names: the source
 

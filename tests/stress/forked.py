@@ -86,6 +86,8 @@ def spawn(function: Callable[..., Any], *arguments: Any, log: Path) -> Process:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # Under pytest these may be its own, which go elsewhere.
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         function(*arguments)
         status = 0

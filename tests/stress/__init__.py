@@ -1,0 +1,1 @@
+"""Faults, damage and hostile input, with figures: `make abuse`. See docs/reliability.md."""
