@@ -96,14 +96,14 @@ def calm(small_source, tmp_path):
 
 
 def test_the_commands_of_the_page_are_real():
-    """Every option of the lines in docs/scaling.md is one that its program has."""
+    """Every option of the lines in docs/clusters.md is one that its program has."""
     pytest.importorskip("distributed")
     from distributed.cli import dask_scheduler, dask_worker
     from typer.testing import CliRunner
 
     from kamim.__main__ import app
 
-    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", "").splitlines()
     texts = [line.partition("#")[0].split() for line in lines]

@@ -367,7 +367,7 @@ def on_nodes(*lines):
 def test_the_torchrun_lines_of_the_page_are_those_that_are_tested():
     from torch.distributed.run import get_args_parser
 
-    page = (REPOSITORY / "docs" / "scaling.md").read_text().replace("\\\n", "")
+    page = (REPOSITORY / "docs" / "clusters.md").read_text().replace("\\\n", "")
     lines = [line.split()[1:] for line in page.splitlines() if line.startswith("torchrun")]
     ranks = []
     for line in lines:

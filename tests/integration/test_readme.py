@@ -13,7 +13,7 @@ from conftest import REPOSITORY, copy_repository
 from kamim.bench.readme import PAGES, renewed
 
 README = (REPOSITORY / "README.md").read_text()
-DOCS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "docs").glob("*.md"))
+DOCS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "docs").rglob("*.md"))
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
 FIDELITY = re.findall(
     r"^```console\n(.*?)^```", (REPOSITORY / "docs" / "fidelity.md").read_text(), re.M | re.S
@@ -112,6 +112,48 @@ def test_the_readme_is_short_and_the_example_is_the_one_that_is_tested():
     assert len(README.splitlines()) <= 180
     example = (REPOSITORY / "examples" / "trainer.py").read_text()
     assert example in (REPOSITORY / "docs" / "library.md").read_text()
+
+
+def commands_of(group, words=()):
+    """(words, options) of every command below a group of typer's."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands_of(command, (*words, name))
+        else:
+            yield (*words, name), {option for each in command.params for option in each.opts}
+
+
+def test_options_that_the_pages_name_are_real():
+    from typer.main import get_command
+
+    from kamim.__main__ import app
+
+    known = dict(commands_of(get_command(app)))
+    pages = [README, *((REPOSITORY / page).read_text() for page in DOCS)]
+    lines = re.findall(r"^(?:\$ |.*-m )?kamim (.*)$", "\n".join(pages).replace("\\\n", ""), re.M)
+    seen = set()
+    for line in lines:
+        words = line.partition("#")[0].split()
+        command = next((c for c in known if tuple(words[: len(c)]) == c), None)
+        assert command, line
+        assert {word for word in words if word.startswith("--")} <= known[command], line
+        seen.add(command)
+    assert len(seen) >= 8
+    named = {option for page in pages for option in re.findall(r"`(--[a-z-]+)", page)}
+    named -= {"--missing"}  # of `make abuse`
+    assert len(named) >= 15
+    assert named <= set().union(*known.values()), named - set().union(*known.values())
+
+
+def test_targets_of_make_that_the_pages_name_are_real():
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    pages = ["README.md", "CONTRIBUTING.md", *map(str, DOCS)]
+    text = "\n".join((REPOSITORY / page).read_text() for page in pages)
+    code = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    named = set(re.findall(r"^(?:\$ |.*&& )?make ([a-z-]+)", "\n".join(code), re.M))
+    named |= set(re.findall(r"`make\s([a-z-]+)", text))
+    assert len(named) >= 8
+    assert named <= targets, named - targets
 
 
 def test_make_says_what_is_missing(clone):
