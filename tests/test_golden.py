@@ -16,7 +16,7 @@ from preprocess import build_shards, detector_settings, open_source
 from preprocess.defaults import default_settings
 from train.log import read_metrics
 from train.loop import pretrain
-from train.recipes import RECIPES
+from train.recipes import find_recipe
 from train.setup import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -28,7 +28,7 @@ def losses(shards: Path, recipe: str, out: Path) -> list[float]:
     """The losses of STEPS steps."""
     from dataclasses import replace
 
-    chosen = replace(RECIPES[recipe](), batch=BATCH)
+    chosen = replace(find_recipe(recipe), batch=BATCH)
     pretrain(Run(shards=shards, out=out, recipe=chosen, detector="fast", device="cpu", steps=STEPS))
     return [row["loss"] for row in read_metrics(out)]
 

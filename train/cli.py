@@ -182,9 +182,9 @@ def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="All their settings, as JSON.")] = False,
 ) -> None:
     """List the recipes of `kamim pretrain` with what they set."""
-    from train.recipes import RECIPES
+    from train.recipes import find_recipe, recipe_names
 
-    made = {name: make() for name, make in RECIPES.items()}
+    made = {name: find_recipe(name) for name in recipe_names()}
     if as_json:
         print(json.dumps({name: asdict(recipe) for name, recipe in made.items()}, indent=2))
         return

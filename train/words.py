@@ -4,20 +4,13 @@ In: a folder, a recipe's name, a device. Out: nothing, or one UserError that nam
 """
 
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 from shards.errors import UserError
+from train.recipes import nearest
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A question with the one of `words` that is nearest to `word`, or nothing if none is."""
-    found = get_close_matches(word, list(words), n=1, cutoff=0.7)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def check_device(name: str) -> None:
