@@ -18,13 +18,15 @@ from test_pretrain import TINY, losses, run
 
 from shards.weighting import WeightedCrops
 from train import checkpoint, estimate, progress
+from train.checkpoint import check_length
 from train.cli import take_word
+from train.distributed import Stop, Stopped
 from train.log import read_metrics
 from train.models import SimMIM, model_flops
 from train.recipes import find_recipe, recipe_names
+from train.request import Run
 from train.schedule import learning_rate
-from train.setup import Run, check_length, find_device
-from train.stopping import Stop, Stopped
+from train.setup import find_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.

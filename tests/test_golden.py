@@ -17,7 +17,7 @@ from preprocess.defaults import default_settings
 from train.log import read_metrics
 from train.loop import pretrain
 from train.recipes import find_recipe
-from train.setup import Run
+from train.request import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 METHODS = ("small", "small_simmim", "small_mae", "small_famt")

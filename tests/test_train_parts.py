@@ -10,7 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from train.loss import block_masks, masked_l1
+from train.loss import masked_l1
+from train.masking import block_masks
 from train.models import SimMIM, make_encoder, model_flops
 from train.recipes import BASES, Recipe, find_recipe, recipe_names, simmim
 from train.schedule import learning_rate

@@ -99,7 +99,7 @@ def pretrain(
     from shards.remote.storage import is_url
     from train.progress import busy, say
     from train.recipes import find_recipe
-    from train.words import check_device, check_folder, check_wandb
+    from train.request import Run, check_device, check_folder, check_wandb
 
     folder, resume = take_word(folder, word, resume)
     limit = parse_bytes(cache_limit)
@@ -111,9 +111,9 @@ def pretrain(
     check_wandb(wandb)
     check_folder(folder)
     with busy("loading torch"):
+        from train.distributed import Stopped
         from train.loop import pretrain
-        from train.setup import Run, find_device
-        from train.stopping import Stopped
+        from train.setup import find_device
 
     if not recipe:
         kind = find_device(device).type

@@ -159,13 +159,13 @@ def find_recipe(name: str) -> Recipe:
     base = next((each for each in BASES if f"{name}_".startswith(f"{each}_")), "")
     if not base and "_patch" in name:
         return Recipe(model=name)
-    recipe, rest = BASES.get(base), name.removeprefix(base)
-    for group in ENDINGS if recipe else ():
+    recipe, rest = BASES.get(base, Recipe(model=name)), name.removeprefix(base)
+    for group in ENDINGS if base else ():
         for ending, change in group.items():
             if f"{rest}_".startswith(f"{ending}_"):
                 recipe, rest = change(recipe), rest.removeprefix(ending)
                 break
-    if recipe is None or rest:
+    if rest or not base:
         raise UserError(
             f"unknown recipe {name!r}; there are {', '.join(BASES)}, the larger ones as _224, and "
             "endings for other methods, all listed by `kamim recipes`; or any timm ViT by its name"

@@ -1,0 +1,70 @@
+"""What a user asks of `kamim pretrain`, checked before torch is imported: that takes seconds."""
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.remote.retry import PATIENCE
+from train.recipes import Recipe, nearest
+
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Where and how to train; what decides the numbers is in the recipe and the seed."""
+
+    shards: Path | str  # a folder, or the URL of one
+    out: Path
+    recipe: Recipe
+    seed: int = 0
+    detector: str | None = None  # None: the only one of keypoints in the shards
+    bank: bool = False  # stored crops with their exact counts, not new crops read off maps
+    device: str = "auto"
+    workers: int = 0
+    resume: bool = False
+    extend: bool = False  # resume with more epochs than the run had
+    steps: int = 0  # 0: the recipe's epochs; less: stop there, on the same schedule
+    save_every: int = 500
+    log_every: int = 20
+    skip_damaged: bool = False
+    checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
+    compile: bool = True  # on CUDA
+    wandb: str = ""
+    window: int = 0  # shards that are shuffled together; 0: all, 64 if they are remote
+    cache: Path | None = None  # local folder for remote shards
+    cache_limit: int = 0  # bytes; 0: no limit
+    patience: float = PATIENCE  # seconds to wait for a store that does not answer
+
+
+def check_device(name: str) -> None:
+    """UserError unless `name` is auto, cpu, cuda or cuda:N."""
+    if not DEVICES.fullmatch(name):
+        near = nearest(name, ["auto", "cpu", "cuda", "cuda:0"])
+        raise UserError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N{near}")
+
+
+def check_folder(folder: str) -> None:
+    """UserError unless `folder` holds a sound manifest, or is a URL."""
+    from shards.files import MANIFEST
+    from shards.remote.storage import is_url
+    from shards.spec import load
+
+    path = Path(folder)
+    if is_url(folder):
+        return
+    if not path.exists():
+        beside = path.parent.glob(f"*/{MANIFEST}") if path.parent.is_dir() else ()
+        near = nearest(str(path), sorted(str(each.parent) for each in beside))
+        raise UserError(
+            f"there is no folder {folder} of shards; build it with `kamim shards build`{near}"
+        )
+    load(path)
+
+
+def check_wandb(project: str) -> None:
+    """UserError if a `project` is named and the package is not there."""
+    if project and find_spec("wandb") is None:
+        raise UserError("--wandb needs the package; type: pip install wandb")
