@@ -30,7 +30,9 @@ from train.setup import find_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import kamim; kamim.__main__.main()"
+WITHOUT_TORCH = (
+    "import sys; sys.modules['torch'] = None; import kamim.__main__; kamim.__main__.main()"
+)
 
 
 @pytest.fixture

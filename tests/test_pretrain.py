@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ({"detector": "sift"}, TINY, "no maps of 'sift', only of fast, orb"),
         ({"detector": None}, TINY, "maps of fast, orb; choose one"),
         ({}, replace(TINY, size=100), "100 is no multiple of the mask cell"),
-        ({}, replace(TINY, size=160), r"maps of 16 cells a side cannot serve 20 weight cells"),
+        ({}, replace(TINY, size=160), r"maps of 16 cells per side cannot serve 20 weight cells"),
         ({}, replace(TINY, w_ps=7), "w_ps 7 does not divide"),
         ({}, replace(TINY, batch=10_000), "make no batch of 10000"),
         ({}, replace(TINY, model="vit_giant_patch3_1"), "timm has no model"),

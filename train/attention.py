@@ -106,7 +106,7 @@ def read_attention(path: Path, count: int, patches: int) -> NDArray[np.uint8]:
     """The maps in `path`, uint8 [count, patches], memory-mapped. UserError if they are not it."""
     try:
         maps: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, UserError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
         ) from None
