@@ -1,8 +1,7 @@
 """The attention map: what the class token of the last block looks at, for every record.
 
-In: an encoder in training, its shards. Out: RUN/attention-STEP.npy, uint8 [records, n], one pass
-over the whole frames; read back without unpickling. AMT (arXiv 2211.15362, mae-AMT): per head
-least to most, mean over heads.
+One pass over the whole frames gives RUN/attention-STEP.npy, uint8 [records, n], which is read back
+without unpickling. AMT (arXiv 2211.15362, mae-AMT): per head least to most, mean over heads.
 """
 
 from collections.abc import Iterable

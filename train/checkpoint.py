@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shards import Manifest
+from shards import Manifest, Plan
 from shards.errors import UserError
 from shards.files import replacing, sweep
 from train.recipes import Recipe
@@ -84,7 +84,7 @@ def checked(state: Any, path: Path) -> dict[str, Any]:
     return state
 
 
-def run_facts(run: Run, manifest: Manifest, detector: str | None, window: int) -> dict[str, Any]:
+def run_facts(run: Run, manifest: Manifest, detector: str | None, plan: Plan) -> dict[str, Any]:
     """What a checkpoint belongs to: a run goes on only where all of it is equal."""
     plain = asdict(run.recipe)
     recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
@@ -94,7 +94,7 @@ def run_facts(run: Run, manifest: Manifest, detector: str | None, window: int) -
         "detector": detector or "",
         "bank": run.bank,
         "shards": manifest.fingerprint,
-        "window": window,
+        "window": plan.windows.limit if plan.windows else 0,
     }
 
 

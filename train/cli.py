@@ -1,7 +1,6 @@
 """The commands of pretraining: `kamim pretrain`, `recipes` and `export`.
 
-In: what a user typed. Out: a run, a list, a file. torch is imported only when one of them runs, and
-after what was typed is checked.
+torch is imported only when one of them runs, and after what was typed is checked.
 """
 
 import json
@@ -196,8 +195,10 @@ def recipes(
         cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
         if recipe.sample_by != "none":
             cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"
-        print(f"{name:28s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
-              f"batch {recipe.batch}, {weights}, {cells}")  # fmt: skip
+        print(
+            f"{name:28s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
+            f"batch {recipe.batch}, {weights}, {cells}"
+        )
 
 
 @app.command()

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from shards import ShardSet
+from shards import Plan, ShardSet
 from train.models import Cells
 from train.progress import say
 from train.request import Run
@@ -112,13 +112,13 @@ def describe(
     facts: dict[str, Any],
     model: nn.Module,
     hiding: str,
-    total: int,
-    micro_steps: int,
+    plan: Plan,
     ranks: int,
     device: torch.device,
 ) -> None:
     """Say, and write into run.json, what is about to happen, with the sums a reader can check."""
     recipe, name = run.recipe, facts["detector"]
+    total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
     parameters = sum(p.numel() for p in model.parameters())
     source = "stored crops" if run.bank else "maps"
     weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"

@@ -11,14 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import joblib
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shards import Batch, to_device
 from shards import files as writing
-from shards.errors import UserError
 from train import checkpoint
 from train.distributed import Stop, agree, connect, this_process, together
 from train.estimate import (
@@ -31,21 +29,13 @@ from train.estimate import (
     time_lines,
 )
 from train.log import Log, make_rows
-from train.masking import Masking, wanted_maps
+from train.masking import Masking
 from train.models import make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
 from train.progress import Progress, busy, say
 from train.request import Run
 from train.schedule import learning_rate
-from train.setup import (
-    check,
-    count_micro_steps,
-    device_name,
-    find_device,
-    make_plan,
-    open_records,
-    parameter_groups,
-)
+from train.setup import count_micro_steps, device_name, find_device, make_optimizer, open_data
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
@@ -63,40 +53,21 @@ def pretrain(run: Run) -> None:
     rank, ranks = process.rank, process.ranks
 
     # --- Data
-    records = together(process, lambda: open_records(run))
-    crops = together(process, lambda: check(run, records, process)).to(device)
-    count_micro_steps(recipe, ranks, recipe.micro_batch)  # does the batch split at all?
-    plan = make_plan(run, records, 1)
+    data = open_data(run, process, device)
+    records, crops, plan = data.records, data.crops, data.plan
     total = plan.steps(recipe.epochs)
-    if total < 1:
-        raise UserError(
-            f"{recipe.epochs:g} epochs of {len(records)} records make no batch of {recipe.batch}; "
-            "give more --epochs or a smaller --batch"
-        )
+    last = min(run.steps or total, total)
     steps_an_epoch = len(records) / recipe.batch
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
     rates = total, warmup, recipe.peak, recipe.floor, recipe.start
-    last = min(run.steps or total, total)
-    window = plan.windows.limit if plan.windows else 0
-    facts = checkpoint.run_facts(run, records.manifest, crops.weights, window)
-    load = partial(
-        records.loader,
-        bank=run.bank,
-        workers=run.workers or max(1, joblib.cpu_count() // process.local_ranks),
-        skip=run.skip_damaged,
-        device=device.type,
-    )
+    facts = checkpoint.run_facts(run, records.manifest, crops.weights, plan)
 
     # --- Model, and where it left off
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
         model = make_model(recipe).to(device)
         masking = Masking(recipe, run.seed, records.manifest, model.encoder, steps_an_epoch, device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe),
-            betas=(0.9, recipe.beta2),
-            fused=device.type == "cuda",
-        )
+        optimizer = make_optimizer(model, recipe, device)
         first, seconds, epochs = together(
             process, lambda: checkpoint.restore(run, facts, model, optimizer, device)
         )
@@ -114,15 +85,13 @@ def pretrain(run: Run) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
     if rank == 0:
-        hiding = masking.describe()
-        describe(run, records, facts, model, hiding, total, micro_steps, ranks, device)
+        describe(run, records, facts, model, masking.describe(), plan, ranks, device)
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
         if first < last:
             say(*memory_lines(needed, part, device))
 
     # --- Steps
-    maps = wanted_maps(recipe, crops.weights)
-    loader = load(plan, first, last, maps=maps, rank=rank, ranks=ranks)
+    loader = data.load(plan, first, last, maps=data.maps, rank=rank, ranks=ranks)
     batches = to_device(loader, device)
     stop = Stop()
     if ranks > 1:
@@ -131,7 +100,7 @@ def pretrain(run: Run) -> None:
     def every_record(step: int) -> Iterator[Batch]:
         """Each record once, for a look at its attention before `step`; crops are not used."""
         once = replace(plan, batch=part * ranks, micro_steps=1)
-        whole = load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
+        whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
         return stop.heeded(whole, step, ranks)
 
     progress = Progress(first, last, total, recipe.batch, rank == 0 and first < last)
@@ -218,9 +187,8 @@ def pretrain(run: Run) -> None:
                     log.rows(rows, progress)
                 pending, waited, since = [], 0.0, time.perf_counter()
             if saving and rank == 0:
-                state: dict[str, Any] = {"model": model.state_dict()}
-                state |= {"optimizer": optimizer.state_dict()}
-                state |= {"run": facts, "seconds": now - clock}
+                state = {"run": facts, "seconds": now - clock}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 with progress.busy("saving"):
                     checkpoint.save(run.out / "checkpoints", done, state)
                 since = time.perf_counter()
@@ -234,8 +202,8 @@ def pretrain(run: Run) -> None:
     if rank == 0 and last == total:
         with busy("drawing pictures"):
             draw_loss(run.out)
-            parts = count_micro_steps(recipe, 1, max(PICTURES, part))
-            again = load(replace(plan, micro_steps=parts), total - 1, total, maps=maps)
+            alike = replace(plan, micro_steps=count_micro_steps(recipe, 1, max(PICTURES, part)))
+            again = data.load(alike, total - 1, total, maps=data.maps)
             batch, tensors = next(to_device(again, device))
             images, weights, *_ = crops(tensors)
             masking.restore(run.out, total - 1, done=True)
@@ -243,9 +211,5 @@ def pretrain(run: Run) -> None:
             cells = masking.hidden(noise, total - 1, batch.samples, tensors)
             with torch.no_grad(), autocast:
                 draw_reconstructions(run.out, model, images, cells, weights)
-        say(
-            f"look at {run.out / 'reconstructions.png'}: crop, loss weight, what the model sees, "
-            "and what it makes of the rest"
-        )
     if ranks > 1:
         dist.destroy_process_group()

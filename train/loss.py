@@ -1,4 +1,4 @@
-"""The losses: reconstruction, image, mask and weights in, one number out.
+"""The losses.
 
 SimMIM's masked L1 and MAE's masked MSE, with KAMIM's weight on each patch: arXiv 2407.13873,
 KAMIM vit.py.

@@ -1,7 +1,4 @@
-"""Pictures at the end of a run: the loss curve, and reconstructions with masks and weights.
-
-In: metrics.jsonl, a model and a batch. Out: PNG files in the run folder.
-"""
+"""Pictures at the end of a run: the loss curve, and reconstructions with masks and weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from train.log import read_metrics
 from train.models import MEAN, STD, Cells
+from train.progress import say
 
 PICTURES = 8  # images
 
@@ -74,7 +72,9 @@ def draw_reconstructions(
     for number, title in enumerate(titles):
         at = (6 + number * rows.shape[1] // len(titles), 19)
         cv2.putText(bar, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.38, (40, 40, 40), 1, cv2.LINE_AA)
-    cv2.imwrite(str(run / "reconstructions.png"), np.concatenate([bar, rows])[:, :, ::-1])
+    path = run / "reconstructions.png"
+    cv2.imwrite(str(path), np.concatenate([bar, rows])[:, :, ::-1])
+    say(f"look at {path}: crop, loss weight, what the model sees, and what it makes of the rest")
 
 
 def _pixels(images: Tensor) -> np.ndarray:

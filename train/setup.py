@@ -3,9 +3,12 @@
 import math
 import os
 import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import joblib
 import torch
 from torch import nn
 
@@ -15,8 +18,8 @@ from shards.crops import FLIPS
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
-from train.distributed import Process
-from train.masking import guide_maps
+from train.distributed import Process, together
+from train.masking import guide_maps, wanted_maps
 from train.models import CELL, MEAN, STD
 from train.progress import busy, say
 from train.recipes import Recipe
@@ -75,7 +78,39 @@ def open_records(run: Run) -> ShardSet:
     )
 
 
-def make_plan(run: Run, records: ShardSet, micro_steps: int) -> Plan:
+class Data(NamedTuple):
+    """What a run trains on. `load` gives the batches of steps of a plan, as ShardSet.loader."""
+
+    records: ShardSet
+    crops: WeightedCrops
+    maps: list[str]  # those that a step reads
+    plan: Plan  # in one micro-step
+    load: Callable[..., Any]
+
+
+def open_data(run: Run, process: Process, device: torch.device) -> Data:
+    """The data of the run, checked; UserError, on every process, if they cannot serve."""
+    recipe = run.recipe
+    records = together(process, lambda: open_records(run))
+    crops = together(process, lambda: check(run, records, process)).to(device)
+    count_micro_steps(recipe, process.ranks, recipe.micro_batch)  # does the batch split at all?
+    plan = make_plan(run, records)
+    if plan.steps(recipe.epochs) < 1:
+        raise UserError(
+            f"{recipe.epochs:g} epochs of {len(records)} records make no batch of {recipe.batch}; "
+            "give more --epochs or a smaller --batch"
+        )
+    load = partial(
+        records.loader,
+        bank=run.bank,
+        workers=run.workers or max(1, joblib.cpu_count() // process.local_ranks),
+        skip=run.skip_damaged,
+        device=device.type,
+    )
+    return Data(records, crops, wanted_maps(recipe, crops.weights), plan, load)
+
+
+def make_plan(run: Run, records: ShardSet) -> Plan:
     """The plan of the run; UserError if the cache cannot hold its windows."""
     recipe, count = run.recipe, len(records.shards)
     window = run.window or (WINDOW if records.copies else count)
@@ -88,8 +123,7 @@ def make_plan(run: Run, records: ShardSet, micro_steps: int) -> Plan:
         len(records),
         recipe.batch,
         run.seed,
-        micro_steps,
-        recipe.area,
+        area=recipe.area,
         vertical=recipe.vertical,
         windows=windows,
     )
@@ -110,6 +144,12 @@ def weighted_crops(
         mean=MEAN,
         std=STD,
     )
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+    """AdamW as the recipe has it; fused on CUDA."""
+    groups, betas = parameter_groups(model, recipe), (0.9, recipe.beta2)
+    return torch.optim.AdamW(groups, betas=betas, fused=device.type == "cuda")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
