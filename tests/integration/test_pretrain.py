@@ -80,7 +80,7 @@ def command(shards, out, *flags):
     return [sys.executable, "-m", "kamim", "pretrain", str(shards), *chosen, *flags]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shards, tmp_path):
     flags = ["--workers", workers, "--resume"]
@@ -122,7 +122,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, shards, tmp_path):
     assert not list((out / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_two_processes_train_on_the_same_batches_as_one(shards, tmp_path):
     one = command(shards, tmp_path / "one")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
