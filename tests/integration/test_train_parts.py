@@ -125,7 +125,7 @@ def test_recipes_are_the_published_ones():
 
 def test_every_name_gives_the_recipe_it_has_always_given():
     """golden/recipes.json: by name, what differs from Recipe's defaults."""
-    golden = json.loads((Path(__file__).parent / "golden" / "recipes.json").read_text())
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "recipes.json").read_text())
     usual = {each.name: each.default for each in fields(Recipe)}
     for name, expected in golden.items():
         found = asdict(find_recipe(name))
