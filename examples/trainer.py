@@ -5,9 +5,9 @@ import sys
 import torch
 
 import shards
-from train.inputs import MEAN, STD
-from train.loss import block_masks, masked_l1
-from train.models import SimMIM
+from train.loss import masked_l1
+from train.masking import block_masks
+from train.models import MEAN, STD, SimMIM
 from train.schedule import learning_rate
 
 records = shards.open(sys.argv[1], cache=sys.argv[3] if len(sys.argv) > 3 else None)

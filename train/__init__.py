@@ -1,4 +1,4 @@
 """Streams shards and pretrains with a keypoint-weighted masked L1; no detection in it.
 
-In: a finished set of shards and a recipe. Out: a run folder of checkpoints, metrics and pictures.
+A run folder gets checkpoints, metrics and pictures.
 """

@@ -1,10 +1,10 @@
 """The attention map: what the class token of the last block looks at, for every record.
 
-In: an encoder in training, its shards. Out: RUN/attention-STEP.npy, uint8 [records, n], one pass
-over the whole frames; read back without unpickling. AMT (arXiv 2211.15362, mae-AMT): per head
-least to most, mean over heads.
+One pass over the whole frames gives RUN/attention-STEP.npy, uint8 [records, n], which is read back
+without unpickling. AMT (arXiv 2211.15362, mae-AMT): per head least to most, mean over heads.
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shards import Batch
 from shards.errors import UserError
 from shards.files import replacing
 from shards.weighting import crop_frames, to_device
-from train.inputs import normalised
+from train.distributed import Process
+from train.models import normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
 
@@ -56,14 +58,21 @@ def class_attention(encoder: Any, images: Tensor) -> Tensor:
     return ((row - low) / (high - low).clamp_min(1e-12)).mean(1)
 
 
-def write_attention(path: Path, encoder: Any, loader: Any, count: int, size: int,
-                    place: tuple[int, int], device: torch.device) -> None:  # fmt: skip
+def write_attention(
+    path: Path,
+    encoder: Any,
+    batches: Iterable[Batch],
+    count: int,
+    size: int,
+    process: Process,
+    device: torch.device,
+) -> None:
     """Write the maps of all `count` records into `path`, whole or not at all, by process 0.
 
-    `loader` shows each of them once at least, to this process or to another of `place` (rank,
-    ranks); crops and flips of it are not used. Returns when the file is there, on all.
+    `batches` show each record once at least, to this process or to another; their crops and flips
+    are not used. Returns when the file is there, on all.
     """
-    rank, ranks = place
+    rank, ranks = process.rank, process.ranks
     patches = (size // encoder.patch_embed.patch_size[0]) ** 2
     was_training = encoder.training
     encoder.eval()
@@ -77,7 +86,7 @@ def write_attention(path: Path, encoder: Any, loader: Any, count: int, size: int
             maps = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, patches))
             maps[:] = UNSEEN
             stack.callback(maps.flush)
-        for batch, tensors in to_device(loader, device):
+        for batch, tensors in to_device(batches, device):
             boxes, flips = tensors["boxes"], tensors["flips"]
             whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(boxes)
             images = crop_frames(tensors["frames"], whole, torch.zeros_like(flips), size)

@@ -1,19 +1,26 @@
 """Checkpoints: everything a run needs to go on, written atomically, read without unpickling.
 
-In: model, optimizer, step and what the run is. Out: RUN/checkpoints/step-00001234.pt, the newest
-few. Random state is not in them: it follows from (seed, epoch, sample) and (seed, step).
+RUN/checkpoints/step-00001234.pt hold model, optimizer, step and what the run is. Random state is
+not in them: it follows from (seed, epoch, sample) and (seed, step).
 """
 
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from shards import Manifest, Plan
 from shards.errors import UserError
 from shards.files import replacing, sweep
+from train.recipes import Recipe
+from train.request import Run
 
 VERSION = 1
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
+# What --epochs decides: the length, and the phases of sampling that are shares of it.
+LENGTHS = ("recipe.epochs", "recipe.random_epochs", "recipe.refresh_epochs")
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -87,3 +94,80 @@ def instead(path: Path) -> str:
     if path.parent.name == "checkpoints":
         return "remove it, and the checkpoint before it is used"
     return "name a run, a checkpoint of it, or a file of `kamim export`"
+
+
+def run_facts(run: Run, manifest: Manifest, detector: str | None, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run goes on only where all of it is equal."""
+    plain = asdict(run.recipe)
+    recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    return {
+        "recipe": recipe,
+        "seed": run.seed,
+        "detector": detector or "",
+        "bank": run.bank,
+        "shards": manifest.fingerprint,
+        "window": plan.windows.limit if plan.windows else 0,
+    }
+
+
+def restore(
+    run: Run, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
+) -> tuple[int, float, float]:
+    """Load the newest checkpoint if asked to; returns the first step to do, the seconds of
+    training that those before took, and the epochs the run was to have.
+
+    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time.
+    """
+    path = newest(run.out / "checkpoints")
+    if path is None:
+        if run.extend:
+            raise UserError(
+                f"{run.out} holds no run to extend; leave --extend out, or name its --out"
+            )
+        return 0, 0.0, run.recipe.epochs
+    if not run.resume:
+        raise UserError(
+            f"{run.out} holds a run already (to step {int(path.stem[5:])}); go on with it by "
+            "--resume, or name another --out"
+        )
+    state = load(path, device)
+    # What an older checkpoint's recipe does not have was as the defaults are.
+    known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
+    known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+    then = {"window": 0, **state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
+    now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
+    longer = then["recipe.epochs"] != now["recipe.epochs"]
+    apart = ("recipe", "recipe.micro_batch", *(LENGTHS if longer else ()))
+    differing = (k for k in now if k not in apart and then.get(k) != now[k])
+    changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in differing]
+    if changed:
+        raise UserError(
+            f"{path} is of another run: {'; '.join(changed[:3])}; use the same, or name another "
+            "--out"
+        )
+    epochs, step = float(then["recipe.epochs"]), int(state["step"])
+    if longer:
+        check_length(run, then, now)
+    extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
+    if extended:
+        facts["extended"] = extended
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return step, float(state.get("seconds", 0.0)), epochs
+
+
+def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError unless a run that had other epochs `then` can be extended, and shall be."""
+    before, epochs = then["recipe.epochs"], now["recipe.epochs"]
+    phases = [k for k in LENGTHS[1:] if then[k] != now[k]]
+    what = f"{run.out} is a run of {before:g} epochs, not of {epochs:g}"
+    if before > epochs:
+        raise UserError(f"{what}; go on with it by --resume --epochs {before:g}")
+    if phases:
+        name = phases[0].removeprefix("recipe.")
+        raise UserError(
+            f"{what}, and its {name} of {then[phases[0]]:g} would have been {now[phases[0]]:g}: "
+            f"it cannot be extended; train anew with --epochs {epochs:g} and another --out"
+        )
+    if not run.extend:
+        raise UserError(f"{what}; add --extend to train it longer, or name another --out")

@@ -1,7 +1,6 @@
 """The commands of pretraining: `kamim pretrain`, `recipes` and `export`.
 
-In: what a user typed. Out: a run, a list, a file. torch is imported only when one of them runs, and
-after what was typed is checked.
+torch is imported only when one of them runs, and after what was typed is checked.
 """
 
 import json
@@ -99,7 +98,7 @@ def pretrain(
     from shards.remote.storage import is_url
     from train.progress import busy, say
     from train.recipes import find_recipe
-    from train.words import check_device, check_folder, check_wandb
+    from train.request import Run, check_device, check_folder, check_wandb
 
     folder, resume = take_word(folder, word, resume)
     limit = parse_bytes(cache_limit)
@@ -111,9 +110,9 @@ def pretrain(
     check_wandb(wandb)
     check_folder(folder)
     with busy("loading torch"):
+        from train.distributed import Stopped
         from train.loop import pretrain
-        from train.setup import Run, find_device
-        from train.stopping import Stopped
+        from train.setup import find_device
 
     if not recipe:
         kind = find_device(device).type
@@ -182,9 +181,9 @@ def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="All their settings, as JSON.")] = False,
 ) -> None:
     """List the recipes of `kamim pretrain` with what they set."""
-    from train.recipes import RECIPES
+    from train.recipes import find_recipe, recipe_names
 
-    made = {name: make() for name, make in RECIPES.items()}
+    made = {name: find_recipe(name) for name in recipe_names()}
     if as_json:
         print(json.dumps({name: asdict(recipe) for name, recipe in made.items()}, indent=2))
         return
@@ -196,8 +195,10 @@ def recipes(
         cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
         if recipe.sample_by != "none":
             cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"
-        print(f"{name:28s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
-              f"batch {recipe.batch}, {weights}, {cells}")  # fmt: skip
+        print(
+            f"{name:28s} {recipe.model} at {recipe.size} px, {recipe.epochs:g} epochs, "
+            f"batch {recipe.batch}, {weights}, {cells}"
+        )
 
 
 @app.command()

@@ -1,76 +1,79 @@
-"""Several processes, on one machine or many: who am I, and do all of us find the same.
+"""Several processes, on one machine or many: who am I, do all find the same, do all stop now.
 
-In: what torchrun says in the environment. Out: places, and answers that hold on every process: a
-UserError on one is raised on all, so that none waits for one that has gone.
+A UserError on one process is raised on all, so that none waits for one that has gone.
 """
 
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shards.errors import UserError
+from train.progress import say
 
 Answer = TypeVar("Answer")
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Process:
     """This process among all of them, and among those of its machine."""
 
-    rank: int
-    ranks: int
-    local_rank: int
-    local_ranks: int
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
     group: Any = None  # of all, for what is settled before the first step
 
 
-def find_place() -> Place:
-    """As torchrun set it; alone without it."""
+def this_process() -> Process:
+    """As torchrun set it; the only one without it."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    return Process(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def connect(place: Place, device: torch.device) -> Place:
-    """Meet the other processes, if there are any; `place` with their group."""
-    if place.ranks == 1:
-        return place
+def connect(process: Process, device: torch.device) -> Process:
+    """Meet the other processes, if there are any; `process` with their group."""
+    if process.ranks == 1:
+        return process
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # Machines may take hours apart to hash their shards: longer than a step may hang.
-    return replace(place, group=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+    return replace(process, group=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
-def together(place: Place, ask: Callable[[], Answer]) -> Answer:
+def together(process: Process, ask: Callable[[], Answer]) -> Answer:
     """`ask()`, here. Raises UserError on every process if it does on any: the first one's."""
     answer, problem = None, ""
     try:
         answer = ask()
     except UserError as error:
         problem = str(error)
-    problem = next(filter(None, gathered(place, problem)), "")
+    problem = next(filter(None, gathered(process, problem)), "")
     if problem:
         raise UserError(problem)
     return answer  # type: ignore[return-value]
 
 
-def gathered(place: Place, fact: Answer) -> list[Answer]:
+def gathered(process: Process, fact: Answer) -> list[Answer]:
     """Every process's `fact`, by rank."""
-    facts = [fact] * place.ranks
-    if place.ranks > 1:
-        dist.all_gather_object(facts, fact, place.group)
+    facts = [fact] * process.ranks
+    if process.ranks > 1:
+        dist.all_gather_object(facts, fact, process.group)
     return facts
 
 
-def agree(place: Place, out: Path, first: int, fingerprint: str) -> None:
+def agree(process: Process, out: Path, first: int, fingerprint: str) -> None:
     """UserError unless all go on after step `first` with the shards of `fingerprint`."""
     host, step, shards = socket.gethostname(), first, fingerprint
-    for other, its_step, its_shards in gathered(place, (host, step, shards)):
+    for other, its_step, its_shards in gathered(process, (host, step, shards)):
         if its_shards != shards:
             raise UserError(f"the shards on {other} are not those on {host}; copy them again")
         if its_step != step:
@@ -78,3 +81,56 @@ def agree(place: Place, out: Path, first: int, fingerprint: str) -> None:
                 f"{host} goes on after step {step}, {other} after step {its_step}: {out} must be "
                 "one folder that all machines see"
             )
+
+
+class Stopped(Exception):
+    """A signal (its number is the argument) arrived; what is finished is saved."""
+
+
+class Stop:
+    """A wish to stop. Until `listen` is called, and from the second signal on, a signal ends the
+    process at once, as it would without this.
+    """
+
+    def __init__(self) -> None:
+        self.wished = 0  # the signal's number
+
+    def listen(self) -> None:
+        """From now on a signal is a wish."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._wish)
+
+    def _wish(self, number: int, frame: FrameType | None) -> None:
+        self.wished = number
+        for each in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(each) == self._wish:
+                signal.signal(each, signal.SIG_DFL)
+
+    def heeded(self, things: Iterable[Thing], done: int, ranks: int) -> Iterator[Thing]:
+        """`things`, one by one; one process alone ends in place of the next when it should."""
+        for thing in things:
+            if ranks == 1 and self.wished:
+                self.end(done, 0)
+            yield thing
+
+    def end(self, done: int, rank: int) -> NoReturn:
+        """Raise Stopped, after `done` steps of the run, which are saved."""
+        if rank == 0:
+            say(
+                f"stopped after step {done}, which is saved; go on with --resume"
+                if done
+                else "stopped before a step was done; the same command begins anew"
+            )
+        raise Stopped(self.wished)
+
+    def agreed(self, step: int, every: int, ranks: int, device: torch.device) -> bool:
+        """Whether to stop after `step`. With several processes it costs a sync, every so often."""
+        if ranks == 1:
+            return bool(self.wished)
+        if (step + 1) % every:
+            return False
+        wish = torch.tensor(self.wished, device=device)
+        dist.all_reduce(wish, dist.ReduceOp.MAX)
+        self.wished = int(wish.item())
+        return bool(self.wished)

@@ -1,12 +1,19 @@
-"""What a run will cost, said before it costs it: time, memory, and how large its parts may be.
+"""What a run says before its first step: what it is, where it goes on, and what it will cost."""
 
-In: a model, a recipe, a device. Out: numbers, and lines for stderr.
-"""
-
+import json
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+
+from shards import Plan, ShardSet
+from train.models import Cells
+from train.progress import say
+from train.request import Run
+from train.schedule import Rates, learning_rate
+from train.setup import device_name
 
 CPU_PART = 200e9  # operations a micro-step may take on a CPU: seconds, and little memory
 PER_PARAMETER = 16  # bytes: weight, gradient and AdamW's two means, float32
@@ -18,16 +25,16 @@ def largest_part(micro_batch: int, flops: float, device: torch.device) -> int:
 
     There a step of ViT-B would be silent for minutes and take 15 GB, and a micro-step of two
     images is no slower by the image. Depends on the model alone, not on the machine, so that
-    losses do not. `flops`: of forward and backward, an image.
+    losses do not. `flops`: of forward and backward, per image.
     """
     return max(1, min(micro_batch, int(CPU_PART / flops))) if device.type == "cpu" else micro_batch
 
 
 def memory_needed(
-    model: nn.Module, hidden: tuple[Tensor, ...], size: int, part: int, device: torch.device
+    model: nn.Module, cells: Cells, size: int, part: int, device: torch.device
 ) -> float:
-    """Bytes that training takes with `part` images a micro-step, from what one image leaves for
-    its backward pass. `hidden` is what the model takes beside one image.
+    """Bytes that training takes with `part` images per micro-step, from what one image with its
+    `cells` leaves for its backward pass.
 
     Changes neither gradients nor random state.
     """
@@ -43,7 +50,7 @@ def memory_needed(
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        output = model(image, *hidden)
+        output = model(image, *cells)
     del output
     return PER_PARAMETER * sum(p.numel() for p in model.parameters()) + part * sum(kept.values())
 
@@ -67,8 +74,10 @@ def memory_lines(needed: float, part: int, device: torch.device) -> list[str]:
         return []
     name = "the GPU" if device.type == "cuda" else "this machine"
     smaller = f"--micro-batch {part // 2} takes less" if part > 1 else "take a smaller model"
-    return [f"warning: training needs about {needed / 1e9:.1f} GB and {name} has "
-            f"{free / 1e9:.1f} GB free; {smaller}"]  # fmt: skip
+    return [
+        f"warning: training needs about {needed / 1e9:.1f} GB and {name} has {free / 1e9:.1f} GB "
+        f"free; {smaller}"
+    ]
 
 
 def synchronize(device: torch.device) -> None:
@@ -82,8 +91,10 @@ def time_lines(seconds: float, micro_steps: int, steps: int, device: torch.devic
     step = seconds * micro_steps
     lines = [f"a step takes about {duration(step)}, all {steps:,} about {duration(step * steps)}"]
     if device.type == "cpu" and step * steps > LONG:
-        lines.append("warning: that is long for a CPU: use a machine with a GPU, --recipe demo, or "
-                     "fewer --epochs; Ctrl-C saves and stops")  # fmt: skip
+        lines.append(
+            "warning: that is long for a CPU: use a machine with a GPU, --recipe demo, or fewer "
+            "--epochs; Ctrl-C saves and stops"
+        )
     return lines
 
 
@@ -93,3 +104,71 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def describe(
+    run: Run,
+    records: ShardSet,
+    facts: dict[str, Any],
+    model: nn.Module,
+    hiding: str,
+    plan: Plan,
+    ranks: int,
+    device: torch.device,
+) -> None:
+    """Say, and write into run.json, what is about to happen, with the sums a reader can check."""
+    recipe, name = run.recipe, facts["detector"]
+    total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
+    parameters = sum(p.numel() for p in model.parameters())
+    source = "stored crops" if run.bank else "maps"
+    weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
+    crop = records.manifest.settings.crop
+    if name and crop != recipe.size:
+        say(
+            f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
+            f"shards built with --crop {recipe.size} are nearer to detection on them"
+        )
+    say(
+        f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
+        f"{hiding}\n"
+        f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
+        f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
+        f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
+    )
+    if records.copies:
+        say(
+            f"{run.shards} by way of {records.folder}, {facts['window'] or len(records.shards)} of "
+            f"{len(records.shards):,} shards at a time"
+        )
+    run.out.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "timm": timm.__version__}
+    text = json.dumps(facts | {"shards_folder": str(run.shards), "versions": versions}, indent=2)
+    (run.out / "run.json").write_text(text + "\n")
+
+
+def say_where(
+    run: Run, first: int, last: int, before: int, steps_an_epoch: float, rates: Rates
+) -> None:
+    """Say where a run goes on, after step `first`; that it is finished; what an extension does to
+    its learning rate, whose schedule, now of `rates`, had `before` steps.
+    """
+    total, warmup, *levels = rates
+    if first and before != total:
+        was = min(round(run.recipe.warmup * steps_an_epoch), before - 1)
+        then = learning_rate(first - 1, before, was, *levels)
+        now = learning_rate(min(first, total - 1), total, warmup, *levels)
+        say(
+            f"extended from {before:,} to {total:,} steps: the learning rate's cosine is laid anew "
+            f"over all of them, so it goes from {then:.2e} to {now:.2e}, and from here as in a run "
+            "of that length"
+        )
+    if first >= total:
+        say(
+            f"{run.out} is finished, {first:,} of {total:,} steps; try it: kamim probe {run.out} "
+            f"TRAIN VAL; keep its encoder: kamim export {run.out} FILE; train it longer: --resume "
+            "--extend --epochs with more"
+        )
+    elif first >= last:
+        say(f"{run.out} has done the {last:,} steps of --steps; without, it goes on to {total:,}")
+    elif first:
+        say(f"going on after step {first}")

@@ -1,6 +1,6 @@
 """The encoder of a checkpoint as safetensors that timm loads unchanged.
 
-In: a checkpoint of ours. Out: a .safetensors file whose metadata says how to make the model.
+The file's metadata says how to make the model.
 """
 
 import json

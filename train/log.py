@@ -1,6 +1,6 @@
-"""What a run keeps of itself: rows in metrics.jsonl, TensorBoard and W&B.
+"""What a run keeps of itself: a row per step in metrics.jsonl, TensorBoard and W&B.
 
-In: one row per step. Out: files in the run folder; a resumed run goes on in the same ones.
+A resumed run goes on in the same files.
 """
 
 import json

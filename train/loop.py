@@ -1,45 +1,41 @@
 """The training loop, from shards to checkpoints; `pretrain` reads from top to bottom.
 
-In: a set of shards, a recipe, a seed. Out: a run folder: run.json, metrics.jsonl, TensorBoard
-events, checkpoints and, at the end, pictures. Killed and resumed, the losses are the same.
+A run leaves in its folder run.json, metrics.jsonl, TensorBoard events, checkpoints and, at the end,
+pictures. Killed and resumed, the losses are the same.
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shards import Batch, to_device
 from shards import files as writing
-from shards.errors import UserError
-from shards.weighting import to_device
 from train import checkpoint
-from train.check import check, wanted_maps
-from train.data import make_plan, open_loader, open_records
-from train.distributed import agree, connect, find_place, together
-from train.estimate import largest_part, memory_lines, memory_needed, synchronize, time_lines
-from train.inputs import MEAN, STD, weighted_crops
+from train.distributed import Stop, agree, connect, this_process, together
+from train.estimate import (
+    describe,
+    largest_part,
+    memory_lines,
+    memory_needed,
+    say_where,
+    synchronize,
+    time_lines,
+)
 from train.log import Log, make_rows
-from train.masking import Masking, make_model
-from train.models import model_flops
+from train.masking import Masking
+from train.models import make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
 from train.progress import Progress, busy, say
+from train.request import Run
 from train.schedule import learning_rate
-from train.setup import (
-    Run,
-    count_micro_steps,
-    describe,
-    device_name,
-    find_device,
-    parameter_groups,
-    restore,
-    run_facts,
-    say_where,
-)
-from train.stopping import Stop
+from train.setup import count_micro_steps, device_name, find_device, make_optimizer, open_data
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
@@ -53,70 +49,62 @@ def pretrain(run: Run) -> None:
     """
     recipe = run.recipe
     device = find_device(run.device)
-    place = connect(find_place(), device)
-    rank, ranks = place.rank, place.ranks
+    process = connect(this_process(), device)
+    rank, ranks = process.rank, process.ranks
 
-    # What to train on.
-    records = together(place, lambda: open_records(run))
-    detector = together(place, lambda: check(run, records.manifest, place))
-    count_micro_steps(recipe, ranks, recipe.micro_batch)  # does the batch split at all?
-    plan = make_plan(run, records, 1)
+    # --- Data
+    data = open_data(run, process, device)
+    records, crops, plan = data.records, data.crops, data.plan
     total = plan.steps(recipe.epochs)
-    if total < 1:
-        raise UserError(
-            f"{recipe.epochs:g} epochs of {len(records)} records make no batch of {recipe.batch}; "
-            "give more --epochs or a smaller --batch"
-        )
+    last = min(run.steps or total, total)
     steps_an_epoch = len(records) / recipe.batch
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
-    last = min(run.steps or total, total)
-    window = plan.windows.limit if plan.windows else 0
-    facts = run_facts(run, records.manifest, detector, window)
-    crops = weighted_crops(recipe, records, detector, run.bank).to(device)
-    maps = wanted_maps(recipe, detector)
+    rates = total, warmup, recipe.peak, recipe.floor, recipe.start
+    facts = checkpoint.run_facts(run, records.manifest, crops.weights, plan)
 
-    # The model, and where it left off.
+    # --- Model, and where it left off
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
         model = make_model(recipe).to(device)
         masking = Masking(recipe, run.seed, records.manifest, model.encoder, steps_an_epoch, device)
-        groups = parameter_groups(model, recipe)
-        betas = 0.9, recipe.beta2
-        optimizer = torch.optim.AdamW(groups, betas=betas, fused=device.type == "cuda")
+        optimizer = make_optimizer(model, recipe, device)
         first, seconds, epochs = together(
-            place, lambda: restore(run, facts, model, optimizer, device)
+            process, lambda: checkpoint.restore(run, facts, model, optimizer, device)
         )
-        agree(place, run.out, first, facts["shards"])
-        together(place, lambda: masking.restore(run.out, first))
+        agree(process, run.out, first, facts["shards"])
+        together(process, lambda: masking.restore(run.out, first))
         flops = model_flops(model, recipe.size, masking.example())
         most = largest_part(recipe.micro_batch, flops, device)
         micro_steps = count_micro_steps(recipe, ranks, most)
         plan = replace(plan, micro_steps=micro_steps)
         part = recipe.batch // (ranks * micro_steps)
         needed = memory_needed(model, masking.example(), recipe.size, part, device)
-    rates = total, warmup, recipe.peak, recipe.floor, recipe.start
-    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     compiles = run.compile and device.type == "cuda"
     forward: Any = torch.compile(parallel, dynamic=False) if compiles else parallel
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
     drawn = (run.out / "reconstructions.png").exists()
     idle = first >= last  # nothing to train, and nothing is written
     if rank == 0 and not idle:
-        hiding = masking.describe()
-        describe(run, records, facts, model, hiding, total, micro_steps, ranks, device)
+        describe(run, records, facts, model, masking.describe(), plan, ranks, device)
         say(*memory_lines(needed, part, device))
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 
-    # The stream of batches.
-    mine = rank, ranks
-    loader = open_loader(run, records, plan, (first, last), mine, maps, device)
+    # --- Steps
+    loader = data.load(plan, first, last, maps=data.maps, rank=rank, ranks=ranks)
     batches = to_device(loader, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop = Stop()
     if ranks > 1:
         stop.listen()
-    held = writing.alone(run.out) if rank == 0 else nullcontext()
+
+    def every_record(step: int) -> Iterator[Batch]:
+        """Each record once, for a look at its attention before `step`; crops are not used."""
+        once = replace(plan, batch=part * ranks, micro_steps=1)
+        whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
+        return stop.heeded(whole, step, ranks)
+
     progress = Progress(first, last, total, recipe.batch, rank == 0 and not idle)
     pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
     parts, saved = 0, first  # micro-steps of this process; the step of the newest checkpoint
@@ -124,25 +112,16 @@ def pretrain(run: Run) -> None:
     now, clock = since, since - seconds  # training began then, had it never paused
 
     with (
-        held,
+        writing.alone(run.out) if rank == 0 else nullcontext(),
         Log(run.out, first, run.wandb, facts) if rank == 0 and not idle else nullcontext() as log,
         progress.running(),
     ):
         for step in range(first, last):
             progress.begin(step)
             if masking.due(step):
-                began = time.perf_counter()
-                # Each record once; its crops are not used.
-                once = replace(plan, batch=part * ranks, micro_steps=1)
-                passes = 0, -(-len(records) // once.batch)
-                frames = open_loader(run, records, once, passes, mine, [], device)
                 with progress.busy("looking at attention"):
-                    heeded = stop.heeded(frames, step, ranks)
-                    masking.refresh(run.out, step, model.encoder, heeded, mine)
-                since += time.perf_counter() - began
-                if rank == 0:
-                    say(f"attention of {len(records):,} records looked at before step "
-                        f"{step + 1}, in {time.perf_counter() - began:.1f} s")  # fmt: skip
+                    frames = partial(every_record, step)
+                    since += masking.refresh(run.out, step, model.encoder, frames, process)
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -160,17 +139,16 @@ def pretrain(run: Run) -> None:
                 assert batch.step == step
                 images, weights, *_ = crops(tensors)
                 begin = (micro_step * ranks + rank) * part
-                rows = noise[begin : begin + part]
-                hidden = masking.hidden(rows, step, batch.samples, tensors)
+                cells = masking.hidden(noise[begin : begin + part], step, batch.samples, tensors)
                 # Gradients are averaged over processes once, in the last micro-step.
-                alone = ranks > 1 and micro_step < micro_steps - 1
+                apart = ranks > 1 and micro_step < micro_steps - 1
                 with (
-                    parallel.no_sync() if alone else nullcontext(),  # type: ignore[operator]
+                    parallel.no_sync() if apart else nullcontext(),  # type: ignore[operator]
                     progress.busy("compiling") if compiles and not parts else nullcontext(),
                 ):
                     with autocast:
-                        output = forward(images, *hidden)
-                    loss = model.loss(output, images, hidden, weights) / micro_steps
+                        output = forward(images, *cells)
+                    loss = model.loss(output, images, cells, weights) / micro_steps
                     loss.backward()
                 mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
                 sums += torch.stack([loss.detach(), mean_weight / micro_steps])
@@ -191,35 +169,28 @@ def pretrain(run: Run) -> None:
                 optimizer.step()
                 pending.append((step, rate, torch.stack([sums[0], norm.detach(), sums[1]])))
 
+            # What is due after the step: rows, a checkpoint, the end.
             stopping = stop.agreed(step, run.log_every, ranks, device)
             saving = stopping or done % run.save_every == 0 or done == last
             # A pass over all records may take minutes, in which a signal cuts it short.
             saving = (saving or masking.due(done)) and done > saved
             # The first row shows that all is well. On a CPU there is no queue to wait for.
-            soon = step == first or done % run.log_every == 0 or (
-                device.type == "cpu" and ranks == 1 and time.perf_counter() - since > ROWS_PACE
-            )  # fmt: skip
-            if pending and (saving or soon):
-                written = make_rows(pending, steps_an_epoch, ranks)  # the one synchronisation
+            paced = device.type == "cpu" and ranks == 1
+            late = paced and time.perf_counter() - since > ROWS_PACE
+            if pending and (saving or late or step == first or done % run.log_every == 0):
+                rows = make_rows(pending, steps_an_epoch, ranks)  # the one synchronisation
                 now = time.perf_counter()
-                spent = now - since
-                speed = len(written) * recipe.batch / spent
-                written[-1] |= {
-                    "images_per_s": speed,
-                    "waiting": waited / spent,
-                    "seconds": now - clock,
-                }
-                if peak:
-                    written[-1]["mfu"] = speed * flops / (peak * ranks)
-                if loader.damaged:
-                    written[-1]["damaged"] = len(loader.damaged)
-                if rank == 0:
-                    log.rows(written, progress)  # type: ignore[union-attr]
+                speed = len(rows) * recipe.batch / (now - since)
+                rows[-1] |= {"images_per_s": speed, "waiting": waited / (now - since)}
+                rows[-1] |= {"seconds": now - clock}
+                rows[-1] |= {"mfu": speed * flops / (peak * ranks)} if peak else {}
+                rows[-1] |= {"damaged": len(loader.damaged)} if loader.damaged else {}
+                if log is not None:
+                    log.rows(rows, progress)
                 pending, waited, since = [], 0.0, time.perf_counter()
             if saving and rank == 0:
-                state: dict[str, Any] = {"model": model.state_dict()}
-                state |= {"optimizer": optimizer.state_dict()}
-                state |= {"run": facts, "seconds": now - clock}
+                state = {"run": facts, "seconds": now - clock}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 with progress.busy("saving"):
                     checkpoint.save(run.out / "checkpoints", done, state)
                 since = time.perf_counter()
@@ -229,21 +200,18 @@ def pretrain(run: Run) -> None:
                 batches.close()
                 stop.end(done, rank)
 
-    # Pictures of the last step's first images, whether this process trained on them or not.
+    # --- Pictures of the last step's first images, whether this process trained on them or not
     if rank == 0 and last == total and not (idle and drawn):
         with busy("drawing pictures"):
             draw_loss(run.out)
-            parts = count_micro_steps(recipe, 1, max(PICTURES, part))
-            alike, end = replace(plan, micro_steps=parts), (total - 1, total)
-            loader = open_loader(run, records, alike, end, (0, 1), maps, device)
-            batch, tensors = next(to_device(loader, device))
+            alike = replace(plan, micro_steps=count_micro_steps(recipe, 1, max(PICTURES, part)))
+            again = data.load(alike, total - 1, total, maps=data.maps)
+            batch, tensors = next(to_device(again, device))
             images, weights, *_ = crops(tensors)
-            noise = masking.noise(total - 1)[: len(images)]
             masking.restore(run.out, total - 1, done=True)
-            hidden = masking.hidden(noise, total - 1, batch.samples, tensors)
+            noise = masking.noise(total - 1)[: len(images)]
+            cells = masking.hidden(noise, total - 1, batch.samples, tensors)
             with torch.no_grad(), autocast:
-                draw_reconstructions(run.out, model, images, hidden, weights, MEAN, STD, PICTURES)
-        say(f"look at {run.out / 'reconstructions.png'}: crop, loss weight, what the model sees, "
-            "and what it makes of the rest")  # fmt: skip
+                draw_reconstructions(run.out, model, images, cells, weights)
     if ranks > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The losses: reconstruction, image, mask and weights in, one number out.
+"""The losses.
 
 SimMIM's masked L1 and MAE's masked MSE, with KAMIM's weight on each patch: arXiv 2407.13873,
 KAMIM vit.py.
@@ -6,24 +6,7 @@ KAMIM vit.py.
 
 import math
 
-import torch
 from torch import Tensor
-
-from shards.rng import Purpose, mix
-from train.tokens import take
-
-
-def block_masks(seed: int, step: int, batch: int, cells: int, ratio: float,
-                device: torch.device) -> Tensor:  # fmt: skip
-    """Masks of a step's whole batch, bool [batch, cells, cells], True where hidden.
-
-    Each hides ceil(ratio * cells**2) cells (22 of 36 at 0.6), a pure function of (seed, step)
-    and the kind of device: every process draws all of them and takes its part.
-    """
-    generator = torch.Generator(device).manual_seed(int(mix(Purpose.MASK, seed, step)) >> 1)
-    noise = torch.rand(batch, cells * cells, generator=generator, device=device)
-    hidden = noise.argsort(dim=1).argsort(dim=1) < math.ceil(ratio * cells * cells)
-    return hidden.view(batch, cells, cells)
 
 
 def masked_l1(
@@ -81,3 +64,8 @@ def masked_mse(
     patch = math.isqrt(patches.shape[2] // 3)
     split = error.unflatten(2, (3, per, patch // per, per, patch // per))
     return (split.mean((2, 4, 6)).flatten(2) * of_patch).mean()
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """The rows `index` [b, k] of `tokens` [b, n, d], as [b, k, d]."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))

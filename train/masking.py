@@ -1,38 +1,31 @@
-"""A recipe's method: its model, and what of each image that model is shown in each step.
+"""What of each image the model is shown in each step: cells that are masked, thrown and visible.
 
-In: a recipe, a seed, the maps of a batch. Out: SimMIM or MAE, and cells: masked, thrown, visible.
-AMT and FAMT (arXiv 2211.15362) draw them by maps; the rest draw them at random.
+A draw without replacement: first the masked, then the thrown, the rest visible. AMT and FAMT (arXiv
+2211.15362, mae-AMT and simmim-AMT) draw by maps, the other methods at random.
 """
 
 import math
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards import Manifest
+from shards import Batch, Manifest
+from shards.errors import UserError
+from shards.rng import Purpose, mix
 from shards.weighting import crop_grid, crop_maps, edge_rule
 from train.attention import check_attention, read_attention, write_attention
-from train.loss import block_masks
-from train.mae import MAE
-from train.models import CELL, SimMIM
+from train.distributed import Process
+from train.models import CELL, Cells
+from train.progress import say
 from train.recipes import Recipe
-from train.sampling import counts, drawn, races
-from train.tokens import check_tokens
 
+LEAST = 1e-20  # a weight of 0 comes after all others, and takes part in a full order
 ATTENTION = "attention"
-
-
-def make_model(recipe: Recipe) -> SimMIM | MAE:
-    """The recipe's model, untrained. Raises UserError if its encoder cannot serve."""
-    if recipe.method == "mae":
-        return MAE(recipe.model, recipe.size, recipe.options, recipe.decoder, recipe.norm_pix)
-    model = SimMIM(recipe.model, recipe.size, recipe.options)
-    if recipe.throw_ratio:
-        check_tokens(model.encoder, recipe.model)
-    return model
 
 
 def guides(recipe: Recipe) -> list[str]:
@@ -43,6 +36,12 @@ def guides(recipe: Recipe) -> list[str]:
 def guide_maps(recipe: Recipe) -> list[str]:
     """Those of `guides` that are maps in the shards."""
     return [name for name in guides(recipe) if name != ATTENTION]
+
+
+def wanted_maps(recipe: Recipe, detector: str | None) -> list[str]:
+    """Names of the maps that a step reads: the weights' first, if there are any."""
+    weighing = [detector] if detector else []
+    return weighing + [name for name in guide_maps(recipe) if name not in weighing]
 
 
 class Masking:
@@ -96,12 +95,28 @@ class Masking:
         """Whether `step` begins with a refresh."""
         return self.in_force(step) == step
 
-    def refresh(self, run: Path, step: int, encoder: Any, loader: Any,
-                place: tuple[int, int]) -> None:  # fmt: skip
-        """Write the attention of all records as `encoder` now has it, and use it from here on."""
-        size, path = self.recipe.size, self._path(run, step)
-        write_attention(path, encoder, loader, self.records, size, place, self.device)
+    def refresh(
+        self,
+        run: Path,
+        step: int,
+        encoder: Any,
+        every_record: Callable[[], Iterable[Batch]],
+        process: Process,
+    ) -> float:
+        """Write the attention of every record as `encoder` now has it before `step`, and use it
+        from here on. Returns the seconds that this took.
+        """
+        began, path = time.perf_counter(), self._path(run, step)
+        size, batches = self.recipe.size, every_record()
+        write_attention(path, encoder, batches, self.records, size, process, self.device)
         self.attention = read_attention(path, self.records, self.patches_a_side**2)
+        spent = time.perf_counter() - began
+        if process.rank == 0:
+            say(
+                f"attention of {self.records:,} records looked at before step {step + 1}, "
+                f"in {spent:.1f} s"
+            )
+        return spent
 
     def restore(self, run: Path, step: int, done: bool = False) -> None:
         """Before `step` of a run that goes on: read what an earlier step wrote, if it is needed;
@@ -127,32 +142,27 @@ class Masking:
 
     def hidden(
         self, noise: Tensor, step: int, samples: NDArray[Any], tensors: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        """What the model takes beside the images of a part of the batch: its rows of `noise`, its
-        `samples` and its `tensors` decide. SimMIM: (mask,) or (mask, kept); MAE: (masked, visible).
-        """
+    ) -> Cells:
+        """Cells of a part of the batch, by its rows of `noise`, its `samples` and `tensors`."""
         if noise.dtype == torch.bool:
-            return (noise,)
+            return Cells(noise)
         early = step < self.begin
-        masked, thrown, _ = self.random if early else self.counts
         weights = None if early or not self.guides else self.weights(samples, tensors)
-        order = drawn(noise, weights)
-        if self.recipe.method == "mae":
-            return order[:, :masked], order[:, masked + thrown :]
-        none = torch.zeros_like(noise, dtype=torch.bool)
-        mask = none.scatter(1, order[:, :masked], True).view(-1, self.side, self.side)
-        if not thrown:
-            return (mask,)
-        return mask, torch.cat([order[:, :masked], order[:, masked + thrown :]], dim=1)
+        return self._split(drawn(noise, weights), self.random if early else self.counts)
 
-    def example(self) -> tuple[Tensor, ...]:
-        """What the model takes beside one image, for counting its operations."""
-        masked, thrown, _ = self.counts
-        order = torch.arange(self.side**2, device=self.device)[None]
+    def example(self) -> Cells:
+        """Cells of one image, for counting the model's operations."""
+        return self._split(torch.arange(self.side**2, device=self.device)[None], self.counts)
+
+    def _split(self, order: Tensor, counts: tuple[int, int, int]) -> Cells:
+        """Cells of numbers in the `order` drawn, int64 [b, n]."""
+        masked, thrown, _ = counts
+        hidden, visible = order[:, :masked], order[:, masked + thrown :]
         if self.recipe.method == "mae":
-            return order[:, :masked], order[:, masked + thrown :]
-        mask = (order < masked).view(1, self.side, self.side)
-        return (mask, order[:, : self.side**2 - thrown]) if thrown else (mask,)
+            return Cells(hidden, visible)
+        none = torch.zeros_like(order, dtype=torch.bool)
+        mask = none.scatter(1, hidden, True).view(-1, self.side, self.side)
+        return Cells(mask, torch.cat([hidden, visible], dim=1) if thrown else None)
 
     def weights(self, samples: NDArray[Any], tensors: dict[str, Any]) -> Tensor:
         """The product of the guides on each cell of each crop, float32 [b, side**2]."""
@@ -185,3 +195,61 @@ class Masking:
         if "frequency" in self.guides:
             line += "; the frequency map is our own design, FAMT's formula is not known"
         return line
+
+
+def block_masks(
+    seed: int, step: int, batch: int, cells: int, ratio: float, device: torch.device
+) -> Tensor:
+    """Masks of a step's whole batch, bool [batch, cells, cells], True where hidden.
+
+    Each hides ceil(ratio * cells**2) cells (22 of 36 at 0.6), a pure function of (seed, step)
+    and the kind of device: every process draws all of them and takes its part.
+    """
+    generator = torch.Generator(device).manual_seed(int(mix(Purpose.MASK, seed, step)) >> 1)
+    noise = torch.rand(batch, cells * cells, generator=generator, device=device)
+    hidden = noise.argsort(dim=1).argsort(dim=1) < math.ceil(ratio * cells * cells)
+    return hidden.view(batch, cells, cells)
+
+
+def counts(
+    cells: int, mask: float, throw: float, method: Literal["simmim", "mae"]
+) -> tuple[int, int, int]:
+    """(masked, thrown, visible) of `cells` by the shares `mask` and `throw`.
+
+    Rounded as published: MAE's down, the two together; SimMIM's up, each. Raises UserError if no
+    cell is left to mask or to see.
+    """
+    if method == "mae":
+        masked = int(cells * mask)
+        thrown = int(cells * (mask + throw) + 1e-9) - masked
+    else:
+        masked, thrown = (math.ceil(cells * share - 1e-9) for share in (mask, throw))
+    visible = cells - masked - thrown
+    if masked < 1 or thrown < 0 or visible < 1:
+        raise UserError(
+            f"of {cells} cells, {mask:g} masked and {throw:g} thrown are {masked} and {thrown}, "
+            f"and leave {visible} visible; at least one must be masked and one visible"
+        )
+    return masked, thrown, visible
+
+
+def races(seed: int, step: int, batch: int, cells: int) -> Tensor:
+    """Exponential noise of a step's whole batch, float32 [batch, cells], on the CPU.
+
+    A pure function of (seed, step): every process draws all of it and takes its part, and every
+    device gets the same.
+    """
+    generator = torch.Generator().manual_seed(int(mix(Purpose.RACE, seed, step)) >> 1)
+    return -torch.log1p(-torch.rand(batch, cells, generator=generator))
+
+
+def drawn(noise: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cell numbers, int64 [b, cells], in the order in which they are drawn without replacement.
+
+    Each draw takes a cell with a chance in proportion to its weight among those left: the one whose
+    exponential `noise` over its weight is least. weights: [b, cells], at least 0, of any scale;
+    None: all alike. Any weights give a full order.
+    """
+    if weights is not None:
+        noise = noise / weights.float().clamp_min(LEAST)
+    return noise.argsort(dim=1, stable=True)

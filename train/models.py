@@ -1,22 +1,53 @@
-"""SimMIM on a timm backbone: images and a mask in, reconstructed images out.
+"""SimMIM and MAE on timm backbones: images and cells in, pixels of what is masked out.
 
-Equations and layout: arXiv 2111.09886 and microsoft/SimMIM models/simmim.py; the backbones are
-timm's own, so an exported encoder loads into timm unchanged.
+Equations and layout: SimMIM, arXiv 2111.09886 and microsoft/SimMIM models/simmim.py; MAE, arXiv
+2111.06377 and facebookresearch/mae models_mae.py. The encoders are timm's own, so an exported one
+loads into timm unchanged.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.loss import masked_l1
-from train.tokens import embed, encode, patchify, take
-from train.words import nearest
+from train.loss import masked_l1, masked_mse, take
+from train.recipes import Recipe, nearest
 
 CELL = 32  # px of a mask cell, SimMIM's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
+
+
+class Cells(NamedTuple):
+    """What a model is shown of some images. Cells are numbered row by row; SimMIM's have CELL px,
+    MAE's are patches. A cell that is in neither field is thrown.
+
+    masked: cells to reconstruct. SimMIM: bool [b, g, g], True where masked. MAE: int64 [b, m].
+    encoded: cells that the encoder computes, int64 [b, k]. SimMIM: all but the thrown, the masked
+    as mask tokens; None if none is thrown. MAE: the visible.
+    """
+
+    masked: Tensor
+    encoded: Tensor | None = None
+
+    def first(self, count: int) -> "Cells":
+        """The cells of the first `count` images."""
+        encoded = None if self.encoded is None else self.encoded[:count]
+        return Cells(self.masked[:count], encoded)
+
+
+def make_model(recipe: Recipe) -> "SimMIM | MAE":
+    """The recipe's model, untrained. Raises UserError if its encoder cannot serve."""
+    if recipe.method == "mae":
+        return MAE(recipe.model, recipe.size, recipe.options, recipe.decoder, recipe.norm_pix)
+    model = SimMIM(recipe.model, recipe.size, recipe.options)
+    if recipe.throw_ratio:
+        check_tokens(model.encoder, recipe.model)
+    return model
 
 
 class SimMIM(nn.Module):
@@ -41,15 +72,13 @@ class SimMIM(nn.Module):
             nn.PixelShuffle(self.stride),
         )
 
-    def forward(self, images: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor, encoded: Tensor | None = None) -> Tensor:
         """Reconstructions [b, 3, S, S] of `images` [b, 3, S, S], normalised as they are.
 
-        `mask` is bool [b, S / 32, S / 32], True where the model does not see the image. `kept`
-        [b, k] numbers the cells that are not thrown, row by row: nothing is computed for others,
-        and they come out as 0. None: all are kept.
+        `mask` and `encoded` are Cells. Nothing is computed for thrown cells: they come out as 0.
         """
-        if kept is not None:
-            return self._some(images, mask, kept)
+        if encoded is not None:
+            return self._some(images, mask, encoded)
         encode = self._swin if self.is_swin else self._vit
         pixels: Tensor = self.decoder(encode(images, mask))
         return pixels
@@ -63,13 +92,13 @@ class SimMIM(nn.Module):
         side = images.shape[-1] // self.patch
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
-    def _some(self, images: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-        """As _vit and the decoder, on the patches of the kept cells alone."""
+    def _some(self, images: Tensor, mask: Tensor, encoded: Tensor) -> Tensor:
+        """As _vit and the decoder, on the patches of the encoded cells alone."""
         side, times = images.shape[-1] // self.patch, CELL // self.patch
         numbers = torch.arange(side**2, device=images.device).view(1, side, side)
         # Patches of each cell: [cells, times**2].
         table = patchify(numbers[:, None].expand(-1, 3, -1, -1), times)[0, :, : times**2]
-        index = table[kept].flatten(1)
+        index = table[encoded].flatten(1)
         hidden = self._cells(mask).gather(1, index)
         tokens = embed(self.encoder, take(patchify(images, self.patch), index))
         tokens = encode(self.encoder, self._hide(tokens, hidden), index)
@@ -81,20 +110,19 @@ class SimMIM(nn.Module):
         out: Tensor = arrange(whole.unflatten(2, (side, side)))
         return out
 
-    def loss(self, output: Tensor, images: Tensor, hidden: tuple[Tensor, ...],
-             weights: Tensor | None) -> Tensor:  # fmt: skip
-        """masked_l1 of what forward gave for `hidden`, (mask,) or (mask, kept)."""
-        return masked_l1(output, images, hidden[0], weights)
+    def loss(self, output: Tensor, images: Tensor, cells: Cells, weights: Tensor | None) -> Tensor:
+        """masked_l1 of what forward gave for `cells`."""
+        return masked_l1(output, images, cells.masked, weights)
 
     def picture(
-        self, output: Tensor, images: Tensor, hidden: tuple[Tensor, ...]
+        self, output: Tensor, images: Tensor, cells: Cells
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstructions [b, 3, S, S], masked and visible, bool [b, S / 32, S / 32])."""
-        mask, *kept = hidden
+        mask, encoded = cells
         visible = ~mask
-        if kept:
-            all_of_them = torch.zeros_like(mask).flatten(1).scatter(1, kept[0], True).view_as(mask)
-            visible = visible & all_of_them
+        if encoded is not None:
+            none = torch.zeros_like(mask).flatten(1)
+            visible = visible & none.scatter(1, encoded, True).view_as(mask)
         return output, mask, visible
 
     def _swin(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -110,6 +138,98 @@ class SimMIM(nn.Module):
 
     def _hide(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         return torch.where(hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+
+
+class MAE(nn.Module):
+    """A timm ViT that sees visible patches only, and a narrower decoder that sees all but thrown.
+
+    `decoder` is (width, blocks, heads); published: (512, 8, 16). `norm_pix`: targets are each
+    patch's pixels by their own mean and spread. Positions are sines and cosines, and fixed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        options: Mapping[str, Any] | None = None,
+        decoder: tuple[int, int, int] = (512, 8, 16),
+        norm_pix: bool = False,
+    ) -> None:
+        super().__init__()
+        encoder = make_encoder(name, size, options)
+        check_tokens(encoder, name)
+        self.encoder: Any = encoder
+        self.patch: int = encoder.patch_embed.patch_size[0]
+        self.side, self.norm_pix = size // self.patch, norm_pix
+        width, blocks, heads = decoder
+        self.widen = nn.Linear(encoder.num_features, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions: Tensor
+        self.register_buffer("positions", sincos(self.side, width)[None], persistent=False)
+        self.decoder = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 3 * self.patch**2)
+        self._start()
+
+    def _start(self) -> None:
+        """The published initialisation, of the encoder too."""
+        encoder = self.encoder
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        weight = encoder.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.data.flatten(1))
+        nn.init.normal_(self.mask_token, std=0.02)
+        if encoder.cls_token is not None:
+            nn.init.normal_(encoder.cls_token, std=0.02)
+        fixed = torch.zeros_like(encoder.pos_embed)
+        fixed[:, -(self.side**2) :] = sincos(self.side, fixed.shape[-1])
+        encoder.pos_embed.data.copy_(fixed)
+        encoder.pos_embed.requires_grad_(False)
+
+    def forward(self, images: Tensor, masked: Tensor, visible: Tensor) -> Tensor:
+        """Pixels of the masked patches, [b, m, 3 * patch**2], by channel, row, column.
+
+        `images` are [b, 3, S, S], normalised; `masked` [b, m] and `visible` [b, v] number their
+        patches, row by row. Patches in neither are thrown: nothing is computed for them.
+        """
+        patches = take(patchify(images, self.patch), visible)
+        tokens = encode(self.encoder, embed(self.encoder, patches), visible)
+        tokens = self.widen(tokens)
+        prefix = tokens.shape[1] - visible.shape[1]
+        places = self.positions.expand(len(images), -1, -1)
+        seen = tokens[:, prefix:] + take(places, visible)
+        hidden = self.mask_token + take(places, masked)
+        tokens = torch.cat([tokens[:, :prefix], seen, hidden], dim=1)
+        pixels: Tensor = self.head(self.norm(self.decoder(tokens)[:, -masked.shape[1] :]))
+        return pixels
+
+    def loss(self, output: Tensor, images: Tensor, cells: Cells, weights: Tensor | None) -> Tensor:
+        """masked_mse of what forward gave for `cells`."""
+        patches = patchify(images, self.patch)
+        return masked_mse(output, patches, cells.masked, weights, self.norm_pix)
+
+    def picture(
+        self, output: Tensor, images: Tensor, cells: Cells
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(reconstructions [b, 3, S, S], masked and visible, bool [b, side, side]).
+
+        A model of norm_pix is given each patch's own mean and spread.
+        """
+        masked = cells.masked
+        patches = patchify(images, self.patch).float()
+        pixels = output.float()
+        if self.norm_pix:
+            own = take(patches, masked)
+            pixels = pixels * (own.var(2, keepdim=True) + 1e-6).sqrt() + own.mean(2, keepdim=True)
+        index = masked[:, :, None].expand_as(pixels)
+        whole = torch.zeros_like(patches).scatter(1, index, pixels)
+        none = torch.zeros(len(images), self.side**2, dtype=torch.bool, device=images.device)
+        where = (none.scatter(1, each, True) for each in cells if each is not None)
+        shown, seen = (each.unflatten(1, (self.side, self.side)) for each in where)
+        return unpatchify(whole, self.patch), shown, seen
 
 
 def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None) -> Any:
@@ -139,17 +259,86 @@ def encoder_options(
     return {"img_size": size, "num_classes": 0, **window, **(options or {})}
 
 
-def model_flops(model: nn.Module, size: int, hidden: tuple[Tensor, ...] | None = None) -> float:
+def model_flops(model: nn.Module, size: int, cells: Cells | None = None) -> float:
     """Floating-point operations of forward and backward for one image: three times forward's.
 
-    `hidden` is what the model takes beside one image; None is SimMIM's mask.
+    cells: of one image; None is SimMIM's mask.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
     image = torch.zeros(1, 3, size, size, device=device)
-    if hidden is None:
-        hidden = (torch.ones(1, size // CELL, size // CELL, dtype=torch.bool, device=device),)
+    if cells is None:
+        side = size // CELL
+        cells = Cells(torch.ones(1, side, side, dtype=torch.bool, device=device))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image, *hidden)
+        model(image, *cells)
     return 3.0 * counter.get_total_flops()
+
+
+def normalised(images: Tensor) -> Tensor:
+    """float32 [..., 3, H, W] of 0 to 255 by ImageNet's mean and deviation."""
+    mean = images.new_tensor(MEAN).view(3, 1, 1) * 255
+    std = images.new_tensor(STD).view(3, 1, 1) * 255
+    return (images - mean) / std
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Patches [b, n, 3 * patch**2] of `images` [b, 3, S, S], row by row; pixels by channel, row,
+    column, as a convolution's weights have them.
+    """
+    side = images.shape[-1] // patch
+    split = images.unflatten(3, (side, patch)).unflatten(2, (side, patch))
+    return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """Images [b, 3, S, S] of patches [b, n, 3 * patch**2]."""
+    side = round(patches.shape[1] ** 0.5)
+    split = patches.unflatten(2, (-1, patch, patch)).unflatten(1, (side, side))
+    return split.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def check_tokens(encoder: Any, name: str) -> None:
+    """UserError unless `encoder` can be run on some of its patches."""
+    if hasattr(encoder, "layers"):
+        raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
+    if not isinstance(getattr(encoder, "pos_embed", None), Tensor):
+        raise UserError(f"{name} has no absolute positions; patches cannot be left out of it")
+
+
+def embed(encoder: Any, patches: Tensor) -> Tensor:
+    """The encoder's patch embedding of some patches, [b, k, d]: its convolution as a product."""
+    stem = encoder.patch_embed
+    tokens: Tensor = stem.norm(F.linear(patches, stem.proj.weight.flatten(1), stem.proj.bias))
+    return tokens
+
+
+def encode(encoder: Any, tokens: Tensor, index: Tensor) -> Tensor:
+    """What the encoder makes of `tokens` [b, k, d] at patches `index` [b, k], [b, prefix + k, d].
+
+    As timm's forward_features with the other patches left out.
+    """
+    prefix = [t for t in (encoder.cls_token, getattr(encoder, "reg_token", None)) if t is not None]
+    count = sum(t.shape[1] for t in prefix)
+    # Some models have no position for class and register tokens.
+    ahead = 0 if encoder.no_embed_class else count
+    positions = encoder.pos_embed
+    tokens = tokens + take(positions[:, ahead:].expand(len(tokens), -1, -1), index)
+    if prefix:
+        first = torch.cat(prefix, dim=1)
+        first = first + positions[:, :ahead] if ahead else first
+        tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+    out: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(encoder.pos_drop(tokens))))
+    return out
+
+
+def sincos(side: int, width: int) -> Tensor:
+    """Sine and cosine positions of side x side patches, float32 [side**2, width] (MAE util)."""
+    if width % 4:
+        raise UserError(f"a width of {width} is no multiple of 4, which sin-cos positions need")
+    rates = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    along = torch.arange(side, dtype=torch.float64)[:, None] * rates
+    one = torch.cat([along.sin(), along.cos()], dim=1)
+    columns, rows = one.repeat(side, 1), one.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], dim=1).float()

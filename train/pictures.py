@@ -1,9 +1,5 @@
-"""Pictures at the end of a run: the loss curve, and reconstructions with masks and weights.
+"""Pictures at the end of a run: the loss curve, and reconstructions with masks and weights."""
 
-In: metrics.jsonl, a model and a batch. Out: PNG files in the run folder.
-"""
-
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.log import read_metrics
+from train.models import MEAN, STD, Cells
+from train.progress import say
 
 PICTURES = 8  # images
 
@@ -46,28 +44,26 @@ def draw_reconstructions(
     run: Path,
     model: Any,
     images: Tensor,
-    hidden: tuple[Tensor, ...],
+    cells: Cells,
     weights: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
     count: int = PICTURES,
 ) -> None:
     """RUN/reconstructions.png: a row per image with crop, weights, what the model sees, and its
     reconstruction of what it does not see.
     """
-    images, hidden = images[:count], tuple(each[:count] for each in hidden)
+    images, cells = images[:count], cells.first(count)
     model.eval()
-    output, *where = model.picture(model(images, *hidden), images, hidden)
+    output, *where = model.picture(model(images, *cells), images, cells)
     model.train()
     masked, visible = (F.interpolate(each[:, None].float(), images.shape[-1]) for each in where)
     seen = images * visible
     pasted = seen + output.float() * masked  # what was thrown stays grey
-    columns = [_pixels(images, mean, std)]
+    columns = [_pixels(images)]
     titles = ["crop"]
     if weights is not None:
         columns.append(_heat(weights[:count], images.shape[-1]))
         titles.append("weight (log, each image's own range)")
-    columns += [_pixels(seen, mean, std), _pixels(pasted, mean, std)]
+    columns += [_pixels(seen), _pixels(pasted)]
     titles += ["visible to the model", "reconstructed"]
     rows = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
     scale = max(1, round(192 / images.shape[-1]))
@@ -76,12 +72,14 @@ def draw_reconstructions(
     for number, title in enumerate(titles):
         at = (6 + number * rows.shape[1] // len(titles), 19)
         cv2.putText(bar, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.38, (40, 40, 40), 1, cv2.LINE_AA)
-    cv2.imwrite(str(run / "reconstructions.png"), np.concatenate([bar, rows])[:, :, ::-1])
+    path = run / "reconstructions.png"
+    cv2.imwrite(str(path), np.concatenate([bar, rows])[:, :, ::-1])
+    say(f"look at {path}: crop, loss weight, what the model sees, and what it makes of the rest")
 
 
-def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def _pixels(images: Tensor) -> np.ndarray:
     """Normalised images [b, 3, S, S] as uint8 [b, S, S, 3]."""
-    scale, shift = images.new_tensor(std).view(3, 1, 1), images.new_tensor(mean).view(3, 1, 1)
+    scale, shift = images.new_tensor(STD).view(3, 1, 1), images.new_tensor(MEAN).view(3, 1, 1)
     pixels = ((images * scale + shift) * 255).clamp(0, 255).permute(0, 2, 3, 1)
     return pixels.to(torch.uint8).cpu().numpy()
 

@@ -1,7 +1,7 @@
 """What a run says while it works: lines on stderr, and signs of life in between.
 
-In: what is being done. Out: on a terminal one line that is drawn anew each second, the bar of a
-training run; in a log a line every 10 s at least.
+On a terminal one line is drawn anew each second, the bar of a training run; a log gets a line every
+10 s at least.
 """
 
 import sys
@@ -84,9 +84,13 @@ class Progress:
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            ends = last * batch, first * batch
-            self.bar = tqdm(total=ends[0], initial=ends[1], unit="img", mininterval=0.1,
-                            dynamic_ncols=True, leave=False)  # fmt: skip
+            self.bar = tqdm(
+                total=last * batch,
+                initial=first * batch,
+                unit="img",
+                dynamic_ncols=True,
+                leave=False,
+            )
         self._title()
 
     @contextmanager

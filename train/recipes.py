@@ -1,15 +1,16 @@
-"""Recipes: a name in, the full configuration of a run out. One visible difference each.
+"""Recipes: a name in, the full configuration of a run out.
 
+A name is a base and endings, each of which changes one thing: vit_base_224_mae_famt.
 Values: KAMIM For GPUs/utils/config.py, SimMIM and MAE configs, AMT's command lines; see
 docs/decisions.md where they differ.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from shards.errors import UserError
-from train.words import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,41 +57,33 @@ class Recipe:
     refresh_epochs: float = 40.0
 
 
-BACKBONES = {
-    "vit_tiny": "vit_tiny_patch16_224",
-    "vit_small": "vit_small_patch16_224",
-    "vit_base": "vit_base_patch16_224",
-    "swin_tiny": "swin_tiny_patch4_window7_224",
-    "swin_base": "swin_base_patch4_window7_224",
-}
-# MAE's for ViT-B; two thirds of the encoder's width for the others, 32 a head.
-DECODERS = {"vit_tiny": (128, 8, 4), "vit_small": (256, 8, 8), "vit_base": (512, 8, 16),
-            "small": (96, 2, 3)}  # fmt: skip
+_REDUCED = {"embed_dim": 128, "depth": 4, "num_heads": 4}  # a ViT of 0.9 million parameters
 
-
-def small() -> Recipe:
-    """CIFAR-10 on two CPU cores: a ViT of 0.9 million parameters at 96 px, minutes an epoch."""
-    return Recipe(
+BASES = {
+    # The 312 demo photographs on two CPU cores: two minutes, and a picture.
+    "demo": Recipe(
+        model="vit_tiny_patch16_224", options=_REDUCED, epochs=20, batch=16, warmup=2, peak=2e-3
+    ),
+    # CIFAR-10 on two CPU cores: minutes per epoch.
+    "small": Recipe(
         model="vit_tiny_patch16_224",
-        options={"embed_dim": 128, "depth": 4, "num_heads": 4},
+        options=_REDUCED,
         size=96,
         epochs=10,
         batch=256,
         warmup=1,
         peak=1.5e-3,
-    )
+    ),
+    "vit_tiny": Recipe(model="vit_tiny_patch16_224"),
+    "vit_small": Recipe(model="vit_small_patch16_224"),
+    "vit_base": Recipe(model="vit_base_patch16_224"),
+    "swin_tiny": Recipe(model="swin_tiny_patch4_window7_224"),
+    "swin_base": Recipe(model="swin_base_patch4_window7_224"),
+}
 
 
-def demo() -> Recipe:
-    """The 312 demo photographs on two CPU cores: a small ViT at 192 px, two minutes, a picture."""
-    return Recipe(
-        model="vit_tiny_patch16_224",
-        options={"embed_dim": 128, "depth": 4, "num_heads": 4},
-        epochs=20,
-        batch=16,
-        warmup=2,
-        peak=2e-3,
-    )
+def at_224(recipe: Recipe) -> Recipe:
+    return replace(recipe, size=224)
 
 
 def simmim(recipe: Recipe) -> Recipe:
@@ -103,12 +96,22 @@ def mean_normalised(recipe: Recipe) -> Recipe:
     return replace(recipe, normalise="mean")
 
 
-def mae(recipe: Recipe, decoder: tuple[int, int, int] = (512, 8, 16)) -> Recipe:
+def mae(recipe: Recipe) -> Recipe:
     """`recipe` as plain MAE (arXiv 2111.06377). Crops, flips and epochs stay, so that methods are
     compared on the same data; MAE's own crops (area from 0.2) want larger frames.
+
+    The decoder is MAE's own for ViT-B; two thirds of a smaller encoder's width, 32 per head.
     """
-    return replace(recipe, method="mae", mask_ratio=0.75, temperature=None, decoder=decoder,
-                   beta2=0.95)  # fmt: skip
+    decoders = {"vit_tiny_patch16_224": (128, 8, 4), "vit_small_patch16_224": (256, 8, 8)}
+    decoder = (96, 2, 3) if recipe.options == _REDUCED else decoders.get(recipe.model, (512, 8, 16))
+    return replace(
+        recipe, method="mae", mask_ratio=0.75, temperature=None, decoder=decoder, beta2=0.95
+    )
+
+
+def kamim(recipe: Recipe) -> Recipe:
+    """`recipe` with the published weights, after an ending that left them out."""
+    return replace(recipe, temperature=0.25)
 
 
 def sampled(recipe: Recipe, by: str) -> Recipe:
@@ -118,9 +121,15 @@ def sampled(recipe: Recipe, by: str) -> Recipe:
     """
     masked, thrown = (0.45, 0.40) if recipe.method == "mae" else (0.44, 0.26)
     first, again = (40.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
-    early = recipe.mask_ratio
-    return replace(recipe, sample_by=by, mask_ratio=masked, throw_ratio=thrown, random_epochs=first,
-                   random_mask_ratio=early, refresh_epochs=again)  # fmt: skip
+    return replace(
+        recipe,
+        sample_by=by,
+        mask_ratio=masked,
+        throw_ratio=thrown,
+        random_epochs=first,
+        random_mask_ratio=recipe.mask_ratio,
+        refresh_epochs=again,
+    )
 
 
 def amt(recipe: Recipe) -> Recipe:
@@ -133,34 +142,13 @@ def famt(recipe: Recipe) -> Recipe:
     return sampled(recipe, "attention*frequency")
 
 
-Make = Callable[[], Recipe]
-
-
-def _variants(name: str, make: Make) -> dict[str, Make]:
-    """`name` and what else there is of it: KAMIM, SimMIM, MAE, and AMT and FAMT of each."""
-    found = {
-        name: make,
-        f"{name}_simmim": lambda: simmim(make()),
-        f"{name}_mean": lambda: mean_normalised(make()),
-    }
-    decoder = DECODERS.get(name.removesuffix("_224"))
-    if decoder is None:  # a Swin: its windows need every patch
-        return found
-    found[f"{name}_mae"] = lambda: mae(make(), decoder)
-    found[f"{name}_mae_kamim"] = lambda: replace(mae(make(), decoder), temperature=0.25)
-    for base in (name, f"{name}_simmim", f"{name}_mae", f"{name}_mae_kamim"):
-        found[f"{base}_amt"] = lambda plain=found[base]: amt(plain())  # type: ignore[misc]
-        found[f"{base}_famt"] = lambda plain=found[base]: famt(plain())  # type: ignore[misc]
-    return found
-
-
-RECIPES: dict[str, Make] = {"demo": demo} | _variants("small", small)
-for _name, _model in BACKBONES.items():
-    RECIPES |= _variants(_name, lambda model=_model: Recipe(model=model))  # type: ignore[misc]
-    RECIPES |= _variants(
-        f"{_name}_224",
-        lambda model=_model: Recipe(model=model, size=224),  # type: ignore[misc]
-    )
+# In the order in which they may follow a base: at most one of each group.
+ENDINGS: tuple[dict[str, Callable[[Recipe], Recipe]], ...] = (
+    {"_224": at_224},
+    {"_simmim": simmim, "_mean": mean_normalised, "_mae": mae},
+    {"_kamim": kamim},
+    {"_amt": amt, "_famt": famt},
+)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -168,15 +156,44 @@ def find_recipe(name: str) -> Recipe:
 
     Raises UserError, with the nearest name and what there is, for any other name.
     """
-    if name in RECIPES:
-        return RECIPES[name]()
-    if "_patch" in name:
+    base = next((each for each in BASES if f"{name}_".startswith(f"{each}_")), "")
+    if not base and "_patch" in name:
         return Recipe(model=name)
-    raise UserError(
-        f"unknown recipe {name!r}; there are demo, small, {', '.join(BACKBONES)}, these as _224, "
-        "and endings for other methods, all listed by `kamim recipes`; or any timm ViT by its name"
-        f"{nearest(name, RECIPES)}"
-    )
+    recipe, rest = BASES.get(base, Recipe(model=name)), name.removeprefix(base)
+    for group in ENDINGS if base else ():
+        for ending, change in group.items():
+            if f"{rest}_".startswith(f"{ending}_"):
+                recipe, rest = change(recipe), rest.removeprefix(ending)
+                break
+    if rest or not base:
+        raise UserError(
+            f"unknown recipe {name!r}; there are {', '.join(BASES)}, the larger ones as _224, and "
+            "endings for other methods, all listed by `kamim recipes`; or any timm ViT by its name"
+            f"{nearest(name, recipe_names())}"
+        )
+    if base.startswith("swin") and (recipe.method == "mae" or recipe.throw_ratio):
+        raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
+    return recipe
+
+
+def recipe_names() -> list[str]:
+    """The names that are worth listing, base by base."""
+    names = ["demo"]
+    for base in list(BASES)[1:]:
+        for name in [base] if base == "small" else [base, f"{base}_224"]:
+            names += [name, f"{name}_simmim", f"{name}_mean"]
+            if base.startswith("swin"):
+                continue
+            names += [f"{name}_mae", f"{name}_mae_kamim"]
+            for method in ("", "_simmim", "_mae", "_mae_kamim"):
+                names += [f"{name}{method}_amt", f"{name}{method}_famt"]
+    return names
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A question with the one of `words` that is nearest to `word`, or nothing if none is."""
+    found = get_close_matches(word, list(words), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def recipe_of(facts: Mapping[str, Any]) -> Recipe:

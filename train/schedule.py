@@ -6,6 +6,8 @@ advanced per optimizer step: the published code advances per micro-batch, which 
 
 import math
 
+Rates = tuple[int, int, float, float, float]  # steps, warm-up, peak, floor, start
+
 
 def learning_rate(
     step: int, steps: int, warmup: int, peak: float, floor: float, start: float

@@ -1,59 +1,31 @@
-"""Before the first step: what a run is, where it runs, and where it left off.
+"""Before the first step: the device, the shards, and whether they and the recipe fit together."""
 
-In: a Run. Out: the device, the parts of a step, the restored state, or one clear UserError.
-"""
-
-import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import timm
+import joblib
 import torch
 from torch import nn
 
-from shards import Manifest, ShardSet
+import shards
+from shards import Plan, ShardSet, WeightedCrops, Windows
+from shards.crops import FLIPS
 from shards.errors import UserError
-from shards.remote.retry import PATIENCE
-from train import checkpoint
-from train.progress import say
+from shards.remote.storage import is_url
+from shards.verification import damaged_files
+from train.distributed import Process, together
+from train.masking import guide_maps, wanted_maps
+from train.models import CELL, MEAN, STD
+from train.progress import busy, say
 from train.recipes import Recipe
-from train.schedule import learning_rate
-from train.words import check_device
+from train.request import Run, check_device
 
-# What --epochs decides: the length, and the phases of sampling that are shares of it.
-LENGTHS = ("recipe.epochs", "recipe.random_epochs", "recipe.refresh_epochs")
-
-Rates = tuple[int, int, float, float, float]  # steps, warm-up, peak, floor, start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Where and how to train; what decides the numbers is in the recipe and the seed."""
-
-    shards: Path | str  # a folder, or the URL of one
-    out: Path
-    recipe: Recipe
-    seed: int = 0
-    detector: str | None = None  # None: the only one of keypoints in the shards
-    bank: bool = False  # stored crops with their exact counts, not new crops read off maps
-    device: str = "auto"
-    workers: int = 0
-    resume: bool = False
-    extend: bool = False  # resume with more epochs than the run had
-    steps: int = 0  # 0: the recipe's epochs; less: stop there, on the same schedule
-    save_every: int = 500
-    log_every: int = 20
-    skip_damaged: bool = False
-    checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
-    compile: bool = True  # on CUDA
-    wandb: str = ""
-    window: int = 0  # shards that are shuffled together; 0: all, 64 if they are remote
-    cache: Path | None = None  # local folder for remote shards
-    cache_limit: int = 0  # bytes; 0: no limit
-    patience: float = PATIENCE  # seconds to wait for a store that does not answer
+WINDOW = 64  # shards of a remote set: 64,000 samples, or all of one that has no more
 
 
 def find_device(name: str) -> torch.device:
@@ -95,138 +67,89 @@ def count_micro_steps(recipe: Recipe, ranks: int, most: int) -> int:
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def run_facts(run: Run, manifest: Manifest, detector: str | None, window: int) -> dict[str, Any]:
-    """What a checkpoint belongs to: a run goes on only where all of it is equal."""
-    plain = asdict(run.recipe)
-    recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-    return {
-        "recipe": recipe,
-        "seed": run.seed,
-        "detector": detector or "",
-        "bank": run.bank,
-        "shards": manifest.fingerprint,
-        "window": window,
-    }
-
-
-def describe(
-    run: Run,
-    records: ShardSet,
-    facts: dict[str, Any],
-    model: nn.Module,
-    hiding: str,
-    total: int,
-    micro_steps: int,
-    ranks: int,
-    device: torch.device,
-) -> None:
-    """Say, and write into run.json, what is about to happen, with the sums a reader can check."""
-    recipe, name = run.recipe, facts["detector"]
-    parameters = sum(p.numel() for p in model.parameters())
-    source = "stored crops" if run.bank else "maps"
-    weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
-    crop = records.manifest.settings.crop
-    if name and crop != recipe.size:
-        say(f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
-            f"shards built with --crop {recipe.size} are nearer to detection on them")  # fmt: skip
-    say(
-        f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
-        f"{hiding}\n"
-        f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
-        f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
-        f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
+def open_records(run: Run) -> ShardSet:
+    """The set to train on, from its folder or through the cache. UserError if it cannot be."""
+    return shards.open(
+        run.shards,
+        cache=run.cache,
+        cache_limit=run.cache_limit,
+        patience=run.patience,
+        checksum=run.checksum,
     )
+
+
+class Data(NamedTuple):
+    """What a run trains on. `load` gives the batches of steps of a plan, as ShardSet.loader."""
+
+    records: ShardSet
+    crops: WeightedCrops
+    maps: list[str]  # those that a step reads
+    plan: Plan  # in one micro-step
+    load: Callable[..., Any]
+
+
+def open_data(run: Run, process: Process, device: torch.device) -> Data:
+    """The data of the run, checked; UserError, on every process, if they cannot serve."""
+    recipe = run.recipe
+    records = together(process, lambda: open_records(run))
+    crops = together(process, lambda: check(run, records, process)).to(device)
+    count_micro_steps(recipe, process.ranks, recipe.micro_batch)  # does the batch split at all?
+    plan = make_plan(run, records)
+    if plan.steps(recipe.epochs) < 1:
+        raise UserError(
+            f"{recipe.epochs:g} epochs of {len(records)} records make no batch of {recipe.batch}; "
+            "give more --epochs or a smaller --batch"
+        )
+    load = partial(
+        records.loader,
+        bank=run.bank,
+        workers=run.workers or max(1, joblib.cpu_count() // process.local_ranks),
+        skip=run.skip_damaged,
+        device=device.type,
+    )
+    return Data(records, crops, wanted_maps(recipe, crops.weights), plan, load)
+
+
+def make_plan(run: Run, records: ShardSet) -> Plan:
+    """The plan of the run; UserError if the cache cannot hold its windows."""
+    recipe, count = run.recipe, len(records.shards)
+    window = run.window or (WINDOW if records.copies else count)
+    windows = None
+    if window < count:
+        windows = Windows([shard.count for shard in records.shards], window, run.seed)
     if records.copies:
-        say(f"{run.shards} by way of {records.folder}, {facts['window'] or len(records.shards)} of "
-            f"{len(records.shards):,} shards at a time")  # fmt: skip
-    run.out.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "timm": timm.__version__}
-    text = json.dumps(facts | {"shards_folder": str(run.shards), "versions": versions}, indent=2)
-    (run.out / "run.json").write_text(text + "\n")
+        records.copies.check(min(window, count))
+    return Plan(
+        len(records),
+        recipe.batch,
+        run.seed,
+        area=recipe.area,
+        vertical=recipe.vertical,
+        windows=windows,
+    )
 
 
-def restore(
-    run: Run, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
-) -> tuple[int, float, float]:
-    """Load the newest checkpoint if asked to; returns the first step to do, the seconds of
-    training that those before took, and the epochs the run was to have.
-
-    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time.
-    """
-    path = checkpoint.newest(run.out / "checkpoints")
-    if path is None:
-        if run.extend:
-            raise UserError(f"{run.out} holds no run to extend; leave --extend out, or name its "
-                             "--out")  # fmt: skip
-        return 0, 0.0, run.recipe.epochs
-    if not run.resume:
-        raise UserError(
-            f"{run.out} holds a run already (to step {int(path.stem[5:])}); go on with it by "
-            "--resume, or name another --out"
-        )
-    state = checkpoint.load(path, device)
-    # What an older checkpoint's recipe does not have was as the defaults are.
-    known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
-    known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
-    then = {"window": 0, **state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
-    now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
-    longer = then["recipe.epochs"] != now["recipe.epochs"]
-    apart = ("recipe", "recipe.micro_batch", *(LENGTHS if longer else ()))
-    changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now
-               if k not in apart and then.get(k) != now[k]]  # fmt: skip
-    if changed:
-        raise UserError(f"{path} is of another run: {'; '.join(changed[:3])}; use the same, "
-                         "or name another --out")  # fmt: skip
-    epochs, step = float(then["recipe.epochs"]), int(state["step"])
-    if longer:
-        check_length(run, then, now)
-    extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
-    if extended:
-        facts["extended"] = extended
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return step, float(state.get("seconds", 0.0)), epochs
+def weighted_crops(
+    recipe: Recipe, records: ShardSet, detector: str | None, bank: bool = False
+) -> WeightedCrops:
+    """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
+    return WeightedCrops(
+        records,
+        detector,
+        size=recipe.size,
+        w_ps=recipe.w_ps,
+        temperature=recipe.temperature or 1,
+        normalise=recipe.normalise,
+        bank=bank,
+        mean=MEAN,
+        std=STD,
+    )
 
 
-def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """UserError unless a run that had other epochs `then` can be extended, and shall be."""
-    before, epochs = then["recipe.epochs"], now["recipe.epochs"]
-    phases = [k for k in LENGTHS[1:] if then[k] != now[k]]
-    what = f"{run.out} is a run of {before:g} epochs, not of {epochs:g}"
-    if before > epochs:
-        raise UserError(f"{what}; go on with it by --resume --epochs {before:g}")
-    if phases:
-        name = phases[0].removeprefix("recipe.")
-        raise UserError(
-            f"{what}, and its {name} of {then[phases[0]]:g} would have been {now[phases[0]]:g}: "
-            f"it cannot be extended; train anew with --epochs {epochs:g} and another --out"
-        )
-    if not run.extend:
-        raise UserError(f"{what}; add --extend to train it longer, or name another --out")
-
-
-def say_where(
-    run: Run, first: int, last: int, before: int, steps_an_epoch: float, rates: Rates
-) -> None:
-    """Say where a run goes on, after step `first`; that it is finished; what an extension does to
-    its learning rate, whose schedule, now of `rates`, had `before` steps.
-    """
-    total, warmup, *levels = rates
-    if first and before != total:
-        was = min(round(run.recipe.warmup * steps_an_epoch), before - 1)
-        then = learning_rate(first - 1, before, was, *levels)
-        now = learning_rate(min(first, total - 1), total, warmup, *levels)
-        say(f"extended from {before:,} to {total:,} steps: the learning rate's cosine is laid anew "
-            f"over all of them, so it goes from {then:.2e} to {now:.2e}, and from here as in a run "
-            "of that length")  # fmt: skip
-    if first >= total:
-        say(f"{run.out} is finished, {first:,} of {total:,} steps; try it: kamim probe {run.out} "
-            f"TRAIN VAL; keep its encoder: kamim export {run.out} FILE; train it longer: --resume "
-            "--extend --epochs with more")  # fmt: skip
-    elif first >= last:
-        say(f"{run.out} has done the {last:,} steps of --steps; without, it goes on to {total:,}")
-    elif first:
-        say(f"going on after step {first}")
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+    """AdamW as the recipe has it; fused on CUDA."""
+    groups, betas = parameter_groups(model, recipe), (0.9, recipe.beta2)
+    return torch.optim.AdamW(groups, betas=betas, fused=device.type == "cuda")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -241,3 +164,83 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     decay = recipe.weight_decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
+    """The crops to train on, once it is sure that the shards can serve the recipe.
+
+    The processes of a machine hash all shards between them: it may have a copy of its own, and
+    where all machines share one, each reads it once, as every epoch does. Raises UserError if the
+    shards cannot serve the recipe, or are damaged.
+    """
+    recipe, manifest = run.recipe, records.manifest
+    settings = manifest.settings
+    if recipe.size % CELL:
+        raise UserError(
+            f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
+            f"use {recipe.size // CELL * CELL or CELL}"
+        )
+    if run.skip_damaged and manifest.container == "ffcv":
+        raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
+    if run.bank:
+        check_bank(run, records)
+    check_guides(run, records)
+    crops = weighted_crops(recipe, records, choose_detector(run, records), run.bank)
+    smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
+    if smallest < 0.8 * recipe.size and process.rank == 0:
+        better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
+        say(
+            f"warning: frames of {settings.frame} px are enlarged for crops of {recipe.size} px "
+            f"(the smallest box has {smallest:.0f} px); sources that have more deserve shards "
+            f"built with --frame {better}"
+        )
+    # Of a remote set every shard is hashed when it arrives, or is found in the cache.
+    if run.checksum and not is_url(run.shards):
+        part = process.local_rank, process.local_ranks
+        with busy(f"hashing {len(manifest.shards):,} shards", process.rank == 0):
+            damage = damaged_files(Path(run.shards), manifest, *part)
+        if damage:
+            where = "" if process.ranks == 1 else f"on {socket.gethostname()}: "
+            raise UserError(f"{where}{damage[0]}")
+    return crops
+
+
+def choose_detector(run: Run, records: ShardSet) -> str | None:
+    """The detector whose maps the recipe weighs by; UserError if it is not clear which."""
+    if run.recipe.temperature is None:
+        return None
+    detectors = records.manifest.settings.detectors
+    usual = [each.name for each in detectors if each.has_keypoints]
+    if run.detector is None and len(usual) != 1:
+        names = ", ".join(records.manifest.detectors)
+        raise UserError(f"the shards have maps of {names}; choose one by --detector")
+    return run.detector or usual[0]
+
+
+def check_guides(run: Run, records: ShardSet) -> None:
+    """UserError unless the shards have the maps that the recipe draws its cells by."""
+    wanted, names = guide_maps(run.recipe), records.manifest.detectors
+    for name in wanted:
+        if name not in names:
+            raise UserError(
+                f"the recipe draws cells by {name!r}, and {run.shards} has maps of "
+                f"{', '.join(names)} only; build it with --detector "
+                f"{','.join([*names, name])}, and --reuse {run.shards} saves what is there"
+            )
+    if wanted and run.bank:
+        raise UserError(f"--bank loads no maps, and the recipe draws cells by {wanted[0]!r}")
+    if run.recipe.refresh_epochs <= 0 or run.recipe.random_epochs < 0:
+        raise UserError("refresh_epochs must be above 0, and random_epochs at least 0")
+
+
+def check_bank(run: Run, records: ShardSet) -> None:
+    """UserError unless the set has a bank, of the crops of the recipe."""
+    records.find_maps([], bank=True)
+    settings = records.manifest.settings
+    stored = {"size": settings.crop, "area": tuple(settings.area), "vertical": FLIPS[1]}
+    for name, value in stored.items():
+        if getattr(run.recipe, name) != value:
+            raise UserError(
+                f"the bank's crops have {name} {value}, the recipe's {getattr(run.recipe, name)}; "
+                "build a bank for it (--crop, --area), or train on the maps"
+            )

@@ -26,10 +26,11 @@ from shards import ShardSet, decode_frame
 from shards.loader import Loader
 from shards.order import Plan
 from shards.weighting import to_device
-from train.inputs import weighted_crops
-from train.loss import block_masks, masked_l1
+from train.loss import masked_l1
+from train.masking import block_masks
 from train.models import CELL, SimMIM
 from train.recipes import find_recipe
+from train.setup import weighted_crops
 
 REPEATS = 9
 BATCH = 200

@@ -24,12 +24,12 @@ from preprocess.defaults import default_settings
 from shards import ShardSet
 from shards.order import Plan
 from shards.weighting import WeightedCrops, to_device
-from train.inputs import weighted_crops
 from train.loop import PEAK_FLOPS
-from train.loss import block_masks, masked_l1
+from train.loss import masked_l1
+from train.masking import block_masks
 from train.models import CELL, SimMIM, model_flops
 from train.recipes import find_recipe
-from train.setup import device_name, find_device
+from train.setup import device_name, find_device, weighted_crops
 
 WARM, STEPS, REPEATS = 8, 40, 5
 

@@ -20,10 +20,10 @@ from shards.order import Plan
 from shards.record import packed
 from shards.weighting import crop_frames
 from train.attention import class_attention
-from train.inputs import normalised, weighted_crops
-from train.masking import Masking, make_model
+from train.masking import Masking
+from train.models import make_model, normalised
 from train.recipes import Recipe, find_recipe
-from train.setup import device_name, find_device
+from train.setup import device_name, find_device, weighted_crops
 
 SIZES = {"vit_tiny": 16, "vit_base": 8}  # batch of each on a CPU
 CUDA_BATCH, CUDA_STEPS, REPEATS, WARM = 256, 20, 7, 2

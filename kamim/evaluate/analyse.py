@@ -18,12 +18,9 @@ from shards import ShardSet, decode_frame
 from shards.progress import waiting
 from shards.weighting import crop_frames
 from train import checkpoint
-from train.inputs import MEAN, STD, normalised
-from train.loss import block_masks
-from train.masking import make_model
-from train.models import CELL
+from train.masking import block_masks, counts, drawn, races
+from train.models import CELL, MEAN, STD, Cells, make_model, normalised
 from train.recipes import Recipe, recipe_of
-from train.sampling import counts, drawn, races
 
 MASK_RATIO = {"simmim": 0.6, "mae": 0.75}  # at random, whatever a run drew by
 TOKENS = 2000  # that t-SNE draws of each encoder
@@ -67,15 +64,15 @@ def reconstruction(path: Path, images: Tensor, seed: int) -> dict[str, float]:
     return {"psnr_masked": psnr, "ssim_masked": round(float(np.mean(similar)), 4)}
 
 
-def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> tuple[Tensor, ...]:
+def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> Cells:
     """Random cells as the recipe's model takes them: SimMIM's mask, MAE's masked and visible."""
     ratio, size, count = MASK_RATIO[recipe.method], recipe.size, len(images)
     if recipe.method == "simmim":
-        return (block_masks(seed, 0, count, size // CELL, ratio, images.device),)
+        return Cells(block_masks(seed, 0, count, size // CELL, ratio, images.device))
     patches = (size // patch) ** 2
     order = drawn(races(seed, 0, count, patches)).to(images.device)
     masked = counts(patches, ratio, 0, "mae")[0]
-    return order[:, :masked], order[:, masked:]
+    return Cells(order[:, :masked], order[:, masked:])
 
 
 def analyse(

@@ -24,8 +24,7 @@ from shards.errors import UserError
 from train import checkpoint
 from train.export import encoder_state
 from train.models import make_encoder
-from train.recipes import RECIPES, Recipe
-from train.words import nearest
+from train.recipes import Recipe, find_recipe, nearest, recipe_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,8 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
         if kind == "timm":
             model = _from_timm(name, size)
         else:
-            recipe = RECIPES[name]() if name in RECIPES else Recipe(model=name, size=size)
+            known = name in recipe_names()
+            recipe = find_recipe(name) if known else Recipe(model=name, size=size)
             size = recipe.size
             model = make_encoder(recipe.model, size, recipe.options)
         return Encoder(what, model.to(device).eval().requires_grad_(False), size)

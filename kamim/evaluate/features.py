@@ -21,7 +21,7 @@ from shards.order import Plan
 from shards.progress import progress
 from shards.weighting import crop_frames, to_device
 from train.export import write_tensors
-from train.inputs import normalised
+from train.models import normalised
 
 Pool = Literal["mean", "cls"]
 

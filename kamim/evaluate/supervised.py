@@ -22,8 +22,8 @@ from shards.order import Plan
 from shards.progress import progress
 from shards.rng import Purpose, mix
 from train import checkpoint
-from train.inputs import normalised
 from train.log import METRICS, trim
+from train.models import normalised
 from train.schedule import learning_rate
 
 

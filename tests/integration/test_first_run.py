@@ -16,17 +16,19 @@ from conftest import errors
 torch = pytest.importorskip("torch")
 from test_pretrain import TINY, losses, run
 
-import train.words
+import train.request
 from shards.beton import convert_to_ffcv
 from shards.weighting import WeightedCrops
 from train import checkpoint, estimate, progress
+from train.checkpoint import check_length
 from train.cli import take_word
+from train.distributed import Stop, Stopped
 from train.log import read_metrics
 from train.models import SimMIM, model_flops
-from train.recipes import RECIPES, find_recipe
+from train.recipes import find_recipe, recipe_names
+from train.request import Run
 from train.schedule import learning_rate
-from train.setup import Run, check_length, find_device
-from train.stopping import Stop, Stopped
+from train.setup import find_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A kamim that cannot import torch: a word that is checked after it fails with another line.
@@ -78,10 +80,10 @@ def test_words_are_checked_before_torch_is_imported(words, line, built):
 
 def test_an_ffcv_set_without_ffcv_is_told_before_torch_is_imported(built, tmp_path, monkeypatch):
     convert_to_ffcv(built, tmp_path / "ffcv", "raw")
-    monkeypatch.setattr(train.words, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="FFCV is not installed; type.*make ffcv"):
-        train.words.check_folder(str(tmp_path / "ffcv"))
-    train.words.check_folder(str(built))
+    monkeypatch.setattr(train.request, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"FFCV is not installed; type.*make ffcv"):
+        train.request.check_folder(str(tmp_path / "ffcv"))
+    train.request.check_folder(str(built))
 
 
 def test_a_word_that_is_right_comes_to_torch(built):
@@ -365,5 +367,5 @@ def test_the_list_of_recipes_tells_them_apart_and_is_there_as_json():
     lines = dict(line.split(maxsplit=1) for line in listed().splitlines())
     assert lines["small"] != lines["small_mean"]
     assert "mean weight 1" in lines["small_mean"]
-    assert set(lines) == set(RECIPES)
+    assert set(lines) == set(recipe_names())
     assert json.loads(listed("--json"))["demo"]["size"] == 192

@@ -17,8 +17,8 @@ from preprocess import build_shards, detector_settings, open_source
 from preprocess.defaults import default_settings
 from train.log import read_metrics
 from train.loop import pretrain
-from train.recipes import RECIPES
-from train.setup import Run
+from train.recipes import find_recipe
+from train.request import Run
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "losses.json"
 METHODS = ("small", "small_simmim", "small_mae", "small_famt")
@@ -29,7 +29,7 @@ def losses(shards: Path, recipe: str, out: Path) -> list[float]:
     """The losses of STEPS steps."""
     from dataclasses import replace
 
-    chosen = replace(RECIPES[recipe](), batch=BATCH)
+    chosen = replace(find_recipe(recipe), batch=BATCH)
     pretrain(Run(shards=shards, out=out, recipe=chosen, detector="fast", device="cpu", steps=STEPS))
     return [row["loss"] for row in read_metrics(out)]
 

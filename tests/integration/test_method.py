@@ -20,15 +20,13 @@ from test_pretrain import losses
 
 from train import checkpoint
 from train.attention import class_attention, read_attention, write_attention
+from train.distributed import Process
 from train.loop import pretrain
-from train.loss import masked_mse
-from train.mae import MAE
-from train.masking import Masking, make_model
-from train.models import SimMIM
-from train.recipes import RECIPES, Recipe, famt, find_recipe, recipe_of, simmim
-from train.sampling import counts, drawn, races
-from train.setup import Run
-from train.tokens import embed, encode, patchify, sincos, take, unpatchify
+from train.loss import masked_mse, take
+from train.masking import Masking, counts, drawn, races
+from train.models import MAE, Cells, SimMIM, embed, encode, make_model, patchify, sincos, unpatchify
+from train.recipes import Recipe, famt, find_recipe, recipe_names, recipe_of, simmim
+from train.request import Run
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -144,7 +142,7 @@ def test_thrown_and_masked_patches_reach_nothing():
     pixels = patchify(images, 16).clone()
     pixels.scatter_(1, thrown[:, :, None].expand(-1, -1, 768), 9.0)
     loss.append(model.loss(model(images, masked, visible), unpatchify(pixels, 16),
-                           (masked, visible), None))  # fmt: skip
+                           Cells(masked, visible), None))  # fmt: skip
     assert loss[0] == loss[1]
 
     cells = torch.stack([torch.randperm(9) for _ in range(2)])
@@ -158,7 +156,7 @@ def test_thrown_and_masked_patches_reach_nothing():
     assert (take(output, kept) != 0).all()
     # All kept: SimMIM as it ever was.
     torch.testing.assert_close(model(images, mask, cells), model(images, mask))
-    pasted, shown, seen = model.picture(model(images, mask, kept), images, (mask, kept))
+    pasted, shown, seen = model.picture(model(images, mask, kept), images, Cells(mask, kept))
     assert pasted.shape == images.shape
     assert (shown.sum((1, 2)) == 4).all()
     assert (seen.sum((1, 2)) == 2).all()
@@ -169,8 +167,8 @@ def test_throwing_saves_the_operations_of_what_is_thrown():
 
     whole = SimMIM(VIT, 224, {"depth": 1})
     mask = torch.ones(1, 7, 7, dtype=torch.bool)
-    kept = model_flops(whole, 224, (mask, torch.arange(36)[None]))
-    assert kept / model_flops(whole, 224, (mask,)) < 0.75  # 36 of 49 cells, and less attention
+    kept = model_flops(whole, 224, Cells(mask, torch.arange(36)[None]))
+    assert kept / model_flops(whole, 224, Cells(mask)) < 0.75  # 36 of 49 cells, and less attention
 
 
 @pytest.mark.parametrize("w_ps", [8, 16, 32])
@@ -291,10 +289,11 @@ def test_phases_begin_where_the_recipe_says():
     early = chooser.hidden(chooser.noise(3), 3, np.arange(4), {})
     assert [each.shape[1] for each in early] == [27, 9]
     # SimMIM's random phase is SimMIM, bit for bit.
-    from train.loss import block_masks
+    from train.masking import block_masks
 
     plain = masking(replace(find_recipe("small_simmim_famt"), options=SMALL, batch=4))
-    (mask,) = plain.hidden(plain.noise(0), 0, np.arange(4), {})
+    mask, encoded = plain.hidden(plain.noise(0), 0, np.arange(4), {})
+    assert encoded is None
     assert torch.equal(mask, block_masks(0, 0, 4, 3, 0.6, CPU))
 
 
@@ -309,7 +308,7 @@ def test_recipes_differ_in_what_their_names_say():
     assert find_recipe("vit_base_mae_kamim_famt").temperature == 0.25
     short = find_recipe("small_mae_famt")
     assert (short.random_epochs, short.refresh_epochs) == (1, 5)
-    assert not [name for name in RECIPES if "swin" in name and "mae" in name]
+    assert not [name for name in recipe_names() if "swin" in name and "mae" in name]
     facts = json.loads(json.dumps({"model": VIT, "area": [0.67, 1.0], "size": 96}))
     assert recipe_of(facts) == Recipe(model=VIT, size=96)
     with pytest.raises(ValueError, match=r"\['soon'\], of a newer kamim"):
@@ -494,7 +493,7 @@ def test_attention_of_records_that_were_skipped_is_even(tmp_path):
     batch = Batch(0, frames, blank, three, three, three, np.zeros((3, 4), np.float32),
                   np.ones((3, 2), bool), blank)  # fmt: skip
     encoder.train()
-    write_attention(tmp_path / "a.npy", encoder, [batch], 4, 96, (0, 1), CPU)
+    write_attention(tmp_path / "a.npy", encoder, [batch], 4, 96, Process(), CPU)
     maps = read_attention(tmp_path / "a.npy", 4, 36)
     assert (maps[3] == 255).all()
     assert (maps[:3].min(1) < 255).all()

@@ -26,7 +26,7 @@ from train.log import read_metrics
 from train.loop import pretrain
 from train.models import encoder_options
 from train.recipes import find_recipe, simmim
-from train.setup import Run
+from train.request import Run
 
 TINY = replace(
     find_recipe("small"),

@@ -363,9 +363,9 @@ def test_killed_and_resumed_from_s3_losses_are_those_of_a_calm_local_run(
 
 def test_pretraining_from_a_url_asks_for_a_cache(folder, tmp_path):
     pytest.importorskip("torch")
-    from train.data import open_records
     from train.recipes import find_recipe
-    from train.setup import Run
+    from train.request import Run
+    from train.setup import open_records
 
     common = {"out": tmp_path / "out", "recipe": find_recipe("small")}
     with pytest.raises(ValueError, match="s3://b/set needs a cache: a folder"):

@@ -1,15 +1,19 @@
 """Model, masks, loss and schedule against the published formulas."""
 
+import json
 import math
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from train.loss import block_masks, masked_l1
+from train.loss import masked_l1
+from train.masking import block_masks
 from train.models import SimMIM, make_encoder, model_flops
-from train.recipes import BACKBONES, RECIPES, find_recipe, simmim
+from train.recipes import BASES, Recipe, find_recipe, recipe_names, simmim
 from train.schedule import learning_rate
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -109,7 +113,7 @@ def test_hidden_pixels_do_not_reach_the_model(name, size):
 
 
 def test_recipes_are_the_published_ones():
-    assert set(BACKBONES) <= set(RECIPES)
+    assert set(BASES) <= set(recipe_names())
     base = find_recipe("vit_base")
     assert (base.peak, base.batch, base.epochs, base.warmup) == (8e-4, 2048, 100, 10)
     assert (base.temperature, base.w_ps, base.mask_ratio, base.clip) == (0.25, 8, 0.6, 1.0)
@@ -117,6 +121,37 @@ def test_recipes_are_the_published_ones():
     assert find_recipe("vit_large_patch16_224").model == "vit_large_patch16_224"
     with pytest.raises(ValueError, match="unknown recipe 'resnet'"):
         find_recipe("resnet")
+
+
+def test_every_name_gives_the_recipe_it_has_always_given():
+    """golden/recipes.json: by name, what differs from Recipe's defaults."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "recipes.json").read_text())
+    usual = {each.name: each.default for each in fields(Recipe)}
+    for name, expected in golden.items():
+        found = asdict(find_recipe(name))
+        changed = {key: value for key, value in found.items() if value != usual[key]}
+        if not changed["options"]:
+            del changed["options"]
+        assert json.loads(json.dumps(changed)) == expected, name
+    assert recipe_names() == list(golden)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_bas", "did you mean vit_base"),
+        ("vit_base_amt_mae", "did you mean vit_base_mae"),
+        ("vit_base_mae_mae", "did you mean vit_base_mae"),
+        ("vit_base_simmimm", "did you mean vit_base_simmim"),
+        ("vit_based", "did you mean vit_base"),
+        ("_mae", "unknown recipe '_mae'"),
+        ("swin_tiny_mae", "Swin's windows need every patch"),
+        ("swin_tiny_224_famt", "Swin's windows need every patch"),
+    ],
+)
+def test_a_name_that_is_no_recipe_is_one_line_with_the_nearest(name, words):
+    with pytest.raises(ValueError, match=words):
+        find_recipe(name)
 
 
 def test_every_recipes_encoder_can_be_made_and_counts_its_operations():

@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +87,10 @@ def warm_up() -> None:
         "kamim.__main__",
     ):
         importlib.import_module(slow)
-    from train.recipes import RECIPES, find_recipe
+    from train.recipes import BASES
 
-    small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-    for kind in ("", "_amt"):
-        usual = find_recipe(f"small{kind}")
-        RECIPES[f"tiny{kind}"] = partial(replace, usual, options=small)
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    BASES["tiny"] = replace(BASES["small"], options=options)
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:

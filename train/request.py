@@ -1,23 +1,42 @@
-"""What a user typed, checked before torch is imported: seconds later it would be the same words.
-
-In: a folder, a recipe's name, a device. Out: nothing, or one UserError that names the nearest.
-"""
+"""What a user asks of `kamim pretrain`, checked before torch is imported: that takes seconds."""
 
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from shards.errors import UserError, install
+from shards.remote.retry import PATIENCE
+from train.recipes import Recipe, nearest
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A question with the one of `words` that is nearest to `word`, or nothing if none is."""
-    found = get_close_matches(word, list(words), n=1, cutoff=0.7)
-    return f"; did you mean {found[0]}?" if found else ""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Where and how to train; what decides the numbers is in the recipe and the seed."""
+
+    shards: Path | str  # a folder, or the URL of one
+    out: Path
+    recipe: Recipe
+    seed: int = 0
+    detector: str | None = None  # None: the only one of keypoints in the shards
+    bank: bool = False  # stored crops with their exact counts, not new crops read off maps
+    device: str = "auto"
+    workers: int = 0
+    resume: bool = False
+    extend: bool = False  # resume with more epochs than the run had
+    steps: int = 0  # 0: the recipe's epochs; less: stop there, on the same schedule
+    save_every: int = 500
+    log_every: int = 20
+    skip_damaged: bool = False
+    checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
+    compile: bool = True  # on CUDA
+    wandb: str = ""
+    window: int = 0  # shards that are shuffled together; 0: all, 64 if they are remote
+    cache: Path | None = None  # local folder for remote shards
+    cache_limit: int = 0  # bytes; 0: no limit
+    patience: float = PATIENCE  # seconds to wait for a store that does not answer
 
 
 def check_device(name: str) -> None:
