@@ -242,9 +242,10 @@ class ShardSet:
         known = self.manifest.detectors
         for name in names:
             if name not in known:
+                both = ",".join([*known, name])
                 raise UserError(
-                    f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; "
-                    f"build it with --detector {name}"
+                    f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "
+                    f"kamim shards build SOURCE NEW --detector {both} --reuse {self.folder}"
                 )
         return [known.index(name) for name in names]
 

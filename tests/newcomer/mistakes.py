@@ -117,7 +117,7 @@ MISTAKES = (
     Mistake(f"kamim pretrain sets/good {RUN} --out runs/done --resume auto",
             "finished.*--extend", 0, torch=True),
     Mistake("ABSENT=torch kamim pretrain sets/good --recipe small --out runs/new",
-            r"torch.*kamim\[train\]"),
+            r"torch.*pip install '\.\[train\]'"),
     # what comes after
     _with_model("kamim probe runs/nowhere sets/good sets/good", "runs/nowhere.*timm:NAME"),
     _with_model("kamim probe foreign/notes.txt sets/good sets/good", "notes.txt.*kamim export"),
