@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from preprocess.building import build, build_shards
+    from preprocess.datasets import open_source
     from preprocess.decode import Rejected, decode_image
     from preprocess.densities import bank_of, density_maps
     from preprocess.detectors import detector_settings
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from preprocess.fidelity import measure_fidelity, storage
     from preprocess.pictures import draw_fidelity, write_picture
     from preprocess.redetect import redetect_maps
-    from preprocess.source import Source, open_source
+    from preprocess.source import Source
 
 _HOMES = {
     "building": ["build", "build_shards"],
+    "datasets": ["open_source"],
     "decode": ["Rejected", "decode_image"],
     "densities": ["bank_of", "density_maps"],
     "detectors": ["detector_settings"],
@@ -27,7 +29,7 @@ _HOMES = {
     "fidelity": ["measure_fidelity", "storage"],
     "pictures": ["draw_fidelity", "write_picture"],
     "redetect": ["redetect_maps"],
-    "source": ["Source", "open_source"],
+    "source": ["Source"],
 }
 
 __all__ = [

@@ -29,10 +29,11 @@ from preprocess.compare import (
     facts_of_set,
     reuse_hint,
 )
+from preprocess.datasets import check_outside, open_source
 from preprocess.detectors import detector_settings
 from preprocess.errors import BuildError
-from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
-from preprocess.source import Source, check_outside, open_source
+from preprocess.shard import FACTS, Job, confirm, library_versions, read_row, write_shard
+from preprocess.source import Source
 from shards import spec as _manifest
 from shards.errors import UserError
 from shards.files import MANIFEST, alone, sweep, write_atomically
@@ -162,14 +163,23 @@ def _check_folder(out: Path, facts: Facts) -> Manifest | None:
             raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
         check_files(out, finished)
         return finished
-    plan = out / WORK / PLAN
-    if plan.is_file():
-        compare(out, json.loads(plan.read_bytes()), facts)
+    begun = facts_begun(out)
+    if begun:
+        compare(out, begun, facts)
         return None
     check_manifest_is_not_lost(out)
     if names - {WORK} - EXTRAS:
         some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
         raise UserError(f"{out} holds something else ({some}); name a new or empty folder")
+    return None
+
+
+def facts_begun(out: Path) -> Facts | None:
+    """The facts of the unfinished build in `out`, if there is one."""
+    for name in (FACTS, "plan.json"):  # as it was called before
+        if (out / WORK / name).is_file():
+            facts: Facts = json.loads((out / WORK / name).read_bytes())
+            return facts
     return None
 
 
@@ -182,7 +192,7 @@ def claim(out: Path, facts: Facts) -> Iterator[Path]:
     work = out / WORK
     with alone(out, work / "lock"):
         sweep(work)
-        write_atomically(work / PLAN, json.dumps(facts).encode("ascii"))
+        write_atomically(work / FACTS, json.dumps(facts).encode("ascii"))
         yield work
         sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
@@ -198,8 +208,8 @@ def job_of(
 ) -> Job:
     """What the tasks of this build share, with paths in full."""
     folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-    plan = _manifest.fingerprint(json.loads((work / PLAN).read_bytes()))
-    return Job(settings, source.kind, source.root, *folders, fail, plan)
+    facts = _manifest.fingerprint(json.loads((work / FACTS).read_bytes()))
+    return Job(settings, replace(source, entries=(), classes=[]), *folders, fail, facts)
 
 
 def write_missing(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import decode_image
 from preprocess.densities import View, crop_counts, published_grey, squeezed
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
@@ -68,7 +68,7 @@ def measure_fidelity(
     work = joblib.delayed(_densities)
     entries = [source.entries[int(records.index["key"][number])] for number in numbers]
     tasks = (
-        work(records[number], settings, decode_image(read(source.kind, source.root, entry)), seed)
+        work(records[number], settings, decode_image(source.read(entry)), seed)
         for number, entry in zip(numbers, entries, strict=True)
     )
     found = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)

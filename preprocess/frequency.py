@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import Detector, Settings
-from shards.crops import between
+from shards.crops import cell_sums
 from shards.errors import UserError
 
 SIDE = 96  # px that the whole source is squeezed to: its low frequencies need no more
@@ -51,14 +51,7 @@ def frequency_map(rgb: NDArray[np.uint8], detector: Detector, grid: int) -> NDAr
     gain = np.exp2(-squared / 2)
     gain[0, 0] = 0  # deviation from the mean: a bright photo is not all high
     smooth = np.fft.irfft2(np.fft.rfft2(mirrored) * gain, s=mirrored.shape)[:SIDE, :SIDE]
-    energy = _cell_means(smooth**2, grid)
-    return np.asarray(np.minimum(np.sqrt(energy) / detector.options["scale"], 1))
-
-
-def _cell_means(values: NDArray[np.float64], grid: int) -> NDArray[np.float64]:
-    """Means of `values` [SIDE, SIDE] over grid x grid cells, which may cut pixels."""
-    integral = cv2.integral(values)
     edges = np.linspace(0.0, SIDE, grid + 1)
-    corners = between(between(integral, edges).T, edges).T
-    sums = np.diff(np.diff(corners, axis=0), axis=1)
-    return np.asarray(np.maximum(sums, 0) * (grid / SIDE) ** 2)  # rounding may go below 0
+    sums = cell_sums(cv2.integral(smooth**2), edges, edges)
+    energy = np.maximum(sums, 0) * (grid / SIDE) ** 2  # rounding may go below 0
+    return np.asarray(np.minimum(np.sqrt(energy) / detector.options["scale"], 1))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from preprocess.decode import decode_image
 from preprocess.densities import crop_counts, published_grey
 from preprocess.fidelity import FULL, keypoint_rows, read_crop, trial_crop
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import ShardSet
 from shards.files import write_atomically
 
@@ -26,9 +26,7 @@ def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[
     for number in np.linspace(0, len(records) - 1, crops).astype(int).tolist():
         record = records[number]
         entry = source.entries[int(record.key)]
-        crop = trial_crop(
-            record, settings, decode_image(read(source.kind, source.root, entry)), seed=0
-        )
+        crop = trial_crop(record, settings, decode_image(source.read(entry)), seed=0)
         for row, detector in keypoint_rows(settings):
             grey = published_grey(crop.pixels)
             truth = crop_counts(detector, grey, settings.mark) / FULL

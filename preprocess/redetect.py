@@ -8,7 +8,7 @@ import numpy as np
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Record, ShardSet
 from shards.errors import UserError
 
@@ -42,7 +42,7 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
                 if entry is None:
                     problems.append(f"record {record.key}: the source has no {record.source!r}")
                     continue
-                rgb = decode_image(read(source.kind, source.root, entry))
+                rgb = decode_image(source.read(entry))
         except Rejected as error:
             problems.append(f"record {record.key}: {record.source!r} is now {error.reason}")
             continue

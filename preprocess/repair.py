@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import executors as backends
-from preprocess.building import WORK, claim, facts_of, job_of, shard_size_for, write_missing
+from preprocess.building import claim, facts_begun, facts_of, job_of, shard_size_for, write_missing
 from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
+from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
 from preprocess.errors import BuildError
-from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
-from preprocess.source import Source, check_outside, read
+from preprocess.shard import Job, read_row, rejected_line, row_path
+from preprocess.source import Source
 from shards import spec as _manifest
 from shards.dataset import flaws_of_files, sizes_of
 from shards.errors import UserError
@@ -44,7 +45,7 @@ def repair_shards(
     """
     backends.check(backend, scheduler)
     check_outside(source, out)
-    if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
+    if facts_begun(out) and not (out / MANIFEST).exists():
         raise UserError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)
     finished, facts = _manifest.load(out), facts_of(source, settings)
@@ -102,7 +103,7 @@ def _rejected(source: Source, index: NDArray[np.void]) -> bytes:
     for number in sorted(set(range(len(source.entries))) - written):
         entry = source.entries[number]
         try:
-            decode_image(read(source.kind, source.root, entry))
+            decode_image(source.read(entry))
         except Rejected as error:
             line = rejected_line(number, entry, error)
             lines.append(json.dumps(line, sort_keys=True) + "\n")

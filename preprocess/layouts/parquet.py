@@ -1,7 +1,7 @@
 """Image datasets as Parquet, the way the Hugging Face hub keeps them.
 
-In: a folder of .parquet files or one of them. Out: a row an image, its label and class names as the
-schema's metadata says; a row group is read once and kept.
+Each row is an image; label and class names are as the schema's metadata says. A row group is read
+once and kept.
 """
 
 import json
@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from preprocess.decode import Rejected
-from preprocess.entry import Entry, Source
 from preprocess.files import join, of_each, opened, version_of
-from preprocess.listing import Found, parts_below
-from preprocess.splits import of_split
+from preprocess.source import Entry, Source, of_split, parts_below
 from shards.errors import UserError, install
 from shards.remote.retry import retried
 from shards.remote.storage import is_url
@@ -36,7 +34,7 @@ def list_parquet(where: str, split: str) -> Source | None:
 
     Raises UserError if the files do not agree on columns and classes, or a label is outside them.
     """
-    found = {part.name: part for part in parts_below(where, (".parquet",))}
+    found = {part.name: part for part in parts_below(where, ".parquet")}
     entries: list[Entry] = []
     agreed = None
     parts = of_split(list(found), split)
@@ -48,12 +46,12 @@ def list_parquet(where: str, split: str) -> Source | None:
         entries += rows
     top = max((entry.label for entry in entries), default=-1)
     classes = list(agreed.classes) if agreed else []
-    return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)], 0)
+    return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)])
 
 
-def image(root: str, part: str, row: int) -> bytes:
-    """The bytes of the picture in row `row` of a file."""
-    where = join(root, part)
+def image(root: str, entry: Entry) -> bytes:
+    """The bytes of the picture in the entry's row."""
+    where, row = join(root, entry.part), entry.offset
     try:
         value = retried(where, lambda: _value(where, row)) if is_url(root) else _value(where, row)
     except FileNotFoundError:
@@ -149,7 +147,7 @@ def _columns(schema: Any, where: str) -> Columns:
     return Columns(images[0], label, tuple(map(str, names)))
 
 
-def _list_part(where: str, part: Found) -> tuple[Columns, list[Entry]]:
+def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
     with _parsing(where):
         file = _file(where, version_of(where))
         columns = _columns(file.schema_arrow, where)

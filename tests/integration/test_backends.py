@@ -342,7 +342,7 @@ def job(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
     facts = preprocess.building.facts_of(source, settings())
     with preprocess.building.claim(out, facts) as work:
-        job = Job(settings(), "folder", source.root, out, work, None, False, fingerprint(facts))
+        job = Job(settings(), source, out, work, None, False, fingerprint(facts))
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 
 

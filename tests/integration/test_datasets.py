@@ -13,7 +13,6 @@ from conftest import DATA, errors, settings
 
 import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
-from preprocess.source import read
 
 
 def small(where, split=""):
@@ -23,7 +22,7 @@ def small(where, split=""):
 
 def found(source):
     """(name, label, bytes) of every entry."""
-    return [(e.name, e.label, read(source.kind, source.root, e)) for e in source.entries]
+    return [(e.name, e.label, source.read(e)) for e in source.entries]
 
 
 @pytest.fixture
@@ -138,7 +137,7 @@ def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
         assert [entry.label for entry in source.entries] == [(b + r) % 10 for b in range(5)
                                                              for r in range(4)]  # fmt: skip
         for number in (0, 3, 17):
-            pixels = decode_image(read(source.kind, source.root, source.entries[number]))
+            pixels = decode_image(source.read(source.entries[number]))
             row = archives.cifar_pixels(number // 4, 4)[number % 4]
             assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
         for split in ("test", "val"):
@@ -156,7 +155,7 @@ def test_cifar100_has_fine_labels(tmp_path):
         source = small(f"cifar100:{tmp_path / where}")
         assert source.classes == [f"fine{n}" for n in range(100)]
         assert [entry.label for entry in source.entries] == [99, 98, 97, 96]
-        pixels = decode_image(read(source.kind, source.root, source.entries[2]))
+        pixels = decode_image(source.read(source.entries[2]))
         row = archives.cifar_pixels(1, 4)[2]
         assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
 
@@ -267,7 +266,7 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     reasons = {}
     for entry in source.entries:
         try:
-            reasons[entry.name] = read(source.kind, source.root, entry) == archives.picture(0)
+            reasons[entry.name] = source.read(entry) == archives.picture(0)
         except Rejected as error:
             reasons[entry.name] = error.reason
     flaws = dict.fromkeys(names[:5], "link") | {names[5]: "vanished"}
