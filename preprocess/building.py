@@ -18,8 +18,8 @@ from typing import Any
 import joblib
 import numpy as np
 
+from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess import frequency
 from preprocess.compare import (
     Facts,
     check_files,
@@ -31,7 +31,6 @@ from preprocess.compare import (
 )
 from preprocess.datasets import check_outside, open_source
 from preprocess.detectors import detector_settings
-from preprocess.errors import BuildError
 from preprocess.shard import FACTS, Job, confirm, library_versions, read_row, write_shard
 from preprocess.source import Source
 from shards import spec as _manifest
@@ -110,7 +109,6 @@ def build_shards(
     an input is rejected and on_error is `fail`, if no input could be used, if the engine is lost
     for good, or, after a complete build, if more than the share `max_rejected` was rejected.
     """
-    frequency.check_bank(settings)
     backends.check(backend, scheduler)
     check_outside(source, out)
     facts = facts_of(source, settings)
@@ -209,7 +207,7 @@ def job_of(
     """What the tasks of this build share, with paths in full."""
     folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
     facts = _manifest.fingerprint(json.loads((work / FACTS).read_bytes()))
-    return Job(settings, replace(source, entries=(), classes=[]), *folders, fail, facts)
+    return Job(settings, replace(source, entries=[], classes=[]), *folders, fail, facts)
 
 
 def write_missing(

@@ -4,18 +4,15 @@ In: the facts of both. Out: nothing, or a UserError that names what differs and 
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preprocess.defaults import DEFAULTS
-from preprocess.errors import BuildError
-from preprocess.options import DEFAULTS as OPTIONS
-from preprocess.options import OF_FREQUENCY
+from preprocess import BuildError
+from preprocess.detectors import KNOWN
 from shards.errors import UserError
 from shards.files import MANIFEST, check_size
-from shards.spec import FREQUENCY, INDEX, Manifest, Settings, load
+from shards.spec import INDEX, Manifest, Settings, load
 from shards.tar import shard_name
 from shards.verification import damaged_files
 
@@ -128,16 +125,16 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     unasked; `shard_size` is what it chooses by itself.
     """
     words = [f"--detector {','.join(detector.name for detector in settings.detectors)}"]
-    defaults: Mapping[str, Mapping[str, Any]] = {**OPTIONS, FREQUENCY: OF_FREQUENCY}
+    default = Settings()
     for detector in settings.detectors:
         for option, value in detector.options.items():
-            if value != defaults[detector.name].get(option):
+            if value != KNOWN[detector.name].get(option):
                 words.append(f"--detector-option {detector.name}.{option}={value}")
     for name in PLAIN:
         value = getattr(settings, name)
-        if value != getattr(DEFAULTS, name):
+        if value != getattr(default, name):
             words.append(f"--{name.replace('_', '-')} {value}")
-    if settings.area[0] != DEFAULTS.area[0]:
+    if settings.area[0] != default.area[0]:
         words.append(f"--area {settings.area[0]}")
     if settings.shard_size != shard_size:
         words.append(f"--shard-size {settings.shard_size}")

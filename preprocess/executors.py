@@ -20,17 +20,17 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import joblib
 
-from preprocess.defaults import Backend
-from preprocess.errors import BuildError
+from preprocess import BuildError
 from shards.errors import UserError, install
 
 Tasks = Iterator[tuple[Any, ...]]
 Results = Generator[Any, None, None]
 PACKAGES = {"dask": "distributed", "ray": "ray"}
+BACKENDS = ("loky", *PACKAGES)
 CONNECT_SECONDS, POLL_SECONDS = 10, 1.0
 AHEAD = 16  # tasks beyond one a core: no worker waits, and adaptive clusters grow
 
@@ -41,8 +41,8 @@ class Lost(Exception):
 
 def check(backend: str, scheduler: str) -> None:
     """Raise UserError, saying what to type, unless `backend` can run here with `scheduler`."""
-    if backend not in get_args(Backend):
-        raise UserError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "loky":
         if scheduler:
             raise UserError(f"--scheduler {scheduler} needs --backend dask or --backend ray")

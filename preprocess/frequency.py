@@ -1,15 +1,15 @@
 """The frequency map: where an image's low frequencies lie, by FFT. It has no keypoints.
 
-In: the pixels of a source. Out: float64 [G, G], 0 to 1. FAMT (arXiv 2211.15362 v3) guides its
-masks by an FFT low pass; its formula is not published in a form we could read, so this one is our
-own design, and this file is all of it: put another function in its place to try another.
+FAMT (arXiv 2211.15362 v3) guides its masks by an FFT low pass. Its formula is not published in a
+form we could read, so this one is our own design, and this file is all of it: put another function
+in its place to try another.
 """
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import Detector, Settings
+from shards import Detector
 from shards.crops import cell_sums
 from shards.errors import UserError
 
@@ -24,15 +24,6 @@ def check_options(detector: Detector) -> None:
         raise UserError(f"frequency.cutoff={cutoff} is out of range; give above 0 to {MOST:g}")
     if not scale > 0:
         raise UserError(f"frequency.scale={scale} is not positive; the default is 120")
-
-
-def check_bank(settings: Settings) -> None:
-    """UserError if a bank of this map is asked for."""
-    if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
-        raise UserError(
-            "a bank holds counts of keypoint marks, and frequency has none: build it without "
-            "--bank, or leave frequency out"
-        )
 
 
 def frequency_map(rgb: NDArray[np.uint8], detector: Detector, grid: int) -> NDArray[np.float64]:

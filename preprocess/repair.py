@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocess import BuildError
 from preprocess import executors as backends
 from preprocess.building import claim, facts_begun, facts_of, job_of, shard_size_for, write_missing
 from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
 from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
-from preprocess.errors import BuildError
 from preprocess.shard import Job, read_row, rejected_line, row_path
 from preprocess.source import Source
 from shards import spec as _manifest

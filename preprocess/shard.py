@@ -22,9 +22,9 @@ import PIL
 import simplejpeg
 from numpy.typing import NDArray
 
+from preprocess import BuildError
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of
-from preprocess.errors import BuildError
 from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.files import write_atomically

@@ -73,7 +73,7 @@ class Source:
 
     kind: str
     root: str
-    entries: Sequence[Entry]
+    entries: list[Entry]
     classes: list[str]
     ignored: int = 0
     sets: tuple[str, ...] = ()

@@ -367,7 +367,7 @@ def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, mo
     with pytest.raises(BuildError, match="does not see the folder"):
         write_shard(replace(job, work=tmp_path), 1, entries)
     with pytest.raises(BuildError, match="does not see the folder"):
-        write_shard(replace(job, plan="0" * 64), 1, entries)
+        write_shard(replace(job, fingerprint="0" * 64), 1, entries)
     monkeypatch.setattr(preprocess.shard.cv2, "__version__", "4.0.0")
     with pytest.raises(BuildError, match=r"has opencv 4.0.0, this build began with .*; install"):
         write_shard(job, 1, entries)
