@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,32 @@ from preprocess.compare import (
     check_manifest_is_not_lost,
     check_reuse,
     compare,
+    facts_of,
     facts_of_set,
     reuse_hint,
 )
 from preprocess.datasets import check_outside, open_source
 from preprocess.detectors import detector_settings
-from preprocess.shard import FACTS, Job, confirm, library_versions, read_row, write_shard
+from preprocess.shard import FACTS, Job, confirm, read_row, write_shard
 from preprocess.source import Source
-from shards import spec as _manifest
 from shards.errors import UserError
 from shards.files import MANIFEST, alone, sweep, write_atomically
 from shards.progress import progress, waiting
 from shards.record import npy_bytes
-from shards.spec import EXTRAS, INDEX, REJECTED, File, Ledger, Manifest, Settings
+from shards.spec import (
+    EXTRAS,
+    FORMAT_VERSION,
+    INDEX,
+    REJECTED,
+    File,
+    Ledger,
+    Manifest,
+    Settings,
+    fingerprint,
+    load,
+    write,
+    write_file,
+)
 from shards.tar import INDEX_DTYPE
 
 WORK = ".build"
@@ -116,8 +129,8 @@ def build_shards(
     if complete is None:
         if reuse:
             check_reuse(reuse, facts)
-        with claim(out, facts) as work:
-            job = job_of(source, settings, out, work, reuse, on_error == "fail")
+        old = reuse.resolve() if reuse else None
+        with claim(source, settings, out, facts, reuse=old, fail=on_error == "fail") as job:
             numbers = range(-(-len(source.entries) // settings.shard_size))
             write_missing(source, job, numbers, backend, scheduler, jobs)
             with waiting("writing the index"):
@@ -134,27 +147,13 @@ def build_shards(
     return complete
 
 
-def facts_of(source: Source, settings: Settings) -> Facts:
-    """All that a record's bytes depend on; a build goes on only where all of it is equal."""
-    with waiting(f"hashing the list of {len(source.entries)} inputs"):
-        described = source.description()
-    facts = {
-        "format_version": _manifest.FORMAT_VERSION,
-        "settings": asdict(settings),
-        "source": described,
-        "versions": library_versions(settings),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
-    return plain
-
-
 def _check_folder(out: Path, facts: Facts) -> Manifest | None:
     """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder for the shards")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
-        finished = _manifest.load(out)
+        finished = load(out)
         there = facts_of_set(finished)
         compare(out, there, facts, reuse_hint(out, there, facts))
         if finished.container != "webdataset":
@@ -182,32 +181,22 @@ def facts_begun(out: Path) -> Facts | None:
 
 
 @contextmanager
-def claim(out: Path, facts: Facts) -> Iterator[Path]:
-    """The work folder of the build of `facts`, which are written there for all of its processes.
+def claim(
+    source: Source, settings: Settings, out: Path, facts: Facts, **options: Any
+) -> Iterator[Job]:
+    """The build of `facts`, which are written into its work folder for all of its processes.
 
-    This process alone holds it; it goes when the build is finished.
+    This process alone holds that folder; it goes when the build is finished. options: of Job.
     """
     work = out / WORK
     with alone(out, work / "lock"):
         sweep(work)
         write_atomically(work / FACTS, json.dumps(facts).encode("ascii"))
-        yield work
+        bare = replace(source, entries=[], classes=[])
+        folders = out.resolve(), work.resolve()
+        yield Job(settings, bare, *folders, fingerprint(facts), **options)
         sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
-
-
-def job_of(
-    source: Source,
-    settings: Settings,
-    out: Path,
-    work: Path,
-    reuse: Path | None = None,
-    fail: bool = False,
-) -> Job:
-    """What the tasks of this build share, with paths in full."""
-    folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-    facts = _manifest.fingerprint(json.loads((work / FACTS).read_bytes()))
-    return Job(settings, replace(source, entries=[], classes=[]), *folders, fail, facts)
 
 
 def write_missing(
@@ -275,21 +264,19 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         raise BuildError(f"all {inputs} inputs were rejected: {reasons}; nothing was published")
     ledger = Ledger(inputs, len(index), reasons)
     manifest = Manifest(
-        format_version=_manifest.FORMAT_VERSION,
+        format_version=FORMAT_VERSION,
         container="webdataset",
         settings=job.settings,
         source=facts["source"],
         classes=source.classes,
         versions=facts["versions"],
-        fingerprint=_manifest.fingerprint(facts),
+        fingerprint=fingerprint(facts),
         ledger=ledger,
         shards=files,
-        index=_manifest.write_file(job.out / INDEX, npy_bytes(index), len(index)),
-        rejected=_manifest.write_file(
-            job.out / REJECTED, "".join(rejected).encode("ascii"), len(rejected)
-        ),
+        index=write_file(job.out / INDEX, npy_bytes(index), len(index)),
+        rejected=write_file(job.out / REJECTED, "".join(rejected).encode("ascii"), len(rejected)),
         fidelity={},
     )
     assert ledger.balanced
-    _manifest.write(job.out, manifest)
+    write(job.out, manifest)
     return manifest

@@ -45,9 +45,9 @@ class Job:
     source: Source  # without its entries
     out: Path
     work: Path
-    reuse: Path | None  # a finished set of the same source, to copy frames and maps from
-    fail: bool  # stop at the first input that is rejected
     fingerprint: str  # of the FACTS in `work`: who does not see them works elsewhere
+    reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
+    fail: bool = False  # stop at the first input that is rejected
 
 
 class Written(NamedTuple):

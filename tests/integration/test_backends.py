@@ -22,8 +22,7 @@ import preprocess.building
 import preprocess.shard
 from preprocess import BuildError, build_shards, open_source
 from preprocess import executors as backends
-from preprocess.shard import Job, Written, confirm, write_shard
-from shards.spec import fingerprint
+from preprocess.shard import Written, confirm, write_shard
 from shards.verification import verify_shards
 
 SLOW = {
@@ -341,8 +340,7 @@ def job(small_source, tmp_path):
     """A job whose first shard was written, as on another machine."""
     source, out = open_source(str(small_source)), tmp_path / "out"
     facts = preprocess.building.facts_of(source, settings())
-    with preprocess.building.claim(out, facts) as work:
-        job = Job(settings(), source, out, work, None, False, fingerprint(facts))
+    with preprocess.building.claim(source, settings(), out, facts) as job:
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 
 

@@ -219,8 +219,9 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
 
 def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
+    facts = preprocess.building.facts_of(source, settings())
     with (
-        preprocess.building.claim(out, preprocess.building.facts_of(source, settings())),
+        preprocess.building.claim(source, settings(), out, facts),
         pytest.raises(ValueError, match="another process is"),
     ):
         build_shards(source, out, settings(), 1)
