@@ -70,7 +70,7 @@ def _value(where: str, row: int) -> Any:
     """What the column of images holds in row `row`."""
     version = version_of(where)
     with _parsing(where):
-        starts = _starts(where, version)
+        _, _, starts = _file(where, version)
         if row >= starts[-1]:
             raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
         group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -98,7 +98,8 @@ def _words(error: Exception) -> str:
 
 
 @lru_cache(maxsize=8)
-def _file(where: str, version: tuple[int, ...]) -> Any:
+def _file(where: str, version: tuple[int, ...]) -> tuple[Any, Columns, np.ndarray]:
+    """The open file, its columns, and the first row of each row group with the end."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -110,21 +111,12 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
     # Lists of so many rows, ours and Arrow's, would be made before any of them is read.
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or facts.num_rows > size:
         raise UserError(f"{where} says {sum(groups)} rows in {size} bytes; fetch it again")
-    return file
-
-
-@lru_cache(maxsize=8)
-def _starts(where: str, version: tuple[int, ...]) -> np.ndarray:
-    """The first row of each row group, and the end."""
-    facts = _file(where, version).metadata
-    rows = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
-    return np.cumsum([0, *rows])
+    return file, _columns(file.schema_arrow, where), np.cumsum([0, *groups])
 
 
 @lru_cache(maxsize=2)  # the hub's groups hold 100 to 1,000 pictures
 def _group(where: str, version: tuple[int, ...], group: int) -> Any:
-    file = _file(where, version)
-    columns = _columns(file.schema_arrow, where)
+    file, columns, _ = _file(where, version)
     return file.read_row_group(group, columns=[columns.image]).column(columns.image)
 
 
@@ -149,30 +141,22 @@ def _columns(schema: Any, where: str) -> Columns:
 
 def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
     with _parsing(where):
-        file = _file(where, version_of(where))
-        columns = _columns(file.schema_arrow, where)
-        return columns, _entries(file, columns, part.name, part.size, where)
-
-
-def _entries(file: Any, columns: Columns, part: str, size: int, where: str) -> list[Entry]:
-    wanted = [columns.label] if columns.label else []
-    pathed = "path" in {field.name for field in _fields(file.schema_arrow.field(columns.image))}
-    table = file.read(columns=[*wanted, *([f"{columns.image}.path"] if pathed else [])])
-    count = file.metadata.num_rows
-    labels = table.column(columns.label).to_pylist() if columns.label else [-1] * count
-    paths = [None] * count
-    if pathed:
-        paths = [row and row["path"] for row in table.column(columns.image).to_pylist()]
-    most = len(columns.classes) or 1_000_000
-    entries = []
-    for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        label = -1 if label is None else label
-        if not isinstance(label, int) or not -1 <= label < most:
-            raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
-        name = os.path.join(part, path or str(row)) if part else path or str(row)
-        entries.append(Entry(str(name), label, 0, row, size, part=part))
-    return entries
-
-
-def _fields(field: Any) -> list[Any]:
-    return [field.type.field(n) for n in range(field.type.num_fields)]
+        file, columns, starts = _file(where, version_of(where))
+        picture = file.schema_arrow.field(columns.image).type
+        pathed = "path" in {picture.field(n).name for n in range(picture.num_fields)}
+        wanted = [columns.label] if columns.label else []
+        table = file.read(columns=[*wanted, *([f"{columns.image}.path"] if pathed else [])])
+        labels = paths = [None] * int(starts[-1])
+        if columns.label:
+            labels = table.column(columns.label).to_pylist()
+        if pathed:
+            paths = [row and row["path"] for row in table.column(columns.image).to_pylist()]
+        most = len(columns.classes) or 1_000_000
+        entries = []
+        for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
+            label = -1 if label is None else label
+            if not isinstance(label, int) or not -1 <= label < most:
+                raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
+            name = str(join(part.name, path or str(row)) if part.name else path or row)
+            entries.append(Entry(name, label, 0, row, part.size, part=part.name))
+        return columns, entries
