@@ -20,41 +20,19 @@ import numpy as np
 
 from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess.compare import (
-    Facts,
-    check_files,
-    check_manifest_is_not_lost,
-    check_reuse,
-    compare,
-    facts_of,
-    facts_of_set,
-    reuse_hint,
-)
+from preprocess.compare import WORK, Facts, check_folder, check_reuse, facts_of
 from preprocess.datasets import check_outside, open_source
 from preprocess.detectors import detector_settings
 from preprocess.shard import FACTS, Job, confirm, read_row, write_shard
 from preprocess.source import Source
+from shards import spec
 from shards.errors import UserError
-from shards.files import MANIFEST, alone, sweep, write_atomically
+from shards.files import alone, sweep, write_atomically
 from shards.progress import progress, waiting
 from shards.record import npy_bytes
-from shards.spec import (
-    EXTRAS,
-    FORMAT_VERSION,
-    INDEX,
-    REJECTED,
-    File,
-    Ledger,
-    Manifest,
-    Settings,
-    fingerprint,
-    load,
-    write,
-    write_file,
-)
+from shards.spec import INDEX, REJECTED, File, Ledger, Manifest, Settings, fingerprint
 from shards.tar import INDEX_DTYPE
 
-WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between
 PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 
@@ -125,7 +103,7 @@ def build_shards(
     backends.check(backend, scheduler)
     check_outside(source, out)
     facts = facts_of(source, settings)
-    complete = _check_folder(out, facts)
+    complete = check_folder(out, facts)
     if complete is None:
         if reuse:
             check_reuse(reuse, facts)
@@ -145,39 +123,6 @@ def build_shards(
             f"them, see {out / REJECTED}, and accept with a larger --max-rejected"
         )
     return complete
-
-
-def _check_folder(out: Path, facts: Facts) -> Manifest | None:
-    """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder for the shards")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if MANIFEST in names:
-        finished = load(out)
-        there = facts_of_set(finished)
-        compare(out, there, facts, reuse_hint(out, there, facts))
-        if finished.container != "webdataset":
-            raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
-        check_files(out, finished)
-        return finished
-    begun = facts_begun(out)
-    if begun:
-        compare(out, begun, facts)
-        return None
-    check_manifest_is_not_lost(out)
-    if names - {WORK} - EXTRAS:
-        some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
-        raise UserError(f"{out} holds something else ({some}); name a new or empty folder")
-    return None
-
-
-def facts_begun(out: Path) -> Facts | None:
-    """The facts of the unfinished build in `out`, if there is one."""
-    for name in (FACTS, "plan.json"):  # as it was called before
-        if (out / WORK / name).is_file():
-            facts: Facts = json.loads((out / WORK / name).read_bytes())
-            return facts
-    return None
 
 
 @contextmanager
@@ -262,9 +207,9 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
     index = np.concatenate(indexes)
     if len(index) == 0:
         raise BuildError(f"all {inputs} inputs were rejected: {reasons}; nothing was published")
-    ledger = Ledger(inputs, len(index), reasons)
+    ledger, lines = Ledger(inputs, len(index), reasons), "".join(rejected).encode("ascii")
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=spec.FORMAT_VERSION,
         container="webdataset",
         settings=job.settings,
         source=facts["source"],
@@ -273,10 +218,10 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         fingerprint=fingerprint(facts),
         ledger=ledger,
         shards=files,
-        index=write_file(job.out / INDEX, npy_bytes(index), len(index)),
-        rejected=write_file(job.out / REJECTED, "".join(rejected).encode("ascii"), len(rejected)),
+        index=spec.write_file(job.out / INDEX, npy_bytes(index), len(index)),
+        rejected=spec.write_file(job.out / REJECTED, lines, len(rejected)),
         fidelity={},
     )
     assert ledger.balanced
-    write(job.out, manifest)
+    spec.write(job.out, manifest)
     return manifest

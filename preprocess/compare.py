@@ -9,16 +9,17 @@ from typing import Any
 
 from preprocess import BuildError
 from preprocess.detectors import KNOWN
-from preprocess.shard import library_versions
+from preprocess.shard import FACTS, library_versions
 from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, check_size
 from shards.progress import waiting
-from shards.spec import FORMAT_VERSION, INDEX, Manifest, Settings, load
+from shards.spec import EXTRAS, FORMAT_VERSION, INDEX, Manifest, Settings, load
 from shards.tar import shard_name
 from shards.verification import damaged_files
 
 Facts = dict[str, Any]
+WORK = ".build"
 PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on")
 
 
@@ -38,6 +39,39 @@ def facts_of_set(finished: Manifest) -> Facts:
 def _facts(version: int, settings: Settings, source: Facts, versions: Facts) -> Facts:
     plain: Facts = json.loads(json.dumps(asdict(settings)))  # as it will be read back
     return {"format_version": version, "settings": plain, "source": source, "versions": versions}
+
+
+def check_folder(out: Path, facts: Facts) -> Manifest | None:
+    """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder for the shards")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if MANIFEST in names:
+        finished = load(out)
+        there = facts_of_set(finished)
+        compare(out, there, facts, reuse_hint(out, there, facts))
+        if finished.container != "webdataset":
+            raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
+        check_files(out, finished)
+        return finished
+    begun = facts_begun(out)
+    if begun:
+        compare(out, begun, facts)
+        return None
+    check_manifest_is_not_lost(out)
+    if names - {WORK} - EXTRAS:
+        some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
+        raise UserError(f"{out} holds something else ({some}); name a new or empty folder")
+    return None
+
+
+def facts_begun(out: Path) -> Facts | None:
+    """The facts of the unfinished build in `out`, if there is one."""
+    for name in (FACTS, "plan.json"):  # as it was called before
+        if (out / WORK / name).is_file():
+            facts: Facts = json.loads((out / WORK / name).read_bytes())
+            return facts
+    return None
 
 
 def compare(out: Path, there: Facts, asked: Facts, hint: str = "") -> None:

@@ -12,8 +12,15 @@ from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess.building import claim, facts_begun, shard_size_for, write_missing
-from preprocess.compare import check_manifest_is_not_lost, compare, facts_of, facts_of_set, flags_of
+from preprocess.building import claim, shard_size_for, write_missing
+from preprocess.compare import (
+    check_manifest_is_not_lost,
+    compare,
+    facts_begun,
+    facts_of,
+    facts_of_set,
+    flags_of,
+)
 from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
 from preprocess.shard import Job, read_row, rejected_line, row_path
