@@ -16,11 +16,11 @@ from typer import Argument, Option
 import preprocess
 import shards
 from preprocess import BuildError
-from preprocess.detectors import parsed_detector
+from preprocess.detectors import parsed_detectors
 from shards.errors import UserError
 from shards.files import mending, write_atomically
 from shards.progress import waiting
-from shards.spec import REJECTED, Detector, Settings
+from shards.spec import REJECTED, Settings
 
 # The names of datasets.py and executors.py, which need libraries (tested).
 _PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
@@ -130,7 +130,7 @@ def build(
             grid=grid,
             mark=mark,
             detect_on=detect_on,
-            detectors=_detectors(detector, detector_option or []),
+            detectors=parsed_detectors(detector, detector_option or []),
             shard_size=shard_size,
         )
     except UserError as error:  # of a field, as the option is called
@@ -184,22 +184,6 @@ def build(
     )
     if ledger.rejected:
         _say(f"the rejected inputs and their reasons are in {out / REJECTED}")
-
-
-def _detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
-    """Detectors from `fast,orb` and `fast.threshold=20`. Raises UserError, saying what is."""
-    options: dict[str, dict[str, str]] = {name.strip(): {} for name in names.split(",")}
-    if len(options) != len(names.split(",")):
-        raise UserError(f"--detector {names} names a detector twice")
-    for assignment in assignments:
-        target, equals, text = assignment.partition("=")
-        name, dot, option = target.partition(".")
-        if not equals or not dot or name not in options:
-            raise UserError(
-                f"--detector-option {assignment!r} is not DETECTOR.OPTION=VALUE for one of {names}"
-            )
-        options[name][option] = text
-    return tuple(parsed_detector(name, chosen) for name, chosen in options.items())
 
 
 def _warn(settings: Settings, jobs: int, scheduler: str) -> None:

@@ -56,6 +56,22 @@ def detector_settings(name: str, options: Mapping[str, str] | None = None) -> De
     return settings
 
 
+def parsed_detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
+    """Detectors from `fast,orb` and `fast.threshold=20`, as the command has them."""
+    options: dict[str, dict[str, str]] = {name.strip(): {} for name in names.split(",")}
+    if len(options) != len(names.split(",")):
+        raise UserError(f"--detector {names} names a detector twice")
+    for assignment in assignments:
+        target, equals, text = assignment.partition("=")
+        name, dot, option = target.partition(".")
+        if not equals or not dot or name not in options:
+            raise UserError(
+                f"--detector-option {assignment!r} is not DETECTOR.OPTION=VALUE for one of {names}"
+            )
+        options[name][option] = text
+    return tuple(parsed_detector(name, chosen) for name, chosen in options.items())
+
+
 def parsed_detector(name: str, options: Mapping[str, str]) -> Detector:
     """As detector_settings, but what OpenCV itself refuses is not found yet."""
     if name not in KNOWN:

@@ -16,21 +16,11 @@ from preprocess.decode import Rejected, decode_image
 from preprocess.source import Entry, Source
 from shards.errors import UserError, install
 
-PHOTOGRAPHS = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "clock_motion.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "moon.png",
-    "motorcycle_left.png",
-    "rocket.jpg",
-)
+_FILES = """
+    astronaut.png brick.png camera.png chelsea.png clock_motion.png coffee.png coins.png grass.png
+    gravel.png hubble_deep_field.jpg moon.png motorcycle_left.png rocket.jpg
+    """
+PHOTOGRAPHS = _FILES.split()
 # Windows of each photograph: their share of each side, and how many down and across.
 WINDOWS = ((0.5, 3, 3), (0.7, 3, 3), (0.85, 2, 3))
 LONGEST = 640  # px; the two large photographs are first brought to an ordinary size
@@ -46,7 +36,7 @@ def list_demo(split: str) -> Source:
         for label, photograph in enumerate(PHOTOGRAPHS)
         for window in range(windows)
     ]
-    return Source("demo", str(_folder()), entries, list(PHOTOGRAPHS))
+    return Source("demo", str(_folder()), entries, PHOTOGRAPHS)
 
 
 def _folder() -> Path:
@@ -90,6 +80,5 @@ def _photograph(path: Path) -> NDArray[np.uint8]:
         raise Rejected("unreadable", str(error)) from None
     scale = LONGEST / max(pixels.shape[:2])
     if scale < 1:
-        small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return small
+        pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return pixels

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from preprocess.files import join, kind_of, opened, read_all
 from preprocess.layouts.folder import list_folder
-from preprocess.layouts.tar import images_of, list_tar, members
+from preprocess.layouts.tar import by_class, images_of, list_tar, members
 from preprocess.source import Entry, Source, names_in
 from shards.errors import UserError
 
@@ -68,10 +68,7 @@ def _list_train(where: str) -> Source:
     if not inner:
         return _by_wnid(list_tar(where))
     found.sort()
-    classes = sorted({entry.name.partition("/")[0] for entry in found})
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    entries = [entry._replace(label=labels[entry.name.partition("/")[0]]) for entry in found]
-    return Source("tar", where, entries, classes, ignored)
+    return by_class(where, found, [entry.name.partition("/")[0] for entry in found], ignored)
 
 
 def _list_val(where: str) -> Source:

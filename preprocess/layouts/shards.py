@@ -31,10 +31,10 @@ def list_shards(where: str, split: str) -> Source | None:
     records = _opened(where)
     names = _names(records) if records.manifest.container == "webdataset" else None
     entries = []
+    # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.
+    stamp = int(records.manifest.fingerprint[:12], 16)
     for number, row in enumerate(records.index):
         name = next(names) if names else key_of(int(row["key"]))
-        # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.
-        stamp = int(records.manifest.fingerprint[:12], 16)
         entries.append(Entry(name, int(row["label"]), int(row["frame_bytes"]), number, stamp))
     return Source("shards", where, entries, records.manifest.classes)
 

@@ -23,11 +23,15 @@ def list_tar(where: str) -> Source:
     folders = [entry.name.rpartition("/")[0].strip("/") for entry in found]
     shared = os.path.commonpath(folders) if found else ""
     tops = [folder[len(shared) :].strip("/").partition("/")[0] for folder in folders]
-    classes = sorted(set(tops) - {""})
-    labels = {name: label for label, name in enumerate(classes)}
-    entries = [
-        entry._replace(label=labels.get(top, -1)) for entry, top in zip(found, tops, strict=True)
-    ]
+    return by_class(where, found, tops, ignored)
+
+
+def by_class(where: str, found: list[Entry], names: list[str], ignored: int) -> Source:
+    """The source of the entries `found`, whose classes are called `names`; empty: it has none."""
+    classes = sorted(set(names) - {""})
+    labels = {name: label for label, name in enumerate(classes)} | {"": -1}
+    pairs = zip(found, names, strict=True)
+    entries = [entry._replace(label=labels[name]) for entry, name in pairs]
     return Source("tar", where, entries, classes, ignored)
 
 
