@@ -38,8 +38,14 @@ PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 
 
 def shard_size_for(inputs: int) -> int:
-    """Inputs a shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
+    """Inputs per shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
     return min(1000, max(16, inputs // 64))
+
+
+def sized(settings: Settings, source: Source) -> Settings:
+    """`settings` with a shard size for `source`, if they leave it open."""
+    size = settings.shard_size or shard_size_for(len(source.entries))
+    return replace(settings, shard_size=size)
 
 
 def build(
@@ -70,10 +76,7 @@ def build(
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
         raise UserError(f"there is no setting {name!r}{hint}")
     chosen = Settings(detectors=tuple(map(detector_settings, detectors)), **settings)
-    listed = open_source(source, split, partial)
-    if not chosen.shard_size:
-        chosen = replace(chosen, shard_size=shard_size_for(len(listed.entries)))
-    old = Path(reuse) if reuse else None
+    listed, old = open_source(source, split, partial), Path(reuse) if reuse else None
     return build_shards(
         listed, Path(out), chosen, jobs, on_error, max_rejected, old, backend, scheduler
     )
@@ -90,7 +93,7 @@ def build_shards(
     backend: str = "loky",
     scheduler: str = "",
 ) -> Manifest:
-    """Write `source` into shards under `out` by `jobs` processes (0: one a core), or finish that.
+    """Write `source` into shards under `out` by `jobs` processes (0: one per core), or finish that.
 
     `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
@@ -102,6 +105,7 @@ def build_shards(
     """
     backends.check(backend, scheduler)
     check_outside(source, out)
+    settings = sized(settings, source)
     facts = facts_of(source, settings)
     complete = check_folder(out, facts)
     if complete is None:

@@ -152,8 +152,6 @@ def build(
     _warn(settings, jobs, scheduler)
     with waiting(f"listing {source}"):
         listed = preprocess.open_source(source, split, partial)
-    chosen = shard_size_for(len(listed.entries))
-    settings = settings if shard_size else replace(settings, shard_size=chosen)
     _say_what_is_listed(listed)
     try:
         if repair:
@@ -169,7 +167,7 @@ def build(
             raise
         # What it says to type can be typed.
         words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
-        words += f"{compare.flags_of(settings, chosen)} "
+        words += f"{compare.flags_of(settings, shard_size_for(len(listed.entries)))} "
         raise type(error)(str(error).replace(" SOURCE ", words)) from None
     ledger = manifest.ledger
     if json_output:

@@ -61,7 +61,7 @@ def check_folder(out: Path, facts: Facts) -> Manifest | None:
     check_manifest_is_not_lost(out)
     if names - {WORK} - EXTRAS:
         some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
-        raise UserError(f"{out} holds something else ({some}); name a new or empty folder")
+        raise UserError(f"{out} holds other files ({some}); name a new or empty folder")
     return None
 
 
@@ -180,6 +180,6 @@ def flags_of(settings: Settings, shard_size: int) -> str:
             words.append(f"--{name.replace('_', '-')} {value}")
     if settings.area[0] != default.area[0]:
         words.append(f"--area {settings.area[0]}")
-    if settings.shard_size != shard_size:
+    if settings.shard_size not in (0, shard_size):
         words.append(f"--shard-size {settings.shard_size}")
     return " ".join(words)

@@ -126,9 +126,9 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
     elif name in PLACED and given:
         source = _list_placed(name, _in_full(given), split)
     elif name in NAMED:
-        raise UserError(f"{name}: gives no place; give {name}:PATH, or {name} alone to look for it")
+        raise UserError(f"{name}: has no path; give {name}:PATH, or {name} alone to look for it")
     elif name in PLACED:
-        line = f"{name} is read from a place of yours; give {name}:PATH (make: DATA=PATH)"
+        line = f"{name} needs the path or URL of images; give {name}:PATH (make: DATA=PATH)"
         beside = os.path.isdir(name)
         raise UserError(f"{line}, or ./{name} for the folder of that name" if beside else line)
     else:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess.building import claim, shard_size_for, write_missing
+from preprocess.building import claim, shard_size_for, sized, write_missing
 from preprocess.compare import (
     check_manifest_is_not_lost,
     compare,
@@ -53,6 +53,7 @@ def repair_shards(
     if facts_begun(out) and not (out / MANIFEST).exists():
         raise UserError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)
+    settings = sized(settings, source)
     finished, facts = load(out), facts_of(source, settings)
     if finished.container != "webdataset":
         raise UserError(f"{out} is an FFCV set; remove it and convert the set it was made from")

@@ -213,7 +213,7 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "thesis"
     out.mkdir()
     (out / "chapter.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(chapter.tex\)"):
         build_shards(source, out, settings(), 1)
     with pytest.raises(ValueError, match="is a file"):
         build_shards(source, out / "chapter.tex", settings(), 1)

@@ -348,10 +348,10 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
     for where, split, words in [
         ("imagenet", "test", "has no split test; it has train, val"),
         ("demo", "val", "the demo has no split val"),
-        ("webdataset:", "", "read from a place of yours"),
+        ("webdataset:", "", "needs the path or URL of images"),
         ("parquet:/nowhere", "", "no parquet source at /nowhere"),
         ("pets", "", r"no source at pets: give .*NAME:PATH; there are demo, imagenet, cifar10"),
-        ("imagenet:", "", r"gives no place; give imagenet:PATH"),
+        ("imagenet:", "", r"has no path; give imagenet:PATH"),
         ("folder", "", r"give folder:PATH \(make: DATA=PATH\)$"),
         ("folder:", "", r"give folder:PATH \(make: DATA=PATH\)"),
         ("CIFAR-10", "", r"is it cifar10\? Else"),
