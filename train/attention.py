@@ -81,9 +81,9 @@ def write_attention(
         stack.enter_context(torch.no_grad())
         maps = torch.full((count, patches), UNSEEN, dtype=torch.uint8, device=device)
         for _, tensors in to_device(batches, device):
-            boxes, flips = tensors["boxes"], tensors["flips"]
-            whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(boxes)
-            images = crop_frames(tensors["frames"], whole, torch.zeros_like(flips), size)
+            whole, flips = torch.ones_like(tensors["boxes"]), torch.zeros_like(tensors["flips"])
+            whole[:, :2] = 0
+            images = crop_frames(tensors["frames"], whole, flips, size)
             with in_bf16(device):
                 found = class_attention(encoder, normalised(images))
             levels = torch.round(found * 255).to(torch.uint8)

@@ -98,10 +98,12 @@ def memory_free(device: torch.device) -> float:
 
 
 def memory_lines(needed: float, part: int, device: torch.device) -> list[str]:
-    """A warning if `needed` bytes are more than there are."""
+    """What of a card is used; a warning if `needed` bytes are more than there are."""
     free = memory_free(device)
-    if needed <= free:
+    if needed <= free and device.type == "cpu":
         return []
+    if needed <= free:
+        return [f"{part} images at once take about {needed / 1e9:.0f} of {free / 1e9:.0f} GB free"]
     name = "the GPU" if device.type == "cuda" else "this machine"
     smaller = f"--micro-batch {part // 2} takes less" if part > 1 else "take a smaller model"
     return [

@@ -83,9 +83,7 @@ class Window:
     ) -> None:
         self.batch, self.steps_an_epoch = batch, steps_an_epoch
         self.ranks, self.share = ranks, share
-        self.pending: list[
-            tuple[int, float, Tensor]
-        ] = []  # step, lr, [loss, grad norm, mean weight]
+        self.pending: list[tuple[int, float, Tensor]] = []  # step, lr, [loss, norm, weight]
         self.since = self.now = time.perf_counter()
         self.begun = self.now - seconds  # when training would have, had it never paused
 
