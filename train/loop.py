@@ -35,7 +35,7 @@ from train.setup import (
     open_data,
     start_device,
 )
-from train.step import Pace, Step, compiled
+from train.step import Pace, Step, compiled, in_parallel
 
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
@@ -78,18 +78,15 @@ def pretrain(run: Run) -> None:
     # --- Micro-steps: how many, and one graph of each
     with busy("measuring the model", rank == 0):
         flops = model_flops(model, recipe.size, masking.example())
-        memory = memory_of(model, masking.example(), recipe.size, device)
+        memory = memory_of(model, masking.example(early=True), recipe.size, device)
         free = None if run.deterministic else memory  # what is free may differ from start to start
         most = min(gathered(process, largest_part(recipe.micro_batch, flops, device, free)))
         micro_steps = count_micro_steps(recipe, ranks, most)
         plan = replace(plan, micro_steps=micro_steps)
         part = recipe.batch // (ranks * micro_steps)
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
-    parallel: Any = Step(model, crops)
-    if ranks > 1:
-        parallel = nn.parallel.DistributedDataParallel(
-            parallel, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+    alone: nn.Module = Step(model, crops)
+    parallel: Any = in_parallel(alone) if ranks > 1 else alone
     compiles = run.compile and device.type == "cuda"
     micro = compiled(parallel) if compiles else parallel
     peak = peak_flops(device_name(device))

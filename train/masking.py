@@ -152,9 +152,10 @@ class Masking:
         weights = None if early or not self.guides else self.weights(tensors)
         return self._split(drawn(noise, weights), self.random if early else self.counts)
 
-    def example(self) -> Cells:
-        """Cells of one image, for counting the model's operations."""
-        return self._split(torch.arange(self.side**2, device=self.device)[None], self.counts)
+    def example(self, early: bool = False) -> Cells:
+        """Cells of one image, for counting what the model does; `early`: as the run begins."""
+        counts = self.random if early and self.begin else self.counts
+        return self._split(torch.arange(self.side**2, device=self.device)[None], counts)
 
     def _split(self, order: Tensor, counts: tuple[int, int, int]) -> Cells:
         """Cells of numbers in the `order` drawn, int64 [b, n]."""

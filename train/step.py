@@ -36,6 +36,15 @@ class Step(nn.Module):
         return loss, torch.ones_like(loss) if weights is None else weights.mean()
 
 
+def in_parallel(step: nn.Module) -> nn.Module:
+    """`step` with its gradients averaged over processes; its buffers are constants."""
+    with warnings.catch_warnings():  # torch 2.15 has another name for it, which 2.11 does not know
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+        return nn.parallel.DistributedDataParallel(
+            step, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+
 def compiled(step: nn.Module) -> Any:
     """`step` as torch.compile makes it, for inputs of one shape."""
     # It advises TF32, which would read weights off the maps wrong by up to 0.34 %.
