@@ -64,7 +64,8 @@ def make_deterministic() -> None:
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
+    # No memory is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def pin_attention(model: Any, size: int, device: torch.device, timed: bool = True) -> str:

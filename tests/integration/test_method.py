@@ -495,7 +495,7 @@ def test_attention_of_records_that_were_skipped_is_even(tmp_path):
                   np.ones((3, 2), bool), blank)  # fmt: skip
     encoder.train()
     write_attention(tmp_path / "a.npy", encoder, [batch], 4, 96, Process(), CPU)
-    maps = read_attention(tmp_path / "a.npy", 4, 36)
+    maps = read_attention(tmp_path / "a.npy", 4, 36).numpy()
     assert (maps[3] == 255).all()
     assert (maps[:3].min(1) < 255).all()
     assert encoder.training
