@@ -35,10 +35,10 @@ Part = tuple[NDArray[Any], dict[str, Any]]  # samples and tensors of a micro-ste
 IMAGENET = 1_281_167
 # Kernels by what their names hold, the first that fits.
 KINDS = {
-    "attention": ("flash", "fmha", "sdpa", "attention"),
-    "convolution": ("conv", "cudnn", "wgrad", "dgrad"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma"),
     "compiled": ("triton_",),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "convolution": ("conv", "cudnn", "fprop", "wgrad", "dgrad"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma"),
     "copies": ("Memcpy", "Memset"),
 }
 
@@ -163,13 +163,14 @@ def training(bench: "Bench") -> Iterator["Case"]:
     """Steps of each recipe on one batch."""
     from kamim.bench.gpu import Case
 
+    def work(name: str, eager: bool = False) -> Callable[[], dict[str, Any]]:
+        return lambda: step(Measured(bench, name, eager))
+
     for name in bench.recipes:
         title = f"{name} at {bench.micro_batch}" if bench.micro_batch else name
-        yield Case("step", title, lambda name=name: step(Measured(bench, name)))
+        yield Case("step", title, work(name))
         if name == bench.recipes[0]:
-            yield Case(
-                "step", f"{title}, eager", lambda name=name: step(Measured(bench, name, True))
-            )
+            yield Case("step", f"{title}, eager", work(name, eager=True))
 
 
 def step(measured: Measured) -> dict[str, Any]:
