@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,17 +160,18 @@ class Measured:
 
 
 def training(bench: "Bench") -> Iterator["Case"]:
-    """Steps of each recipe on one batch."""
+    """Steps of each recipe on one batch, and their kernels; a model at a time is in memory."""
     from kamim.bench.gpu import Case
 
-    def work(name: str, eager: bool = False) -> Callable[[], dict[str, Any]]:
-        return lambda: step(Measured(bench, name, eager))
-
-    for name in bench.recipes:
+    ways = [(name, False) for name in bench.recipes]
+    ways.insert(1, (bench.recipes[0], True))
+    for name, eager in ways:
         title = f"{name} at {bench.micro_batch}" if bench.micro_batch else name
-        yield Case("step", title, work(name))
-        if name == bench.recipes[0]:
-            yield Case("step", f"{title}, eager", work(name, eager=True))
+        title += ", eager" if eager else ""
+        made = lru_cache(1)(partial(Measured, bench, name, eager))
+        yield Case("step", title, lambda made=made: step(made()))  # type: ignore[misc]
+        yield Case("kernels", title, lambda made=made: kernels(made()))  # type: ignore[misc]
+        made.cache_clear()
 
 
 def step(measured: Measured) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def step(measured: Measured) -> dict[str, Any]:
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(bench.device)), None)
     row |= {"mfu": round(rate * training.flops / peak, 4)} if peak else {}
     if measured.cuda:
-        row |= memory(measured) | times(measured) | kernels(measured)
+        row |= memory(measured) | times(measured)
         row |= {"synchronisations_of_a_step": synchronisations(measured)}
         broken = sum(torch._dynamo.utils.counters["graph_break"].values())
         row |= {"graphs": measured.graphs, "graph_breaks": broken,
@@ -248,6 +249,7 @@ def kernels(measured: Measured) -> dict[str, Any]:
     """Where the device's time goes in a micro-step: its sum, by kind, and the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
+    measured.bench.needs_cuda()
     training = measured.training
     noise = training.masking.noise(0)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
