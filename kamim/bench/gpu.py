@@ -8,26 +8,23 @@ the command goes on where it was cut off. docs/gpu.md is rendered from the lines
 import gc
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property, partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kamim.bench.provenance import RESULTS, provenance, spread
+from kamim.bench.gpu_page import rows_of
+from kamim.bench.provenance import RESULTS, provenance
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.building import shard_size_for
 from preprocess.defaults import default_settings
@@ -35,9 +32,20 @@ from shards import ShardSet
 from shards.errors import UserError
 from shards.files import MANIFEST
 
-# Seconds that a part may take, on one H100; what is not begun by then is left for the next call.
-BUDGETS = {"ceilings": 20.0, "attention": 30.0, "step": 240.0, "kernels": 30.0, "decode": 30.0}
+# Seconds that a part may take; what is not done by then is left for the next call.
+BUDGETS = {
+    "ceilings": 10.0,
+    "attention": 20.0,
+    "step": 210.0,
+    "kernels": 10.0,
+    "end to end": 55.0,
+    "decode": 12.0,
+    "loader": 40.0,
+    "methods": 60.0,
+    "deterministic": 90.0,
+}
 PARTS = tuple(BUDGETS)
+ON_CUDA = {"ceilings", "attention", "kernels", "decode"}
 DETECTORS = ("fast", "frequency")
 
 
@@ -56,35 +64,36 @@ class Bench:
     where: str
     folder: Path  # for what is built
     device: torch.device
-    seconds: float = 1.0
+    seconds: float = 0.5
     repeats: int = 5
     micro_batch: int = 0  # 0: what the trainer chooses
     recipes: tuple[str, ...] = ("vit_base", "vit_small", "vit_tiny", "swin_tiny", "swin_base")
+    methods: tuple[str, ...] = ("vit_base_mae", "vit_base_famt")
+    killed: str = "vit_small"  # the recipe of a run that is killed and goes on
+    steps: int = 40  # of that run
 
     @cached_property
     def records(self) -> ShardSet:
         """The finished set at `where`, or one built of the photographs there."""
         if (Path(self.where) / MANIFEST).exists():
             return ShardSet(self.where)
-        source = open_source(self.where, partial=True)
-        detectors = tuple(detector_settings(name) for name in DETECTORS)
-        settings = default_settings(detectors, shard_size_for(len(source.entries)))
-        build_shards(source, self.folder / "set", settings, max_rejected=1)
-        return ShardSet(self.folder / "set")
+        return self.build(self.where, "set", DETECTORS)
+
+    def build(self, where: str, name: str, detectors: Iterable[str], **changes: Any) -> ShardSet:
+        """A set of the images at `where` in the folder `name`."""
+        source = open_source(where, partial=True)
+        chosen = tuple(detector_settings(each) for each in detectors)
+        settings = default_settings(chosen, shard_size_for(len(source.entries)), **changes)
+        build_shards(source, self.folder / name, settings, max_rejected=1)
+        return ShardSet(self.folder / name)
 
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What each line says of its circumstances."""
-        return {"gpu": gpu_name(self.device), "driver": driver(), "cuda": torch.version.cuda,
+        cuda = self.device.type == "cuda"
+        gpu = torch.cuda.get_device_name(self.device) if cuda else ""
+        return {"gpu": gpu, "driver": driver(), "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version(), **provenance()}  # fmt: skip
-
-    def needs_cuda(self) -> None:
-        if self.device.type != "cuda":
-            raise UserError("needs a CUDA device")
-
-
-def gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def driver() -> str:
@@ -97,162 +106,44 @@ def driver() -> str:
     return found.stdout.split("\n")[0].strip()
 
 
-def ceilings(bench: Bench) -> Iterator[Case]:
-    """What the device can do at best: bytes within it and to it, bf16 products."""
-
-    def copy() -> dict[str, Any]:
-        bench.needs_cuda()
-        one = torch.randint(256, (1 << 30,), dtype=torch.uint8, device=bench.device)
-        two = torch.empty_like(one)
-        return rates(bench, lambda: two.copy_(one), 2 * one.numel() / 1e9, "gb_per_s")
-
-    def across(up: bool) -> dict[str, Any]:
-        bench.needs_cuda()
-        host = torch.ones(1 << 28, dtype=torch.uint8).pin_memory()
-        there = host.to(bench.device)
-        target, source = (there, host) if up else (host, there)
-        work = lambda: target.copy_(source, non_blocking=True)  # noqa: E731
-        return rates(bench, work, host.numel() / 1e9, "gb_per_s")
-
-    def product(m: int, n: int, k: int) -> dict[str, Any]:
-        bench.needs_cuda()
-        a, b = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16)
-                for shape in ((m, k), (k, n)))  # fmt: skip
-        return rates(bench, lambda: a @ b, 2 * m * n * k / 1e12, "tflop_per_s")
-
-    yield Case("ceilings", "copy on the device", copy)
-    yield Case("ceilings", "host to device, pinned", partial(across, True))
-    yield Case("ceilings", "device to host, pinned", partial(across, False))
-    rows = 256 * 145  # tokens of 256 images of a ViT at 192 px
-    for m, n, k in ((8192, 8192, 8192), (rows, 2304, 768), (rows, 768, 768), (rows, 3072, 768),
-                    (rows, 768, 3072), (768, 3072, rows)):  # fmt: skip
-        yield Case("ceilings", f"bf16 {m} x {n} x {k}", partial(product, m, n, k))
-
-
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-
-
-def attention(bench: Bench) -> Iterator[Case]:
-    """Each backend of torch's attention at the shapes of ViT-B at 192 px, as timm calls it."""
-
-    def measure(backend: str, tokens: int) -> dict[str, Any]:
-        bench.needs_cuda()
-        shape = (256, tokens, 3, 12, 64)
-        packed = torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
-        above = torch.randn(256, 12, tokens, 64, device=bench.device, dtype=torch.bfloat16)
-
-        def forward() -> Tensor:
-            q, k, v = packed.permute(2, 0, 3, 1, 4)
-            return F.scaled_dot_product_attention(q, k, v)
-
-        def both() -> None:
-            packed.grad = None
-            forward().backward(above)
-
-        with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext():
-            with torch.no_grad():
-                found, exact = forward()[:8], packed[:8].double().permute(2, 0, 3, 1, 4)
-                want = (exact[0] @ exact[1].transpose(-2, -1) / 8).softmax(-1) @ exact[2]
-                ahead = milliseconds(bench, forward)
-            total = milliseconds(bench, both)
-        flops = 4 * 256 * 12 * tokens**2 * 64
-        row: dict[str, Any] = {"n": len(total), "tokens": tokens, "forward_ms": spread(ahead)}
-        row |= {"forward_backward_ms": spread(total)}
-        row |= {"tflop_per_s": round(3.5 * flops / statistics.median(total) / 1e9, 1)}
-        error = ((found - want).norm() / want.norm()).item()
-        return row | {"relative_error": float(f"{error:.2g}")}
-
-    for tokens in (145, 144):
-        for name in ("chosen by torch", *BACKENDS):
-            case = f"{name}, {tokens} tokens"
-            yield Case("attention", case, partial(measure, name, tokens))
-
-
-def decode(bench: Bench) -> Iterator[Case]:
-    """nvJPEG, by torchvision, of the shards' frames as they are; and its pixels."""
-
-    def measure(batch: int) -> dict[str, Any]:
-        bench.needs_cuda()
-        import simplejpeg
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        frames = jpegs(bench.records, batch)
-        whole = [torch.from_numpy(np.frombuffer(frame, np.uint8).copy()) for frame in frames]
-
-        def work() -> list[Tensor]:
-            return decode_jpeg(whole, mode=ImageReadMode.RGB, device=bench.device)
-
-        expected = np.stack([simplejpeg.decode_jpeg(frame, "RGB") for frame in frames])
-        found = torch.stack(work()).permute(0, 2, 3, 1).cpu().numpy()
-        apart = np.abs(found.astype(int) - expected)
-        row = rates(bench, work, batch, "images_per_s")
-        begin = time.perf_counter()
-        for frame in frames:
-            simplejpeg.decode_jpeg(frame, "RGB")
-        alone = batch / (time.perf_counter() - begin)
-        return {**row, "batch": batch, "largest_difference": int(apart.max()),
-                "mean_difference": round(float(apart.mean()), 4),
-                "share_of_equal_pixels": round(float((apart == 0).mean()), 4),
-                "one_thread_of_simplejpeg": round(alone, 1)}  # fmt: skip
-
-    for batch in (64, 256, 1024):
-        yield Case("decode", f"nvJPEG, {batch} at once", partial(measure, batch))
-
-
-def jpegs(records: ShardSet, count: int) -> list[bytes]:
-    """`count` frames of a set, its own in turn. Raises UserError if they are raw."""
-    if records.manifest.settings.quality == 0:
-        raise UserError(f"{records.folder} holds raw frames, no JPEGs")
-    return [records[number % len(records)].frame for number in range(count)]
-
-
-def milliseconds(bench: Bench, work: Callable[[], Any]) -> list[float]:
-    """Device times of `work`, by events around several calls, once it is warm."""
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    calls = max(1, min(100, int(bench.seconds / bench.repeats / (time.perf_counter() - begin))))
-    found = []
-    for _ in range(bench.repeats):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        for _ in range(calls):
-            work()
-        last.record()
-        last.synchronize()
-        found.append(first.elapsed_time(last) / calls)
-    return found
-
-
-def rates(bench: Bench, work: Callable[[], Any], amount: float, unit: str) -> dict[str, Any]:
-    """`amount` a second of `work`, as a row."""
-    found = [amount / ms * 1e3 for ms in milliseconds(bench, work)]
-    return {"n": len(found), unit: spread(found, 1)}
+def as_many(records: ShardSet, count: int) -> ShardSet:
+    """`records` again and again, as a set of at least `count`: planning and finding a sample of
+    ImageNet costs what it does there, whatever set is at hand.
+    """
+    times = -(-count // len(records))
+    many, manifest = ShardSet(records.folder), records.manifest
+    ledger = replace(manifest.ledger, written=times * len(records))
+    many.shards = manifest.shards * times
+    many.manifest = replace(manifest, ledger=ledger, shards=many.shards)
+    many.index = np.tile(records.index, times)
+    many.ends = np.cumsum([shard.count for shard in many.shards], dtype=np.int64)
+    return many
 
 
 def cases(bench: Bench) -> Iterator[Case]:
     """All there is to measure, in order."""
-    from kamim.bench import gpu_train
+    from kamim.bench import gpu_device, gpu_loader, gpu_resume, gpu_steps
 
-    yield from ceilings(bench)
-    yield from attention(bench)
-    yield from gpu_train.training(bench)
-    yield from decode(bench)
+    yield from gpu_device.ceilings(bench)
+    yield from gpu_device.attention(bench)
+    yield from gpu_steps.training(bench)
+    yield from gpu_device.decode(bench)
+    yield from gpu_loader.loader(bench)
+    yield from gpu_steps.methods(bench)
+    yield from gpu_steps.deterministic(bench)
+    yield from gpu_resume.killed(bench)
 
 
 def run(bench: Bench, out: Path, parts: Iterable[str] = PARTS, again: bool = False) -> int:
-    """Measure what `out` does not have, and append it. Returns how many cases failed."""
-    gpu, wanted = bench.origin["gpu"], set(parts)
+    """Measure what `out` does not have, and append it. Returns how many cases were not measured."""
+    gpu, wanted, missing = bench.origin["gpu"], set(parts), 0
     found = {(row["part"], row["case"]) for row in rows_of(out) if row["gpu"] == gpu and not again}
-    spent, failed = dict.fromkeys(BUDGETS, 0.0), 0
+    if bench.device.type != "cuda":
+        for part in sorted(wanted & ON_CUDA):
+            say(f"{part}: needs a CUDA device")
+            missing += 1
+        wanted -= ON_CUDA
+    spent = dict.fromkeys(BUDGETS, 0.0)
     out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases(bench):
         if case.part not in wanted or (case.part, case.name) in found:
@@ -262,26 +153,25 @@ def run(bench: Bench, out: Path, parts: Iterable[str] = PARTS, again: bool = Fal
             with no_later(BUDGETS[case.part] - spent[case.part]):
                 row = case.work()
         except Exception as error:  # the others are measured all the same
-            failed += 1
+            missing += 1
             reason = (str(error).strip().splitlines() or [""])[0]
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            print(f"{title}: {kind}{reason}"[:300], file=sys.stderr, flush=True)
+            say(f"{title}: {kind}{reason}"[:300])
         else:
             took = round(time.perf_counter() - begin, 1)
             row = {"bench": "gpu", "part": case.part, "case": case.name, **row, "took_s": took}
             with out.open("a") as file:
                 file.write(json.dumps(row | bench.origin, sort_keys=True) + "\n")
-            print(f"{title}: {plain(row)}", file=sys.stderr, flush=True)
+            say(f"{title}: {plain(row)}")
         spent[case.part] += time.perf_counter() - begin
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
-    return failed
+    return missing
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of results in `path`, if there are any."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def plain(row: dict[str, Any]) -> str:

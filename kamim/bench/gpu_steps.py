@@ -5,20 +5,24 @@ place here that knows how train/ makes a step.
 """
 
 import copy
+import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kamim.bench.provenance import spread
+from kamim.bench.gpu import Bench, Case, as_many
+from kamim.bench.gpu_page import IMAGENET
+from kamim.bench.provenance import ratio, spread
 from shards import Plan, ShardSet, to_device
 from shards.weighting import WeightedCrops
 from train.estimate import largest_part, synchronize
@@ -28,11 +32,8 @@ from train.models import make_model, model_flops
 from train.recipes import find_recipe
 from train.setup import count_micro_steps, device_name, make_optimizer, weighted_crops
 
-if TYPE_CHECKING:
-    from kamim.bench.gpu import Bench, Case
-
 Part = tuple[NDArray[Any], dict[str, Any]]  # samples and tensors of a micro-step
-IMAGENET = 1_281_167
+QUEUE = 4  # micro-steps that a loader holds at most
 # Kernels by what their names hold, the first that fits.
 KINDS = {
     "compiled": ("triton_",),
@@ -107,7 +108,7 @@ class Training:
         self.optimizer.step()
         self.done += 1
 
-    def stream(self, records: ShardSet) -> Iterator[Part]:
+    def stream(self, records: ShardSet) -> Generator[Part, None, None]:
         """Micro-steps from `records` by the loader, without end."""
         plan = Plan(len(records), self.recipe.batch, micro_steps=self.micro_steps)
         loader = records.loader(plan, 0, 1 << 30, maps=self.maps, device=self.device.type)
@@ -118,7 +119,7 @@ class Training:
 class Measured:
     """A Training that is warm, with one micro-step's batch that stays on the device."""
 
-    def __init__(self, bench: "Bench", name: str, eager: bool = False) -> None:
+    def __init__(self, bench: Bench, name: str, eager: bool = False) -> None:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.bench, self.device = bench, bench.device
@@ -127,7 +128,7 @@ class Measured:
         stream = self.training.stream(bench.records)
         samples, tensors = next(stream)
         self.part = samples.copy(), copy.deepcopy(tensors)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         begin = time.perf_counter()
         self.training.step(self.still)
         synchronize(self.device)
@@ -159,36 +160,71 @@ class Measured:
         return steps * self.training.recipe.batch / (time.perf_counter() - begin)
 
 
-def training(bench: "Bench") -> Iterator["Case"]:
-    """Steps of each recipe on one batch, and their kernels; a model at a time is in memory."""
-    from kamim.bench.gpu import Case
-
+def training(bench: Bench) -> Iterator[Case]:
+    """Steps of each recipe on one batch, their kernels, and steps from shards; a model at a time
+    is in memory.
+    """
     ways = [(name, False) for name in bench.recipes]
     ways.insert(1, (bench.recipes[0], True))
     for name, eager in ways:
         title = f"{name} at {bench.micro_batch}" if bench.micro_batch else name
         title += ", eager" if eager else ""
         made = lru_cache(1)(partial(Measured, bench, name, eager))
-        yield Case("step", title, lambda made=made: step(made()))  # type: ignore[misc]
-        yield Case("kernels", title, lambda made=made: kernels(made()))  # type: ignore[misc]
+        yield Case("step", title, partial(_with, made, step))
+        if not eager:
+            yield Case("kernels", title, partial(_with, made, kernels))
+            yield Case("end to end", title, partial(_with, made, end_to_end))
         made.cache_clear()
+
+
+def methods(bench: Bench) -> Iterator[Case]:
+    """Steps of other methods, which compute fewer patches, or draw cells by maps."""
+    for name in bench.methods:
+        yield Case("methods", name, lambda name=name: step(Measured(bench, name)))  # type: ignore
+
+
+def deterministic(bench: Bench) -> Iterator[Case]:
+    """Steps with algorithms that give the same bits each time."""
+
+    def work() -> dict[str, Any]:
+        deterministically(True)
+        try:
+            return step(Measured(bench, bench.recipes[0]))
+        finally:
+            deterministically(False)
+
+    yield Case("deterministic", bench.recipes[0], work)
+
+
+def deterministically(on: bool) -> None:
+    """As `--deterministic` sets torch."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch._inductor.config.deterministic = on
+
+
+def _with(
+    made: Callable[[], "Measured"], work: Callable[["Measured"], dict[str, Any]]
+) -> dict[str, Any]:
+    return work(made())
 
 
 def step(measured: Measured) -> dict[str, Any]:
     """One row of steps on a batch that stays."""
     bench, training = measured.bench, measured.training
     measured.step_s  # noqa: B018  (warms up)
-    weighted, plain = [], []
+    rates: list[float] = []
+    plain: list[float] = []
     for _ in range(bench.repeats):
-        weighted.append(measured.rate(measured.still))
-        plain.append(measured.rate(measured.still, training.plain))
-    rate = statistics.median(weighted)
+        rates.append(measured.rate(measured.still))
+        if training.recipe.temperature is not None:
+            plain.append(measured.rate(measured.still, training.plain))
+    rate = statistics.median(rates)
     row: dict[str, Any] = {"n": bench.repeats, "batch": training.recipe.batch,
-           "micro_batch": training.part, "images_per_s": spread(weighted, 1),
-           "weighted_over_unweighted": spread(  # time of a step
-               [b / a for a, b in zip(weighted, plain, strict=True)], 4),
+           "micro_batch": training.part, "images_per_s": spread(rates, 1),
            "gflop_per_image": round(training.flops / 1e9, 2),
            "first_step_s": round(measured.first_step_s, 1)}  # fmt: skip
+    row |= {"weighted_over_unweighted": ratio(plain, rates)} if plain else {}  # in time
     peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(bench.device)), None)
     row |= {"mfu": round(rate * training.flops / peak, 4)} if peak else {}
     if measured.cuda:
@@ -198,6 +234,35 @@ def step(measured: Measured) -> dict[str, Any]:
         row |= {"graphs": measured.graphs, "graph_breaks": broken,
                 "recompiles": graphs() - measured.graphs}  # fmt: skip
     return row
+
+
+def end_to_end(measured: Measured) -> dict[str, Any]:
+    """One row of steps from shards, by the loader with all cores, in turn with one batch's."""
+    bench, training = measured.bench, measured.training
+    source = training.stream(as_many(bench.records, IMAGENET))
+    waited = 0.0
+
+    def streamed() -> Part:
+        nonlocal waited
+        asked = time.perf_counter()
+        found = next(source)
+        waited += time.perf_counter() - asked
+        return found
+
+    measured.step_s  # noqa: B018  (warms up)
+    ends, stills, waits = [], [], []
+    for _ in range(bench.repeats):
+        stills.append(measured.rate(measured.still))
+        for _ in range(1 + QUEUE // training.micro_steps):  # what was read ahead meanwhile
+            training.step(streamed)
+        waited, begin = 0.0, time.perf_counter()
+        ends.append(measured.rate(streamed))
+        waits.append(waited / (time.perf_counter() - begin))
+    source.close()
+    return {"n": bench.repeats, "batch": training.recipe.batch, "micro_batch": training.part,
+            "threads": joblib.cpu_count(), "images_per_s": spread(ends, 1),
+            "end_to_end_over_synthetic": ratio(ends, stills),
+            "waiting": spread(waits, 4)}  # fmt: skip
 
 
 def graphs() -> int:
@@ -249,19 +314,19 @@ def kernels(measured: Measured) -> dict[str, Any]:
     """Where the device's time goes in a micro-step: its sum, by kind, and the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    measured.bench.needs_cuda()
     training = measured.training
     noise = training.masking.noise(0)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         training.micro_step(0, noise, measured.part, training.crops)
         synchronize(measured.device)
-    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in trace.key_averages()]
+    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in trace.key_averages()
+            if e.self_device_time_total]  # fmt: skip
     kinds: dict[str, float] = {}
     for ms, _, name in rows:
         kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "eager")
         kinds[kind] = round(kinds.get(kind, 0.0) + ms, 3)
     longest = [[round(ms, 3), count, name[:100]] for ms, count, name in sorted(rows)[:-16:-1]]
-    return {"device_ms": round(sum(ms for ms, _, _ in rows), 3), "device_ms_by_kind": kinds,
+    return {"n": 1, "device_ms": round(sum(ms for ms, _, _ in rows), 3), "device_ms_by_kind": kinds,
             "launches": sum(count for _, count, _ in rows), "kernels": longest}  # fmt: skip
 
 
