@@ -1,5 +1,6 @@
 """`kamim bench --gpu` in small, on a CPU: lines as they are measured, what is there is left out."""
 
+import importlib.util
 import json
 
 import pytest
@@ -18,6 +19,7 @@ PARTS = ("ceilings", "step", "end to end", "methods", "loader")
 @pytest.fixture
 def bench(small_source, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_loader, "THREADS", (1,))
+    monkeypatch.setattr(gpu_loader, "find_spec", lambda name: None)  # FFCV compiles for seconds
     (tmp_path / "made").mkdir()
     device = torch.device("cpu")
     small = {"recipes": ("demo",), "methods": ("demo_mae",), "killed": "demo", "steps": 8}
@@ -26,6 +28,10 @@ def bench(small_source, tmp_path, monkeypatch):
 
 def cases_in(path):
     return [(row["part"], row["case"]) for row in gpu_page.rows_of(path)]
+
+
+def not_again(*arguments):
+    raise AssertionError("it was measured already")
 
 
 def test_each_case_is_a_line_and_is_measured_once(bench, tmp_path, capsys, monkeypatch):
@@ -42,7 +48,7 @@ def test_each_case_is_a_line_and_is_measured_once(bench, tmp_path, capsys, monke
     (step,) = [row for row in gpu_page.rows_of(out) if row["case"] == "demo" and "batch" in row][:1]
     assert step["weighted_over_unweighted"]["median"] > 0
 
-    monkeypatch.setattr(gpu_steps, "Measured", None)  # would fail if it were asked for
+    monkeypatch.setattr(gpu_steps, "Measured", not_again)
     assert gpu.run(bench, out, PARTS) == 1
     assert cases_in(out) == measured
 
@@ -71,6 +77,15 @@ def test_a_case_that_fails_or_is_late_is_one_line(bench, tmp_path, capsys, monke
     assert said[0] == "step, demo: RuntimeError: no such kernel"
     assert said[1].startswith("end to end, demo: TimeoutError: the part's time is spent")
     assert {part for part, _ in cases_in(out)} == {"loader"}
+
+
+@pytest.mark.slow
+def test_ffcv_is_measured_where_it_is_installed(bench, tmp_path, monkeypatch):
+    pytest.importorskip("ffcv")
+    monkeypatch.setattr(gpu_loader, "find_spec", importlib.util.find_spec)
+    gpu.run(bench, tmp_path / "gpu.jsonl", ["loader"])
+    rates = {row["case"]: row["images_per_s"] for row in gpu_page.rows_of(tmp_path / "gpu.jsonl")}
+    assert {"FFCV JPEG, 1 threads", "FFCV raw, 1 threads"} < set(rates)
 
 
 @pytest.mark.slow
@@ -135,5 +150,5 @@ def test_mistakes_are_one_line():
     ):
         done = kamim("bench", *arguments)
         assert done.returncode == 2
-        (line,) = errors(done)
-        assert words in line
+        assert errors(done) == 1
+        assert words in done.stderr
