@@ -15,24 +15,22 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import joblib
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from kamim.bench.gpu import Bench, Case, as_many
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import ratio, spread
 from shards import Plan, ShardSet, to_device
-from shards.weighting import WeightedCrops
-from train.estimate import largest_part, synchronize
-from train.loop import PEAK_FLOPS
+from train.cuda import peak_flops, pin_attention
+from train.estimate import largest_part, memory_of
 from train.masking import Masking, wanted_maps
 from train.models import make_model, model_flops
 from train.recipes import find_recipe
 from train.setup import count_micro_steps, device_name, make_optimizer, weighted_crops
+from train.step import Step, compiled
 
-Part = tuple[NDArray[Any], dict[str, Any]]  # samples and tensors of a micro-step
+Part = dict[str, Any]  # tensors of a micro-step
 QUEUE = 4  # micro-steps that a loader holds at most
 # Kernels by what their names hold, the first that fits.
 KINDS = {
@@ -65,45 +63,40 @@ class Training:
         self.masking = Masking(recipe, 0, records.manifest, encoder, steps_an_epoch, device)
         if "attention" in self.masking.guides:
             shape = len(records), self.masking.patches_a_side**2
-            self.masking.attention = np.random.default_rng(0).integers(256, size=shape, dtype="u1")
+            levels = torch.randint(256, shape, dtype=torch.uint8)
+            self.masking.attention = levels.to(device)
         self.optimizer = make_optimizer(self.model, recipe, device)
         self.flops = model_flops(self.model, recipe.size, self.masking.example())
-        most = largest_part(recipe.micro_batch, self.flops, device)
+        memory = memory_of(self.model, self.masking.example(early=True), recipe.size, device)
+        most = largest_part(recipe.micro_batch, self.flops, device, memory)
+        self.attention = pin_attention(self.model, recipe.size, device)
         self.micro_steps = count_micro_steps(recipe, 1, most)
         self.part = recipe.batch // self.micro_steps
         detector = None if recipe.temperature is None else records.manifest.detectors[0]
-        self.crops, self.plain = (
-            weighted_crops(recipe, records, each).to(device) for each in (detector, None)
+        steps = (
+            Step(self.model, weighted_crops(recipe, records, each).to(device))
+            for each in (detector, None)
         )
+        compiles = device.type == "cuda" and not eager
+        self.weighted, self.plain = (compiled(each) if compiles else each for each in steps)
         self.maps = wanted_maps(recipe, detector)
-        cuda = device.type == "cuda"
-        self.forward: Any = self.model
-        if cuda and not eager:
-            self.forward = torch.compile(self.model, dynamic=False)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
         self.done = 0
 
-    def micro_step(self, number: int, noise: Any, part: Part, crops: WeightedCrops) -> None:
-        """Forward and backward of micro-step `number` of the step."""
-        samples, tensors = part
-        images, weights, *_ = crops(tensors)
+    def micro_step(self, number: int, noise: Any, tensors: Part, micro: Any) -> None:
+        """Forward and backward of micro-step `number` of the step, by `micro`."""
         begin = number * self.part
         noise = noise[begin : begin + self.part]
-        cells = self.masking.hidden(noise, self.done, samples, tensors)
-        with self.autocast:
-            output = self.forward(images, *cells)
-        loss = self.model.loss(output, images, cells, weights) / self.micro_steps
-        loss.backward()
-        mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
-        self.sums += torch.stack([loss.detach(), mean_weight / self.micro_steps])
+        loss, mean_weight = micro(tensors, self.masking.hidden(noise, self.done, tensors))
+        (loss / self.micro_steps).backward()
+        self.sums += torch.stack([loss.detach(), mean_weight]) / self.micro_steps
 
-    def step(self, parts: Callable[[], Part], crops: WeightedCrops | None = None) -> None:
+    def step(self, parts: Callable[[], Part], micro: Any = None) -> None:
         """A whole step on what `parts` gives."""
         self.optimizer.zero_grad(set_to_none=True)
         self.sums = torch.zeros(2, device=self.device)
         noise = self.masking.noise(self.done)
         for number in range(self.micro_steps):
-            self.micro_step(number, noise, parts(), crops or self.crops)
+            self.micro_step(number, noise, parts(), micro or self.weighted)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.done += 1
@@ -112,8 +105,8 @@ class Training:
         """Micro-steps from `records` by the loader, without end."""
         plan = Plan(len(records), self.recipe.batch, micro_steps=self.micro_steps)
         loader = records.loader(plan, 0, 1 << 30, maps=self.maps, device=self.device.type)
-        for batch, tensors in to_device(loader, self.device):
-            yield batch.samples, tensors
+        for _, tensors in to_device(loader, self.device):
+            yield tensors
 
 
 class Measured:
@@ -126,8 +119,7 @@ class Measured:
         self.cuda = bench.device.type == "cuda"
         self.training = Training(name, bench.records, bench.device, bench.micro_batch, eager)
         stream = self.training.stream(bench.records)
-        samples, tensors = next(stream)
-        self.part = samples.copy(), copy.deepcopy(tensors)
+        self.part = copy.deepcopy(next(stream))
         stream.close()
         begin = time.perf_counter()
         self.training.step(self.still)
@@ -149,15 +141,21 @@ class Measured:
         synchronize(self.device)
         return time.perf_counter() - begin
 
-    def rate(self, parts: Callable[[], Part], crops: WeightedCrops | None = None) -> float:
+    def rate(self, parts: Callable[[], Part], micro: Any = None) -> float:
         """Images a second of steps on what `parts` gives."""
         steps = max(1, round(self.bench.seconds / self.step_s))
         synchronize(self.device)
         begin = time.perf_counter()
         for _ in range(steps):
-            self.training.step(parts, crops)
+            self.training.step(parts, micro)
         synchronize(self.device)
         return steps * self.training.recipe.batch / (time.perf_counter() - begin)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that it was told, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def training(bench: Bench) -> Iterator[Case]:
@@ -225,10 +223,10 @@ def step(measured: Measured) -> dict[str, Any]:
            "gflop_per_image": round(training.flops / 1e9, 2),
            "first_step_s": round(measured.first_step_s, 1)}  # fmt: skip
     row |= {"weighted_over_unweighted": ratio(plain, rates)} if plain else {}  # in time
-    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(bench.device)), None)
+    peak = peak_flops(device_name(bench.device))
     row |= {"mfu": round(rate * training.flops / peak, 4)} if peak else {}
     if measured.cuda:
-        row |= memory(measured) | times(measured)
+        row |= {"attention": training.attention} | memory(measured) | times(measured)
         row |= {"synchronisations_of_a_step": synchronisations(measured)}
         broken = sum(torch._dynamo.utils.counters["graph_break"].values())
         row |= {"graphs": measured.graphs, "graph_breaks": broken,
@@ -293,7 +291,7 @@ def times(measured: Measured) -> dict[str, Any]:
     for _ in range(2 * measured.bench.repeats):
         synchronize(measured.device)
         begin = time.perf_counter()
-        training.micro_step(0, noise, measured.part, training.crops)
+        training.micro_step(0, noise, measured.part, training.weighted)
         launched = time.perf_counter() - begin
         synchronize(measured.device)
         found.append((launched * 1e3, (time.perf_counter() - begin) * 1e3))
@@ -317,7 +315,7 @@ def kernels(measured: Measured) -> dict[str, Any]:
     training = measured.training
     noise = training.masking.noise(0)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        training.micro_step(0, noise, measured.part, training.crops)
+        training.micro_step(0, noise, measured.part, training.weighted)
         synchronize(measured.device)
     rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in trace.key_averages()
             if e.self_device_time_total]  # fmt: skip
