@@ -29,17 +29,21 @@ OPEN_FILES = 256  # a shard more is opened again for every sample, in a third of
 FEW = 8  # of a remote set read in order: an open shard cannot be evicted
 
 
+Frames = NDArray[np.uint8] | list[NDArray[np.uint8]]
+
+
 class Batch(NamedTuple):
     """One process's part of a step, or of a micro-step, in arrays that the loader uses again.
 
-    step; frames uint8 [b, F, F, 3] RGB; maps: by detector, uint8 [b, G, G / 2], two cells per byte;
+    step; frames uint8 [b, F, F, 3] RGB, or b JPEG files, uint8 [bytes] each, where the device is to
+    decode them; maps: by detector, uint8 [b, G, G / 2], two cells per byte;
     labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit
     square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are
     those stored, and counts, by detector, uint8 [b, c, c], are the crops' as flipped.
     """
 
     step: int
-    frames: NDArray[np.uint8]
+    frames: Frames
     maps: dict[str, NDArray[np.uint8]]
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -54,7 +58,7 @@ Maps = dict[str, NDArray[np.uint8]]
 
 
 def planned(
-    records: ShardSet, plan: Plan, part: Part, frames: NDArray[np.uint8], maps: Maps, counts: Maps
+    records: ShardSet, plan: Plan, part: Part, frames: Frames, maps: Maps, counts: Maps
 ) -> tuple[Batch, NDArray[np.void]]:
     """The batch of `part` with the plan's boxes around `frames`, `maps` and `counts`, whose first
     rows are its samples; and its rows of the index.
@@ -105,9 +109,9 @@ class Loader:
 
     A batch's arrays stay as they are until the next batch is asked for. `maps` names the detectors
     wanted. With `bank`, crops are those stored, their slots the plan's, and counts come in place of
-    maps. `allocate(shape)` gives a uint8 buffer (pinned, say). Memory: prefetch + 1 batches. With
-    `skip`, a record that does not decode is replaced by the next sample and noted in `damaged`;
-    otherwise it raises UserError, naming shard and key.
+    maps. With `coded`, frames stay JPEG files. `allocate(shape)` gives a uint8 buffer (pinned,
+    say). Memory: prefetch + 1 batches. With `skip`, a record that does not decode is replaced by
+    the next sample and noted in `damaged`; otherwise it raises UserError, naming shard and key.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class Loader:
         workers: int = 0,
         prefetch: int = 3,
         skip: bool = False,
+        coded: bool = False,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
         if records.manifest.container != "webdataset":
@@ -141,7 +146,7 @@ class Loader:
         settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
         self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
-        self.layout = Layout(settings, self.rows, bank)
+        self.layout = Layout(settings, self.rows, bank, coded)
         self.reader = Reader(self.layout, lru_cache(most)(records.hold))
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
         self.buffers = [
@@ -179,10 +184,11 @@ class Loader:
                 spare = pending.buffers
                 yield self._finish(pending)
         finally:
-            if ahead:
-                ahead.close()
             planner.shutdown(wait=True, cancel_futures=True)
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            if ahead:  # what waits for a shard is told so
+                ahead.close()
+            pool.shutdown(wait=True)
 
     def _start(
         self, pool: ThreadPoolExecutor, buffers: Buffers, parts: Iterator[Part]
@@ -191,6 +197,8 @@ class Loader:
         arrays = buffers.frames, buffers.maps, buffers.counts
         batch, rows = planned(self.records, self.plan, next(parts), *arrays)
         places = self._places(batch.samples, rows)
+        if self.layout.coded:
+            batch = batch._replace(frames=buffers.take_files(places))
         chunks = (places[at : at + CHUNK] for at in range(0, len(places), CHUNK))
         tasks = [pool.submit(self.reader.read, buffers, chunk) for chunk in chunks]
         return Pending(batch, rows, buffers, tasks)
@@ -212,15 +220,14 @@ class Loader:
         problems = buffers.flaws(slice(len(batch.samples))) | problems
         for place in sorted(problems):
             rows[place] = self._replace(batch, buffers, place, problems[place])
-        if not self.layout.bank_shape[0]:
-            return batch
-        count, slots = (
-            len(batch.samples),
-            self.plan.slots(batch.epochs, batch.samples, self.layout.bank_shape[0]),
-        )
-        chosen = from_rows(
-            buffers.bank[np.arange(count), slots], len(self.records.manifest.detectors)
-        )
+        return self._choose(batch, rows, buffers) if self.layout.bank_shape[0] else batch
+
+    def _choose(self, batch: Batch, rows: NDArray[np.void], buffers: Buffers) -> Batch:
+        """The batch with the crops of the bank that the plan shows, and their counts."""
+        count, settings = len(batch.samples), self.records.manifest.settings
+        slots = self.plan.slots(batch.epochs, batch.samples, settings.bank)
+        stored = buffers.bank[np.arange(count), slots]
+        chosen = from_rows(stored, len(settings.detectors))
         for name, row in self.rows.items():
             batch.counts[name][:] = chosen.counts[:, row]
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
@@ -243,6 +250,9 @@ class Loader:
             number = (number + 1) % len(self.records)
             _, row = self.records.locate(number)
             ((_, shard, start, size, gap),) = self._places(np.array([number]), row[None])
+            if isinstance(batch.frames, list):  # it may be longer than the one that it replaces
+                file = np.empty(gap, np.uint8)
+                buffers.targets[place][0], batch.frames[place] = file.data, file[:size]
             found = self.reader.read(buffers, [(place, shard, start, size, gap)])
             problem = (buffers.flaws([place]) | found).get(place, "")
             # The plan's box stays: it is a crop of the unit square, of any sample.
@@ -265,8 +275,11 @@ def open_files(shards: int) -> int:
     The soft limit of files is raised, up to the hard one, for four such loaders.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return shards
     wanted = 4 * shards + OPEN_FILES
-    if soft < wanted <= hard or (hard == resource.RLIM_INFINITY and soft < wanted):
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return min(shards, max(OPEN_FILES, soft // 4)) if soft >= 0 else shards
+    return min(shards, max(OPEN_FILES, max(soft, wanted) // 4))

@@ -27,10 +27,13 @@ class Layout:
 
     rows: by detector wanted, the row of its map. With `bank` the whole bank is read, and no map.
     Parts are bytes to compare, the number of bytes to leave out, or the name of what to keep.
+    coded: frames stay JPEG files.
     """
 
-    def __init__(self, settings: Settings, rows: Mapping[str, int], bank: bool) -> None:
-        self.side, self.raw = settings.frame, settings.quality == 0
+    def __init__(
+        self, settings: Settings, rows: Mapping[str, int], bank: bool, coded: bool = False
+    ) -> None:
+        self.side, self.raw, self.coded = settings.frame, settings.quality == 0, coded
         self.frame_bytes = settings.frame**2 * 3
         self.names = [*rows]
         self.map_shape = settings.maps_shape[1:]
@@ -57,14 +60,15 @@ class Layout:
 class Buffers:
     """The arrays of one batch of `size` samples, used again and again, in memory of `allocate`.
 
-    frames: uint8 [size, F, F, 3]; maps: by detector, uint8 [size, G, G / 2]; heads: what stood
-    before arrays in the file; bank: uint8 [size, K, bytes], all stored crops; counts: by detector,
-    uint8 [size, c, c], those of the slots that are shown.
+    frames: uint8 [size, F, F, 3], none where they stay files; maps: by detector, uint8
+    [size, G, G / 2]; heads: what stood before arrays in the file; bank: uint8 [size, K, bytes], all
+    stored crops; counts: by detector, uint8 [size, c, c], those of the slots that are shown.
     """
 
     def __init__(self, layout: Layout, size: int, cells: int, allocate: Allocate) -> None:
         self.layout, bank = layout, layout.bank_shape[0] > 0
-        self.frames = allocate((size, layout.side, layout.side, 3))
+        self.frames = allocate((0 if layout.coded else size, layout.side, layout.side, 3))
+        self.files = np.empty(0, np.uint8)
         shape = (size, cells, cells) if bank else (size, *layout.map_shape)
         densities = {name: allocate(shape) for name in layout.names}
         self.maps, self.counts = ({}, densities) if bank else (densities, {})
@@ -91,6 +95,18 @@ class Buffers:
             else:
                 array = self.bank if part == "bank" and self.bank.size else self.maps[part]
                 found.append(array[place].reshape(-1).data)
+        return found
+
+    def take_files(self, places: Sequence[Place]) -> list[NDArray[np.uint8]]:
+        """Room for the JPEG files of `places`, where they will be read to."""
+        total = sum(gap for *_, gap in places)
+        if len(self.files) < total:
+            self.files = np.empty(total + total // 4, np.uint8)
+        found, at = [], 0
+        for place, _, _, size, gap in places:
+            self.targets[place][0] = self.files[at : at + gap].data
+            found.append(self.files[at : at + size])
+            at += gap
         return found
 
     def flaws(self, places: Sequence[int] | slice) -> dict[int, str]:
@@ -122,18 +138,23 @@ class Reader:
     def read(self, buffers: Buffers, places: Sequence[Place]) -> dict[int, str]:
         """Read and decode; returns what is wrong, by place. Heads are left to the caller."""
         problems: dict[int, str] = {}
-        scratch = self._scratch(max(gap for *_, gap in places))
+        coded = self.layout.coded
+        scratch = self._scratch(0 if coded else max(gap for *_, gap in places))
         raw, open, behind, targets = self.layout.raw, self.open, buffers.behind, buffers.targets
         at, before = 2 * raw, len(self.layout.heads[0][0]) + self.layout.frame_bytes if raw else 0
         decode, rows, preadv = simplejpeg.decode_jpeg, buffers.rows, os.preadv
         for place, shard, start, size, gap in places:
             file = open(shard)  # held here: the cache may let go of it under our read
             into = targets[place]
-            into[at] = scratch[: max(0, gap - before)]
+            if not coded:
+                into[at] = scratch[: max(0, gap - before)]
             wanted = gap + behind
             count = preadv(file.descriptor, into, start)
             if count != wanted or gap < size:
                 problems[place] = f"is cut short: {count} of {wanted} bytes"
+            elif coded:
+                if bytes(into[0][size - 2 : size]) != b"\xff\xd9":
+                    problems[place] = "has a frame without an end"
             elif raw:
                 if size != before:
                     problems[place] = "has a raw frame of another shape"

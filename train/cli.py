@@ -59,6 +59,9 @@ def pretrain(
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
+    decode: Annotated[
+        Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
+    ] = "cpu",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
     on_error: Annotated[
@@ -134,6 +137,7 @@ def pretrain(
         bank=bank,
         device=device,
         workers=workers,
+        decode=decode,
         resume=resume or extend,
         extend=extend,
         steps=steps,
