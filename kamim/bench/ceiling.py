@@ -1,32 +1,38 @@
-"""What one process can read where decoding costs nothing: at ImageNet's size, by threads.
+"""What one process can read where cores are free, at ImageNet's size; run by `make bench-ceiling`.
 
-Decoding is replaced by a sleep of SLEEP, which takes neither a core nor the interpreter lock. What
-is left is the loader's own work, and the rate at which more threads no longer help is its ceiling,
-however many cores a machine has. The set is a stand-in: an index of IMAGENET records over links to
-one shard, so that the plan, the index and the open files are as large as they would be.
+Decoding a JPEG, or reading a raw frame, is replaced by a sleep of SLEEP, which takes neither a core
+nor the interpreter lock. What is left is the loader's own work, and the rate at which more threads
+no longer help is its ceiling, however many cores a machine has. The set is a stand-in: an index of
+IMAGENET records over links to one shard, so that plan, index and open files are as many as there.
 """
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import simplejpeg
 
+from kamim.bench.provenance import append, spread
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.defaults import default_settings
 from shards import ShardSet
 from shards.files import MANIFEST
 from shards.order import Plan
+from shards.reading import Buffers
 from shards.record import npy_bytes
 from shards.spec import to_json, write_file
 
 IMAGENET, SHARD = 1_281_167, 1000
 SLEEP = 250e-6  # seconds, in place of a decode
+THREADS = (1, 4, 16, 32, 64)
 BATCH, SECONDS, REPEATS = 256, 2.0, 3
 
 
@@ -50,18 +56,26 @@ def enlarged(records: ShardSet, folder: Path, count: int = IMAGENET) -> ShardSet
 
 
 @contextmanager
-def sleeping(seconds: float) -> Iterator[None]:
-    """While the block runs, decoding a JPEG takes that long and decodes nothing."""
+def replaced(decode: float | None = None, read: float | None = None) -> Iterator[None]:
+    """While the block runs, decoding or reading sleeps for so many seconds, and does nothing."""
 
-    def decode(data: Any, colorspace: str, buffer: Any) -> Any:
-        time.sleep(seconds)
+    def decoded(data: Any, colorspace: str, buffer: Any) -> Any:
+        if decode:
+            time.sleep(decode)
         return buffer
 
-    real, simplejpeg.decode_jpeg = simplejpeg.decode_jpeg, decode
-    try:
+    def reading(descriptor: int, targets: list[memoryview], start: int) -> int:
+        if read:
+            time.sleep(read)
+        return sum(map(len, targets))
+
+    with ExitStack() as stack:
+        if decode is not None:
+            stack.enter_context(patch.object(simplejpeg, "decode_jpeg", decoded))
+        if read is not None:  # and what was not read is not looked at
+            stack.enter_context(patch.object(os, "preadv", reading))
+            stack.enter_context(patch.object(Buffers, "flaws", lambda *_: {}))
         yield
-    finally:
-        simplejpeg.decode_jpeg = real
 
 
 def rate(records: ShardSet, threads: int, seconds: float = SECONDS) -> tuple[float, float]:
@@ -93,26 +107,48 @@ def decode_seconds(records: ShardSet) -> float:
     return (time.perf_counter() - begin) / len(frames)
 
 
+def samples_ms(count: int = IMAGENET, batch: int = 2048) -> float:
+    """Milliseconds of `Plan.samples`, the best of many."""
+    plan, best = Plan(count, batch), float("inf")
+    for step in range(40):
+        begin = time.perf_counter()
+        plan.samples(step)
+        best = min(best, time.perf_counter() - begin)
+    return best * 1e3
+
+
+def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any]:
+    """One row of results, printed as a table."""
+    source, detectors = open_source(where), (detector_settings("fast"),)
+    row: dict[str, Any] = {"bench": "ceiling", "images": IMAGENET, "n": REPEATS, "batch": BATCH}
+    row["samples of 2,048, ms"] = round(samples_ms(), 2)
+    for kind, quality, what in (("JPEG", 90, "decode"), ("raw", 0, "read")):
+        settings = default_settings(detectors, len(source.entries))
+        build_shards(source, folder / kind, replace(settings, quality=quality), 1)
+        (folder / f"{kind}-large").mkdir()
+        small = ShardSet(folder / kind)
+        records = enlarged(small, folder / f"{kind}-large")
+        if what == "decode":
+            row["decode, us"] = round(min(decode_seconds(small) for _ in range(9)) * 1e6)
+        with replaced(**{what: 0.0}):
+            own = [cores / found * 1e6 for found, cores in _rates(records, 1, seconds)]
+        row[f"{kind}, own work per sample, us"] = spread(own, 1)
+        with replaced(**{what: SLEEP}):
+            for threads in THREADS:
+                found = [found for found, _ in _rates(records, threads, seconds)]
+                row[f"{kind}, images/s by {threads} threads"] = spread(found, 0)
+    own_work = row["JPEG, own work per sample, us"]["median"]
+    row["JPEG, own work / decode"] = round(own_work / row["decode, us"], 3)
+    for name, value in row.items():
+        print(f"{name:36s} {value['median'] if isinstance(value, dict) else value}")
+    return row
+
+
+def _rates(records: ShardSet, threads: int, seconds: float) -> list[tuple[float, float]]:
+    return [rate(records, threads, seconds) for _ in range(REPEATS)]
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for kind, quality in (("jpeg", 90), ("raw", 0)):
-        small, large = folder / f"{kind}-small", folder / f"{kind}-large"
-        if not large.exists():
-            settings = default_settings((detector_settings("fast"),), 400)
-            build_shards(open_source("demo"), small, replace(settings, quality=quality))
-            large.mkdir()
-            enlarged(ShardSet(small), large)
-        records = ShardSet(large)
-        plan = Plan(len(records), 2048)
-        best = 9.0
-        for step in range(40):
-            begin = time.perf_counter()
-            plan.samples(step)
-            best = min(best, time.perf_counter() - begin)
-        print(kind, f"samples of 2048 {best * 1e3:.2f} ms")
-        if kind == "jpeg":
-            print(f"decode {decode_seconds(records) * 1e6:.0f} us")
-        with sleeping(SLEEP):
-            for threads in map(int, sys.argv[2:]):
-                found, cores = rate(records, threads)
-                print(kind, threads, f"threads: {found:.0f} images/s, {cores:.2f} cores")
+    with tempfile.TemporaryDirectory() as name:
+        found = measure(sys.argv[1] if len(sys.argv) > 1 else "demo", Path(name))
+    print(append("ceiling", [found]))
