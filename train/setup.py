@@ -20,7 +20,8 @@ from shards.remote.storage import is_url
 from shards.verification import damaged_files
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
-from train.models import CELL, MEAN, STD
+from train.controls import check_source, control_weights
+from train.models import MEAN, STD
 from train.progress import busy, say
 from train.recipes import Recipe
 from train.request import Run, check_device
@@ -133,6 +134,10 @@ def weighted_crops(
     recipe: Recipe, records: ShardSet, detector: str | None, bank: bool = False
 ) -> WeightedCrops:
     """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
+    rule = None
+    if recipe.weights != "detector":
+        how = {"source": recipe.weights, "normalise": recipe.normalise}
+        rule = partial(control_weights, temperature=recipe.temperature or 1, **how)
     return WeightedCrops(
         records,
         detector,
@@ -141,6 +146,7 @@ def weighted_crops(
         temperature=recipe.temperature or 1,
         normalise=recipe.normalise,
         bank=bank,
+        rule=rule,
         mean=MEAN,
         std=STD,
     )
@@ -175,11 +181,12 @@ def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
     """
     recipe, manifest = run.recipe, records.manifest
     settings = manifest.settings
-    if recipe.size % CELL:
+    if recipe.size % recipe.cell:
         raise UserError(
-            f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
-            f"use {recipe.size // CELL * CELL or CELL}"
+            f"crop size {recipe.size} is no multiple of the mask cell, {recipe.cell} px; "
+            f"use {recipe.size // recipe.cell * recipe.cell or recipe.cell}"
         )
+    check_source(recipe.weights)
     if run.skip_damaged and manifest.container == "ffcv":
         raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     if run.bank:
