@@ -59,7 +59,9 @@ def check(
 def run(
     data: Data = Path("data/keypoints"),
     out: Out = RESULTS,
-    seconds: Annotated[float, typer.Option(min=0, help="Begin no run that ends later; 0: all.")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Begin no run that ends later; 0: all.")
+    ] = 0,
     processes: Annotated[int, typer.Option(min=0, help="That share the device; 0: 4 on CUDA.")] = 0,
     steps: Steps = 0,
     device: Device = "auto",

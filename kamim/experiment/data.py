@@ -121,7 +121,11 @@ def load_photos(folder: Path, size: int, cells: int, device: torch.device) -> Ph
     edges = {}
     for name in named:
         # ORB's margin of 31 px would leave 34 of 96 px: it is read as on the whole photo.
-        keeps = np.ones(cells) if name == "orb" else visible_cells(parsed_detector(name, {}), size, cells)
+        keeps = (
+            np.ones(cells)
+            if name == "orb"
+            else visible_cells(parsed_detector(name, {}), size, cells)
+        )
         edges[name] = torch.from_numpy(keeps).float().to(device)
     frames = torch.from_numpy(decoded(data, "frames")).to(device)
     heights, widths = data["sizes"].astype(np.int64).T

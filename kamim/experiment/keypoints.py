@@ -182,7 +182,10 @@ class Bench:
         photos = load_photos(data, 96, 12, device)
         self.photos, self.held = photos.split()
         cifar = load_cifar(data, device)
-        self.cifar: tuple[Labelled, Labelled] = (few(cifar[0], size.cifar), few(cifar[1], size.cifar))
+        self.cifar: tuple[Labelled, Labelled] = (
+            few(cifar[0], size.cifar),
+            few(cifar[1], size.cifar),
+        )
         self.order: tuple[str, Order | None] = ("", None)
         self.trainer: tuple[Any, Trainer | None] = (None, None)
 
@@ -222,6 +225,7 @@ class Bench:
         log = trainer.log.cpu()
         return asdict(task) | {
             "looks": looks,
+            "finite": bool(torch.isfinite(log[:, :2]).all()),
             "losses": means(log[:, 0]),
             "clipped": round(float((log[:, 1] > trainer.recipe.clip).float().mean()), 4),
             "share": round(float(log[:, 2].mean()), 4),
@@ -255,7 +259,9 @@ def todo(size: Size, out: Path) -> Iterator[Task]:
             yield task
 
 
-def work(data: Path, out: Path, claims: Path, size: Size, device: str, fast: bool, end: float) -> None:
+def work(
+    data: Path, out: Path, claims: Path, size: Size, device: str, fast: bool, end: float
+) -> None:
     """Do group after group until none is left that nobody does, or that would not end in time."""
     torch.set_float32_matmul_precision("high")
     bench: Bench | None = None
@@ -305,7 +311,9 @@ def check_same(size: Size, out: Path) -> None:
     rows = [row for row in read(out / "runs.jsonl") if row["stage"] == "main"]
     others = {(row["steps"], row["batch"], row["model"]) for row in rows}
     if others - {(size.steps, size.batch, size.model)}:
-        raise UserError(f"{out} has runs of {sorted(others)}; give another --out, or the same --steps")
+        raise UserError(
+            f"{out} has runs of {sorted(others)}; give another --out, or the same --steps"
+        )
 
 
 def checked(data: Path, size: Size, device: str, fast: bool) -> dict[str, Any]:
@@ -349,4 +357,3 @@ def checked(data: Path, size: Size, device: str, fast: bool) -> dict[str, Any]:
     found["all"] = {"train_seconds": round(total, 1), "runs": len(tasks(size, rates))}
     print(f"all runs: {total:.0f} s of steps")
     return found
-

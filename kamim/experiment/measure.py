@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kamim.evaluate.attention import diagnose
 from kamim.evaluate.encoder import Encoder, tokens
@@ -110,7 +110,8 @@ def neighbours(
 
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the singular values of centred features [n, d], as shares."""
-    values = torch.linalg.svdvals((features - features.mean(0)).double())
+    centred = (features - features.mean(0)).double()
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
     shares = values / values.sum()
     return float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum()))
 
@@ -156,8 +157,3 @@ def losses(trainer: Trainer, held: Photos, masks: int = 4) -> dict[str, float]:
             loss = model.loss(model(images, *cells), images, cells, weights)
             sums[name] += float(loss) / masks
     return sums
-
-
-def trained_nothing(model: nn.Module) -> bool:
-    """Whether a parameter is no number: the run diverged."""
-    return not all(bool(torch.isfinite(each).all()) for each in model.parameters())

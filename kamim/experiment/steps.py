@@ -133,8 +133,7 @@ class Trainer:
         recipe = self.recipe
         warmup = min(round(recipe.warmup * steps / recipe.epochs), steps - 1)
         rates = [
-            learning_rate(step, steps, warmup, peak, peak / 80, peak / 800)
-            for step in range(steps)
+            learning_rate(step, steps, warmup, peak, peak / 80, peak / 800) for step in range(steps)
         ]
         self.rates = torch.tensor(rates, device=self.device)
         self.log = torch.zeros(steps, len(LOGGED), device=self.device)
