@@ -53,8 +53,8 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
 class SimMIM(nn.Module):
     """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
 
-    `name` is a timm model name, `size` the image side in px, a multiple of `cell`, the side of a mask
-    cell; `options` go to timm.create_model.
+    `name` is a timm model name, `size` the image side in px, a multiple of `cell`, the side of a
+    mask cell; `options` go to timm.create_model.
     """
 
     def __init__(

@@ -20,12 +20,12 @@ class Recipe:
     model: a timm name; options: for timm beside it. size: crop side, px. batch: samples an
     optimizer step, over all processes.
     warmup: epochs. peak, floor, start: learning rates. temperature None: no weights (plain SimMIM
-    or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control of train/controls.py.
-    area: of crops.
-    mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae. sample_by:
-    what cells are drawn by, `none` (at random), `attention`, a map of the shards, or several with
-    `*` between. Before random_epochs, random_mask_ratio is masked at random and nothing thrown;
-    attention is looked at then, and again every refresh_epochs.
+    or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control by its name in
+    train/controls.py. area: of crops.
+    mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae.
+    sample_by: what cells are drawn by, `none` (at random), `attention`, a map of the shards, or
+    several with `*` between. Before random_epochs, random_mask_ratio is masked at random and
+    nothing thrown; attention is looked at then, and again every refresh_epochs.
     """
 
     model: str

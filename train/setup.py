@@ -18,9 +18,9 @@ from shards.crops import FLIPS
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
+from train.controls import check_source, control_weights
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
-from train.controls import check_source, control_weights
 from train.models import MEAN, STD
 from train.progress import busy, say
 from train.recipes import Recipe
@@ -136,8 +136,12 @@ def weighted_crops(
     """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
     rule = None
     if recipe.weights != "detector":
-        how = {"source": recipe.weights, "normalise": recipe.normalise}
-        rule = partial(control_weights, temperature=recipe.temperature or 1, **how)
+        rule = partial(
+            control_weights,
+            source=recipe.weights,
+            temperature=recipe.temperature or 1,
+            normalise=recipe.normalise,
+        )
     return WeightedCrops(
         records,
         detector,

@@ -86,8 +86,8 @@ def first_of_each(path: Path, count: int) -> tuple[list[NDArray[np.uint8]], list
                 found[name].append((file, data.read()))
     images, labels = [], []
     for label, name in enumerate(sorted(found)):
-        for _, data in sorted(found[name])[:count]:
-            images.append(np.frombuffer(data, np.uint8))
+        for _, content in sorted(found[name])[:count]:
+            images.append(np.frombuffer(content, np.uint8))
             labels.append(label)
     return images, labels
 
@@ -97,9 +97,9 @@ def joined(files: list[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
     return {"bytes": np.concatenate(files), "ends": np.cumsum([len(each) for each in files])}
 
 
-def flat(files: dict[str, Any]) -> dict[str, NDArray[Any]]:
+def flat(files: dict[str, Any]) -> dict[str, Any]:
     """Arrays by one name each."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for name, value in files.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         plain |= {f"{name}_{part}".rstrip("_"): array for part, array in parts}

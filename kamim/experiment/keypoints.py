@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kamim.bench.provenance import provenance
-from kamim.experiment.data import Labelled, Photos, load_cifar, load_photos
+from kamim.experiment.data import Labelled, load_cifar, load_photos
 from kamim.experiment.measure import measure
 from kamim.experiment.steps import Arm, Order, Trainer, make_order
 from shards.errors import UserError
@@ -41,7 +41,12 @@ MAIN, MORE = ("uniform", "fast", "contrast", "shuffled", "inverse"), ("orb", "si
 SAME = 20  # steps after which a check looks whether graphs and plain steps still agree
 # Does attention collapse? The published 8e-4 by the root of 256 / 2048.
 COLLAPSE = ("uniform", "times26", "kamim")
-LARGE = {"model": "vit_base_patch16_224", "steps": 1000, "batch": 256, "rate": 2.8e-4}
+LARGE: dict[str, Any] = {
+    "model": "vit_base_patch16_224",
+    "steps": 1000,
+    "batch": 256,
+    "rate": 2.8e-4,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +202,11 @@ class Bench:
             self.trainer = (recipe, Trainer(recipe, self.photos, task.seed, self.fast))
         if self.order[0] != task.group:
             self.order = ("", None)
-            order = make_order(self.photos, recipe, task.seed, task.steps)
-            self.order = (task.group, order)
+            made = make_order(self.photos, recipe, task.seed, task.steps)
+            self.order = (task.group, made)
         trainer, order = self.trainer[1], self.order[1]
-        assert trainer is not None and order is not None
+        assert trainer is not None
+        assert order is not None
         trainer.start_from(task.seed)
         return trainer, order
 
@@ -289,8 +295,8 @@ def work(
             write(out / "runs.jsonl", row)
             last = row["looks"][-1]
             print(
-                f"{time.strftime('%H:%M:%S')} {task.stage} {task.method} {task.arm} seed {task.seed}"
-                f" rate {task.rate:g}: top-1 {100 * last['top1']:.2f} %, 20-NN"
+                f"{time.strftime('%H:%M:%S')} {task.stage} {task.method} {task.arm}"
+                f" seed {task.seed} rate {task.rate:g}: top-1 {100 * last['top1']:.2f} %, 20-NN"
                 f" {100 * last['knn']:.2f} %, {row['images_per_s']:,.0f} img/s,"
                 f" {row['seconds']:.1f} s in all",
                 flush=True,

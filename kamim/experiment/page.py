@@ -45,9 +45,8 @@ def at_end(rows: Iterable[Row], method: str, arm: str, stage: str = "main") -> d
     """By seed the last look of the runs of an arm; runs that diverged are left out."""
     found = {}
     for row in rows:
-        if (row["stage"], row["method"], row["arm"]) == (stage, method, arm):
-            if row["finite"]:
-                found[row["seed"]] = row["looks"][-1]
+        if (row["stage"], row["method"], row["arm"]) == (stage, method, arm) and row["finite"]:
+            found[row["seed"]] = row["looks"][-1]
     return found
 
 
@@ -111,8 +110,8 @@ def able(rows: Sequence[Row], method: str) -> list[str]:
     worked = "" if ratio[1] < ratio[0] else ": the weights did nothing"
     return [
         f"{TITLES[method]}: training gains {gain:.2f} points over the untrained encoder{said}; "
-        f"the FAST-weighted loss on photos kept out is {ratio[0]:.4f} of the plain one with uniform "
-        f"weights, {ratio[1]:.4f} with FAST weights{worked}."
+        f"the FAST-weighted loss on photos kept out is {ratio[0]:.4f} of the plain one with "
+        f"uniform weights, {ratio[1]:.4f} with FAST weights{worked}."
     ]
 
 
@@ -154,7 +153,7 @@ def tables(rows: Sequence[Row]) -> str:
     """All tables, with what was run on what, as Markdown."""
     parts = []
     found = [
-        [TITLES[v["method"]], f"{TITLES.get(v['arm'], v['arm'])} - {TITLES.get(v['minus'], v['minus'])}",
+        [TITLES[v["method"]], f"FAST - {TITLES.get(v['minus'], v['minus'])}",
          str(v["pairs"]), f"{v['mean']:+.2f} ({v['low']:+.2f} to {v['high']:+.2f})", v["verdict"]]
         for v in verdicts(rows)
     ]  # fmt: skip

@@ -185,8 +185,14 @@ class Trainer:
         cells = recipe.size // recipe.w_ps
         maps, edges = photos.maps[arm.detector][samples], photos.edges[arm.detector]
         density = crop_grid(maps, boxes, flips, cells, edges)
-        how = {"source": arm.source, "normalise": arm.normalise}
-        weights = control_weights(density, images, {}, temperature=recipe.temperature or 1, **how)
+        weights = control_weights(
+            density,
+            images,
+            {},
+            source=arm.source,
+            temperature=recipe.temperature or 1,
+            normalise=arm.normalise,
+        )
         return images, weights
 
     def train(
