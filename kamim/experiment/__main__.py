@@ -15,9 +15,12 @@ from shards.errors import UserError
 
 app = typer.Typer(add_completion=False, help=__doc__)
 RESULTS = Path("docs/results/keypoints")
+CHECK = "check.json"
 Data = Annotated[Path, typer.Option(help="Folder of photos.npz and cifar.npz.")]
 Out = Annotated[Path, typer.Option(help="Folder of runs.jsonl, results.json and the page.")]
-Steps = Annotated[int, typer.Option(min=0, help="Of a main run; 0: as planned.")]
+Steps = Annotated[
+    int, typer.Option(min=0, help="Of a main run; 0: as check.json says, or as planned.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="A minute on a CPU, to see that it runs.")]
 Plain = Annotated[bool, typer.Option("--plain", help="On CUDA, no compiling and no graphs.")]
@@ -42,17 +45,18 @@ def pack(
 def check(
     data: Data = Path("data/keypoints"),
     out: Out = RESULTS,
-    steps: Steps = 0,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for tuning and main runs.")] = 400,
     device: Device = "auto",
     tiny: Tiny = False,
     plain: Plain = False,
 ) -> None:
-    """Try every model and arm for a few steps: are graphs right, and how long will it all take?"""
+    """Try every model for a few steps, and choose the steps of a run: check.json says them."""
     from kamim.experiment.keypoints import checked
 
-    found = checked(data, size_of(tiny, steps), device_of(device), not plain)
+    where = device_of(device)
+    found = checked(data, size_of(tiny, 0), where, not plain and where == "cuda", budget)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "check.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / CHECK).write_text(json.dumps(found, indent=2) + "\n")
 
 
 @app.command()
@@ -62,7 +66,7 @@ def run(
     seconds: Annotated[
         float, typer.Option(min=0, help="Begin no run that ends later; 0: all.")
     ] = 0,
-    processes: Annotated[int, typer.Option(min=0, help="That share the device; 0: 4 on CUDA.")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="That share the device; 0: 3 on CUDA.")] = 0,
     steps: Steps = 0,
     device: Device = "auto",
     tiny: Tiny = False,
@@ -71,10 +75,13 @@ def run(
     """Do all runs that runs.jsonl does not have yet."""
     from kamim.experiment.keypoints import check_same, todo, work
 
-    began, size, where = time.time(), size_of(tiny, steps), device_of(device)
+    began, where = time.time(), device_of(device)
+    if not steps and not tiny and (out / CHECK).is_file():
+        steps = json.loads((out / CHECK).read_text())["steps"]
+    size = size_of(tiny, steps)
     out.mkdir(parents=True, exist_ok=True)
     check_same(size, out)
-    count = processes or (4 if where == "cuda" else 1)
+    count = processes or (3 if where == "cuda" else 1)
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
     os.environ |= {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     with tempfile.TemporaryDirectory() as claims:

@@ -38,7 +38,9 @@ METHODS = ("simmim", "mae")
 RATES = (5e-4, 1e-3, 2e-3)  # tried, on uniform weights
 TUNING, SEEDS = 99, (0, 1, 2, 3, 4)
 MAIN, MORE = ("uniform", "fast", "contrast", "shuffled", "inverse"), ("orb", "sift")
-SAME = 20  # steps after which a check looks whether graphs and plain steps still agree
+CHECKED = ("fast", "contrast", "kamim")
+SAME, ALIKE = 20, 0.02  # steps in which losses of graphs and of plain steps must be as near
+LEAST, MOST = 1000, 4000  # steps of a main run, whatever fits
 # Does attention collapse? The published 8e-4 by the root of 256 / 2048.
 COLLAPSE = ("uniform", "times26", "kamim")
 LARGE: dict[str, Any] = {
@@ -322,44 +324,64 @@ def check_same(size: Size, out: Path) -> None:
         )
 
 
-def checked(data: Path, size: Size, device: str, fast: bool) -> dict[str, Any]:
-    """A few steps of every method and arm, as they run and plainly: losses, speeds, seconds."""
+def checked(data: Path, size: Size, device: str, fast: bool, budget: float) -> dict[str, Any]:
+    """A few steps of every model: are graphs right, how fast is it, how many steps fit `budget`?
+
+    Raises RuntimeError if compiled steps in a graph and plain ones disagree.
+    """
     torch.set_float32_matmul_precision("high")
     bench = Bench(data, torch.device(device), size, fast)
-    rates, found = dict.fromkeys(size.methods, 1e-3), {}
-    wanted = {(task.model, task.method, task.arm): task for task in reversed(tasks(size, rates))}
-    total = 0.0
-    for (model, method, arm), task in sorted(wanted.items()):
-        short = replace(task, stage="check", steps=200 if device == "cuda" else 6)
+    rates = dict.fromkeys(size.methods, 1e-3)
+    every = [*tune(size), *tasks(size, rates)]
+    found: dict[str, Any] = {}
+    speeds: dict[tuple[str, str], float] = {}
+    for task in [task for task in every if task.seed == 0 and task.arm in CHECKED]:
+        name = f"{task.model} {task.method} {task.arm}"
+        if name in found:
+            continue
         began = time.perf_counter()
+        short = replace(task, stage=f"check {task.model}", steps=100 if fast else 4)
         trainer, order = bench.make(short)
-        spent = trainer.train(order, ARMS[arm], task.rate, {})
+        spent = trainer.train(order, ARMS[task.arm], task.rate, {})
+        speeds[task.model, task.method] = speed = len(order) * task.batch / spent
         losses = trainer.log[:, 0].clone()
-        row: dict[str, Any] = {"images_per_s": round(len(order) * task.batch / spent, 1)}
-        row["loss"] = [round(float(losses[0]), 5), round(float(losses[-1]), 5)]
-        row["share"] = round(float(trainer.log[:, 2].mean()), 4)
-        if trainer.fast and arm == "fast":  # the same steps without compiling, without a graph
-            plain = Trainer(trainer.recipe, bench.photos, task.seed, False)
-            plain.prepare(task.rate, len(order))
-            plain.reset()
-            for _ in range(SAME):
-                plain.step(order, ARMS[arm])
-            apart = plain.log[:SAME, 0] / losses[:SAME] - 1
-            row["differs"] = round(float(apart.abs().max()), 6)
-        row["seconds"] = round(time.perf_counter() - began, 1)
-        found[f"{model} {method} {arm}"] = row
-        print(f"{model} {method} {arm}: {row}", flush=True)
-    began = time.perf_counter()
-    trainer.plain.load_state_dict(trainer.model.state_dict())
-    figures = measure(trainer, bench.cifar, bench.held, 2)
-    first = time.perf_counter()
-    measure(trainer, bench.cifar, bench.held, 2)
-    look = time.perf_counter() - first
-    found["look"] = {"first": round(first - began, 2), "seconds": round(look, 2)}
-    print(f"a look: {found['look']}, top-1 {figures['top1']:.3f}")
-    for task in [*tune(size), *tasks(size, rates)]:
-        speed = found[f"{task.model} {task.method} {task.arm}"]["images_per_s"]
-        total += task.steps * task.batch / speed
-    found["all"] = {"train_seconds": round(total, 1), "runs": len(tasks(size, rates))}
-    print(f"all runs: {total:.0f} s of steps")
-    return found
+        row = {
+            "images_per_s": round(speed, 1),
+            "first": float(losses[0]),
+            "last": float(losses[-1]),
+        }
+        if trainer.fast and task.arm != "contrast":
+            row["differs"] = apart(trainer, bench, order, task, losses)
+        found[name] = row | {"seconds": round(time.perf_counter() - began, 1)}
+        print(f"{name}: {found[name]}", flush=True)
+        if row.get("differs", 0) > ALIKE:
+            raise RuntimeError(f"{name}: compiled steps differ from plain ones by {row['differs']}")
+        if task.model == size.model and "look" not in found:
+            found["look"] = look_seconds(trainer, bench)
+    main = [task for task in every if task.stage in ("tune", "main")]
+    seconds = sum(task.steps * task.batch / speeds[task.model, task.method] for task in main)
+    looks = sum(1 if task.stage == "tune" else len(size.looks) for task in main)
+    spare = budget - looks * found["look"] / 2  # of which half passes while others train
+    fits = int(spare / seconds * size.steps) // 250 * 250
+    steps = min(MOST, max(LEAST, fits))
+    print(f"{len(main)} runs of {size.steps} steps: {seconds:.0f} s; a look: {found['look']} s;")
+    print(f"{budget:.0f} s fit {fits} steps: {steps}", flush=True)
+    return found | {"main_seconds": round(seconds, 1), "budget": budget, "steps": steps}
+
+
+def apart(trainer: Trainer, bench: Bench, order: Order, task: Task, losses: torch.Tensor) -> float:
+    """How far the first losses are from those of steps without compiling, without a graph."""
+    plain = Trainer(trainer.recipe, bench.photos, task.seed, False)
+    plain.prepare(task.rate, len(order))
+    plain.reset()
+    for _ in range(SAME):
+        plain.step(order, ARMS[task.arm])
+    return round(float((plain.log[:SAME, 0] / losses[:SAME] - 1).abs().max()), 6)
+
+
+def look_seconds(trainer: Trainer, bench: Bench) -> float:
+    """What measuring an encoder takes, the second time."""
+    for _ in range(2):
+        began = time.perf_counter()
+        measure(trainer, bench.cifar, bench.held, 1)
+    return round(time.perf_counter() - began, 2)

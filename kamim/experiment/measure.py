@@ -147,13 +147,13 @@ def losses(trainer: Trainer, held: Photos, masks: int = 4) -> dict[str, float]:
     samples, boxes, flips = middle(held)
     number = (trainer.recipe.size // trainer.recipe.cell) ** 2
     generator = torch.Generator().manual_seed(0)
+    images, weights = trainer.crops(held, samples, boxes, flips, Arm())
     sums = {"held_loss": 0.0, "held_loss_fast": 0.0}
     model: Any = trainer.plain
     for _ in range(masks):
         order = torch.rand(len(samples), number, generator=generator).argsort(1)
         cells = hidden(order.to(samples.device), trainer.recipe)
-        for name, source in (("held_loss", "uniform"), ("held_loss_fast", "detector")):
-            images, weights = trainer.crops(held, samples, boxes, flips, Arm(source))
-            loss = model.loss(model(images, *cells), images, cells, weights)
-            sums[name] += float(loss) / masks
+        output = model(images, *cells)
+        for name, by in (("held_loss", None), ("held_loss_fast", weights)):
+            sums[name] += float(model.loss(output, images, cells, by)) / masks
     return sums

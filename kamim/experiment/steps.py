@@ -92,6 +92,11 @@ def hidden(order: Tensor, recipe: Recipe) -> Cells:
     return Cells(none.scatter(1, order[:, :masked], True).view(-1, side, side))
 
 
+def cut(frames: Tensor, samples: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """Crops of the frames of `samples`; compiled, it reads only the pixels that it needs."""
+    return crop_frames(frames[samples], boxes, flips, size)
+
+
 class Trainer:
     """A model with its optimizer, which trains one run after the other from the same start.
 
@@ -103,9 +108,12 @@ class Trainer:
         self.fast = fast and self.device.type == "cuda"
         self.model: Any = make_model(recipe).to(self.device)
         self.plain: Any = make_model(recipe).to(self.device).eval()  # to look at, not compiled
+        self.cut: Any = cut
+        self.loss: Any = self.model.loss
         if self.fast:
             for block in blocks_of(self.model):
                 block.compile(dynamic=False)
+            self.cut, self.loss = (torch.compile(f, dynamic=False) for f in (self.cut, self.loss))
         groups, cuda = parameter_groups(self.model, recipe), self.device.type == "cuda"
         self.rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.AdamW(
@@ -167,7 +175,7 @@ class Trainer:
             self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False
         ):
             output = self.model(images, *shown)
-        loss = self.model.loss(output, images, shown, weights)
+        loss = self.loss(output, images, shown, weights)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
         self.optimizer.step()
@@ -180,7 +188,8 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """(normalised crops [b, 3, S, S], their loss weights [b, c, c])."""
         recipe = self.recipe
-        images = crop_frames(photos.frames[samples], boxes, flips, recipe.size)
+        read = self.cut if photos is self.photos else cut  # compiled for the batch of a step
+        images = read(photos.frames, samples, boxes, flips, recipe.size)
         images = (images - self.mean) / self.std
         cells = recipe.size // recipe.w_ps
         maps, edges = photos.maps[arm.detector][samples], photos.edges[arm.detector]
