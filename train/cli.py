@@ -209,8 +209,8 @@ def recipes(
     for name, recipe in made.items():
         weights = "no weights"
         if recipe.temperature is not None:
-            of = "least weight 1" if recipe.normalise == "min" else "mean weight 1"
-            weights = f"T {recipe.temperature:g}, {of}"
+            of = {"min": "least weight 1", "mean": "mean weight 1", "batch": "mean of the batch 1"}
+            weights = f"T {recipe.temperature:g}, {of[recipe.normalise]}"
         cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
         if recipe.sample_by != "none":
             cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"

@@ -19,10 +19,10 @@ from unittest.mock import patch
 
 import numpy as np
 import simplejpeg
+from preprocess.defaults import default_settings
 
 from kamim.bench.provenance import append, spread
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.defaults import default_settings
 from shards import ShardSet
 from shards.files import MANIFEST
 from shards.order import Plan
