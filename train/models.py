@@ -46,7 +46,8 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
     if recipe.method == "mae":
         decoder, narrow = recipe.decoder, recipe.bf16_residual
         return MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
-    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.cell, recipe.bf16_residual)
+    narrow, cell = recipe.bf16_residual, recipe.cell
+    model = SimMIM(recipe.model, recipe.size, recipe.options, narrow, cell)
     if recipe.throw_ratio:
         check_tokens(model.encoder, recipe.model)
     return model
@@ -57,8 +58,8 @@ class SimMIM(nn.Module):
 
     `name` is a timm model name, `size` the image side in px, a multiple of `cell`, the side of a
     mask cell; `options` go to timm.create_model. `narrow`: patches are embedded and decoded by
-    matrix products, and tokens between blocks are as wide as autocast has them: less to move, other
-    rounding.
+    matrix products, and tokens between blocks are as wide as autocast has them: less to move,
+    other rounding.
     """
 
     def __init__(
@@ -66,13 +67,12 @@ class SimMIM(nn.Module):
         name: str,
         size: int,
         options: Mapping[str, Any] | None = None,
-        cell: int = CELL,
         narrow: bool = False,
+        cell: int = CELL,
     ) -> None:
         super().__init__()
-        self.narrow = narrow
+        self.narrow, self.cell = narrow, cell
         encoder = make_encoder(name, size, options, cell)
-        self.cell = cell
         self.is_swin = hasattr(encoder, "layers")
         self.patch: int = encoder.patch_embed.patch_size[0]
         self.stride = CELL if self.is_swin else self.patch

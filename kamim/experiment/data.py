@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from preprocess.options import parsed_detector
 from torch import Tensor
 
 import shards
+from preprocess import detector_settings
 from shards.crops import visible_cells
 from shards.errors import UserError
 
@@ -124,7 +124,7 @@ def load_photos(folder: Path, size: int, cells: int, device: torch.device) -> Ph
         keeps = (
             np.ones(cells)
             if name == "orb"
-            else visible_cells(parsed_detector(name, {}), size, cells)
+            else visible_cells(detector_settings(name), size, cells)
         )
         edges[name] = torch.from_numpy(keeps).float().to(device)
     frames = torch.from_numpy(decoded(data, "frames")).to(device)

@@ -271,7 +271,6 @@ def work(
     data: Path, out: Path, claims: Path, size: Size, device: str, fast: bool, end: float
 ) -> None:
     """Do group after group until none is left that nobody does, or that would not end in time."""
-    torch.set_float32_matmul_precision("high")
     bench: Bench | None = None
     took: dict[tuple[str, str], float] = {}  # seconds a step, by model and method
     method = ""
@@ -329,7 +328,6 @@ def checked(data: Path, size: Size, device: str, fast: bool, budget: float) -> d
 
     Raises RuntimeError if compiled steps in a graph and plain ones disagree.
     """
-    torch.set_float32_matmul_precision("high")
     bench = Bench(data, torch.device(device), size, fast)
     rates = dict.fromkeys(size.methods, 1e-3)
     every = [*tune(size), *tasks(size, rates)]

@@ -1,4 +1,4 @@
-"""Weights by controls: each keeps what it should of a detector's weights, and loses the rest."""
+"""Weights by controls: each keeps what it should of a detector's, and takes the rest away."""
 
 from dataclasses import replace
 

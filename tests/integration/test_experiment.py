@@ -1,4 +1,4 @@
-"""The keypoint experiment in a tiny form: it runs, goes on, and is judged as planned."""
+"""The experiment of docs/results/keypoints in a tiny form: it goes on, and is judged as planned."""
 
 import json
 import os
