@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     WINDOW = 9  # order of the samples of a window
     RACE = 10  # order in which cells are masked and thrown
     AUGMENT = 11  # augmentations of training with labels
+    LAYERS = 12  # layers that a step leaves out, Swin's
 
 
 # Arrays, not scalars: an operation with a scalar takes NumPy twice as long, and warns of wrapping.

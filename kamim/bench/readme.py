@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kamim.bench import gpu_page
 from kamim.bench.markers import renewed_parts
 from kamim.bench.meaning import ONE_PROCESS
 from kamim.bench.plots import FACTORS, ORDER, WAYS
@@ -229,6 +230,7 @@ PAGES = {
     },
     "docs/fidelity.md": {"fidelity": render_fidelity},
     "docs/masking.md": {"throw": render_throw},
+    "docs/gpu.md": gpu_page.PARTS,
 }
 
 

@@ -7,7 +7,7 @@ between the published loader and ours, and each loader's share of what no loader
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from kamim.bench.rivals import (
 )
 from preprocess import build_shards, detector_settings
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from preprocess.source import Source, read
-from shards import ShardSet
+from preprocess.source import Source
+from shards import Settings, ShardSet
 from shards.beton import convert_to_ffcv
 from shards.errors import install
 from shards.progress import waiting
@@ -79,7 +78,7 @@ def prepare_set(source: Source, folder: Path, quick: bool = False, quality: int 
     """
     size, folder = shard_size_for(len(source.entries)), folder / f"set-{quality}"
     detectors = tuple(map(detector_settings, DETECTORS[: 1 if quick or not quality else None]))
-    settings = replace(default_settings(detectors, size), quality=quality)
+    settings = Settings(detectors=detectors, shard_size=size, quality=quality)
     build_shards(source, folder, settings, max_rejected=1)
     return ShardSet(folder)
 
@@ -139,7 +138,7 @@ def _as_files(source: Source, folder: Path) -> None:
     for number, entry in enumerate(source.entries):
         path = folder / f"{entry.label:05d}" / f"{number:09d}{Path(entry.name).suffix or '.jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(read(source.kind, source.root, entry))
+        path.write_bytes(source.read(entry))
 
 
 def measure(
