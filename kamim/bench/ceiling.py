@@ -19,11 +19,10 @@ from unittest.mock import patch
 
 import numpy as np
 import simplejpeg
-from preprocess.defaults import default_settings
 
 from kamim.bench.provenance import append, spread
 from preprocess import build_shards, detector_settings, open_source
-from shards import ShardSet
+from shards import Settings, ShardSet
 from shards.files import MANIFEST
 from shards.order import Plan
 from shards.reading import Buffers
@@ -123,8 +122,9 @@ def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any
     row: dict[str, Any] = {"bench": "ceiling", "images": IMAGENET, "n": REPEATS, "batch": BATCH}
     row["samples of 2,048, ms"] = round(samples_ms(), 2)
     for kind, quality, what in (("JPEG", 90, "decode"), ("raw", 0, "read")):
-        settings = default_settings(detectors, len(source.entries))
-        build_shards(source, folder / kind, replace(settings, quality=quality), 1)
+        one = len(source.entries)  # shard
+        settings = Settings(detectors=detectors, shard_size=one, quality=quality)
+        build_shards(source, folder / kind, settings, 1)
         (folder / f"{kind}-large").mkdir()
         small = ShardSet(folder / kind)
         records = enlarged(small, folder / f"{kind}-large")
