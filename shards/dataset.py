@@ -3,6 +3,7 @@
 `shards.open` is how others get one. Everything that reads a set for training begins here.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,11 +126,19 @@ class ShardSet:
         c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
         boxes (area: least and most share of the source; flips: chance of a horizontal and a
         vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
-        its part of each batch. bank: show the stored crops with their exact densities.
+        its part of each batch. bank: show the stored crops with their exact densities. Raises
+        UserError, when the first batch is asked for, if the set or the arguments cannot serve.
         """
         from shards.weighting import WeightedCrops, find_device, to_device
 
         plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        if not 0 < epochs < math.inf:
+            raise UserError(f"epochs {epochs} is out of range; give a number above 0")
+        if plan.steps(epochs) < 1:
+            raise UserError(
+                f"{epochs:g} epochs of {len(self)} records make no batch of {batch}; give more "
+                "epochs or a smaller batch"
+            )
         where = find_device(device)
         crops = WeightedCrops(
             self,
@@ -177,6 +186,10 @@ class ShardSet:
         in the place of a damaged one. device: `cuda` has buffers pinned.
         """
         last = plan.steps() if last is None else last
+        if not 0 <= first <= last:
+            raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
+        if workers < 0:
+            raise UserError(f"workers {workers} is out of range; give 0 (one per core) or more")
         if self.manifest.container == "ffcv" and plan.in_order:
             from shards.loader import RecordLoader
 

@@ -132,6 +132,19 @@ class Plan:
     windows: Windows | None = None
     in_order: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("count", "batch", "micro_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is out of range; give 1 or more")
+        for name, most in (("area", 1.0), ("ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                rule = f"give 0 < least <= most <= {most:g}"
+                raise UserError(f"{name} {low:g} to {high:g} is out of range; {rule}")
+        for name in ("horizontal", "vertical"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} is no probability; give 0 to 1")
+
     def steps(self, epochs: float = 1) -> int:
         """Whole steps in `epochs`; in order, the steps that show every sample once."""
         if self.in_order:
@@ -146,6 +159,8 @@ class Plan:
         Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
         either. Raises UserError if they do not divide the batch.
         """
+        if not 0 <= rank < ranks:
+            raise UserError(f"there is no rank {rank} of {ranks} processes; give 0 to {ranks - 1}")
         part, rest = divmod(self.batch, self.micro_steps * ranks)
         if rest or not part:
             raise UserError(
