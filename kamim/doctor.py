@@ -1,6 +1,6 @@
 """What this machine can do: a line for each part, and what to type for what is missing.
 
-In: nothing. Out: rows of (part, state, what to type). Nothing is installed or changed.
+Nothing is installed or changed.
 """
 
 import importlib

@@ -3,7 +3,6 @@
 `shards.open` is how others get one. Everything that reads a set for training begins here.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,8 +131,6 @@ class ShardSet:
         from shards.weighting import WeightedCrops, find_device, to_device
 
         plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
-        if not 0 < epochs < math.inf:
-            raise UserError(f"epochs {epochs} is out of range; give a number above 0")
         if plan.steps(epochs) < 1:
             raise UserError(
                 f"{epochs:g} epochs of {len(self)} records make no batch of {batch}; give more "

@@ -147,6 +147,8 @@ class Plan:
 
     def steps(self, epochs: float = 1) -> int:
         """Whole steps in `epochs`; in order, the steps that show every sample once."""
+        if not 0 <= epochs < math.inf:
+            raise UserError(f"epochs {epochs} is out of range; give a number, 0 or more")
         if self.in_order:
             return -(-self.count // self.batch)
         return int(epochs * self.count) // self.batch

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kamim.bench.markers import renewed_parts
+from kamim.bench.markdown import renewed_parts
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
