@@ -235,40 +235,6 @@ def test_help_says_what_each_option_is():
         assert "Usage: kamim" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        ("UserError('give less')", 2, "kamim: give less"),
-        ("BuildError('half is done')", 1, "kamim: half is done"),
-        (
-            "OSError(28, 'No space left on device', '/data')",
-            1,
-            "kamim: No space left on device: /da",
-        ),
-        ("ModuleNotFoundError('No module', name='torch')", 2, "sources: pip install '.[train]'"),
-        ("ValueError('broadcast')", 70, "kamim: a bug of kamim (ValueError: broadcast)"),
-        ("KeyError('x')", 70, "kamim: a bug of kamim (KeyError: 'x')"),
-    ],
-)
-def test_a_request_that_is_wrong_and_a_bug_of_ours_end_differently(error, status, line):
-    code = f"""
-import sys
-from preprocess.errors import BuildError
-from shards.errors import UserError
-import kamim.doctor
-def examine():
-    raise {error}
-kamim.doctor.examine = examine
-from kamim.__main__ import main
-sys.argv = ["kamim", "doctor"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert line in done.stderr.splitlines()[0]
-    assert ("Traceback" in done.stderr) == (status == 70)
-
-
 def test_the_current_folder_lends_no_room(tmp_path):
     """`python -m kamim` beside files of the user's that are called as our rooms are."""
     for name in ("train", "shards", "preprocess", "evaluate"):
