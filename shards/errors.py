@@ -34,7 +34,7 @@ def install(module: str) -> str:
 def install_ffcv() -> str:
     """FFCV is source only, and asks for opencv-python, a second cv2: hence --no-deps."""
     if MAKEFILE.is_file():
-        return f"type, in {MAKEFILE.parent}: make ffcv"
+        return "type, in the folder of kamim's sources: make ffcv"
     return (
         "type, in the folder of kamim's sources: apt-get install libopencv-dev libturbojpeg0-dev "
         "pkg-config g++ && pip install '.[ffcv]' && pip install --no-deps ffcv==1.0.2"

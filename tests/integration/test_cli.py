@@ -172,8 +172,10 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
         assert done.stdout.splitlines()[-1] == "[]"
     control = subprocess.run(
         [sys.executable, "-c", f"import cv2\n{code}", "build", "--help"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "cv2" in control.stdout.splitlines()[-1]
 
 

@@ -36,8 +36,10 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
         top, left, height, width = oracle.random_box(256, 256, rng)
         flip = FLIPS[number % 4]
         pixels = torch.from_numpy(frame).permute(2, 0, 1).float()
-        expected = v2.resized_crop(pixels, top, left, height, width, [size, size],
-                                   InterpolationMode.BILINEAR, antialias=False)  # fmt: skip
+        box = (top, left, height, width)
+        expected = v2.resized_crop(
+            pixels, *box, [size, size], InterpolationMode.BILINEAR, antialias=False
+        )
         expected = expected.flip(2) if flip[0] else expected
         expected = expected.flip(1) if flip[1] else expected
         box = torch.tensor([[top, left, height, width]]) / 256
@@ -72,8 +74,10 @@ def test_a_marked_pixel_and_a_marked_cell_stay_together(row, column, number, fli
     pixels = crop_frames(torch.from_numpy(frame), boxes, flips, 192)[0, 0] / 255
     cells = crop_maps(torch.from_numpy(packed(density)), boxes, flips, 48)[0]
     top, left, height, width = boxes[0].tolist()
-    inside = [top * 52 < row + 0.4 and row + 0.6 < (top + height) * 52,
-              left * 52 < column + 0.4 and column + 0.6 < (left + width) * 52]  # fmt: skip
+    inside = [
+        top * 52 < row + 0.4 and row + 0.6 < (top + height) * 52,
+        left * 52 < column + 0.4 and column + 0.6 < (left + width) * 52,
+    ]
     if not all(inside):
         return
     assert cells.sum() > 0

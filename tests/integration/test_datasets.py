@@ -129,14 +129,18 @@ def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
     archives.packed(binary, tmp_path / "2" / "cifar-10-binary.tar.gz")
     archives.unpack(python, tmp_path / "3")
     archives.unpack(binary, tmp_path / "4")
-    places = [tmp_path / "3" / "cifar-10-batches-py", tmp_path / "4" / "cifar-10-batches-bin",
-              tmp_path / "1" / "cifar-10-python.tar.gz",
-              *(tmp_path / n for n in "1234")]  # fmt: skip
+    places = [
+        tmp_path / "3" / "cifar-10-batches-py",
+        tmp_path / "4" / "cifar-10-batches-bin",
+        tmp_path / "1" / "cifar-10-python.tar.gz",
+        *(tmp_path / n for n in "1234"),
+    ]
     for place in places:
         source = small(f"cifar10:{place}")
         assert source.classes == archives.CIFAR10_NAMES
-        assert [entry.label for entry in source.entries] == [(b + r) % 10 for b in range(5)
-                                                             for r in range(4)]  # fmt: skip
+        assert [entry.label for entry in source.entries] == [
+            (b + r) % 10 for b in range(5) for r in range(4)
+        ]
         for number in (0, 3, 17):
             pixels = decode_image(read(source.kind, source.root, source.entries[number]))
             row = archives.cifar_pixels(number // 4, 4)[number % 4]
@@ -214,15 +218,18 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
         archives.unpack((members | {name: data}).items(), tmp_path / words)
         with pytest.raises(ValueError, match=words):
             small(f"cifar10:{tmp_path / words}")
-    for number, table in enumerate([
-        {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
-        {"data": archives.cifar_pixels(0, 2), "labels": 7},
-        {"data": archives.cifar_pixels(0, 2), "filenames": ["a", "b"], "labels": [0, "x"]},
-        {"data": [1, 2]},
-        {},
-    ]):  # fmt: skip
+    for number, table in enumerate(
+        [
+            {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
+            {"data": archives.cifar_pixels(0, 2), "labels": 7},
+            {"data": archives.cifar_pixels(0, 2), "filenames": ["a", "b"], "labels": [0, "x"]},
+            {"data": [1, 2]},
+            {},
+        ]
+    ):
         python = dict(archives.cifar10_python()) | {
-            "cifar-10-batches-py/data_batch_4": pickle.dumps(table)}  # fmt: skip
+            "cifar-10-batches-py/data_batch_4": pickle.dumps(table)
+        }
         archives.unpack(python.items(), tmp_path / f"python{number}")
         if number == 0:
             assert len(small(f"cifar10:{tmp_path / 'python0'}").entries) == 18
@@ -258,8 +265,14 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     secret.write_bytes(b"secret")
     (tmp_path / "i" / "train").mkdir(parents=True)
     (tmp_path / "i" / "train" / "out").symlink_to(tmp_path)
-    names = ["../secret.jpg", str(secret), "train/../../secret.jpg", "train/out/secret.jpg",
-             "train/nul\0.jpg", "train/new\nline.jpg"]  # fmt: skip
+    names = [
+        "../secret.jpg",
+        str(secret),
+        "train/../../secret.jpg",
+        "train/out/secret.jpg",
+        "train/nul\0.jpg",
+        "train/new\nline.jpg",
+    ]
     images = [{"id": 100 + n, "file_name": name} for n, name in enumerate(names)]
     images.append({"id": 40, "file_name": f"train/{archives.SPECIES[0]}/00000000.jpg"})
     root = archives.inaturalist(tmp_path / "i", images=images)
@@ -315,14 +328,21 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "BASES", (*bases, "/nowhere/datasets"))
     with pytest.raises(ValueError, match="was not found") as caught:
         open_source("imagenet")
-    for words in ("ILSVRC2012_img_train.tar", "ILSVRC/Data/CLS-LOC/train", "/nowhere/datasets",
-                  f"{tmp_path}/disk/imagenet", f"{tmp_path}/home/data/imagenet", "image-net.org",
-                  "imagenet:PATH"):  # fmt: skip
+    for words in (
+        "ILSVRC2012_img_train.tar",
+        "ILSVRC/Data/CLS-LOC/train",
+        "/nowhere/datasets",
+        f"{tmp_path}/disk/imagenet",
+        f"{tmp_path}/home/data/imagenet",
+        "image-net.org",
+        "imagenet:PATH",
+    ):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     images = archives.imagenet_images()
-    archives.imagenet_tar(tmp_path / "home" / "datasets" / "imagenet" / "ILSVRC2012_img_train.tar",
-                          images)  # fmt: skip
+    archives.imagenet_tar(
+        tmp_path / "home" / "datasets" / "imagenet" / "ILSVRC2012_img_train.tar", images
+    )
     assert len(small("imagenet").entries) == 9
     archives.unpack(archives.cifar10_python(), tmp_path / "data")  # where torchvision puts it
     assert len(small("cifar10").entries) == 20
@@ -346,8 +366,10 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
 
 def test_the_command_takes_names_and_splits(tmp_path):
     archives.unpack(archives.cifar10_python(), tmp_path / "few")
-    archives.unpack([(f"{split}/cat/{split}.png", archives.picture(1, ".png")) for split in
-                     ("train", "test")], tmp_path / "mine")  # fmt: skip
+    archives.unpack(
+        [(f"{split}/cat/{split}.png", archives.picture(1, ".png")) for split in ("train", "test")],
+        tmp_path / "mine",
+    )
     command = [sys.executable, "-m", "kamim", "shards", "build"]
     flags = ["--frame", "80", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
     flags += ["--split", "test"]
@@ -384,9 +406,15 @@ def test_what_nobody_named_is_no_dataset(name, split, nobodys):
     had been taken for CIFAR.
     """
     picture = archives.picture(0)
-    names = ["data/demo-fast/fidelity.png", "data/photos/a/1.jpg", "train/figures/loss.png",
-             "train/models.py", "val/x/1.jpg", f"{name}/train/dog/1.jpg",
-             f"{name}/test/dog/1.jpg"]  # fmt: skip
+    names = [
+        "data/demo-fast/fidelity.png",
+        "data/photos/a/1.jpg",
+        "train/figures/loss.png",
+        "train/models.py",
+        "val/x/1.jpg",
+        f"{name}/train/dog/1.jpg",
+        f"{name}/test/dog/1.jpg",
+    ]
     archives.unpack([(path, picture) for path in names], nobodys)
     (nobodys / "train.tar").write_bytes(archives.tar_bytes([("a/1.jpg", picture)]))
     (nobodys / "test.tar").write_bytes(b"no tar")
@@ -421,12 +449,19 @@ def test_class_folders_stand_for_cifar_where_names_and_counts_are_as_published(
 def test_counts_far_from_those_published_are_refused(nobodys, monkeypatch):
     monkeypatch.setitem(datasets.NAMED["cifar10"].splits, "test", 100)
     names = archives.CIFAR10_NAMES
-    wrong = {"98": (names, 98), "97": (names, 97), "102": (names, 102), "103": (names, 103),
-             "nine": (names[:9], 99), "eleven": ([*names, "yak"], 99)}  # fmt: skip
+    wrong = {
+        "98": (names, 98),
+        "97": (names, 97),
+        "102": (names, 102),
+        "103": (names, 103),
+        "nine": (names[:9], 99),
+        "eleven": ([*names, "yak"], 99),
+    }
     for word, (classes, count) in wrong.items():
         place = nobodys / word
-        archives.unpack([(f"{classes[n % len(classes)]}/{n}.png", b"") for n in range(count)],
-                        place)  # fmt: skip
+        archives.unpack(
+            [(f"{classes[n % len(classes)]}/{n}.png", b"") for n in range(count)], place
+        )
         if word in ("98", "102"):
             assert len(open_source(f"cifar10:{place}", "test").entries) == count
             continue

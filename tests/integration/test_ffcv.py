@@ -193,8 +193,11 @@ def test_a_truncated_beton_is_one_line(built, tmp_path):
     os.truncate(path, path.stat().st_size // 2)
     done = subprocess.run(
         [sys.executable, "-m", "kamim", "pretrain", str(tmp_path / "raw"), "--recipe", "small"],
-        capture_output=True, text=True, timeout=60, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert errors(done) == 1
     assert "bytes, the manifest says" in done.stderr

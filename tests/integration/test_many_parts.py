@@ -37,8 +37,14 @@ def tars(tmp_path):
     ]
     second = [("0000.jpeg", picture(4)), ("0000.cls", b"0\n"), ("0000.features.pickle", b"\x80")]
     archives.unpack(
-        [("d-train-0000.tar", tar_bytes(first)), ("d-train-0001.tar", tar_bytes(second)),
-         ("d-validation-0000.tar", tar_bytes(second)), ("readme.md", b"r")], root)  # fmt: skip
+        [
+            ("d-train-0000.tar", tar_bytes(first)),
+            ("d-train-0001.tar", tar_bytes(second)),
+            ("d-validation-0000.tar", tar_bytes(second)),
+            ("readme.md", b"r"),
+        ],
+        root,
+    )
     return root
 
 
@@ -79,11 +85,13 @@ def test_descriptions_tell_parts_apart(tars):
 
 
 def test_hostile_tars_of_others(tmp_path):
-    for number, (words, name, label) in enumerate([
-        ("'a.cls' gives no label: b'cat'", "a.jpg", b"cat"),
-        ("gives no label", "a.jpg", b"1" * 40),
-        ("gives no label", "a.jpg", b"-2"),
-    ]):  # fmt: skip
+    for number, (words, name, label) in enumerate(
+        [
+            ("'a.cls' gives no label: b'cat'", "a.jpg", b"cat"),
+            ("gives no label", "a.jpg", b"1" * 40),
+            ("gives no label", "a.jpg", b"-2"),
+        ]
+    ):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(tar_bytes([(name, picture(0)), ("a.cls", label)]))
         with pytest.raises(ValueError, match=words):
@@ -97,8 +105,13 @@ def test_hostile_tars_of_others(tmp_path):
     assert manifest.ledger.rejected == {"not-a-file": 1}
     records = ShardSet(out)
     assert [records[n].source for n in range(5)] == names
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar", "1.tar", "2.tar", "names.tar",
-                                                          "out"]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "0.tar",
+        "1.tar",
+        "2.tar",
+        "names.tar",
+        "out",
+    ]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "out.tar").symlink_to(path)
     (tmp_path / "list.txt").write_text("../x.tar\n")
@@ -136,8 +149,10 @@ def write_parquet(path, rows, features=None, group=2):
     pa.parquet.write_table(table, path, row_group_size=group)
 
 
-FEATURES = {"image": {"_type": "Image"},
-            "label": {"names": ["tench", "goldfish"], "_type": "ClassLabel"}}  # fmt: skip
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"names": ["tench", "goldfish"], "_type": "ClassLabel"},
+}
 
 
 def test_parquet_as_the_hub_keeps_it(tmp_path):
@@ -151,8 +166,10 @@ def test_parquet_as_the_hub_keeps_it(tmp_path):
     assert source.classes == ["tench", "goldfish"]
     assert [entry.label for entry in source.entries] == [0, 1, 0, 1, -1]
     assert source.entries[3].name == "data/train-00001-of-00002.parquet/n3.JPEG"
-    assert [data for *_, data in found(preprocess.Source(
-        "parquet", source.root, source.entries[:4], [], 0))] == pictures[:4]  # fmt: skip
+    assert [
+        data
+        for *_, data in found(preprocess.Source("parquet", source.root, source.entries[:4], [], 0))
+    ] == pictures[:4]
     with pytest.raises(Rejected, match="not-an-image"):
         read(source.kind, source.root, source.entries[4])
     assert len(open_source(f"parquet:{tmp_path}", "test").entries) == 1

@@ -147,8 +147,9 @@ def test_accumulation_gives_the_gradients_of_one_large_batch(shards, tmp_path):
     whole = run(shards, tmp_path / "whole")
     parts = run(shards, tmp_path / "parts", recipe=replace(TINY, micro_batch=2))
     assert parts == pytest.approx(whole, rel=1e-4)
-    norms = [[row["grad_norm"] for row in read_metrics(tmp_path / name)]
-             for name in ("whole", "parts")]  # fmt: skip
+    norms = [
+        [row["grad_norm"] for row in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    ]
     assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5)  # later ones drift by rounding
 
 

@@ -284,9 +284,17 @@ def reseal(folder, index):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("start", 1 << 63), ("frame", 0), ("frame_bytes", 1 << 31), ("maps", 1 << 40), ("height", 0),
-     ("maps_bytes", 7), ("bank_bytes", 0), ("bytes", (1 << 32) - 1)],
-)  # fmt: skip
+    [
+        ("start", 1 << 63),
+        ("frame", 0),
+        ("frame_bytes", 1 << 31),
+        ("maps", 1 << 40),
+        ("height", 0),
+        ("maps_bytes", 7),
+        ("bank_bytes", 0),
+        ("bytes", (1 << 32) - 1),
+    ],
+)
 def test_an_index_of_false_places_is_refused(field, value, built):
     """The loader had divided by zero, or asked for 4 GB of a small file."""
     index = np.load(built / INDEX)

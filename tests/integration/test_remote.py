@@ -39,8 +39,12 @@ def s3():
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k",
-             "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     client = fsspec.filesystem("s3", skip_instance_cache=True)
@@ -161,8 +165,12 @@ def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
     write_parquet(root / "data" / "train-0.parquet", [({"bytes": picture(0), "path": "p"}, 0)])
     (root / "wds").mkdir()
     (root / "wds" / "0.tar").write_bytes(tar_bytes([("a.jpg", picture(5)), ("a.cls", b"1")]))
-    for name, count in {"inaturalist:{}/inat": 5, "cifar10:{}/cifar-10-python.tar.gz": 20,
-                        "parquet:{}/data/": 1, "webdataset:{}/wds": 1}.items():  # fmt: skip
+    for name, count in {
+        "inaturalist:{}/inat": 5,
+        "cifar10:{}/cifar-10-python.tar.gz": 20,
+        "parquet:{}/data/": 1,
+        "webdataset:{}/wds": 1,
+    }.items():
         source = open_source(name.format(url), partial=True)
         assert len(source.entries) == count
         assert read(source.kind, source.root, source.entries[0])
@@ -237,9 +245,11 @@ def test_pauses_grow_until_patience_ends_and_refusals_are_not_repeated(monkeypat
     ]
     calls.clear()
     for error, kind in {
-        PermissionError("denied"): ValueError, FileNotFoundError("gone"): FileNotFoundError,
-        IsADirectoryError("a folder"): ValueError, OSError(errno.ENOSPC, "full"): OSError,
-    }.items():  # fmt: skip
+        PermissionError("denied"): ValueError,
+        FileNotFoundError("gone"): FileNotFoundError,
+        IsADirectoryError("a folder"): ValueError,
+        OSError(errno.ENOSPC, "full"): OSError,
+    }.items():
         with pytest.raises(kind, match=error.strerror or str(error)):
             retry.retried("u", lambda error=error: failing(error))
     assert len(calls) == 4
@@ -311,8 +321,12 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
 
     for target in (there, str(tmp_path / "here")):
         monkeypatch.setattr("shards.remote.copy.retried", stopping)
-        monkeypatch.setattr("shards.remote.copy._fetch", lambda place, name, path: stopping(
-            name, lambda: path.write_bytes((built / name).read_bytes())))  # fmt: skip
+        monkeypatch.setattr(
+            "shards.remote.copy._fetch",
+            lambda place, name, path: stopping(
+                name, lambda: path.write_bytes((built / name).read_bytes())
+            ),
+        )
         with pytest.raises(KeyboardInterrupt):
             copy_set(str(built), target, jobs=1)
         monkeypatch.undo()
@@ -327,9 +341,11 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
     assert contents(tmp_path / "here") == contents(built)
     s3.pipe_file("bucket/other/x", b"x")
     (local / "photos" / "draft.tmp").write_text("theirs")
-    for target, words in {"s3://bucket/other": "holds something else (x)",
-                          str(local / "photos"): "holds something else (a)",
-                          "https://x/y": "a web server takes no files"}.items():  # fmt: skip
+    for target, words in {
+        "s3://bucket/other": "holds something else (x)",
+        str(local / "photos"): "holds something else (a)",
+        "https://x/y": "a web server takes no files",
+    }.items():
         with pytest.raises(ValueError, match=re.escape(words)):
             copy_set(str(built), target)
     assert {p.name for p in (local / "photos").iterdir()} == {"a", "b", "c", "draft.tmp"}

@@ -48,8 +48,11 @@ def test_100_000_inputs_are_planned_in_10_seconds_and_300_mb(write, tmp_path):
     write(tmp_path / "source")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "source"), str(tmp_path / "out")],
-        capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
     inputs, classes, seconds, peak = json.loads(done.stdout)
     assert (inputs, classes) == (COUNT, COUNT // 1000)
     assert seconds < 10  # of this process: others may share the machine

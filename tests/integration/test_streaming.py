@@ -82,8 +82,9 @@ def compare(records, local, first=0, last=25, window=4, each=lambda step: None, 
     """Whether all batches of two and a half epochs are those of the local set."""
     plan = plan_of(local, window)
     theirs = Loader(local, plan, first, last, **options)
-    for step, (a, b) in enumerate(zip(theirs, Loader(records, plan, first, last, **options),
-                                      strict=True), first):  # fmt: skip
+    for step, (a, b) in enumerate(
+        zip(theirs, Loader(records, plan, first, last, **options), strict=True), first
+    ):
         assert equal(a, b), step
         each(step)
 
@@ -377,8 +378,8 @@ def test_pretraining_from_a_url_asks_for_a_cache(folder, tmp_path):
 def test_sizes_as_people_write_them():
     from train.cli import parse_bytes
 
-    for text, size in {"0": 0, "200GB": 200e9, "1.5 TiB": 1.5 * 2**40, "7kb": 7000,
-                       "3M": 3e6, "12": 12}.items():  # fmt: skip
+    sizes = {"0": 0, "200GB": 200e9, "1.5 TiB": 1.5 * 2**40, "7kb": 7000, "3M": 3e6, "12": 12}
+    for text, size in sizes.items():
         assert parse_bytes(text) == size
     for text in ("", "GB", "1 Gb/s", "-3", "1iB"):
         with pytest.raises(ValueError, match="is no size"):

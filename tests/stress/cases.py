@@ -1,6 +1,6 @@
 """What a section reports: cases with what was tried and what was lost, and their table.
 
-In: trials, one by one. Out: rows for the results file and for docs/reliability.md.
+The rows go into the results file and docs/reliability.md.
 """
 
 import json
@@ -46,9 +46,13 @@ class Case:
     def row(self) -> dict[str, Any]:
         """The case as it stands in the results file."""
         return {
-            "case": self.name, "tried": self.tried, "survived": self.survived,
-            "lost": self.lost, "note": self.note, "losses": self.losses,
-        }  # fmt: skip
+            "case": self.name,
+            "tried": self.tried,
+            "survived": self.survived,
+            "lost": self.lost,
+            "note": self.note,
+            "losses": self.losses,
+        }
 
 
 def table(section: str, rows: list[dict[str, Any]]) -> list[str]:

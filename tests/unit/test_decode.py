@@ -90,15 +90,17 @@ JPEG = encoded(Image.fromarray(GRADIENT), "JPEG")
     [
         (b"", "empty"),
         (b"hello, this is text", "not-an-image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
-         "not-an-image"),
+        (
+            b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+            "not-an-image",
+        ),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
         (JPEG[: len(JPEG) // 2], "truncated"),
         (JPEG[:-1], "truncated"),
         (JPEG[:-2], "truncated"),
         (encoded(Image.fromarray(GRADIENT), "PNG")[:-60], "truncated"),
     ],
-)  # fmt: skip
+)
 def test_bad_bytes_are_rejected_with_their_reason(data, reason):
     with pytest.raises(Rejected) as caught:
         decode_image(data)

@@ -287,8 +287,13 @@ def test_links_out_of_a_class_are_named(tree, tmp_path):
 def test_an_out_in_the_source_is_refused(small_source, tmp_path):
     source = open_source(str(small_source))
     (tmp_path / "way").symlink_to(small_source)
-    for out in (small_source, small_source / "out", small_source / "class0" / "out",
-                tmp_path / "way" / "out", small_source / ".." / "source" / "out"):  # fmt: skip
+    for out in (
+        small_source,
+        small_source / "out",
+        small_source / "class0" / "out",
+        tmp_path / "way" / "out",
+        small_source / ".." / "source" / "out",
+    ):
         for work in (build_shards, repair_shards):
             with pytest.raises(ValueError, match="name a folder outside of it") as caught:
                 work(source, out, settings(), 1)
