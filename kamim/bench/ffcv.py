@@ -21,7 +21,7 @@ from ffcv.writer import DatasetWriter
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio, spread
 from preprocess import decode_image, open_source
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Plan, ShardSet
 from shards.beton import convert_to_ffcv
 
@@ -39,7 +39,7 @@ class _Photos:
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         entry = self.source.entries[number]
-        rgb = decode_image(read(self.source.kind, self.source.root, entry))
+        rgb = decode_image(self.source.read(entry))
         scale = 256 / min(rgb.shape[:2])
         interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         rgb = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=interpolation)

@@ -14,7 +14,7 @@ import numpy as np
 from kamim.bench.measuring import keep, temporary_set
 from preprocess import decode_image, density_maps, open_source
 from preprocess.fidelity import measure_fidelity
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Settings
 
 DETECTORS = {"fast": "#31688e", "orb": "#35b779", "sift": "#c0392b"}
@@ -36,7 +36,7 @@ def cost(source: Source, settings: Settings) -> float:
     cv2.setNumThreads(1)
     spent = []
     for number, entry in enumerate(source.entries[:: max(1, len(source.entries) // TIMED)]):
-        rgb = decode_image(read(source.kind, source.root, entry))
+        rgb = decode_image(source.read(entry))
         begin = time.perf_counter()
         density_maps(rgb, number, settings)
         spent.append(1000 * (time.perf_counter() - begin))

@@ -17,7 +17,7 @@ import torch
 
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
-from kamim.bench.step import training
+from kamim.bench.step import always, training
 from shards import Plan, ShardSet, decode_frame, to_device
 from train.recipes import find_recipe
 
@@ -76,8 +76,8 @@ def step_seconds(records: ShardSet, repeats: int) -> dict[str, list[float]]:
     name, batch = ("vit_base", 256) if device.type == "cuda" else ("vit_tiny", 16)
     run = training(replace(find_recipe(name), batch=batch), records, device)
     maps = records.manifest.detectors[:1]
-    _, tensors = next(to_device(records.loader(Plan(len(records), batch), 0, 1, maps=maps), device))
-    still = iter(lambda: tensors, None)
+    loader = records.loader(Plan(len(records), batch), 0, 1, maps=maps)
+    still = always(next(to_device(loader, device)), device)
     works = {
         "weighted": lambda: run(still, 1, True)[0],
         "unweighted": lambda: run(still, 1, False)[0],

@@ -17,52 +17,59 @@ import torch
 
 from kamim.bench.measuring import in_turn, keep, temporary_set
 from shards import Plan, ShardSet, to_device
-from train.loop import PEAK_FLOPS
-from train.loss import masked_l1
+from train.cuda import peak_flops
 from train.masking import block_masks
-from train.models import CELL, SimMIM, model_flops
+from train.models import CELL, Cells, SimMIM, model_flops
 from train.recipes import Recipe, find_recipe
 from train.setup import device_name, find_device, weighted_crops
+from train.step import Pace, Step, compiled
 
 WARM, STEPS, REPEATS = 8, 40, 5
-Run = Callable[[Iterator[dict[str, Any]], int, bool], tuple[float, float]]
+Run = Callable[[Pace, int, bool], tuple[float, float]]
 
 
 def training(recipe: Recipe, records: ShardSet, device: torch.device) -> Run:
-    """`run(batches, steps, weighted)` trains on so many `batches` of a loader's tensors.
+    """`run(pace, steps, weighted)` trains on the next `steps` batches of a loader, as to_device
+    gives them.
 
-    It returns the seconds that took, and those of them spent waiting for batches. Weights are by
-    the first detector of the set; every benchmark of a weighted step is this one.
+    It returns the seconds that took, and those of them in which the device waited for batches.
+    Weights are by the first detector of the set; every benchmark of a weighted step is this one.
     """
     cuda = device.type == "cuda"
-    detector = records.manifest.detectors[0]
-    plain, weighing = (weighted_crops(recipe, records, d).to(device) for d in (None, detector))
     torch.manual_seed(0)
-    model = SimMIM(recipe.model, recipe.size, recipe.options).to(device)
-    forward: Any = torch.compile(model) if cuda else model
+    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual).to(device)
+    plain, weighing = (
+        Step(model, weighted_crops(recipe, records, detector).to(device))
+        for detector in (None, records.manifest.detectors[0])
+    )
+    works: dict[bool, Any] = {False: plain, True: weighing}
+    if cuda:
+        works = {weighted: compiled(step) for weighted, step in works.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
     cells = recipe.size // CELL
 
-    def run(batches: Iterator[dict[str, Any]], steps: int, weighted: bool) -> tuple[float, float]:
-        crops, waited, begin = weighing if weighted else plain, 0.0, time.perf_counter()
+    def run(pace: Pace, steps: int, weighted: bool) -> tuple[float, float]:
+        pace.take()
+        begin = time.perf_counter()
         for step in range(steps):
-            asked = time.perf_counter()
-            tensors = next(batches)
-            waited += time.perf_counter() - asked
-            images, weights, *_ = crops(tensors)
-            mask = block_masks(0, step, len(images), cells, recipe.mask_ratio, device)
-            with autocast:
-                reconstruction = forward(images, mask)
-            masked_l1(reconstruction, images, mask, weights).backward()
+            _, tensors = pace.next()
+            mask = block_masks(0, step, recipe.batch, cells, recipe.mask_ratio, device)
+            loss, _ = works[weighted](tensors, Cells(mask))
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - begin, waited
+        return time.perf_counter() - begin, pace.take()
 
     return run
+
+
+def always(batch: Any, device: torch.device) -> Pace:
+    """The same batch, over and over."""
+    batches: Iterator[Any] = iter(lambda: batch, None)
+    return Pace(batches, device)
 
 
 def measure(
@@ -79,9 +86,9 @@ def measure(
     warm = min(WARM, steps)
     maps, last = records.manifest.detectors[:1], warm + repeats * steps
     loader = records.loader(Plan(len(records), batch), 0, last, maps=maps, device=device.type)
-    stream = (tensors for _, tensors in to_device(loader, device))
-    still = deepcopy(next(stream))
-    frozen = iter(lambda: still, None)
+    batches = to_device(loader, device)
+    frozen = always(deepcopy(next(batches)), device)
+    stream = Pace(batches, device)
     run(frozen, warm, True)
     run(frozen, warm, False)
     run(stream, warm - 1, True)
@@ -100,7 +107,7 @@ def measure(
     def quotient(above: list[float], below: list[float]) -> float:
         return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
-    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), 0.0)
+    peak = peak_flops(device_name(device))
     flops = model_flops(SimMIM(recipe.model, recipe.size, recipe.options), recipe.size)
     row = {
         "bench": "step",

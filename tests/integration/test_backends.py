@@ -22,8 +22,7 @@ import preprocess.building
 import preprocess.shard
 from preprocess import BuildError, build_shards, open_source
 from preprocess import executors as backends
-from preprocess.shard import Job, Written, confirm, write_shard
-from shards.spec import fingerprint
+from preprocess.shard import Written, confirm, write_shard
 from shards.verification import verify_shards
 
 SLOW = {
@@ -346,8 +345,7 @@ def job(small_source, tmp_path):
     """A job whose first shard was written, as on another machine."""
     source, out = open_source(str(small_source)), tmp_path / "out"
     facts = preprocess.building.facts_of(source, settings())
-    with preprocess.building.claim(out, facts) as work:
-        job = Job(settings(), "folder", source.root, out, work, None, False, fingerprint(facts))
+    with preprocess.building.claim(source, settings(), out, facts) as job:
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 
 
@@ -373,7 +371,7 @@ def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, mo
     with pytest.raises(BuildError, match="does not see the folder"):
         write_shard(replace(job, work=tmp_path), 1, entries)
     with pytest.raises(BuildError, match="does not see the folder"):
-        write_shard(replace(job, plan="0" * 64), 1, entries)
+        write_shard(replace(job, fingerprint="0" * 64), 1, entries)
     monkeypatch.setattr(preprocess.shard.cv2, "__version__", "4.0.0")
     with pytest.raises(BuildError, match=r"has opencv 4.0.0, this build began with .*; install"):
         write_shard(job, 1, entries)

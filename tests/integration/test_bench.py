@@ -24,10 +24,9 @@ from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
 from kamim.bench.provenance import provenance
 from kamim.bench.step import training
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.defaults import default_settings
-from preprocess.source import read
-from shards import Plan, ShardSet, UserError, decode_frame, to_device
+from shards import Plan, Settings, ShardSet, UserError, decode_frame, to_device
 from train.recipes import find_recipe
+from train.step import Pace
 
 
 @pytest.mark.parametrize("name", ["fast", "orb", "sift"])
@@ -39,7 +38,7 @@ def test_the_published_baseline_has_the_oracles_weights(name, drawing):
         torch.manual_seed(number)
         image, marks = dataset[number]
         torch.manual_seed(number)
-        data = read(source.kind, source.root, source.entries[number])
+        data = source.read(source.entries[number])
         crop = AUGMENT(Image.open(io.BytesIO(data)).convert("RGB")).permute(1, 2, 0).numpy()
         crop = np.ascontiguousarray(crop)
         np.testing.assert_array_equal(marks[0].numpy(), oracle.rings(crop, name))
@@ -51,7 +50,7 @@ def test_the_published_baseline_has_the_oracles_weights(name, drawing):
 
 
 def test_the_optimised_baseline_detects_on_the_plans_crop(small_source, tmp_path):
-    chosen = default_settings((detector_settings("fast"),), 20)
+    chosen = Settings(detectors=(detector_settings("fast"),), shard_size=20)
     build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
     records = ShardSet(tmp_path / "set")
     for number in (0, 21, 39):
@@ -193,7 +192,7 @@ def test_the_sizes_of_the_scaling_page_are_those_of_the_objects(tmp_path):
     source = replace(open_source("demo"), entries=open_source("demo").entries[:4])
     sizes = {}
     for detectors, bank in (((fast,), 0), ((fast, orb), 2)):
-        chosen = replace(default_settings(detectors, 4), bank=bank, map_crops=0)
+        chosen = replace(Settings(detectors=detectors, shard_size=4), bank=bank, map_crops=0)
         out = tmp_path / str(bank)
         build_shards(source, out, chosen, 1)
         sizes[len(detectors), bank] = np.mean(ShardSet(out).index["bytes"])
@@ -260,10 +259,10 @@ def test_weights_cost_a_step_the_same_everywhere(tmp_path):
         recipe = replace(find_recipe("small"), batch=4)
         run = training(recipe, records, torch.device("cpu"))
         loader = records.loader(Plan(len(records), 4), 0, 3, maps=["fast"])
-        tensors = (tensors for _, tensors in to_device(loader, torch.device("cpu")))
+        pace = Pace(to_device(loader, torch.device("cpu")), torch.device("cpu"))
         for weighted in (True, False):
-            spent, waited = run(tensors, 1, weighted)
-            assert 0 < waited < spent
+            spent, waited = run(pace, 1, weighted)
+            assert 0 <= waited < spent
         seconds = step_seconds(records, 1)
         assert {name: len(each) for name, each in seconds.items()} == {
             "weighted": 1,

@@ -11,8 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from preprocess import density_maps, detector_settings
-from preprocess.defaults import default_settings
 from preprocess.shard import squeeze
+from shards import Settings
 from shards.crops import read_map, visible, visible_cells, weights
 from shards.order import Plan
 from shards.record import packed
@@ -48,7 +48,7 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
 
 
 def test_map_readings_equal_a_plain_integral(demo_images):
-    chosen = default_settings((detector_settings("sift"),), 1)
+    chosen = Settings(detectors=(detector_settings("sift"),), shard_size=1)
     maps = np.concatenate([density_maps(i, 0, chosen) for i in demo_images[::40]])
     boxes, flips = boxes_of(len(maps))
     share = visible_cells(chosen.detectors[0], 192, 24)

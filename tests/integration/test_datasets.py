@@ -13,7 +13,6 @@ from conftest import DATA, errors, settings
 
 import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
-from preprocess.source import read
 
 
 def small(where, split=""):
@@ -23,7 +22,7 @@ def small(where, split=""):
 
 def found(source):
     """(name, label, bytes) of every entry."""
-    return [(e.name, e.label, read(source.kind, source.root, e)) for e in source.entries]
+    return [(e.name, e.label, source.read(e)) for e in source.entries]
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
             (b + r) % 10 for b in range(5) for r in range(4)
         ]
         for number in (0, 3, 17):
-            pixels = decode_image(read(source.kind, source.root, source.entries[number]))
+            pixels = decode_image(source.read(source.entries[number]))
             row = archives.cifar_pixels(number // 4, 4)[number % 4]
             assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
         for split in ("test", "val"):
@@ -160,7 +159,7 @@ def test_cifar100_has_fine_labels(tmp_path):
         source = small(f"cifar100:{tmp_path / where}")
         assert source.classes == [f"fine{n}" for n in range(100)]
         assert [entry.label for entry in source.entries] == [99, 98, 97, 96]
-        pixels = decode_image(read(source.kind, source.root, source.entries[2]))
+        pixels = decode_image(source.read(source.entries[2]))
         row = archives.cifar_pixels(1, 4)[2]
         assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
 
@@ -280,7 +279,7 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     reasons = {}
     for entry in source.entries:
         try:
-            reasons[entry.name] = read(source.kind, source.root, entry) == archives.picture(0)
+            reasons[entry.name] = source.read(entry) == archives.picture(0)
         except Rejected as error:
             reasons[entry.name] = error.reason
     flaws = dict.fromkeys(names[:5], "link") | {names[5]: "vanished"}
@@ -349,10 +348,10 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
     for where, split, words in [
         ("imagenet", "test", "has no split test; it has train, val"),
         ("demo", "val", "the demo has no split val"),
-        ("webdataset:", "", "read from a place of yours"),
+        ("webdataset:", "", "needs the path or URL of images"),
         ("parquet:/nowhere", "", "no parquet source at /nowhere"),
         ("pets", "", r"no source at pets: give .*NAME:PATH; there are demo, imagenet, cifar10"),
-        ("imagenet:", "", r"gives no place; give imagenet:PATH"),
+        ("imagenet:", "", r"has no path; give imagenet:PATH"),
         ("folder", "", r"give folder:PATH \(make: DATA=PATH\)$"),
         ("folder:", "", r"give folder:PATH \(make: DATA=PATH\)"),
         ("CIFAR-10", "", r"is it cifar10\? Else"),

@@ -12,13 +12,12 @@ from conftest import settings
 
 import preprocess
 from preprocess import Rejected, build_shards, decode_image, open_source
-from preprocess.source import read
 from shards import ShardSet, decode_frame
 from shards.verification import verify_shards
 
 
 def found(source):
-    return [(e.name, e.label, read(source.kind, source.root, e)) for e in source.entries]
+    return [(e.name, e.label, source.read(e)) for e in source.entries]
 
 
 @pytest.fixture
@@ -132,10 +131,10 @@ def test_a_part_stays_open_and_another_file_of_its_name_is_noticed(tmp_path, mon
     path.unlink()
     path.write_bytes(b"short")
     with pytest.raises(Rejected, match="changed"):
-        read(source.kind, source.root, source.entries[5])
+        source.read(source.entries[5])
     path.unlink()
     with pytest.raises(Rejected, match="vanished"):
-        read(source.kind, source.root, source.entries[5])
+        source.read(source.entries[5])
 
 
 def write_parquet(path, rows, features=None, group=2):
@@ -171,7 +170,7 @@ def test_parquet_as_the_hub_keeps_it(tmp_path):
         for *_, data in found(preprocess.Source("parquet", source.root, source.entries[:4], [], 0))
     ] == pictures[:4]
     with pytest.raises(Rejected, match="not-an-image"):
-        read(source.kind, source.root, source.entries[4])
+        source.read(source.entries[4])
     assert len(open_source(f"parquet:{tmp_path}", "test").entries) == 1
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [(rows[0][0], 7)], FEATURES)
     with pytest.raises(ValueError, match="row 0: label 7 is none of 2 classes"):
@@ -209,7 +208,7 @@ def test_finished_shards_as_a_source(quality, tmp_path):
     for number in range(6):
         entry, record = source.entries[number], records[number]
         assert (entry.name, entry.label) == (record.source, record.label)
-        pixels = decode_image(read(source.kind, source.root, entry))
+        pixels = decode_image(source.read(entry))
         assert np.array_equal(pixels, decode_frame(record.frame))
     orb = settings(quality=quality, detectors=(preprocess.detector_settings("orb"),))
     build_shards(source, tmp_path / "new", orb, 1)
@@ -219,4 +218,4 @@ def test_finished_shards_as_a_source(quality, tmp_path):
     with (tmp_path / "old" / "shard-000000.tar").open("r+b") as file:
         file.write(bytes(100))
     with pytest.raises(Rejected, match="changed"):
-        read(source.kind, source.root, source.entries[0])
+        source.read(source.entries[0])

@@ -19,7 +19,6 @@ from conftest import contents, settings
 from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
-from preprocess.source import read
 from shards.remote import retry
 from shards.remote.copy import copy_set
 from shards.verification import verify_shards
@@ -134,7 +133,7 @@ def test_shards_from_s3_are_those_from_the_local_path(name, jobs, s3, local):
     assert open_source(f"s3://bucket/in/{name}").description() == before
     s3.rm("bucket/in/photos", recursive=True) if name == "photos" else s3.rm(f"bucket/in/{name}")
     with pytest.raises(Rejected, match="vanished"):
-        read(source.kind, source.root, source.entries[0])
+        source.read(source.entries[0])
     with pytest.raises(ValueError, match="no source at s3://bucket/in/photos"):
         open_source(f"s3://bucket/in/{name}")
 
@@ -158,7 +157,7 @@ def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
     )
     assert there.description() == here.description()
     last = there.entries[-1]
-    assert read(there.kind, there.root, last) == read(here.kind, here.root, last)
+    assert there.read(last) == here.read(last)
     url, root, _ = web
     archives.inaturalist(root / "inat")
     archives.packed(archives.cifar10_python(), root / "cifar-10-python.tar.gz")
@@ -173,7 +172,7 @@ def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
     }.items():
         source = open_source(name.format(url), partial=True)
         assert len(source.entries) == count
-        assert read(source.kind, source.root, source.entries[0])
+        assert source.read(source.entries[0])
 
 
 def test_finished_sets_in_a_store_are_left_out(web, local):
@@ -216,7 +215,7 @@ def test_a_server_without_ranges_is_refused_for_tars(web, local):
     source = open_source(f"{url}/photos.tar")
     handler.ranges = False
     with pytest.raises(OSError, match="sends the whole file where a part was asked for"):
-        read(source.kind, source.root, source.entries[0])
+        source.read(source.entries[0])
 
 
 def test_protocols_and_missing_clients_are_one_line(monkeypatch):

@@ -16,7 +16,7 @@ from conftest import settings
 started = time.process_time()
 source = preprocess.open_source(sys.argv[1])
 facts = preprocess.building.facts_of(source, settings(shard_size=1000))
-assert preprocess.building._check_folder(Path(sys.argv[2]), facts) is None
+assert preprocess.building.check_folder(Path(sys.argv[2]), facts) is None
 seconds = time.process_time() - started
 # Not ru_maxrss, which begins with what the process that started this one had.
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

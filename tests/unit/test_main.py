@@ -15,7 +15,7 @@ from shards.errors import EXTRAS, install
 KAMIM = [sys.executable, "-m", "kamim"]
 DOCTOR = """
 import os, signal, sys
-from preprocess.errors import BuildError
+from preprocess import BuildError
 from shards.errors import UserError
 import kamim.doctor
 def examine():
