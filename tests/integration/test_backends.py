@@ -133,7 +133,6 @@ def test_dask_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ray_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
     pytest.importorskip("ray")
     source = open_source(str(small_source))
@@ -148,7 +147,6 @@ def test_ray_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ray_runs_the_task_of_a_killed_worker_again(small_source, calm, tmp_path):
     pytest.importorskip("ray")
     out = tmp_path / "out"
@@ -167,7 +165,6 @@ def test_ray_runs_the_task_of_a_killed_worker_again(small_source, calm, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_dask_cluster_loses_a_worker_and_its_scheduler(small_source, calm, tmp_path):
     """Separate processes; -9 to a worker, then to the scheduler, whose workers leave with it."""
     pytest.importorskip("distributed")
@@ -196,7 +193,6 @@ def test_a_dask_cluster_loses_a_worker_and_its_scheduler(small_source, calm, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path, monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(preprocess.building, "TRIES", 1)
@@ -223,7 +219,6 @@ def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
     pytest.importorskip("distributed")
     port, place = free_port(), tmp_path / "bare"
@@ -241,7 +236,6 @@ def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("token", ["", "0123456789abcdef0123456789abcdef"])
 def test_a_running_ray_cluster_is_joined_by_its_address(
     token, small_source, calm, tmp_path, monkeypatch
@@ -267,7 +261,6 @@ def test_a_running_ray_cluster_is_joined_by_its_address(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
 def test_ctrl_c_leaves_no_process_behind(backend, small_source, tmp_path):
     if backend != "loky":

@@ -398,7 +398,6 @@ def test_stopped_before_at_and_after_a_refresh_it_goes_on_bitwise(name, shards, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_killed_across_refreshes_losses_and_attention_are_those_of_a_calm_run(shards, tmp_path):
     command = [sys.executable, "-m", "kamim", "pretrain", str(shards), "--recipe", "small_mae_famt"]
     command += ["--epochs", "5", "--batch", "8", "--save-every", "2", "--log-every", "1"]
@@ -469,7 +468,6 @@ def test_a_run_of_mae_is_probed_analysed_and_exported(shards, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_processes_agree_with_one_across_a_refresh(shards, tmp_path):
     words = ["--recipe", "small_mae_famt", "--batch", "8", "--epochs", "1", "--device", "cpu"]
     words += ["--log-every", "4", "--check", "size"]

@@ -76,10 +76,10 @@ def test_splits_that_do_not_divide_are_refused():
 def test_a_billion_samples_cost_nothing_to_resume_in():
     plan = Plan(1_000_000_007, 2048)
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.process_time()
     epochs, samples = plan.samples(40_000_000)
     plan.boxes(epochs, samples, np.full(2048, 375), np.full(2048, 500))
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
     assert samples.max() < 1_000_000_007
