@@ -109,7 +109,6 @@ def test_a_numbered_cuda_device_is_that_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert [find_device(name).index for name in ("auto", "cuda", "cuda:1")] == [0, 0, 1]
     with pytest.raises(ValueError, match="torch sees 2 CUDA devices"):
         find_device("cuda:2")
@@ -156,7 +155,8 @@ def test_the_memory_needed_is_that_of_weights_and_of_what_the_backward_pass_keep
         def forward(self, images, *hidden):
             return ((images * self.weight) ** 2).sum()  # keeps the images, and their product
 
-    parts = [estimate.memory_needed(Squared(), (), 64, part, CPU) for part in (1, 10)]
+    memory = estimate.memory_of(Squared(), (), 64, CPU)
+    parts = [memory.needed(part) for part in (1, 10)]
     assert parts == [16 + part * 2 * 3 * 64 * 64 * 4 for part in (1, 10)]
 
 
