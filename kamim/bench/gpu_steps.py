@@ -97,7 +97,7 @@ class Training:
         self.sums = torch.zeros(2, device=self.device)
         for number in range(self.micro_steps):
             _, tensors = pace.next()
-            self.micro_step(number, noise, tensors, micro or self.micro)
+            self.micro_step(number, noise, tensors, self.micro if micro is None else micro)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.done += 1
