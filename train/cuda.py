@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from train.progress import say
 
@@ -27,7 +28,11 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 PARTS = {"MIG", "GRID", "Ti", "D", "Laptop"}  # words of a part of a card, or of another
-ATTENTION = ("cuDNN", "flash", "efficient")
+ATTENTION = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 TRIED = 64  # images that attention is timed on
 
 
@@ -100,18 +105,19 @@ def _allow(kernel: str) -> None:
 def _time_attention(kernel: str, shape: tuple[int, ...], device: torch.device) -> float:
     """Milliseconds of one layer, forward and backward; infinite where `kernel` cannot serve."""
     packed = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-    _allow(kernel)
 
     def layer() -> None:
-        query, key, value = packed.permute(2, 0, 3, 1, 4)
-        F.scaled_dot_product_attention(query, key, value).sum().backward()
+        query, key, value = packed.permute(2, 0, 3, 1, 4)  # as timm has them
+        output = F.scaled_dot_product_attention(query, key, value)
+        output.backward(output.detach())
 
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     try:
-        for mark in marks:  # the first ten warm up
-            for _ in range(10):
-                layer()
-            mark.record()
+        with sdpa_kernel(ATTENTION[kernel]):
+            for mark in marks:  # the first ten warm up
+                for _ in range(10):
+                    layer()
+                mark.record()
         marks[1].synchronize()
     except RuntimeError:
         return float("inf")

@@ -16,6 +16,7 @@ from torch import nn
 
 from shards import Batch, Plan, to_device
 from shards import files as writing
+from shards.rng import Purpose, mix
 from train import checkpoint
 from train.cuda import peak_flops, pin_attention
 from train.distributed import Stop, agree, connect, gathered, this_process, together
@@ -131,6 +132,7 @@ def pretrain(run: Run) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
+            torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
             sums = torch.zeros(2, device=device)  # loss, mean weight
             cut = False  # by a signal: the step's gradients are dropped

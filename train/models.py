@@ -56,8 +56,8 @@ class SimMIM(nn.Module):
     """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
 
     `name` is a timm model name, `size` the image side in px, a multiple of CELL; `options` go to
-    timm.create_model. `narrow`: patches are embedded by a matrix product, and tokens between blocks
-    are as wide as autocast has them: less to move, other rounding.
+    timm.create_model. `narrow`: patches are embedded and decoded by matrix products, and tokens
+    between blocks are as wide as autocast has them: less to move, other rounding.
     """
 
     def __init__(
@@ -90,8 +90,17 @@ class SimMIM(nn.Module):
         if encoded is not None:
             return self._some(images, mask, encoded)
         encode = self._swin if self.is_swin else self._vit
-        pixels: Tensor = self.decoder(encode(images, mask))
-        return pixels
+        return self._decoded(encode(images, mask))
+
+    def _decoded(self, features: Tensor) -> Tensor:
+        """Pixels [b, 3, S, S] of `features` [b, d, h, w]."""
+        if not self.narrow:
+            pixels: Tensor = self.decoder(features)
+            return pixels
+        widen, arrange = self.decoder
+        by_place = F.linear(features.permute(0, 2, 3, 1), widen.weight.flatten(1), widen.bias)
+        out: Tensor = arrange(by_place.permute(0, 3, 1, 2))
+        return out
 
     def _vit(self, images: Tensor, mask: Tensor) -> Tensor:
         encoder = self.encoder

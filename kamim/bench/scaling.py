@@ -11,8 +11,8 @@ from typing import Any
 from kamim.bench.markers import renewed_parts
 from kamim.bench.provenance import RESULTS
 from kamim.bench.readme import newest
-from preprocess.defaults import default_settings
 from preprocess.detectors import detector_settings
+from shards import Settings
 from shards.spec import BANK_CELL, BANK_HEAD
 from shards.tar import INDEX_DTYPE
 
@@ -33,7 +33,7 @@ CORES = (16, 256, 4096)
 
 def record_bytes(detectors: int, bank: int) -> int:
     """Bytes of a record in its tar: frame, maps, bank, and headers as in the 800 photos."""
-    settings = default_settings((detector_settings("fast"),), SHARD)
+    settings = Settings(detectors=(detector_settings("fast"),), shard_size=SHARD)
     a_map, cells = settings.grid**2 // 2, settings.crop // BANK_CELL
     slots = NPY_HEADER + 4 * (BANK_HEAD + cells * cells)
     around = RECORD - FRAME - NPY_HEADER - a_map - slots  # tar headers, padding, label, JSON

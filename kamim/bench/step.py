@@ -20,8 +20,7 @@ import torch
 from kamim.bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from shards import ShardSet
+from shards import Settings, ShardSet
 from shards.order import Plan
 from shards.weighting import to_device
 from train.cuda import peak_flops
@@ -120,7 +119,7 @@ def main(where: str, names: list[str], batch: int) -> None:
         source = open_source(where)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(len(source.entries))
-        settings = default_settings(detectors, size)
+        settings = Settings(detectors=detectors, shard_size=size)
         build_shards(source, Path(folder) / "shards", settings)
         records = ShardSet(Path(folder) / "shards")
         rows = [measure(records, name, device, batch) for name in names]

@@ -15,7 +15,7 @@ import torch
 
 from kamim.bench.provenance import append, spread
 from preprocess import detector_settings
-from preprocess.defaults import default_settings
+from shards import Settings
 from shards.order import Plan
 from shards.record import packed
 from shards.weighting import crop_frames
@@ -70,7 +70,9 @@ def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tu
     recipe = replace(recipe, batch=len(tensors["frames"]), random_epochs=0)
     torch.manual_seed(0)
     model = make_model(recipe).to(device)
-    settings = default_settings((detector_settings("frequency"),), 1000, crop=recipe.size)
+    settings = Settings(
+        detectors=(detector_settings("frequency"),), shard_size=1000, crop=recipe.size
+    )
     facts: Any = Facts(settings, ["frequency"], recipe.batch)
     masking = Masking(recipe, 0, facts, model.encoder, 1, device)
     crops = weighted_crops(recipe, facts, None).to(device)

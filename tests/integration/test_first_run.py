@@ -70,8 +70,10 @@ class Terminal(io.StringIO):
 def test_words_are_checked_before_torch_is_imported(words, line, built):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "pretrain", *words],
-        cwd=built.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=built.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert errors(done) == 1
     assert line in done.stderr
@@ -90,16 +92,20 @@ def test_a_word_that_is_right_comes_to_torch(built):
     """So the test above can fail."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "pretrain", "built"],
-        cwd=built.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=built.parent,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, "torch is not installed" in done.stderr) == (2, True)
 
 
 def test_without_a_recipe_the_default_follows_the_device_and_says_so(built):
     done = subprocess.run(
         [sys.executable, "-m", "kamim", "pretrain", "built", "--device", "cpu", "--detector", "f"],
-        cwd=built.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=built.parent,
+        capture_output=True,
+        text=True,
+    )
     assert "no --recipe: demo, as this runs on cpu" in done.stderr
     assert "no maps of 'f'" in done.stderr.splitlines()[-1]
 
