@@ -26,11 +26,9 @@ import torch
 from kamim.bench.gpu_page import rows_of
 from kamim.bench.provenance import RESULTS, provenance
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.building import shard_size_for
-from shards import ShardSet
+from shards import Settings, ShardSet
 from shards.errors import UserError
 from shards.files import MANIFEST
-from shards.spec import Settings
 
 # Seconds that a part may take; what is not done by then is left for the next call.
 BUDGETS = {
@@ -84,8 +82,7 @@ class Bench:
         """A set of the images at `where` in the folder `name`."""
         source = open_source(where, partial=True)
         chosen = tuple(detector_settings(each) for each in detectors)
-        size = shard_size_for(len(source.entries))
-        settings = Settings(detectors=chosen, shard_size=size, **changes)
+        settings = Settings(detectors=chosen, **changes)
         build_shards(source, self.folder / name, settings, max_rejected=1)
         return ShardSet(self.folder / name)
 

@@ -30,7 +30,7 @@ from train.recipes import find_recipe
 from train.setup import count_micro_steps, device_name, make_optimizer, weighted_crops
 from train.step import Pace, Step, compiled
 
-QUEUE = 4  # micro-steps that a loader holds at most
+QUEUE = 6  # micro-steps that a loader and the copies hold at most
 # Kernels by what their names hold, the first that fits.
 KINDS = {
     "compiled": ("triton_",),
