@@ -122,9 +122,7 @@ def load_photos(folder: Path, size: int, cells: int, device: torch.device) -> Ph
     for name in named:
         # ORB's margin of 31 px would leave 34 of 96 px: it is read as on the whole photo.
         keeps = (
-            np.ones(cells)
-            if name == "orb"
-            else visible_cells(detector_settings(name), size, cells)
+            np.ones(cells) if name == "orb" else visible_cells(detector_settings(name), size, cells)
         )
         edges[name] = torch.from_numpy(keeps).float().to(device)
     frames = torch.from_numpy(decoded(data, "frames")).to(device)
