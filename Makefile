@@ -30,7 +30,7 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -124,6 +124,9 @@ bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it 
 
 bench-remote: $(VENV)/test  ## Measure shards in an S3 server on loopback against a folder: DATA.
 	$(BIN)/python -m kamim.bench.remote "$(if $(DATA),$(DATA),demo)"
+
+bench-ceiling: $(VENV)/test  ## Measure what one process can read where decoding costs no core: DATA.
+	$(BIN)/python -m kamim.bench.ceiling "$(if $(DATA),$(DATA),demo)"
 
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
 	$(BIN)/python -m kamim.bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)

@@ -3,18 +3,23 @@
 `WeightedCrops` is all of it in one module; the functions below it are each usable alone.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shards.crops import visible_cells
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.loader import Batch
+from shards.record import encode_frame
 from shards.spec import BANK_CELL, Detector, Settings
 
 Normalise = Literal["min", "mean", "batch"]
@@ -212,29 +217,106 @@ def loss_weights(density: Tensor, temperature: float, normalise: Normalise = "mi
     return raw / base[:, None, None]
 
 
+Moved = Generator[tuple[Batch, dict[str, Any], torch.cuda.Event], None, None]
+
+
 def to_device(
     batches: Iterable[Batch], device: torch.device
 ) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
     """Each batch with its tensors on `device`: (batch, {field: tensor, or tensors by detector}).
 
     On CUDA the copies run beside the computation, from pinned buffers; the loader gets a buffer
-    back only when its copy is done.
+    back only when its copy is done. Frames that are files yet are decoded by the device.
     """
-    cuda = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if cuda else None
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, _tensors(batch, device)
+        return
+    source = iter(batches)
+    first = list(islice(source, 1))
+    moved = _moved(chain(first, source), device, torch.cuda.Stream(device))
+    if first and isinstance(first[0].frames, list):
+        moved = _ahead(moved)  # decoding keeps its thread waiting
+    try:
+        for batch, tensors, done in moved:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(done)
+            _each(partial(_used_on, current), tensors)
+            yield batch, tensors
+    finally:
+        moved.close()
+
+
+def _moved(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Moved:
+    """Each batch with its tensors, and the event of `stream` after which they are there."""
     for batch in batches:
-        arrays = {name: array for name, array in batch._asdict().items() if name != "step"}
-        if stream is None:
-            yield batch, _each(torch.from_numpy, arrays)
-            continue
         with torch.cuda.stream(stream):
-            tensors = _each(lambda a: torch.from_numpy(a).to(device, non_blocking=True), arrays)
+            tensors = _tensors(batch, device)
         done = stream.record_event()
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-        _each(partial(_used_on, current), tensors)
-        yield batch, tensors
+        yield batch, tensors, done
         done.synchronize()  # long since true: the copy is a small part of a step
+
+
+def _ahead(items: Moved) -> Moved:
+    """`items`, each made in a thread while the one before it is used."""
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+            coming = pool.submit(next, items, None)
+            while item := coming.result():
+                coming = pool.submit(next, items, None)
+                yield item
+    finally:
+        items.close()
+
+
+def _tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
+    def move(leaf: Any) -> Tensor:
+        if isinstance(leaf, list):
+            return decode_files(leaf, device)
+        return torch.from_numpy(leaf).to(device, non_blocking=True)
+
+    return _each(move, {k: v for k, v in batch._asdict().items() if k != "step"})
+
+
+def decode_files(files: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """JPEG `files` of one size as pixels on `device`, uint8 [b, F, F, 3]: on CUDA by nvJPEG.
+
+    Its pixels are not those of the CPU's decoder to the last bit (docs/decisions.md). Raises
+    UserError if a file does not decode, or if torchvision or CUDA's decoder is missing.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError as error:
+        raise UserError(
+            f"decoding on the GPU needs torchvision ({error}); decode on the CPU, or type: pip "
+            "install torchvision"
+        ) from None
+    tensors = [torch.from_numpy(file) for file in files]
+    try:
+        found = decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device)
+        return torch.stack(found).permute(0, 2, 3, 1)
+    except RuntimeError as error:
+        problem = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torchvision does not decode these frames on {device} ({problem}); decode on the "
+            "CPU, or find damage with `kamim shards verify --level decode`"
+        ) from None
+
+
+def check_decoding(records: ShardSet, device: torch.device, skip: bool) -> None:
+    """UserError unless the set's frames can be decoded on `device`."""
+    where = f"{records.folder} cannot be decoded on the GPU"
+    if records.manifest.container != "webdataset":
+        raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
+    if records.manifest.settings.quality == 0:
+        raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
+    if skip:
+        raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
+    if device.type != "cuda":
+        raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
+    side = records.manifest.settings.frame
+    trial = encode_frame(np.zeros((side, side, 3), np.uint8), 90)
+    decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> None:

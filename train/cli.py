@@ -65,6 +65,9 @@ def pretrain(
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
+    decode: Annotated[
+        Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
+    ] = "cpu",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_minutes: Annotated[
         float, typer.Option(min=0, help="Minutes between checkpoints, at most; 0: by steps alone.")
@@ -150,6 +153,7 @@ def pretrain(
         bank=bank,
         device=device,
         workers=workers,
+        decode=decode,
         resume=resume or extend,
         extend=extend,
         steps=steps,

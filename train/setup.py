@@ -18,6 +18,7 @@ from shards.crops import FLIPS
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
+from shards.weighting import check_decoding
 from train.controls import check_source, control_weights
 from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
@@ -103,6 +104,8 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     """The data of the run, checked; UserError, on every process, if they cannot serve."""
     recipe = run.recipe
     records = together(process, lambda: open_records(run))
+    if run.decode == "gpu":
+        together(process, lambda: check_decoding(records, device, run.skip_damaged))
     crops = together(process, lambda: check(run, records, process)).to(device)
     count_micro_steps(recipe, process.ranks, recipe.micro_batch or recipe.batch)  # does it split?
     plan = make_plan(run, records)
@@ -114,9 +117,10 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     load = partial(
         records.loader,
         bank=run.bank,
+        decode=run.decode,
         workers=run.workers or max(1, joblib.cpu_count() // process.local_ranks),
         skip=run.skip_damaged,
-        device=device.type,
+        device=str(device),
     )
     return Data(records, crops, wanted_maps(recipe, crops.weights), plan, load)
 
