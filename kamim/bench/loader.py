@@ -47,15 +47,17 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
     return len(frames) / (time.perf_counter() - begin)
 
 
-def loader_rate(records: ShardSet, detectors: list[str], bank: bool = False) -> float:
+def loader_rate(
+    records: ShardSet, detectors: list[str], bank: bool = False, steps: int = STEPS
+) -> float:
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = records.loader(plan, 0, STEPS, maps=detectors, bank=bank, prefetch=AHEAD)
+    loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD)
     begin = 0.0
     for number, _ in enumerate(loader):
         if number == AHEAD:
             begin = time.perf_counter()
-    return (STEPS - AHEAD - 1) * BATCH / (time.perf_counter() - begin)
+    return (steps - AHEAD - 1) * BATCH / (time.perf_counter() - begin)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
@@ -85,8 +87,8 @@ def step_seconds(records: ShardSet, repeats: int) -> dict[str, list[float]]:
     return in_turn(works, repeats, warm=2)
 
 
-def measure(records: ShardSet) -> dict[str, Any]:
-    """One row of results, printed as a table."""
+def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
+    """One row of results, printed as a table. `raw` is the same set with raw frames."""
     cores = joblib.cpu_count()
     cv2.setNumThreads(1)
     frames = [records[n].frame for n in range(len(records))]
@@ -99,15 +101,17 @@ def measure(records: ShardSet) -> dict[str, Any]:
         "loader, threads, with maps": lambda: loader_rate(records, ["fast"]),
         "loader, threads, without maps": lambda: loader_rate(records, []),
         "loader, threads, from the bank": lambda: loader_rate(records, ["fast"], bank=True),
+        "loader, threads, raw frames": lambda: loader_rate(raw, ["fast"], steps=120),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
     rates = in_turn(works, REPEATS)
-    simple, _, threads, bare, stored, processes = rates.values()
+    simple, _, threads, bare, stored, of_raw, processes = rates.values()
     step = step_seconds(records, REPEATS * 2)
     ratios = {
         "loader / (cores x decode alone)": ratio(threads, [cores * rate for rate in simple]),
         "with maps / without": ratio(threads, bare),
         "from the bank / without maps": ratio(stored, bare),
+        "raw frames / JPEG frames": ratio(of_raw, threads),
         "threads / processes": ratio(threads, processes),
         "weighted step / unweighted": ratio(step["weighted"], step["unweighted"]),
     }
@@ -116,8 +120,8 @@ def measure(records: ShardSet) -> dict[str, Any]:
 
 def measure_all(where: str) -> list[dict[str, Any]]:
     """The row of the source `where`."""
-    with temporary_set(where, bank=4) as records:
-        return [measure(records)]
+    with temporary_set(where, bank=4) as records, temporary_set(where, quality=0) as raw:
+        return [measure(records, raw)]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from kamim.bench.measuring import in_turn, keep, temporary_set
 from shards import Plan, ShardSet, to_device
 from train.cuda import peak_flops
 from train.masking import block_masks
-from train.models import CELL, Cells, SimMIM, model_flops
+from train.models import CELL, Cells, make_model, model_flops
 from train.recipes import Recipe, find_recipe
 from train.setup import device_name, find_device, weighted_crops
 from train.step import Pace, Step, compiled
@@ -37,7 +37,7 @@ def training(recipe: Recipe, records: ShardSet, device: torch.device) -> Run:
     """
     cuda = device.type == "cuda"
     torch.manual_seed(0)
-    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual).to(device)
+    model: Any = make_model(recipe).to(device)
     plain, weighing = (
         Step(model, weighted_crops(recipe, records, detector).to(device))
         for detector in (None, records.manifest.detectors[0])
@@ -108,7 +108,7 @@ def measure(
         return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
     peak = peak_flops(device_name(device))
-    flops = model_flops(SimMIM(recipe.model, recipe.size, recipe.options), recipe.size)
+    flops = model_flops(make_model(recipe), recipe.size)
     row = {
         "bench": "step",
         "recipe": name,
