@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import joblib
 import numpy as np
@@ -138,15 +138,8 @@ class ShardSet:
             make = f"{epochs:g} epochs of {len(self)} records make no batch of {batch}"
             raise UserError(f"{make}; give more epochs or a smaller batch")
         where = find_device(device)
-        crops = WeightedCrops(
-            self,
-            weights,
-            size=size,
-            w_ps=w_ps,
-            temperature=temperature,
-            normalise=normalise,
-            bank=bank,
-        ).to(where)
+        how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
+        crops = WeightedCrops(self, weights, size=size, w_ps=w_ps, bank=bank, **how).to(where)
         loader = self.loader(
             plan,
             first,

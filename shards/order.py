@@ -228,8 +228,6 @@ class Plan:
         self, first: int, last: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[int, Ints, Ints]]:
         """(step, epochs, samples) of every micro-step of steps `first` to `last` - 1."""
-        if not 0 <= first <= last:
-            raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
         part, steps = self._part(rank, ranks), max(1, AHEAD // self.batch)
         for begin in range(first, last, steps):
             end = min(begin + steps, last)

@@ -81,7 +81,8 @@ class WeightedCrops(nn.Module):
         if w_ps < 1:
             raise UserError(f"w_ps {w_ps} is out of range; give 1 or more")
         if normalise not in get_args(Normalise):
-            raise UserError(f"normalise is {normalise!r}; there are min and mean")
+            known = ", ".join(get_args(Normalise))
+            raise UserError(f"normalise is {normalise!r}; there are {known}")
         self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
         sight = torch.ones(self.cells)
         if weights is not None:

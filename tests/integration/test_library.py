@@ -263,7 +263,7 @@ def test_images_are_normalised_where_that_is_asked_for(records):
 WRONG = [
     ({"weights": "superpoint"}, "has no maps of 'superpoint', only of fast, orb"),
     ({"weights": "superpoint", "bank": True}, "has no maps of 'superpoint'"),
-    ({"normalise": "max"}, "normalise is 'max'; there are min and mean"),
+    ({"normalise": "max"}, "normalise is 'max'; there are min, mean"),
     ({"normalise": "max", "weights": None}, "normalise is 'max'"),
     ({"temperature": 0}, "temperature 0 is not positive; published is 0.25"),
     ({"temperature": float("nan")}, "temperature nan is not positive"),
