@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from preprocess.defaults import default_settings
 
 from kamim.bench.gpu_page import rows_of
 from kamim.bench.provenance import RESULTS, provenance
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
 from shards import ShardSet
 from shards.errors import UserError
 from shards.files import MANIFEST
