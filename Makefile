@@ -22,7 +22,7 @@ endif
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
 
 # A misspelt variable would build something else than what was asked for.
-KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
+KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS NAME OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
 ifneq ($(UNKNOWN),)
@@ -139,6 +139,16 @@ bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in bui
 
 bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
 	$(BIN)/python -m kamim.bench.throw $(RECIPES)
+
+KEYPOINTS := data/keypoints
+.PHONY: experiment
+experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=keypoints, DATA (photos, cifar10), FLAGS.
+	@if [ "$(NAME)" != keypoints ]; then echo 'experiment needs NAME=keypoints, see docs/results/keypoints/PLAN.md' >&2; exit 2; fi
+	@if [ ! -f $(KEYPOINTS)/cifar.npz ]; then $(BIN)/kamim shards build "$(DATA)/imagenet-sample" \
+	  $(KEYPOINTS)/shards --detector fast,orb,sift --frame 352 --map-crops 8 && \
+	  $(BIN)/python -m kamim.experiment pack $(KEYPOINTS)/shards "$(DATA)/cifar10" $(KEYPOINTS); fi
+	$(BIN)/python -m kamim.experiment run --data $(KEYPOINTS) $(FLAGS)
+	$(BIN)/python -m kamim.experiment page
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m kamim.bench.build "$(if $(DATA),$(DATA),demo)"

@@ -111,7 +111,7 @@ class ShardSet:
         weights: str | None = None,
         temperature: float = 0.25,
         w_ps: int = 8,
-        normalise: Literal["min", "mean"] = "min",
+        normalise: Literal["min", "mean", "batch"] = "min",
         bank: bool = False,
         area: tuple[float, float] = AREA,
         flips: tuple[float, float] = (0.5, 0.5),

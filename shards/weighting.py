@@ -23,7 +23,9 @@ from shards.loader import Batch
 from shards.record import encode_frame
 from shards.spec import BANK_CELL, Detector, Settings
 
-Normalise = Literal["min", "mean"]
+Normalise = Literal["min", "mean", "batch"]
+# (density [b, c, c], crops, the batch they were read from) in, weights [b, c, c] out.
+Rule = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 
 class Crops(NamedTuple):
@@ -51,7 +53,8 @@ class WeightedCrops(nn.Module):
 
     weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
     of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
-    per channel, of 0 to 1, to take off the images. Raises UserError where the set cannot serve.
+    per channel, of 0 to 1, to take off the images. rule: what makes weights of densities instead of
+    loss_weights. Raises UserError where the set cannot serve.
     """
 
     visible: Tensor
@@ -68,12 +71,13 @@ class WeightedCrops(nn.Module):
         temperature: float = 0.25,
         normalise: Normalise = "min",
         bank: bool = False,
+        rule: Rule | None = None,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         self.weights, self.size, self.temperature = weights, size, temperature
-        self.normalise, self.cells = normalise, size // w_ps
+        self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
         sight = torch.ones(self.cells)
         if weights is not None:
             (row,) = records.find_maps([weights], bank)
@@ -92,10 +96,11 @@ class WeightedCrops(nn.Module):
         boxes, flips = batch["boxes"], batch["flips"]
         images = crop_frames(batch["frames"], boxes, flips, self.size)
         images = (images - self.mean) / self.std
-        return Crops(images, self.weigh(batch), batch["labels"], batch["samples"], batch["epochs"])
+        weights = self.weigh(batch, images)
+        return Crops(images, weights, batch["labels"], batch["samples"], batch["epochs"])
 
-    def weigh(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The loss weights of a batch's crops alone."""
+    def weigh(self, batch: Mapping[str, Any], images: Tensor | None = None) -> Tensor | None:
+        """The loss weights of a batch's crops alone; a rule needs the `images` of the crops."""
         if self.weights is None:
             return None
         if self.weights in batch["counts"]:
@@ -103,6 +108,8 @@ class WeightedCrops(nn.Module):
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
             density = crop_maps(maps, boxes, flips, self.cells, self.visible)
+        if self.rule is not None and images is not None:
+            return self.rule(density, images, batch)
         return loss_weights(density, self.temperature, self.normalise)
 
 
@@ -196,12 +203,16 @@ def pool_counts(counts: Tensor, cells: int) -> Tensor:
 
 
 def loss_weights(density: Tensor, temperature: float, normalise: Normalise = "min") -> Tensor:
-    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean.
+    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean, or
+    by the mean of all.
 
     `min` is the published form (KAMIM utils/KAMIM.py): at least 1, so that detectors and
-    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1.
+    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1,
+    `batch` that of all the images given, so that an image with more keypoints counts for more.
     """
     raw = torch.exp(torch.clamp(density.float() / temperature, -20, 20))
+    if normalise == "batch":
+        return raw / raw.mean()
     flat = raw.flatten(1)
     base = flat.amin(1) if normalise == "min" else flat.mean(1)
     return raw / base[:, None, None]

@@ -50,6 +50,10 @@ def pretrain(
     batch: Annotated[
         int, typer.Option(min=0, help="Images per step, over all processes; 0: the recipe's.")
     ] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the recipe, as cell=16. Repeatable."),
+    ] = None,
     micro_batch: Annotated[
         int,
         typer.Option(
@@ -115,13 +119,13 @@ def pretrain(
     """
     from shards.remote.storage import is_url
     from train.progress import busy, say
-    from train.recipes import find_recipe
+    from train.recipes import changed, find_recipe
     from train.request import Run, check_device, check_folder, check_wandb
 
     folder, resume = take_word(folder, word, resume)
     limit = parse_bytes(cache_limit)
     if recipe:
-        find_recipe(recipe)
+        changed(find_recipe(recipe), set_ or ())
     if extend and not epochs:
         raise UserError("--extend needs --epochs, more than the run was to have")
     check_device(device)
@@ -136,7 +140,7 @@ def pretrain(
         kind = find_device(device).type
         recipe = "vit_base" if kind == "cuda" else "demo"
         say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
-    chosen = find_recipe(recipe)
+    chosen = changed(find_recipe(recipe), set_ or ())
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
@@ -213,8 +217,8 @@ def recipes(
     for name, recipe in made.items():
         weights = "no weights"
         if recipe.temperature is not None:
-            of = "least weight 1" if recipe.normalise == "min" else "mean weight 1"
-            weights = f"T {recipe.temperature:g}, {of}"
+            of = {"min": "least weight 1", "mean": "mean weight 1", "batch": "mean of the batch 1"}
+            weights = f"T {recipe.temperature:g}, {of[recipe.normalise]}"
         cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
         if recipe.sample_by != "none":
             cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"

@@ -5,10 +5,11 @@ Values: KAMIM For GPUs/utils/config.py, SimMIM and MAE configs, AMT's command li
 docs/decisions.md where they differ.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from shards.errors import UserError
 
@@ -20,11 +21,12 @@ class Recipe:
     model: a timm name; options: for timm beside it. size: crop side, px. batch: samples an
     optimizer step, over all processes.
     warmup: epochs. peak, floor, start: learning rates. temperature None: no weights (plain SimMIM
-    or MAE). w_ps: side of a weight cell, px. area: of crops.
-    mask_ratio, throw_ratio: shares of cells, of 32 px for simmim, of a patch for mae. sample_by:
-    what cells are drawn by, `none` (at random), `attention`, a map of the shards, or several with
-    `*` between. Before random_epochs, random_mask_ratio is masked at random and nothing thrown;
-    attention is looked at then, and again every refresh_epochs.
+    or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control by its name in
+    train/controls.py. area: of crops.
+    mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae.
+    sample_by: what cells are drawn by, `none` (at random), `attention`, a map of the shards, or
+    several with `*` between. Before random_epochs, random_mask_ratio is masked at random and
+    nothing thrown; attention is looked at then, and again every refresh_epochs.
     """
 
     model: str
@@ -41,9 +43,11 @@ class Recipe:
     decay_all: bool = True  # published: norms, biases and positions decay too; SimMIM: not
     clip: float = 1.0
     mask_ratio: float = 0.6
+    cell: int = 32
     temperature: float | None = 0.25
     w_ps: int = 8
-    normalise: Literal["min", "mean"] = "min"
+    normalise: Literal["min", "mean", "batch"] = "min"
+    weights: str = "detector"
     area: tuple[float, float] = (0.67, 1.0)
     vertical: float = 0.5  # probability of a vertical flip: published; SimMIM has none
     micro_batch: int = 0  # most samples a forward pass, of one process; 0: as many as serve
@@ -181,6 +185,41 @@ def find_recipe(name: str) -> Recipe:
     if base.startswith("swin") and (recipe.method == "mae" or recipe.throw_ratio):
         raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
     return recipe
+
+
+def changed(recipe: Recipe, words: Iterable[str]) -> Recipe:
+    """`recipe` with fields as `words` say: cell=16, area=0.08,0.3, temperature=none.
+
+    Raises UserError for an unknown field, or a value that is none of its kind.
+    """
+    kinds, changes = get_type_hints(Recipe), {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in kinds:
+            near = nearest(name, kinds) or f"; there are {', '.join(kinds)}"
+            raise UserError(f"a recipe has no {name!r}{near}")
+        try:
+            changes[name] = _value(text, kinds[name])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            kind = str(kinds[name]).replace("typing.", "").removeprefix("<class '").rstrip("'>")
+            raise UserError(f"{name}={text} is no {kind}") from None
+    return replace(recipe, **changes)
+
+
+def _value(text: str, kind: Any) -> Any:
+    """What `text` says of a field of `kind`; an error if it is none."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return parts[parts.index(text)]
+    if get_origin(kind) is tuple:
+        return tuple(p(t) for p, t in zip(parts, text.split(","), strict=True))
+    if get_origin(kind) is dict:
+        return {str(k): int(v) for k, v in json.loads(text).items()}
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if type(None) in parts:
+        return None if text.lower() == "none" else float(text)
+    return kind(text)
 
 
 def recipe_names() -> list[str]:

@@ -19,10 +19,11 @@ from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
 from shards.weighting import check_decoding
+from train.controls import check_source, control_weights
 from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
-from train.models import CELL, MEAN, STD
+from train.models import MEAN, STD
 from train.progress import busy, say
 from train.recipes import Recipe
 from train.request import Run, check_device
@@ -148,6 +149,14 @@ def weighted_crops(
     recipe: Recipe, records: ShardSet, detector: str | None, bank: bool = False
 ) -> WeightedCrops:
     """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
+    rule = None
+    if recipe.weights != "detector":
+        rule = partial(
+            control_weights,
+            source=recipe.weights,
+            temperature=recipe.temperature or 1,
+            normalise=recipe.normalise,
+        )
     return WeightedCrops(
         records,
         detector,
@@ -156,6 +165,7 @@ def weighted_crops(
         temperature=recipe.temperature or 1,
         normalise=recipe.normalise,
         bank=bank,
+        rule=rule,
         mean=MEAN,
         std=STD,
     )
@@ -190,11 +200,12 @@ def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
     """
     recipe, manifest = run.recipe, records.manifest
     settings = manifest.settings
-    if recipe.size % CELL:
+    if recipe.size % recipe.cell:
         raise UserError(
-            f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
-            f"use {recipe.size // CELL * CELL or CELL}"
+            f"crop size {recipe.size} is no multiple of the mask cell, {recipe.cell} px; "
+            f"use {recipe.size // recipe.cell * recipe.cell or recipe.cell}"
         )
+    check_source(recipe.weights)
     if run.skip_damaged and manifest.container == "ffcv":
         raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     if run.bank:
