@@ -170,6 +170,7 @@ class ShardSet:
         skip: bool = False,
         device: str = "cpu",
         decode: Decode = "cpu",
+        processes: bool = False,
     ) -> "Loader | RecordLoader | FfcvLoader":
         """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
 
@@ -178,6 +179,7 @@ class ShardSet:
         a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
         in the place of a damaged one. device: `cuda` has buffers pinned. decode: `gpu` leaves
         JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
+        processes: workers are processes, which take less of this one's interpreter lock.
         """
         last = plan.steps() if last is None else last
         if decode == "gpu":
@@ -207,11 +209,17 @@ class ShardSet:
             )
         from shards.loader import Loader
 
-        allocate = None
+        allocate, shared = None, None
+        if processes and decode == "cpu":  # what only reads needs none
+            from shards.processes import Shared
+
+            shared = Shared()
         if device.startswith("cuda"):
-            from shards.weighting import pinned
+            from shards.weighting import pin, pinned
 
             allocate = pinned
+            if shared:
+                shared.pin = pin
         return Loader(
             self,
             plan,
@@ -225,6 +233,7 @@ class ShardSet:
             prefetch=prefetch,
             skip=skip,
             coded=decode == "gpu",
+            shared=shared,
             allocate=allocate,
         )
 

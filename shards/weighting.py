@@ -3,6 +3,7 @@
 `WeightedCrops` is all of it in one module; the functions below it are each usable alone.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -354,3 +355,11 @@ def find_device(name: str) -> torch.device:
 def pinned(shape: tuple[int, ...]) -> Any:
     """A page-locked uint8 NumPy buffer, for Loader's `allocate` when training on CUDA."""
     return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def pin(array: NDArray[np.uint8]) -> None:
+    """Lock an array's pages for as long as it lives, so that CUDA copies from them by itself."""
+    cuda: Any = torch.cuda.cudart()
+    at = array.ctypes.data
+    if cuda.cudaHostRegister(at, array.nbytes, 0) == cuda.cudaError.success:
+        weakref.finalize(array, cuda.cudaHostUnregister, at)
