@@ -47,9 +47,7 @@ def upsampled(images: Tensor, size: int) -> Tensor:
 
 
 def features(encoder: Encoder, images: Tensor, block: int, batch: int = 1000) -> Tensor:
-    """Mean patch tokens after `block`, float32 [n, d]; of a run that diverged, numbers all the same:
-    it is left out later, by its losses.
-    """
+    """Mean patch tokens after `block`, float32 [n, d]; numbers even of a run that diverged."""
     parts = images.split(batch)
     means = [tokens(encoder, upsampled(part, encoder.size), block)[0].mean(1) for part in parts]
     return torch.cat(means).float().nan_to_num()
