@@ -35,6 +35,7 @@ ARMS = {
     "kamim": Arm(normalise="min"),
 }
 METHODS = ("simmim", "mae")
+STAGES = ("tune", "main", "collapse", "more", "rate")
 RATES = (5e-4, 1e-3, 2e-3)  # tried, on uniform weights
 TUNING, SEEDS = 99, (0, 1, 2, 3, 4)
 MAIN, MORE = ("uniform", "fast", "contrast", "shuffled", "inverse"), ("orb", "sift")
@@ -81,7 +82,7 @@ TINY = Size(
 class Task:
     """One run, and what names it in runs.jsonl."""
 
-    stage: str  # tune, main, collapse, more, rate
+    stage: str  # of STAGES
     method: str
     arm: str
     seed: int
@@ -277,10 +278,10 @@ def work(
     method = ""
     while True:
         left = list(todo(size, out))
-        open_groups = dict.fromkeys(task.group for task in left)
-        # Of its own method first: what is compiled serves again.
-        mine = sorted(open_groups, key=lambda group: method not in group)
-        group = next((each for each in mine if claimed(claims, each)), None)
+        # In the plan's order; within a stage its own method first: what is compiled serves again.
+        order = sorted(left, key=lambda task: (STAGES.index(task.stage), task.method != method))
+        groups = dict.fromkeys(task.group for task in order)
+        group = next((each for each in groups if claimed(claims, each)), None)
         if group is None:
             tuned = len(chosen(read(out / "runs.jsonl"), size)) == len(size.methods)
             if tuned or time.time() > end or not left:
