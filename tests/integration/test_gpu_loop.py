@@ -141,7 +141,6 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 # One graph.
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "name", ["small", "small:permuted", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
 )
