@@ -64,7 +64,10 @@ def pretrain(
         int, typer.Option(min=0, help="Stop after this many steps, on the same schedule.")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Of the loader; 0: one per core.")] = 0,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Loader workers are processes, not threads.")
+    ] = False,
     decode: Annotated[
         Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
     ] = "cpu",
@@ -154,6 +157,7 @@ def pretrain(
         device=device,
         workers=workers,
         decode=decode,
+        processes=processes,
         resume=resume or extend,
         extend=extend,
         steps=steps,
