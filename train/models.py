@@ -78,7 +78,7 @@ class SimMIM(nn.Module):
         self.encoder: Any = encoder
         self.mask_token = nn.Parameter(torch.zeros(embed))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = nn.Sequential(
+        self.decoder: Any = nn.Sequential(
             nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size=1),
             nn.PixelShuffle(self.stride),
         )
