@@ -32,6 +32,7 @@ IMAGENET, SHARD = 1_281_167, 1000
 SLEEP = 250e-6  # seconds, in place of a decode
 THREADS, PROCESSES = (1, 4, 16, 32, 64), (4, 8, 16)  # a process wants a core, even to sleep on
 BATCH, SECONDS, REPEATS = 256, 2.0, 3
+FOR_GOOD = ExitStack()
 
 
 def as_many(records: ShardSet, count: int = IMAGENET) -> ShardSet:
@@ -81,7 +82,7 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
 
 def begin_replaced(decode: float | None, read: float | None) -> None:
     """As `replaced`, for good, in a process of the loader."""
-    replaced(decode, read).__enter__()
+    FOR_GOOD.enter_context(replaced(decode, read))
 
 
 def rate(
