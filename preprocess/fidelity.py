@@ -6,7 +6,6 @@ ignore the image, detection on the crop a little to the side or flipped, and ano
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from tarfile import BLOCKSIZE
 
 import cv2
 import joblib
@@ -19,8 +18,10 @@ from preprocess.source import Source, read
 from shards import Detector, Record, Settings, ShardSet
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
+from shards.dataset import places_of
 from shards.errors import UserError
 from shards.progress import progress
+from shards.record import DENSITY, WEIGHTS
 from shards.rng import Purpose
 from shards.spec import BANK_CELL
 
@@ -56,7 +57,7 @@ def measure_fidelity(
     Raises UserError if the source is not that of the set.
     """
     settings = records.manifest.settings
-    if not keypoint_rows(settings):
+    if not keypoint_detectors(settings):
         raise UserError(
             f"{records.folder} has no keypoint maps: there is no detection to compare with"
         )
@@ -79,13 +80,13 @@ def measure_fidelity(
             what: _errors([pair[detector.name][what] for pair in pairs], temperature)
             for what in pairs[0][detector.name]
         }
-        for _, detector in keypoint_rows(settings)
+        for detector in keypoint_detectors(settings)
     }
 
 
-def keypoint_rows(settings: Settings) -> list[tuple[int, Detector]]:
-    """(row, detector) of the maps that detection on a crop can be compared with."""
-    return [(row, d) for row, d in enumerate(settings.detectors) if d.has_keypoints]
+def keypoint_detectors(settings: Settings) -> list[Detector]:
+    """Those whose maps detection on a crop can be compared with."""
+    return [detector for detector in settings.detectors if detector.has_keypoints]
 
 
 Pairs = dict[str, dict[str, tuple[Floats, Floats]]]  # detector, what: (estimate, truth)
@@ -99,11 +100,11 @@ def _densities(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed:
     mirrored = np.ascontiguousarray(crop.pixels[:, ::-1])
     other = _torchvision(crop, rgb, settings.crop)
     result: Pairs = {}
-    for row, detector in keypoint_rows(settings):
+    for detector in keypoint_detectors(settings):
         detected = _detector_on_crops(detector, settings)
         truth = detected(crop.pixels)
         result[detector.name] = {
-            "map": (read_crop(record, row, settings, crop), truth),
+            "map": (read_crop(record, detector, settings, crop), truth),
             "uniform": (np.zeros_like(truth), truth),
             "shifted": (detected(aside), truth),
             "flipped": (detected(mirrored)[:, ::-1], truth),
@@ -114,12 +115,12 @@ def _densities(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed:
             slot = seed % len(record.bank.boxes)
             own = cut(
                 tuple(record.bank.boxes[slot].tolist()),
-                tuple(record.bank.flips[slot].astype(bool).tolist()),
+                tuple(record.bank.flips[slot].tolist()),
                 rgb,
                 settings.crop,
             )
             result[detector.name]["bank"] = (
-                record.bank.counts[slot, row] / FULL,
+                record.bank.counts[detector.name][slot] / FULL,
                 detected(own.pixels),
             )
     return result
@@ -151,12 +152,12 @@ def shifted(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return cut((top, left, tall, wide), crop.flips, rgb, side).pixels
 
 
-def read_crop(record: Record, row: int, settings: Settings, crop: Crop) -> Floats:
-    """What a training run reads off map `row` for `crop`, float64 [c, c]."""
+def read_crop(record: Record, detector: Detector, settings: Settings, crop: Crop) -> Floats:
+    """What a training run reads off the detector's map for `crop`, float64 [c, c]."""
     size = np.array([record.height]), np.array([record.width])
     box = unit_boxes(np.array([crop.box]), *size)[0].tolist()
     cells = settings.crop // BANK_CELL
-    return read_map_of(record.maps[row], row, settings, box, crop.flips, cells)
+    return read_map_of(record.maps[detector.name], detector, settings, box, crop.flips, cells)
 
 
 def _detector_on_crops(
@@ -211,14 +212,18 @@ def _errors(pairs: list[tuple[Floats, Floats]], temperature: float) -> dict[str,
 
 
 def storage(records: ShardSet) -> dict[str, float]:
-    """Mean bytes an image: frame, maps, bank and the whole record with headers and padding, and
-    the share that maps and bank add to a record without them.
+    """Mean bytes an image: frame, arrays by kind and the whole record with headers and padding, and
+    the share that the arrays add to a record without them.
     """
-    index = records.index
-    names = ("frame_bytes", "maps_bytes", "bank_bytes", "bytes")
-    mean = {name: float(index[name].astype(np.float64).mean()) for name in names}
-    member = index["maps_bytes"].astype(np.int64) + index["bank_bytes"]
-    if records.manifest.container == "webdataset":
-        member = BLOCKSIZE + -(-member // BLOCKSIZE) * BLOCKSIZE
-    added = member.sum() / (index["bytes"].astype(np.int64) - member).sum()
-    return {name: round(value) for name, value in mean.items()} | {"added": round(float(added), 4)}
+    mean = {
+        name: float(records.index[name].astype(np.float64).mean())
+        for name in ("frame_bytes", "bytes")
+    }
+    kinds = {"maps_bytes": 0, "bank_bytes": 0, "weights_bytes": 0}
+    for array, _ in records.places.values():
+        kind = {DENSITY: "maps", WEIGHTS: "weights"}.get(array.kind, "bank")
+        kinds[f"{kind}_bytes"] += array.bytes
+    stored = places_of(records.manifest)[1]
+    added = stored / (mean["bytes"] - stored)
+    figures = {"frame_bytes": round(mean["frame_bytes"]), **kinds, "bytes": round(mean["bytes"])}
+    return figures | {"added": round(added, 4)}

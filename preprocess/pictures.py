@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import decode_image
 from preprocess.densities import crop_counts, published_grey
-from preprocess.fidelity import FULL, keypoint_rows, read_crop, trial_crop
+from preprocess.fidelity import FULL, keypoint_detectors, read_crop, trial_crop
 from preprocess.source import Source, read
 from shards import ShardSet
 from shards.files import write_atomically
@@ -29,10 +29,10 @@ def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[
         crop = trial_crop(
             record, settings, decode_image(read(source.kind, source.root, entry)), seed=0
         )
-        for row, detector in keypoint_rows(settings):
+        for detector in keypoint_detectors(settings):
             grey = published_grey(crop.pixels)
             truth = crop_counts(detector, grey, settings.mark) / FULL
-            estimate = read_crop(record, row, settings, crop)
+            estimate = read_crop(record, detector, settings, crop)
             tiles = [crop.pixels, _heat(truth), _heat(estimate), _difference(estimate - truth)]
             titles = [f"{detector.name}: {TITLES[0]}", *TITLES[1:]]
             rows.append(np.hstack([_tile(*pair) for pair in zip(tiles, titles, strict=True)]))

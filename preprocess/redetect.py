@@ -5,12 +5,14 @@ Finds what checksums cannot: another OpenCV that detects otherwise, or sources t
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import bank_of, maps_of
+from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.source import Source, read
 from shards import Record, ShardSet
 from shards.errors import UserError
+from shards.record import equal
 
 
 def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
@@ -49,20 +51,25 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
         size = record.height, record.width
         again = maps_of(rgb, record.frame, int(record.key), settings, size)
         problems += _differences(record, again, records)
-        if record.bank is None:
-            continue
-        assert rgb is not None
-        if not record.bank.equals(bank_of(rgb, int(record.key), settings)):
-            problems.append(f"record {record.key} ({record.source!r}): the bank differs")
+        bank = None
+        if record.bank:
+            assert rgb is not None
+            bank = bank_of(rgb, int(record.key), settings)
+            if not record.bank.equals(bank):
+                problems.append(f"record {record.key} ({record.source!r}): the bank differs")
+        if not equal(record.weights, weights_of(again, bank, settings)):
+            problems.append(f"record {record.key} ({record.source!r}): the weights differ")
     return problems
 
 
-def _differences(record: Record, again: np.ndarray, records: ShardSet) -> list[str]:
+def _differences(
+    record: Record, again: dict[str, NDArray[np.uint8]], records: ShardSet
+) -> list[str]:
     built_with = records.manifest.versions["opencv"]
     note = "" if built_with == cv2.__version__ else f" (OpenCV {built_with}, {cv2.__version__} now)"
     return [
         f"record {record.key} ({record.source!r}): the {name} map differs in "
         f"{np.count_nonzero(stored != new)} of {stored.size} cells{note}"
-        for name, stored, new in zip(records.manifest.detectors, record.maps, again, strict=True)
-        if not np.array_equal(stored, new)
+        for name, stored in record.maps.items()
+        if not np.array_equal(stored, new := again[name])
     ]

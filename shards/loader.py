@@ -5,13 +5,14 @@ Threads, because reading and decoding release the interpreter lock: no copies be
 nothing in shared memory to go stale. All randomness is the plan's; workers have none.
 """
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
-from struct import Struct
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 import joblib
@@ -23,21 +24,21 @@ from shards.crops import Ints
 from shards.dataset import Held, ShardSet
 from shards.errors import UserError
 from shards.order import Plan
-from shards.record import decode_frame, key_of, npy_header, packed
+from shards.record import COUNTS, DENSITY, decode_frame, key_of, npy_header
 from shards.remote.prefetch import Prefetch, windows_of
+from shards.tar import padded
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256
 FEW = 8  # of a remote set read in order: an open shard cannot be evicted
-SLOT = Struct("<4I2B")  # record.BOX, for reading one: NumPy would take longer
 # The index fields that a read needs.
-PLACES = ("start", "frame", "frame_bytes", "maps", "maps_bytes", "bank_bytes", "height", "width")
+PLACES = ("start", "frame", "frame_bytes", "arrays", "height", "width")
 
 
 class Batch(NamedTuple):
     """One process's part of a step, or of a micro-step, in arrays that the loader uses again.
 
-    step; frames uint8 [b, F, F, 3] RGB; maps: by detector, uint8 [b, G, G / 2], two cells per byte;
+    step; frames uint8 [b, F, F, 3] RGB; maps: by detector, uint8 [b, G, G];
     labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit
     square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are
     those stored, and counts, by detector, uint8 [b, c, c], are the crops' as flipped.
@@ -85,7 +86,8 @@ class RecordLoader:
         check_plan(records, plan)
         self.damaged: set[int] = set()
         self.records, self.plan, self.first, self.last = records, plan, first, last
-        self.rows = dict(zip(maps, records.find_maps(maps), strict=True))
+        records.find_maps(maps)
+        self.names = list(maps)
 
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(thread_name_prefix="reader") as pool:
@@ -93,8 +95,7 @@ class RecordLoader:
                 found = list(pool.map(self.records.__getitem__, part[2].tolist()))
                 frames = np.stack(list(pool.map(decode_frame, (r.frame for r in found))))
                 maps = {
-                    name: np.stack([packed(record.maps[row]) for record in found])
-                    for name, row in self.rows.items()
+                    name: np.stack([record.maps[name] for record in found]) for name in self.names
                 }
                 yield planned(self.records, self.plan, part, frames, maps, {})[0]
 
@@ -147,25 +148,24 @@ class Loader:
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
         settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
-        side, grid = settings.frame, settings.grid
-        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
+        side = settings.frame
+        records.find_maps(maps, bank)
+        kind = COUNTS if bank else DENSITY
+        self.arrays = {name: records.places[f"{name}.{kind}"] for name in maps}
+        self.slots = settings.bank if bank else 0
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
 
         def buffers() -> tuple[NDArray[np.uint8], Maps, Maps]:
-            shape = (size, settings.cells, settings.cells) if bank else (size, grid, grid // 2)
-            densities = {name: allocate(shape) for name in maps}
+            shapes = {name: array.shape[-2:] for name, (array, _) in self.arrays.items()}
+            densities = {name: allocate((size, *shape)) for name, shape in shapes.items()}
             pictures = allocate((size, side, side, 3))
             return (pictures, {}, densities) if bank else (pictures, densities, {})
 
         self.buffers = [buffers() for _ in range(prefetch + 1)]
         self.raw = settings.quality == 0
         self.frame_header = npy_header((side, side, 3))
-        self.map_header = npy_header(settings.maps_shape)
-        self.map_bytes = grid * (grid // 2) if maps and not bank else 0
-        self.depth = max(self.rows.values(), default=0) + 1  # maps to read: up to the last wanted
-        self.slots, self.slot_bytes = settings.bank_shape if bank else (0, 0)
-        self.bank_header = npy_header(settings.bank_shape)
-        self.bank_cells = settings.cells
+        # Of a record all up to the end of the last array wanted is read, by one call.
+        self.upto = max((at + array.bytes for array, at in self.arrays.values()), default=0)
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
@@ -242,36 +242,27 @@ class Loader:
 
     def _read(self, shard: int, where: Sequence[int], batch: Batch, place: int) -> str:
         """Put the record at `where` (PLACES, slot) into its place. Returns what is wrong."""
-        start, frame, frame_bytes, maps, maps_bytes, bank_bytes, height, width, slot = where
-        cells, end = self.map_bytes, frame + frame_bytes
-        if cells:
-            end = maps + len(self.map_header) + cells * self.depth
-        elif self.slots:
-            end = maps + maps_bytes + bank_bytes
+        start, frame, frame_bytes, arrays, height, width, slot = where
+        end = arrays + self.upto if self.arrays or self.slots else frame + frame_bytes
         file = self.open(shard)  # held here: the cache may let go of it under our read
         data = os.pread(file.descriptor, end - start, start)
         if len(data) != end - start:
             return f"is cut short: {len(data)} of {end - start} bytes"
-        if cells:
-            begin = maps - start
-            if not data.startswith(self.map_header, begin):
-                return "has maps that are not as the manifest says"
-            begin += len(self.map_header)
-            for name, row in self.rows.items():
-                density = np.frombuffer(data, np.uint8, cells, begin + row * cells)
-                batch.maps[name][place].reshape(-1)[:] = density
-        elif self.slots:
-            at = maps - start + maps_bytes
-            if not data.startswith(self.bank_header, at):
+        for name, (array, at) in self.arrays.items():
+            at += arrays - start
+            if not data.startswith(array.header, at - len(array.header)):
+                return f"has an array {array.name} that is not as the manifest says"
+            out = (batch.counts if self.slots else batch.maps)[name][place].reshape(-1)
+            out[:] = np.frombuffer(data, np.uint8, out.size, at + slot * out.size)
+        if self.slots:
+            at = padded(frame - start + frame_bytes) + BLOCKSIZE
+            try:
+                meta = json.loads(data[at : arrays - start].rstrip(b"\0"))
+                top, left, tall, wide = meta["boxes"][slot]
+                batch.boxes[place] = top / height, left / width, tall / height, wide / width
+                batch.flips[place] = meta["flips"][slot]
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 return "has a bank that is not as the manifest says"
-            at += len(self.bank_header) + slot * self.slot_bytes
-            top, left, tall, wide, *flips = SLOT.unpack_from(data, at)
-            batch.boxes[place] = top / height, left / width, tall / height, wide / width
-            batch.flips[place] = flips
-            cells = self.bank_cells**2
-            for name, row in self.rows.items():
-                counts = np.frombuffer(data, np.uint8, cells, at + SLOT.size + row * cells)
-                batch.counts[name][place].reshape(-1)[:] = counts
         begin = frame - start
         return self._decode(memoryview(data)[begin : begin + frame_bytes], batch.frames[place])
 

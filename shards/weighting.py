@@ -152,12 +152,11 @@ def crop_maps(
 ) -> Tensor:
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
-    `maps` is uint8 [b, G, G / 2], packed as in a batch (shards.record.packed). The mean over a part
-    is exact: map cells count by their overlap. `visible` [cells] is the share of its marks that the
+    `maps` is uint8 [b, G, G], density = value / 255. The mean over a part is exact: map cells count
+    by their overlap. `visible` [cells] is the share of its marks that the
     detector finds at each distance from the crop's edge (edge_rule).
     """
-    density = torch.stack([maps & 15, maps >> 4], dim=-1).flatten(-2) / 15
-    return crop_grid(density, boxes, flips, cells, visible)
+    return crop_grid(maps / 255, boxes, flips, cells, visible)
 
 
 def crop_grid(
