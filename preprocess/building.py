@@ -34,6 +34,7 @@ from preprocess.errors import BuildError
 from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
 from preprocess.source import Source, check_outside, open_source
 from shards import spec as _manifest
+from shards.card import write_card
 from shards.errors import UserError
 from shards.files import MANIFEST, alone, sweep, write_atomically
 from shards.progress import progress, waiting
@@ -283,5 +284,6 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         fidelity={},
     )
     assert ledger.balanced
+    write_card(job.out, manifest)
     _manifest.write(job.out, manifest)
     return manifest

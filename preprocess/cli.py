@@ -69,11 +69,20 @@ def build(
     bank: Annotated[
         int, typer.Option(help="Crops stored per image, with their exact densities.")
     ] = DEFAULTS.bank,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="T,w_ps: store the loss weights too, of the bank's crops, or of the whole frame."
+        ),
+    ] = "",
     grid: Annotated[int, typer.Option(help="Cells along a side of a density map.")] = DEFAULTS.grid,
     mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
     detect_on: Annotated[
         DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
     ] = "source",
+    levels: Annotated[
+        int, typer.Option(help="Densities told apart: 256, or 16 to repair what was upgraded.")
+    ] = DEFAULTS.levels,
     shard_size: Annotated[
         int, typer.Option(help="Inputs per shard; 0: 1000, fewer for small sources.")
     ] = DEFAULTS.shard_size,
@@ -117,11 +126,13 @@ def build(
         area=(between("--area", area, 0.01, 1), DEFAULTS.area[1]),
         map_crops=between("--map-crops", map_crops, 0, 64),
         bank=between("--bank", bank, 0, 255),
-        grid=_even("--grid", between("--grid", grid, 2, 254)),
+        grid=between("--grid", grid, 2, 254),
         mark=mark,
         detect_on=detect_on,
         detectors=_detectors(detector, detector_option or []),
         shard_size=at_least("--shard-size", shard_size, 0),
+        weights=_weights(weights),
+        levels=levels,
     )
     at_least("--jobs", jobs, 0)
     between("--max-rejected", max_rejected, 0, 1)
@@ -217,10 +228,15 @@ def _detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
     return tuple(parsed_detector(name, chosen) for name, chosen in options.items())
 
 
-def _even(option: str, value: int) -> int:
-    if value % 2:
-        raise UserError(f"{option} {value} is odd; give {value + 1}")
-    return value
+def _weights(text: str) -> tuple[float, int] | None:
+    """(T, w_ps) of `0.25,8`, or None of nothing. Raises UserError, saying what is meant."""
+    if not text:
+        return None
+    try:
+        temperature, w_ps = text.split(",")
+        return float(temperature), int(w_ps)
+    except ValueError:
+        raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
 
 
 def _crop(side: int) -> int:

@@ -27,6 +27,8 @@ DEFAULTS = Settings(
     detect_on="source",
     detectors=(),
     shard_size=0,
+    weights=None,
+    levels=256,
 )
 
 

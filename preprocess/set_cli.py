@@ -1,4 +1,4 @@
-"""The commands on finished sets: `kamim shards verify`, `inspect`, `fidelity`, `convert`, `copy`.
+"""The commands on finished sets: `kamim shards verify`, `inspect`, `fidelity`, `convert` and so on.
 
 In: what a user typed. Out: results on stdout, notes on stderr; UserError names a bad argument.
 """
@@ -150,7 +150,7 @@ def fidelity(
             line = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
             print(f"{name + ' ' + what:18s}{line}")
     size = ", ".join(f"{key.removesuffix('_bytes')} {value:,}" for key, value in
-                     bytes_an_image.items() if key not in ("bytes", "added"))  # fmt: skip
+                     bytes_an_image.items() if value and key not in ("bytes", "added"))  # fmt: skip
     print(f"bytes an image: {size}; in all {bytes_an_image['bytes']:,}, maps and bank add "
           f"{bytes_an_image['added']:.1%}")  # fmt: skip
     say(f"examples: {picture}")
@@ -193,6 +193,26 @@ def convert(
         print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
     else:
         print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def upgrade(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished set of format version 2.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the same set in the format of today.")],
+    json_output: Json = False,
+) -> None:
+    """Write a set of format version 2 in the format of today, without its source.
+
+    Every file is hashed before, and every record compared after: frames are the same bytes.
+    """
+    from shards.version2 import upgrade_set
+
+    manifest = upgrade_set(folder, out)
+    if json_output:
+        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
+        print_json({**facts, "records": manifest.count})
+    else:
+        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
 
 
 @app.command()

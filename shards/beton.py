@@ -222,7 +222,7 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     raw = frames == "raw"
     facts = {"from": source.manifest.fingerprint, "frames": frames, "container": "ffcv"}
     fingerprint = _manifest.fingerprint(facts)
-    finished = _finished(out, fingerprint)
+    finished = finished_copy(out, fingerprint, {BETON})
     if finished:
         if (out / LOCK).exists():  # killed between the manifest and the tidying up
             (out / LOCK).unlink(missing_ok=True)
@@ -256,10 +256,12 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     return manifest
 
 
-def _finished(out: Path, fingerprint: str) -> Manifest | None:
-    """The finished, whole conversion in `out`, None if one is to be written, else UserError."""
+def finished_copy(out: Path, fingerprint: str, shards: set[str]) -> Manifest | None:
+    """The finished, whole set in `out`, None if one is to be written whose shards are called
+    `shards`, else UserError.
+    """
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder for the FFCV set")
+        raise UserError(f"{out} is a file; name a folder for the new set")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
         manifest = _manifest.load(out)
@@ -267,7 +269,7 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
             raise UserError(f"{out} holds another set; name a new folder")
         flaws = flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected])
         return None if flaws else manifest
-    ours = {BETON, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
+    ours = {*shards, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
     others = {name for name in names if LEFT.sub("", name) not in ours}
     if others:
         raise UserError(f"{out} holds something else ({min(others)}); name a new or empty folder")

@@ -151,7 +151,7 @@ def read_crop(
     flips: Sequence[bool],
     cells: int,
 ) -> NDArray[np.float64]:
-    """What a training run reads off a detector's map for a crop, float64 [cells, cells], as flipped.
+    """What training reads off a detector's map for a crop, float64 [cells, cells], as flipped.
 
     `density` is that map; `box` is (top, left, height, width) in the unit square, `flips` are
     (horizontal, vertical).

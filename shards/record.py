@@ -57,10 +57,10 @@ def arrays_of(settings: Settings) -> list[Array]:
     if settings.bank:
         arrays += [Array(name, COUNTS, (settings.bank, *cells)) for name in names]
     if settings.weights:
-        shape = (settings.crop // settings.weights[1],) * 2
-        shape = (settings.bank, *shape) if settings.bank else shape
+        side = settings.crop // settings.weights[1]
+        slots = (settings.bank,) if settings.bank else ()
         weighed = [detector.name for detector in settings.detectors if detector.has_keypoints]
-        arrays += [Array(name, WEIGHTS, shape, UINT16) for name in weighed]
+        arrays += [Array(name, WEIGHTS, (*slots, side, side), UINT16) for name in weighed]
     return arrays
 
 

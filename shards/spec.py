@@ -19,8 +19,9 @@ from shards.files import MANIFEST, write_atomically
 FORMAT_VERSION = 3
 INDEX = "index.npy"
 REJECTED = "rejected.jsonl"
+CARD = "README.md"  # what the set is, for people and for the Hugging Face Hub
 # What else a finished set's folder may hold: pages and pictures that commands write there.
-EXTRAS = frozenset({"inspect.html", "fidelity.png", "README.md"})
+EXTRAS = frozenset({"inspect.html", "fidelity.png", CARD})
 FREQUENCY = "frequency"  # the one map that is not of keypoints
 AREA = (0.67, 1.0)  # of a crop: least and most share of the source, as published
 BANK_CELL = 8  # px of a crop's side that one count of a bank covers; counts are 0 to 64
@@ -150,10 +151,10 @@ class Settings:
     def _check_weights(self, temperature: float, w_ps: int) -> None:
         """UserError unless such weights can be read off what is stored, and told in 16 bits."""
         least = 1 / math.log((1 << 16) / FIXED_POINT - 1)
-        if not temperature >= least:
+        if not least <= temperature < math.inf:
             raise UserError(
-                f"weights of temperature {temperature:g} reach beyond 255, the most that is stored; "
-                f"give {math.ceil(1000 * least) / 1000} or more, or weigh by the densities when training"
+                f"weights of temperature {temperature:g} reach beyond 255, the most that is "
+                f"stored; give {math.ceil(1000 * least) / 1000} or more"
             )
         if w_ps < 1 or self.crop % w_ps or (self.bank and w_ps % BANK_CELL):
             rule = f"a multiple of {BANK_CELL} that divides" if self.bank else "a divisor of"
@@ -209,6 +210,11 @@ def to_json(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: sorted keys, two-space indent, a checksum of the rest."""
     content = asdict(manifest)
     content["checksum"] = fingerprint(content)
+    return as_json(content)
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """`content` as the bytes of a manifest."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
 
 

@@ -157,6 +157,14 @@ _EMPTY = _empty()
 def parse_record(data: bytes) -> Record:
     """The record whose tar headers and members are `data`, as one slice of a shard.
 
+    Raises UserError as members_in does, and if its members are not those of a record.
+    """
+    return from_members(*members_in(data))
+
+
+def members_in(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """(key, members by suffix) of a slice of a shard.
+
     Raises UserError if the slice is not exactly one whole record: a member that is no regular
     file, a foreign or repeated name, a wrong header checksum, or bytes missing.
     """
@@ -181,7 +189,7 @@ def parse_record(data: bytes) -> Record:
         at = padded(begin + info.size)
     if len(keys) != 1 or at != len(data):
         raise UserError(f"the slice holds parts of the records {sorted(keys)}, not one whole one")
-    return from_members(keys.pop(), parts)
+    return keys.pop(), parts
 
 
 def index_of(path: Path, settings: Settings) -> NDArray[np.void]:
