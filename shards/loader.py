@@ -30,6 +30,7 @@ from shards.tar import padded
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256
+READ_JSON = json.JSONDecoder().raw_decode  # measured: 2.5 us, loads 6.3; it stops before padding
 FEW = 8  # of a remote set read in order: an open shard cannot be evicted
 # The index fields that a read needs.
 PLACES = ("start", "frame", "frame_bytes", "arrays", "height", "width")
@@ -257,7 +258,7 @@ class Loader:
         if self.slots:
             at = padded(frame - start + frame_bytes) + BLOCKSIZE
             try:
-                meta = json.loads(data[at : arrays - start].rstrip(b"\0"))
+                meta, _ = READ_JSON(str(data[at : arrays - start], "ascii"))
                 top, left, tall, wide = meta["boxes"][slot]
                 batch.boxes[place] = top / height, left / width, tall / height, wide / width
                 batch.flips[place] = meta["flips"][slot]
