@@ -54,7 +54,8 @@ def test_a_spoilt_bank_shows(demo_set, monkeypatch):
     real = fidelity._densities
 
     def spoilt(record, *rest):
-        record.bank.counts[:, :, 3, 4] += 1
+        for counts in record.bank.counts.values():
+            counts[:, 3, 4] += 1
         return real(record, *rest)
 
     monkeypatch.setattr(fidelity, "_densities", spoilt)

@@ -51,8 +51,8 @@ def test_maps_beside_it_stay_and_bytes_do_not_depend_on_jobs(small_source, tmp_p
     assert contents(tmp_path / "both") == contents(tmp_path / "again")
     build_shards(source, tmp_path / "fast", settings(), 1)
     both, fast = shards.ShardSet(tmp_path / "both"), shards.ShardSet(tmp_path / "fast")
-    assert all(np.array_equal(both[n].maps[0], fast[n].maps[0]) for n in range(len(fast)))
-    assert np.median([len(np.unique(both[n].maps[1])) for n in range(len(fast))]) > 6
+    assert all(np.array_equal(both[n].maps["fast"], fast[n].maps["fast"]) for n in range(len(fast)))
+    assert np.median([len(np.unique(both[n].maps["frequency"])) for n in range(len(fast))]) > 6
     options = both.manifest.settings.detectors[1].options
     assert options == {"cutoff": 7.0, "scale": 120.0}
     assert "numpy" in both.manifest.versions
