@@ -284,7 +284,8 @@ def reseal(folder, index):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("start", 1 << 63), ("frame", 0), ("frame_bytes", 1 << 31), ("arrays", 1 << 40), ("arrays", 3), ("height", 0),
+    [("start", 1 << 63), ("frame", 0), ("frame_bytes", 1 << 31), ("arrays", 1 << 40),
+     ("arrays", 3), ("height", 0),
      ("frame_bytes", 20_000), ("bytes", 700), ("bytes", (1 << 32) - 1)],
 )  # fmt: skip
 def test_an_index_of_false_places_is_refused(field, value, built):

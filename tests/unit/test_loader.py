@@ -125,7 +125,7 @@ def test_no_thread_or_file_is_left_behind(records):
 
 
 def test_memory_is_the_prefetch_whatever_the_length(records):
-    batch_bytes = 20 * (64 * 64 * 3 + 16 * 8 * 3)
+    batch_bytes = 20 * (64 * 64 * 3 + 16 * 16 * 3)
     peaks = []
     for steps in (10, 150):
         names = records.manifest.detectors
@@ -147,7 +147,7 @@ def damage(records, number, place, data):
     """Overwrite bytes of a record and sign the set again, so that only decoding can tell."""
     path, row = records.locate(number)
     content = bytearray(path.read_bytes())
-    at = int(row[place])
+    at = int(row["arrays"]) + 512 if place == "arrays" else int(row[place])
     content[at : at + len(data)] = data
     file = write_file(path, bytes(content), 4)
     shards = [file if s.name == file.name else s for s in records.manifest.shards]

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from conftest import settings as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import Bank, Detector, Record, Settings, ShardWriter
+import preprocess
+from shards import Bank, Detector, Record, Settings, ShardSet, ShardWriter
 from shards.record import decode_frame, encode_frame, from_members, members, npy_bytes
 from shards.tar import _header, members_in, parse_record, places_of
 from shards.version2 import record_of
@@ -50,7 +52,7 @@ THIRD = replace(
 )
 
 
-FIRST = 7168  # bytes of the first record
+FIRST, SECOND = 7168, 8192  # bytes of the golden records
 
 
 def write(path: Path, records: list[Record]) -> ShardWriter:
@@ -188,7 +190,10 @@ def test_stock_numpy_reads_each_array_alone():
 def test_what_is_not_one_whole_record_is_refused():
     data = GOLDEN.read_bytes()
     parse_record(data[:FIRST])
+    label_of_the_next = data[FIRST + SECOND - 1024 : FIRST + SECOND]
     with pytest.raises(ValueError, match="not one whole"):
+        parse_record(data[: FIRST - 1024] + label_of_the_next)
+    with pytest.raises(ValueError, match="member '1000000000[.]jpg'"):
         parse_record(data[: FIRST + 1024])
     cuts = [(512, FIRST), (0, FIRST - 1), (0, 1024), (0, FIRST - 1024), (1024, FIRST)]
     for begin, end in cuts:
@@ -244,3 +249,32 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
         writer.add(RECORDS[0])
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quality", [90, 0])
+def test_a_reader_of_thirty_lines_written_from_the_page_reads_all_of_it(
+    quality, small_source, tmp_path
+):
+    import plain_reader
+
+    detectors = tuple(preprocess.detector_settings(name) for name in ("fast", "orb"))
+    chosen = small(detectors=detectors, bank=3, weights=(0.25, 16), quality=quality)
+    preprocess.build_shards(preprocess.open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    found = list(plain_reader.records(tmp_path / "set"))
+    assert len(Path(plain_reader.__file__).read_text().splitlines()) <= 30
+    ours = ShardSet(tmp_path / "set")
+    assert len(found) == len(ours) == 40
+    kinds = ("density", "counts", "weights")
+    arrays = [f"{name}.{kind}.npy" for kind in kinds for name in ("fast", "orb")]
+    frame = "jpg" if quality else "frame.npy"
+    for number, (suffixes, theirs) in enumerate(found):
+        record = ours[number]
+        assert suffixes == [frame, "json", *arrays, "cls"]
+        for name in ("frame", "label", "height", "width", "source"):
+            assert theirs[name] == getattr(record, name)
+        bank = Bank(np.array(theirs["boxes"]), np.array(theirs["flips"], bool), record.bank.counts)
+        assert bank.equals(record.bank)
+        for kind, mine in zip(kinds, (record.maps, bank.counts, record.weights), strict=True):
+            for name, array in mine.items():
+                np.testing.assert_array_equal(theirs[f"{name}.{kind}"], array)
+                assert theirs[f"{name}.{kind}"].dtype == array.dtype
