@@ -22,7 +22,6 @@ def records(folder):
             parts = {name.partition(".")[2]: part for name, part in parts.items()}
             arrays = {n[:-4]: np.load(io.BytesIO(p)) for n, p in parts.items() if n[-4:] == ".npy"}
             frame = data[row["frame"] :][: row["frame_bytes"]]
-            yield list(parts), {
-                "frame": frame, "label": int(parts["cls"]), **json.loads(parts["json"]), **arrays
-            }  # fmt: skip
+            facts = {**json.loads(parts["json"]), "label": int(parts["cls"]), "frame": frame}
+            yield list(parts), arrays | facts
         number += shard["count"]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import cv2
 import numpy as np
@@ -12,8 +13,9 @@ from conftest import REPOSITORY, contents, settings
 
 import shards
 from preprocess import build_shards, detector_settings, open_source, redetect_maps
+from preprocess.shard import library_versions
 from shards.files import LOCK
-from shards.spec import load, parse, to_json
+from shards.spec import fingerprint, load, parse, to_json
 from shards.verification import verify_shards
 from shards.version2 import read_manifest, upgrade_set
 
@@ -47,17 +49,18 @@ def test_an_upgrade_is_what_a_build_with_16_levels_writes(old, tmp_path):
     detectors = tuple(map(detector_settings, ("fast", "sift")))
     chosen = settings(frame=32, bank=2, detectors=detectors, shard_size=2, levels=16)
     source = source_of(tmp_path / "source")
-    if load(tmp_path / "new").versions != {**facts_of_versions(chosen)}:
+    if manifest.versions != library_versions(chosen):
         pytest.skip("the golden set was built by other libraries")
     assert redetect_maps(shards.ShardSet(tmp_path / "new"), source) == []
     build_shards(source, tmp_path / "built", chosen, 1, max_rejected=1)
-    assert contents(tmp_path / "built") == contents(tmp_path / "new")
-
-
-def facts_of_versions(chosen):
-    from preprocess.shard import library_versions
-
-    return library_versions(chosen)
+    built, new = contents(tmp_path / "built"), contents(tmp_path / "new")
+    made, kept = load(tmp_path / "built"), load(tmp_path / "new")
+    # Files are told apart by their times, which these have anew.
+    assert replace(made, source=kept.source, fingerprint=kept.fingerprint) == kept
+    assert {**built, "manifest.json": b""} == {**new, "manifest.json": b""}
+    facts = {"format_version": 3, "settings": asdict(chosen)}
+    facts |= {"source": kept.source, "versions": kept.versions}
+    assert kept.fingerprint == fingerprint(json.loads(json.dumps(facts)))
 
 
 def test_frames_are_the_same_bytes_and_densities_the_same_numbers(old, tmp_path):

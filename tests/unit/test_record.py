@@ -193,7 +193,7 @@ def test_what_is_not_one_whole_record_is_refused():
     label_of_the_next = data[FIRST + SECOND - 1024 : FIRST + SECOND]
     with pytest.raises(ValueError, match="not one whole"):
         parse_record(data[: FIRST - 1024] + label_of_the_next)
-    with pytest.raises(ValueError, match="member '1000000000[.]jpg'"):
+    with pytest.raises(ValueError, match=r"member '1000000000\.jpg'"):
         parse_record(data[: FIRST + 1024])
     cuts = [(512, FIRST), (0, FIRST - 1), (0, 1024), (0, FIRST - 1024), (1024, FIRST)]
     for begin, end in cuts:
