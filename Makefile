@@ -30,7 +30,7 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-throw bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -127,6 +127,9 @@ bench-remote: $(VENV)/test  ## Measure shards in an S3 server on loopback agains
 
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
 	$(BIN)/python -m kamim.bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
+
+bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training takes of it: DATA, FLAGS.
+	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" --gpu $(FLAGS)
 
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"

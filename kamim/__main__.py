@@ -27,9 +27,8 @@ import typer
 import kamim.bench.cli
 import kamim.evaluate.cli
 import preprocess.cli
-import preprocess.set_cli  # adds its commands to the same app
 import train.cli
-from preprocess.errors import BuildError
+from preprocess import BuildError
 from shards.errors import UserError, install
 
 app = typer.Typer(

@@ -1,6 +1,6 @@
 """Looks at every source image once and writes frames and keypoint densities into shards.
 
-It works without torch. What a name needs is imported when the name is first used: a command line
+It works without torch. A name's module is imported when the name is first used: a command line
 answers before OpenCV is there.
 """
 
@@ -9,25 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from preprocess.building import build, build_shards
+    from preprocess.datasets import open_source
     from preprocess.decode import Rejected, decode_image
     from preprocess.densities import bank_of, density_maps
     from preprocess.detectors import detector_settings
-    from preprocess.errors import BuildError
-    from preprocess.fidelity import measure_fidelity, storage
-    from preprocess.pictures import draw_fidelity, write_picture
+    from preprocess.fidelity import draw_fidelity, measure_fidelity, storage, write_picture
     from preprocess.redetect import redetect_maps
-    from preprocess.source import Source, open_source
+    from preprocess.source import Source
 
 _HOMES = {
-    "building": ["build", "build_shards"],
-    "decode": ["Rejected", "decode_image"],
-    "densities": ["bank_of", "density_maps"],
-    "detectors": ["detector_settings"],
-    "errors": ["BuildError"],
-    "fidelity": ["measure_fidelity", "storage"],
-    "pictures": ["draw_fidelity", "write_picture"],
-    "redetect": ["redetect_maps"],
-    "source": ["Source", "open_source"],
+    "building": "build build_shards",
+    "datasets": "open_source",
+    "decode": "Rejected decode_image",
+    "densities": "bank_of density_maps",
+    "detectors": "detector_settings",
+    "fidelity": "draw_fidelity measure_fidelity storage write_picture",
+    "redetect": "redetect_maps",
+    "source": "Source",
 }
 
 __all__ = [
@@ -49,11 +47,15 @@ __all__ = [
 ]
 
 
+class BuildError(Exception):
+    """A build that stopped or ended short of what was asked; the message says what to do."""
+
+
 if not TYPE_CHECKING:  # so that a type checker knows which names there are
 
     def __getattr__(name: str) -> Any:
         for home, names in _HOMES.items():
-            if name in names:
+            if name in names.split():
                 value = globals()[name] = getattr(import_module(f"preprocess.{home}"), name)
                 return value
         raise AttributeError(f"module 'preprocess' has no attribute {name!r}")

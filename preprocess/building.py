@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,38 +18,35 @@ from typing import Any
 import joblib
 import numpy as np
 
+from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess import frequency
-from preprocess.compare import (
-    Facts,
-    check_files,
-    check_manifest_is_not_lost,
-    check_reuse,
-    compare,
-    facts_of_set,
-    reuse_hint,
-)
+from preprocess.compare import WORK, Facts, check_folder, check_reuse, facts_of
+from preprocess.datasets import check_outside, open_source
 from preprocess.detectors import detector_settings
-from preprocess.errors import BuildError
-from preprocess.shard import PLAN, Job, confirm, library_versions, read_row, write_shard
-from preprocess.source import Source, check_outside, open_source
-from shards import spec as _manifest
+from preprocess.shard import FACTS, Job, confirm, read_row, write_shard
+from preprocess.source import Source
+from shards import spec
 from shards.card import write_card
 from shards.errors import UserError
-from shards.files import MANIFEST, alone, sweep, write_atomically
+from shards.files import alone, sweep, write_atomically
 from shards.progress import progress, waiting
 from shards.record import npy_bytes
-from shards.spec import EXTRAS, INDEX, REJECTED, File, Ledger, Manifest, Settings
+from shards.spec import INDEX, REJECTED, File, Ledger, Manifest, Settings, fingerprint
 from shards.tar import INDEX_DTYPE
 
-WORK = ".build"
 TRIES = 5  # connections to a lost engine without a shard in between
 PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 
 
 def shard_size_for(inputs: int) -> int:
-    """Inputs a shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
+    """Inputs per shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
     return min(1000, max(16, inputs // 64))
+
+
+def sized(settings: Settings, source: Source) -> Settings:
+    """`settings` with a shard size for `source`, if they leave it open."""
+    size = settings.shard_size or shard_size_for(len(source.entries))
+    return replace(settings, shard_size=size)
 
 
 def build(
@@ -80,10 +77,7 @@ def build(
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
         raise UserError(f"there is no setting {name!r}{hint}")
     chosen = Settings(detectors=tuple(map(detector_settings, detectors)), **settings)
-    listed = open_source(source, split, partial)
-    if not chosen.shard_size:
-        chosen = replace(chosen, shard_size=shard_size_for(len(listed.entries)))
-    old = Path(reuse) if reuse else None
+    listed, old = open_source(source, split, partial), Path(reuse) if reuse else None
     return build_shards(
         listed, Path(out), chosen, jobs, on_error, max_rejected, old, backend, scheduler
     )
@@ -100,7 +94,7 @@ def build_shards(
     backend: str = "loky",
     scheduler: str = "",
 ) -> Manifest:
-    """Write `source` into shards under `out` by `jobs` processes (0: one a core), or finish that.
+    """Write `source` into shards under `out` by `jobs` processes (0: one per core), or finish that.
 
     `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
@@ -110,16 +104,16 @@ def build_shards(
     an input is rejected and on_error is `fail`, if no input could be used, if the engine is lost
     for good, or, after a complete build, if more than the share `max_rejected` was rejected.
     """
-    frequency.check_bank(settings)
     backends.check(backend, scheduler)
     check_outside(source, out)
+    settings = sized(settings, source)
     facts = facts_of(source, settings)
-    complete = _check_folder(out, facts)
+    complete = check_folder(out, facts)
     if complete is None:
         if reuse:
             check_reuse(reuse, facts)
-        with claim(out, facts) as work:
-            job = job_of(source, settings, out, work, reuse, on_error == "fail")
+        old = reuse.resolve() if reuse else None
+        with claim(source, settings, out, facts, reuse=old, fail=on_error == "fail") as job:
             numbers = range(-(-len(source.entries) // settings.shard_size))
             write_missing(source, job, numbers, backend, scheduler, jobs)
             with waiting("writing the index"):
@@ -136,71 +130,23 @@ def build_shards(
     return complete
 
 
-def facts_of(source: Source, settings: Settings) -> Facts:
-    """All that a record's bytes depend on; a build goes on only where all of it is equal."""
-    with waiting(f"hashing the list of {len(source.entries)} inputs"):
-        described = source.description()
-    facts = {
-        "format_version": _manifest.FORMAT_VERSION,
-        "settings": asdict(settings),
-        "source": described,
-        "versions": library_versions(settings),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it will be read back
-    return plain
-
-
-def _check_folder(out: Path, facts: Facts) -> Manifest | None:
-    """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder for the shards")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if MANIFEST in names:
-        finished = _manifest.load(out)
-        there = facts_of_set(finished)
-        compare(out, there, facts, reuse_hint(out, there, facts))
-        if finished.container != "webdataset":
-            raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
-        check_files(out, finished)
-        return finished
-    plan = out / WORK / PLAN
-    if plan.is_file():
-        compare(out, json.loads(plan.read_bytes()), facts)
-        return None
-    check_manifest_is_not_lost(out)
-    if names - {WORK} - EXTRAS:
-        some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
-        raise UserError(f"{out} holds something else ({some}); name a new or empty folder")
-    return None
-
-
 @contextmanager
-def claim(out: Path, facts: Facts) -> Iterator[Path]:
-    """The work folder of the build of `facts`, which are written there for all of its processes.
+def claim(
+    source: Source, settings: Settings, out: Path, facts: Facts, **options: Any
+) -> Iterator[Job]:
+    """The build of `facts`, which are written into its work folder for all of its processes.
 
-    This process alone holds it; it goes when the build is finished.
+    This process alone holds that folder; it goes when the build is finished. options: of Job.
     """
     work = out / WORK
     with alone(out, work / "lock"):
         sweep(work)
-        write_atomically(work / PLAN, json.dumps(facts).encode("ascii"))
-        yield work
+        write_atomically(work / FACTS, json.dumps(facts).encode("ascii"))
+        bare = replace(source, entries=[], classes=[])
+        folders = out.resolve(), work.resolve()
+        yield Job(settings, bare, *folders, fingerprint(facts), **options)
         sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
-
-
-def job_of(
-    source: Source,
-    settings: Settings,
-    out: Path,
-    work: Path,
-    reuse: Path | None = None,
-    fail: bool = False,
-) -> Job:
-    """What the tasks of this build share, with paths in full."""
-    folders = out.resolve(), work.resolve(), reuse.resolve() if reuse else None
-    plan = _manifest.fingerprint(json.loads((work / PLAN).read_bytes()))
-    return Job(settings, source.kind, source.root, *folders, fail, plan)
 
 
 def write_missing(
@@ -266,24 +212,22 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
     index = np.concatenate(indexes)
     if len(index) == 0:
         raise BuildError(f"all {inputs} inputs were rejected: {reasons}; nothing was published")
-    ledger = Ledger(inputs, len(index), reasons)
+    ledger, lines = Ledger(inputs, len(index), reasons), "".join(rejected).encode("ascii")
     manifest = Manifest(
-        format_version=_manifest.FORMAT_VERSION,
+        format_version=spec.FORMAT_VERSION,
         container="webdataset",
         settings=job.settings,
         source=facts["source"],
         classes=source.classes,
         versions=facts["versions"],
-        fingerprint=_manifest.fingerprint(facts),
+        fingerprint=fingerprint(facts),
         ledger=ledger,
         shards=files,
-        index=_manifest.write_file(job.out / INDEX, npy_bytes(index), len(index)),
-        rejected=_manifest.write_file(
-            job.out / REJECTED, "".join(rejected).encode("ascii"), len(rejected)
-        ),
+        index=spec.write_file(job.out / INDEX, npy_bytes(index), len(index)),
+        rejected=spec.write_file(job.out / REJECTED, lines, len(rejected)),
         fidelity={},
     )
     assert ledger.balanced
     write_card(job.out, manifest)
-    _manifest.write(job.out, manifest)
+    spec.write(job.out, manifest)
     return manifest

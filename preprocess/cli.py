@@ -1,114 +1,121 @@
-"""`kamim shards build`, a thin wrapper that checks words and prints the result.
-
-In: what a user typed. Out: results on stdout, notes on stderr; UserError names a bad argument.
+"""`kamim shards`: build, and the commands on finished sets. Words are checked before any library is
+imported; results go to stdout, notes to stderr.
 """
 
+import json
 import math
 import shlex
-from dataclasses import asdict, replace
+import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer import Argument, Option
 
 import preprocess
-from preprocess.defaults import DATASETS, DEFAULTS, Backend
-from preprocess.options import parsed_detector
-from preprocess.words import Json, at_least, between, print_json, say
+import shards
+from preprocess import BuildError
+from preprocess.detectors import parsed_detectors
 from shards.errors import UserError
+from shards.files import mending, write_atomically
 from shards.progress import waiting
-from shards.spec import BANK_CELL, LARGEST, REJECTED, Detector, Manifest, Settings
+from shards.spec import REJECTED, Settings
+
+# The names of datasets.py and executors.py, which need libraries (tested).
+_PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
+DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards")
+Backend = Literal["loky", "dask", "ray"]
+DEFAULTS = Settings()
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
-
-Mark = Literal["ring", "disc", "point"]
-DetectOn = Literal["source", "frame"]
-OnError = Literal["quarantine", "fail"]
+Number = TypeVar("Number", int, float)
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+Jobs = Annotated[int, Option(help="Processes; 0: one per core.")]
+Folder = Annotated[Path, Argument(help="Folder of a finished set of shards.")]
+From = Annotated[str | None, Option(help="The source of the set; the demo's needs none.")]
+Split = Annotated[str, Option(help="Split of a named dataset; the training split by default.")]
+Temperature = Annotated[float, Option(help="T of the weights.")]
+Cell = Annotated[int, Option(help="Side of a weight cell of a crop, px.")]
 
 
 @app.command()
 def build(
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
             f"NAME:PATH: {', '.join(DATASETS)}."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards; new, or to be finished.")],
-    split: Annotated[
-        str, typer.Option(help="Of a dataset: train, val, test, ...; its training set by default.")
-    ] = "",
+    out: Annotated[Path, Argument(help="Destination folder: new, or an unfinished set.")],
+    split: Split = "",
     detector: Annotated[
         str,
-        typer.Option(
-            help="fast, orb, sift, frequency; several by commas. frequency is a map of low "
-            "frequencies by FFT, of our own design, to draw FAMT's masks by; it has no keypoints."
+        Option(
+            help="Detectors, separated by commas: fast, orb, sift. frequency is a map of low "
+            "frequencies by FFT, without keypoints, for FAMT's masks."
         ),
     ] = "fast",
     detector_option: Annotated[
         list[str] | None,
-        typer.Option(help="OpenCV's option of a detector, as fast.threshold=20. Repeatable."),
+        Option(help="OpenCV option of a detector, as fast.threshold=20. Repeatable."),
     ] = None,
     frame: Annotated[
-        int,
-        typer.Option(help="Side of the stored square, px. Best at least crop / sqrt(area)."),
+        int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
     ] = DEFAULTS.frame,
     quality: Annotated[
-        int, typer.Option(help="JPEG quality of frames, 1 to 100; 0: raw.")
+        int, Option(help="JPEG quality of frames, 1 to 100; 0: raw pixels.")
     ] = DEFAULTS.quality,
     crop: Annotated[
-        int, typer.Option(help="Side of the training crops that densities are for, px.")
+        int, Option(help="Side of the training crops that densities are for, px.")
     ] = DEFAULTS.crop,
     area: Annotated[
-        float, typer.Option(help="Least share of the source that such a crop shows.")
+        float, Option(help="Least share of the source that such a crop shows.")
     ] = DEFAULTS.area[0],
     map_crops: Annotated[
-        int, typer.Option(help="Random crops that a map averages over, besides the whole image.")
+        int, Option(help="Random crops per image that its map averages, beside the whole image.")
     ] = DEFAULTS.map_crops,
     bank: Annotated[
-        int, typer.Option(help="Crops stored per image, with their exact densities.")
+        int, Option(help="Crops stored per image, with their exact densities.")
     ] = DEFAULTS.bank,
     weights: Annotated[
         str,
-        typer.Option(
-            help="T,w_ps: store the loss weights too, of the bank's crops, or of the whole frame."
-        ),
+        Option(help="T,w_ps: store loss weights too, of the bank's crops, or of the whole frame."),
     ] = "",
-    grid: Annotated[int, typer.Option(help="Cells along a side of a density map.")] = DEFAULTS.grid,
-    mark: Annotated[Mark, typer.Option(help="What a keypoint covers.")] = "ring",
+    grid: Annotated[int, Option(help="Cells per side of a density map.")] = DEFAULTS.grid,
+    mark: Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")] = (
+        "ring"
+    ),
     detect_on: Annotated[
-        DetectOn, typer.Option(help="Detect on the source, or on the frame as stored.")
+        Literal["source", "frame"], Option(help="Detect on the source, or on the stored frame.")
     ] = "source",
     levels: Annotated[
-        int, typer.Option(help="Densities told apart: 256, or 16 to repair what was upgraded.")
+        int, Option(help="Levels of density: 256, or 16 to repair an upgraded set.")
     ] = DEFAULTS.levels,
     shard_size: Annotated[
-        int, typer.Option(help="Inputs per shard; 0: 1000, fewer for small sources.")
+        int, Option(help="Inputs per shard; 0: 1000, fewer for small sources.")
     ] = DEFAULTS.shard_size,
-    jobs: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
-    backend: Annotated[Backend, typer.Option(help="What runs the processes.")] = "loky",
+    jobs: Jobs = 0,
+    backend: Annotated[Backend, Option(help="What runs the processes.")] = "loky",
     scheduler: Annotated[
-        str,
-        typer.Option(
-            help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT; none: here."
-        ),
+        str, Option(help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT.")
     ] = "",
     on_error: Annotated[
-        OnError, typer.Option(help="A bad input: list it and go on, or stop.")
+        Literal["quarantine", "fail"], Option(help="A bad input is listed, or stops the build.")
     ] = "quarantine",
     max_rejected: Annotated[
-        float, typer.Option(help="Share of bad inputs beyond which the exit status is 1.")
+        float, Option(help="Share of rejected inputs above which the exit status is 1.")
     ] = 0.01,
     reuse: Annotated[
         Path | None,
-        typer.Option(help="A finished set of this source, to copy frames and equal maps from."),
+        Option(help="Finished set of this source whose frames and equal maps are copied."),
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Hash a finished set, build again what is damaged.")
+        bool, Option("--repair", help="Hash a finished set and rebuild its damaged files.")
     ] = False,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Take a named dataset that is not all there.")
+        bool, Option("--partial", help="Accept a named dataset that is incomplete.")
     ] = False,
     json_output: Json = False,
 ) -> None:
@@ -119,89 +126,63 @@ def build(
     settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
     loaders do.
     """
-    settings = Settings(
-        frame=between("--frame", frame, 16, LARGEST),
-        quality=between("--quality", quality, 0, 100),
-        crop=_crop(crop),
-        area=(between("--area", area, 0.01, 1), DEFAULTS.area[1]),
-        map_crops=between("--map-crops", map_crops, 0, 64),
-        bank=between("--bank", bank, 0, 255),
-        grid=between("--grid", grid, 2, 254),
-        mark=mark,
-        detect_on=detect_on,
-        detectors=_detectors(detector, detector_option or []),
-        shard_size=at_least("--shard-size", shard_size, 0),
-        weights=_weights(weights),
-        levels=levels,
-    )
-    at_least("--jobs", jobs, 0)
-    between("--max-rejected", max_rejected, 0, 1)
+    try:
+        settings = Settings(
+            frame=frame,
+            quality=quality,
+            crop=crop,
+            area=(area, DEFAULTS.area[1]),
+            map_crops=map_crops,
+            bank=bank,
+            grid=grid,
+            mark=mark,
+            detect_on=detect_on,
+            detectors=parsed_detectors(detector, detector_option or []),
+            shard_size=shard_size,
+            weights=_weights(weights),
+            levels=levels,
+        )
+    except UserError as error:  # of a field, as the option is called
+        name, _, rule = str(error).partition(" ")
+        if name not in {field.name for field in fields(Settings)}:
+            raise
+        raise UserError(f"--{name.replace('_', '-')} {rule}") from None
+    _within("--jobs", jobs, 0)
+    _within("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
         raise UserError("--repair builds from the source itself; leave --reuse out")
-    from preprocess import compare, detectors
-    from preprocess import executors as backends
-    from preprocess import repair as repairs
+    from preprocess import compare, detectors, executors
     from preprocess.building import shard_size_for
+    from preprocess.repair import repair_shards
 
     for each in settings.detectors:
         detectors.check_detector(each)
-    backends.check(backend, scheduler)  # listing a large source takes a while
+    executors.check(backend, scheduler)  # listing a large source takes a while
     _warn(settings, jobs, scheduler)
     with waiting(f"listing {source}"):
         listed = preprocess.open_source(source, split, partial)
-    chosen = shard_size_for(len(listed.entries))
-    settings = settings if shard_size else replace(settings, shard_size=chosen)
     _say_what_is_listed(listed)
     try:
         if repair:
-            mended = repairs.repair_shards(listed, out, settings, jobs, backend, scheduler)
+            mended = repair_shards(listed, out, settings, jobs, backend, scheduler)
             more = f" and {len(mended) - 5} more" if len(mended) > 5 else ""
             names = ", ".join(mended[:5])
-            say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
+            _say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
         manifest = preprocess.build_shards(
             listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
         )
-    except (ValueError, preprocess.BuildError) as error:
+    except (UserError, BuildError) as error:
         if " SOURCE " not in str(error):
             raise
         # What it says to type can be typed.
         words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
-        words += f"{compare.flags_of(settings, chosen)} "
+        words += f"{compare.flags_of(settings, shard_size_for(len(listed.entries)))} "
         raise type(error)(str(error).replace(" SOURCE ", words)) from None
+    ledger = manifest.ledger
     if json_output:
         facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        print_json({**facts, **asdict(manifest.ledger)})
-    else:
-        _print(out, manifest)
-
-
-def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
-    """Say what will work less well than it seems."""
-    import joblib
-
-    least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
-    if settings.frame < least:
-        say(
-            f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
-            f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
-        )
-    if jobs > joblib.cpu_count() and not scheduler:
-        cores = joblib.cpu_count()
-        say(f"--jobs {jobs} on {cores} cores is not faster than --jobs {cores}, and needs memory")
-
-
-def _say_what_is_listed(listed: "preprocess.Source") -> None:
-    if listed.ignored:
-        say(f"{listed.ignored} files are not named as images and were ignored")
-    if listed.sets:
-        say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
-    unlabelled = sum(entry.label < 0 for entry in listed.entries)
-    if unlabelled:
-        say(f"{unlabelled} of {len(listed.entries)} images have no label")
-
-
-def _print(out: Path, manifest: Manifest) -> None:
-    ledger = manifest.ledger
+        _print_json({**facts, **asdict(ledger)})
+        return
     rejected = "".join(f", {n} {reason}" for reason, n in ledger.rejected.items())
     print(
         f"{out}: {ledger.inputs} inputs = {ledger.written} written + "
@@ -209,23 +190,7 @@ def _print(out: Path, manifest: Manifest) -> None:
         f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )
     if ledger.rejected:
-        say(f"the rejected inputs and their reasons are in {out / REJECTED}")
-
-
-def _detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]:
-    """Detectors from `fast,orb` and `fast.threshold=20`. Raises UserError, saying what is."""
-    options: dict[str, dict[str, str]] = {name.strip(): {} for name in names.split(",")}
-    if len(options) != len(names.split(",")):
-        raise UserError(f"--detector {names} names a detector twice")
-    for assignment in assignments:
-        target, equals, text = assignment.partition("=")
-        name, dot, option = target.partition(".")
-        if not equals or not dot or name not in options:
-            raise UserError(
-                f"--detector-option {assignment!r} is not DETECTOR.OPTION=VALUE for one of {names}"
-            )
-        options[name][option] = text
-    return tuple(parsed_detector(name, chosen) for name, chosen in options.items())
+        _say(f"the rejected inputs and their reasons are in {out / REJECTED}")
 
 
 def _weights(text: str) -> tuple[float, int] | None:
@@ -239,8 +204,252 @@ def _weights(text: str) -> tuple[float, int] | None:
         raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
 
 
-def _crop(side: int) -> int:
-    if side % BANK_CELL:
-        nearest = max(BANK_CELL, round(side / BANK_CELL) * BANK_CELL)
-        raise UserError(f"--crop {side} is no multiple of {BANK_CELL}; give {nearest}")
-    return between("--crop", side, 32, 1024)
+def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
+    """Say what will work less well than it seems."""
+    import joblib
+
+    least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
+    if settings.frame < least:
+        _say(
+            f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
+            f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
+        )
+    if jobs > joblib.cpu_count() and not scheduler:
+        cores = joblib.cpu_count()
+        _say(f"--jobs {jobs} on {cores} cores is not faster than --jobs {cores}, and needs memory")
+
+
+def _say_what_is_listed(listed: "preprocess.Source") -> None:
+    if listed.ignored:
+        _say(f"{listed.ignored} files are not named as images and were ignored")
+    if listed.sets:
+        _say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
+    unlabelled = sum(entry.label < 0 for entry in listed.entries)
+    if unlabelled:
+        _say(f"{unlabelled} of {len(listed.entries)} images have no label")
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    level: Annotated[
+        Literal["structure", "checksum", "decode", "redetect"],
+        Option(help="How deep; each level includes those before it."),
+    ] = "checksum",
+    source: From = None,
+    split: Split = "",
+    samples: Annotated[int, Option(help="Records that redetect compares.")] = 64,
+    json_output: Json = False,
+) -> None:
+    """Check a finished set of shards; exit status 1 if anything is wrong.
+
+    structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
+    decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
+    """
+    _within("--samples", samples, 1)
+    if not folder.exists():
+        raise UserError(
+            f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
+        )
+    redetect = level == "redetect"
+    problems = shards.verify(folder, shards.LEVELS[-1] if redetect else level)
+    deep = redetect and not problems  # then no file is damaged
+    if deep:
+        records = shards.ShardSet(folder)
+        if records.manifest.container != "webdataset":
+            raise UserError(f"{folder} holds no source names; redetect the set it was made from")
+        demo = records.manifest.source["kind"] == "demo"
+        listed = _source_of(records, source, split) if source or demo else None
+        problems = preprocess.redetect_maps(records, listed, samples)
+    if json_output:
+        _print_json({"folder": str(folder), "level": level, "problems": problems})
+    else:
+        sound = f"{folder}: {{}} records are sound at level {level}"
+        lines = problems[:20] or [sound.format(shards.load(folder).count)]
+        print("\n".join(lines))
+    if problems:
+        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        mend = "" if deep else _mend(folder, problems)
+        raise BuildError(f"{folder} has {number} at level {level}{mend}")
+
+
+def _mend(folder: Path, problems: list[str]) -> str:
+    """What to do about the first file that a build writes, as the end of a sentence."""
+    try:
+        finished = shards.load(folder)
+    except UserError:  # which is the problem, and says itself what to do
+        return ""
+    for file in [*finished.shards, finished.index, finished.rejected]:
+        path = folder / file.name
+        if any(line.startswith(str(path)) for line in problems):
+            return f", first in {file.name}; {mending(path)}"
+    return ""
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    page: Annotated[
+        Path | None, Option(help="File to write; FOLDER/inspect.html by default.")
+    ] = None,
+    samples: Annotated[int, Option(help="Frames to show.")] = 24,
+    temperature: Temperature = 0.25,
+    w_ps: Cell = 8,
+    json_output: Json = False,
+) -> None:
+    """Write one HTML page: frames, densities, a crop with its weights, histograms, the ledger."""
+    records = shards.ShardSet(folder)
+    with waiting("drawing the page"):
+        text = shards.inspect_page(records, temperature, w_ps, _within("--samples", samples, 1))
+    path = page or folder / "inspect.html"
+    write_atomically(path, text.encode("utf-8"))
+    if json_output:
+        _print_json({"folder": str(folder), "page": str(path), "records": len(records)})
+    else:
+        print(path)
+
+
+@app.command()
+def fidelity(
+    folder: Folder,
+    source: From = None,
+    split: Split = "",
+    samples: Annotated[int, Option(help="Records to compare, one new crop each.")] = 1000,
+    temperature: Temperature = 0.25,
+    w_ps: Cell = 8,
+    seed: Annotated[int, Option(help="Seed of the crops.")] = 0,
+    jobs: Jobs = 0,
+    json_output: Json = False,
+) -> None:
+    """Measure densities read off maps and bank against detection on the crop itself.
+
+    wrong is the share of an image's loss weight on the wrong cell. Beside them stand rulers:
+    weights that ignore the image, detection on a crop 2 px aside or flipped, and torchvision's
+    resize. The headline goes into the manifest, examples into FOLDER/fidelity.png.
+    """
+    records = shards.ShardSet(folder)
+    listed = _source_of(records, source, split)
+    _within("--samples", samples, 1)
+    _within("--temperature", temperature, 0.001, 1000)
+    found = preprocess.measure_fidelity(records, listed, samples, temperature, w_ps, seed, jobs)
+    sizes = preprocess.storage(records)
+    headline = {
+        name: {what: errors[what] for what in ("map", "bank") if what in errors}
+        for name, errors in found.items()
+    }
+    facts = {"temperature": temperature, "w_ps": w_ps, "seed": seed, "detectors": headline}
+    shards.spec.write(folder, replace(records.manifest, fidelity=facts))
+    picture = folder / "fidelity.png"
+    with waiting("drawing examples"):
+        preprocess.write_picture(picture, preprocess.draw_fidelity(records, listed))
+    if json_output:
+        _print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
+        return
+    print(f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
+    for name, errors in found.items():
+        for what, e in errors.items():
+            line = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
+            print(f"{name + ' ' + what:18s}{line}")
+    kinds = ("frame", "maps", "bank", "weights")
+    parts = ", ".join(f"{kind} {sizes[f'{kind}_bytes']:,}" for kind in kinds)
+    print(
+        f"bytes per image: {parts}; in all {sizes['bytes']:,}, maps and bank add "
+        f"{sizes['added']:.1%}"
+    )
+    _say(f"examples: {picture}")
+
+
+def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "preprocess.Source":
+    """The source named, or the demo's; UserError if there is none to go by."""
+    kind = records.manifest.source["kind"]
+    if where is None and kind != "demo":
+        raise UserError(
+            f"{records.folder} does not hold its source; give --source, what it was built from"
+        )
+    with waiting(f"listing {where or 'demo'}"):
+        return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
+
+
+@app.command()
+def convert(
+    folder: Folder,
+    to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
+    out: Annotated[
+        Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
+    ] = None,
+    frames: Annotated[
+        Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store pixels.")
+    ] = "jpeg",
+    json_output: Json = False,
+) -> None:
+    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
+
+    Needs no FFCV; training on the result does.
+    """
+    from shards.beton import convert_to_ffcv
+
+    suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
+    target = out or folder.with_name(folder.name + suffix)
+    manifest = convert_to_ffcv(folder, target, frames)
+    if json_output:
+        facts = {"out": str(target), "fingerprint": manifest.fingerprint}
+        _print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
+    else:
+        print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def upgrade(
+    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
+    out: Annotated[Path, Argument(help="Destination folder for the set in today's format.")],
+    json_output: Json = False,
+) -> None:
+    """Write a set of format version 2 in the format of today, without its source.
+
+    Every file is hashed before, and every record compared after: frames are the same bytes.
+    """
+    from shards.version2 import upgrade_set
+
+    manifest = upgrade_set(folder, out)
+    if json_output:
+        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
+        _print_json({**facts, "records": manifest.count})
+    else:
+        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
+
+
+@app.command()
+def copy(
+    source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
+    target: Annotated[str, Argument(help="Destination folder or URL.")],
+    jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
+    json_output: Json = False,
+) -> None:
+    """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
+
+    Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
+    same command copies only what is missing.
+    """
+    from shards.remote.copy import copy_set
+
+    manifest, copied = copy_set(source, target, _within("--jobs", jobs, 1))
+    if json_output:
+        _print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
+    else:
+        print(f"{target}: {manifest.count} records, {copied} files copied")
+
+
+def _within(option: str, value: Number, least: float, most: float = math.inf) -> Number:
+    """`value`, or UserError if it is not a number from `least` to `most`."""
+    if not least <= value <= most:
+        give = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise UserError(f"{option} {value} is out of range; give {give}")
+    return value
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2, sort_keys=True))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

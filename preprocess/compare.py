@@ -1,36 +1,77 @@
-"""Whether a set that is there is the one that is asked for; if not, what differs, in a line.
-
-In: the facts of both. Out: nothing, or a UserError that names what differs and what to type.
+"""Whether a set that is there is the one that is asked for; if not, what differs, in a line that
+says what to type.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preprocess.defaults import DEFAULTS
-from preprocess.errors import BuildError
-from preprocess.options import DEFAULTS as OPTIONS
-from preprocess.options import OF_FREQUENCY
+from preprocess import BuildError
+from preprocess.detectors import KNOWN
+from preprocess.shard import FACTS, library_versions
+from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, check_size
-from shards.spec import FREQUENCY, INDEX, Manifest, Settings, load
+from shards.progress import waiting
+from shards.spec import EXTRAS, FORMAT_VERSION, INDEX, Manifest, Settings, load
 from shards.tar import shard_name
 from shards.verification import damaged_files
 
 Facts = dict[str, Any]
+WORK = ".build"
 PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on", "levels")
+
+
+def facts_of(source: Source, settings: Settings) -> Facts:
+    """All that a record's bytes depend on; a build goes on only where all of it is equal."""
+    with waiting(f"hashing the list of {len(source.entries)} inputs"):
+        described = source.description()
+    return _facts(FORMAT_VERSION, settings, described, library_versions(settings))
 
 
 def facts_of_set(finished: Manifest) -> Facts:
     """What facts_of said when the finished set was built."""
-    return {
-        "format_version": finished.format_version,
-        "settings": json.loads(json.dumps(asdict(finished.settings))),
-        "source": finished.source,
-        "versions": finished.versions,
-    }
+    facts = finished.format_version, finished.settings, finished.source, finished.versions
+    return _facts(*facts)
+
+
+def _facts(version: int, settings: Settings, source: Facts, versions: Facts) -> Facts:
+    plain: Facts = json.loads(json.dumps(asdict(settings)))  # as it will be read back
+    return {"format_version": version, "settings": plain, "source": source, "versions": versions}
+
+
+def check_folder(out: Path, facts: Facts) -> Manifest | None:
+    """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder for the shards")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if MANIFEST in names:
+        finished = load(out)
+        there = facts_of_set(finished)
+        compare(out, there, facts, reuse_hint(out, there, facts))
+        if finished.container != "webdataset":
+            raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
+        check_files(out, finished)
+        return finished
+    begun = facts_begun(out)
+    if begun:
+        compare(out, begun, facts)
+        return None
+    check_manifest_is_not_lost(out)
+    if names - {WORK} - EXTRAS:
+        some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
+        raise UserError(f"{out} holds other files ({some}); name a new or empty folder")
+    return None
+
+
+def facts_begun(out: Path) -> Facts | None:
+    """The facts of the unfinished build in `out`, if there is one."""
+    for name in (FACTS, "plan.json"):  # as it was called before
+        if (out / WORK / name).is_file():
+            facts: Facts = json.loads((out / WORK / name).read_bytes())
+            return facts
+    return None
 
 
 def compare(out: Path, there: Facts, asked: Facts, hint: str = "") -> None:
@@ -41,8 +82,8 @@ def compare(out: Path, there: Facts, asked: Facts, hint: str = "") -> None:
         for name, value in asked[part].items()
         for line in _difference(f"{part}.{name}", there[part].get(name), value)
     ]
-    if there["format_version"] != asked["format_version"]:
-        versions = there["format_version"], asked["format_version"]
+    versions = there["format_version"], asked["format_version"]
+    if versions[0] != versions[1]:
         changed.insert(0, "format_version is {} there, {} here".format(*versions))
     if changed:
         hint = hint or "use the same ones to go on, or name a new folder"
@@ -65,10 +106,10 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
             for option, value in options.items()
             if before[detector].get(option) != value
         ]
-    if name == "settings.area":
-        name, there, here = "settings.area", there[0], here[0]
     if name == "source.sha256":
         return ["source.sha256 differs: files were added, removed or changed"]
+    if name == "settings.area":
+        there, here = there[0], here[0]
     return [f"{name} is {there} there, {here} here"]
 
 
@@ -81,17 +122,19 @@ def check_manifest_is_not_lost(out: Path) -> None:
         )
 
 
+def _frames(facts: Facts) -> Facts:
+    """The part of `facts` that frames depend on, beside the versions."""
+    return {name: facts["settings"][name] for name in ("frame", "quality")}
+
+
 def check_reuse(reuse: Path, facts: Facts) -> None:
     """UserError unless the set in `reuse` is sound and has the frames that `facts` ask for."""
     finished = load(reuse)
     if finished.container != "webdataset":
         raise UserError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
-    there, asked = facts_of_set(finished), {**facts, "settings": {}, "versions": {}}
-    for name in ("frame", "quality"):
-        asked["settings"][name] = facts["settings"][name]
-    for name in finished.versions:
-        asked["versions"][name] = facts["versions"].get(name, finished.versions[name])
-    compare(reuse, there, asked)
+    versions = {name: facts["versions"].get(name, v) for name, v in finished.versions.items()}
+    asked = {**facts, "settings": _frames(facts), "versions": versions}
+    compare(reuse, facts_of_set(finished), asked)
     damage = damaged_files(reuse, finished)
     if damage:
         raise UserError(damage[0])
@@ -102,24 +145,22 @@ def check_files(out: Path, finished: Manifest) -> None:
     for file in [*finished.shards, finished.index, finished.rejected]:
         try:
             check_size(out / file.name, file.bytes)
-        except ValueError as error:
+        except UserError as error:
             raise BuildError(str(error)) from None
 
 
 def reuse_hint(out: Path, there: Facts, asked: Facts) -> str:
     """What to type where the frames of the finished set in `out` can be kept; else empty."""
     same = all(there[part] == asked[part] for part in ("source", "format_version"))
-    same = same and all(
-        there["settings"][name] == asked["settings"][name] for name in ("frame", "quality")
-    )
     versions = there["versions"].items()
-    if not same or any(asked["versions"].get(name, value) != value for name, value in versions):
+    same = same and all(asked["versions"].get(name, value) == value for name, value in versions)
+    if not same or _frames(there) != _frames(asked):
         return ""
-    names = [[d["name"] for d in facts["settings"]["detectors"]] for facts in (there, asked)]
-    added = [name for name in names[1] if name not in names[0]] or ["new"]
+    before, now = ([d["name"] for d in facts["settings"]["detectors"]] for facts in (there, asked))
+    added = "-".join(name for name in now if name not in before) or "new"
     return (
         "keep its frames and maps by building into a new folder: "
-        f"kamim shards build SOURCE {out}-{'-'.join(added)} --reuse {out}"
+        f"kamim shards build SOURCE {out}-{added} --reuse {out}"
     )
 
 
@@ -127,20 +168,20 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     """The options of `kamim shards build` that give `settings`, without those that it takes
     unasked; `shard_size` is what it chooses by itself.
     """
+    default = Settings()
     words = [f"--detector {','.join(detector.name for detector in settings.detectors)}"]
-    defaults: Mapping[str, Mapping[str, Any]] = {**OPTIONS, FREQUENCY: OF_FREQUENCY}
     for detector in settings.detectors:
         for option, value in detector.options.items():
-            if value != defaults[detector.name].get(option):
+            if value != KNOWN[detector.name].get(option):
                 words.append(f"--detector-option {detector.name}.{option}={value}")
     for name in PLAIN:
         value = getattr(settings, name)
-        if value != getattr(DEFAULTS, name):
+        if value != getattr(default, name):
             words.append(f"--{name.replace('_', '-')} {value}")
-    if settings.area[0] != DEFAULTS.area[0]:
+    if settings.area[0] != default.area[0]:
         words.append(f"--area {settings.area[0]}")
     if settings.weights is not None:
         words.append("--weights {},{}".format(*settings.weights))
-    if settings.shard_size != shard_size:
+    if settings.shard_size not in (0, shard_size):
         words.append(f"--shard-size {settings.shard_size}")
     return " ".join(words)

@@ -1,4 +1,4 @@
-"""Encoded bytes of any image format in, uint8 RGB pixels or one named reason for rejection out.
+"""Pixels of an image file of any format as uint8 RGB, or one named reason for its rejection.
 
 Pixels equal Pillow's `convert("RGB")`, which the field's loaders use: orientation tags ignored,
 alpha dropped, the first frame of an animation. JPEGs take OpenCV's faster, equal path.
@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from shards.record import jpeg_header
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; the largest photo of ImageNet-1K has 24 million
 # Formats that only hold pixels: EPS and PDF run programs, SVG and the like fetch things.
@@ -45,14 +47,14 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
 def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     """Pixels of an ordinary JPEG, or None for Pillow to decode (CMYK) or to diagnose (damage)."""
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace = jpeg_header(data)
         if colorspace not in {"YCbCr", "Gray", "RGB"}:
             return None
         _check_size(width, height)
         if not data.endswith(END_OF_IMAGE):
             # OpenCV before 5 fills a cut-off picture with grey and says nothing; this does not.
             simplejpeg.decode_jpeg(data, strict=True)
-    except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
+    except ValueError as error:
         if "Premature end" in str(error):
             raise Rejected("truncated", str(error)) from None
         return None

@@ -15,7 +15,7 @@ from preprocess.detectors import detect
 from preprocess.frequency import frequency_map
 from preprocess.rings import mark
 from shards import Bank, Detector, Settings, decode_frame
-from shards.crops import between, crop_boxes, read_crop, visible_sums, weights
+from shards.crops import cell_sums, crop_boxes, read_crop, visible_sums, weights
 from shards.record import fixed_point
 from shards.rng import Purpose
 from shards.spec import BANK_CELL
@@ -79,7 +79,7 @@ def _keypoint_densities(
         for row, detector in enumerate(detectors):
             keypoints = detect(detector, grey, settings.crop)
             bitmap = mark(keypoints, view.rows, view.columns, settings.mark)
-            marked[row] += cell_sums(bitmap, y, x) / (cell[0] * cell[1])
+            marked[row] += cell_sums(cv2.integral(bitmap), y, x) / (cell[0] * cell[1])
             down = visible_sums(detector, view.rows, y, settings.mark) / cell[0]
             across = visible_sums(detector, view.columns, x, settings.mark) / cell[1]
             seen[row] += down[:, None] * across
@@ -170,18 +170,6 @@ def crop_counts(detector: Detector, grey: Image, kind: str) -> Image:
 def published_grey(rgb: Image) -> Image:
     """Grey as the published code's detectors see it: RGB pixels weighed as if they were BGR."""
     return cv2.cvtColor(rgb, cv2.COLOR_BGR2GRAY)
-
-
-def cell_sums(bitmap: Image, y: Floats, x: Floats) -> Floats:
-    """Marked area between neighbouring `y` and `x` (px), float64 [len(y) - 1, len(x) - 1].
-
-    The integral image is linear between whole pixels, so reading it at edges that cut pixels is
-    exact. No matrix product: the bytes must not depend on a BLAS.
-    """
-    integral = cv2.integral(bitmap)
-    corners = between(between(integral, y).T, x).T
-    strips = corners[1:] - corners[:-1]
-    return np.asarray(strips[:, 1:] - strips[:, :-1])
 
 
 def _on(view: View, source: tuple[int, int], frame: tuple[int, int]) -> View:

@@ -1,6 +1,5 @@
 """Where the tasks of a build run: processes of this machine, a Dask cluster or a Ray cluster.
 
-In: one function, the arguments of each task. Out: what tasks return, as they end, in any order.
 An engine runs the task of a worker that died again elsewhere; Lost says that the engine is gone.
 joblib's own dask and ray backends are not used: see docs/decisions.md.
 """
@@ -20,19 +19,19 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import joblib
 
-from preprocess.defaults import Backend
-from preprocess.errors import BuildError
+from preprocess import BuildError
 from shards.errors import UserError, install
 
 Tasks = Iterator[tuple[Any, ...]]
 Results = Generator[Any, None, None]
 PACKAGES = {"dask": "distributed", "ray": "ray"}
+BACKENDS = ("loky", *PACKAGES)
 CONNECT_SECONDS, POLL_SECONDS = 10, 1.0
-AHEAD = 16  # tasks beyond one a core: no worker waits, and adaptive clusters grow
+AHEAD = 16  # tasks beyond one per core: no worker waits, and adaptive clusters grow
 
 
 class Lost(Exception):
@@ -41,8 +40,8 @@ class Lost(Exception):
 
 def check(backend: str, scheduler: str) -> None:
     """Raise UserError, saying what to type, unless `backend` can run here with `scheduler`."""
-    if backend not in get_args(Backend):
-        raise UserError(f"unknown backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "loky":
         if scheduler:
             raise UserError(f"--scheduler {scheduler} needs --backend dask or --backend ray")
@@ -58,7 +57,7 @@ def run(
 ) -> Results:
     """Yield `work(*task)` for each of `tasks`, which are drawn only as fast as they are run.
 
-    jobs: tasks at once; 0: one a core, of this machine or of all that the scheduler has. Closing
+    jobs: tasks at once; 0: one per core, of this machine or of all that the scheduler has. Closing
     the generator ends what it started. Raises Lost, BuildError, and what `work` raises.
     """
     if backend == "dask":
@@ -141,8 +140,7 @@ def _dask_results(client: Any, jobs: int, work: Callable[..., Any], tasks: Tasks
         try:
             result = future.result()
         except KilledWorker as error:
-            raise Lost(f"a shard was given up after {error.allowed_failures + 1} workers died of "
-                       "it, perhaps for want of memory") from None  # fmt: skip
+            raise _given_up(error.allowed_failures + 1) from None
         except (ImportError, RuntimeError) as error:
             raise _foreign(error) from None
         yield result
@@ -155,8 +153,8 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
 
     place: dict[str, Any] = {"address": scheduler or "local"}
     if not scheduler:
-        place |= {"num_cpus": jobs or joblib.cpu_count(), "include_dashboard": False,
-                  "object_store_memory": 100_000_000}  # fmt: skip
+        place |= {"num_cpus": jobs or joblib.cpu_count(), "include_dashboard": False}
+        place["object_store_memory"] = 100_000_000
     where = f"{scheduler}, for a token with RAY_AUTH_MODE=token" if scheduler else "this machine"
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -200,8 +198,12 @@ def _ray_result(get: Callable[[Any], Any], reference: Any) -> Any:
         cause = error.cause
         raise (_foreign(cause) if isinstance(cause, ImportError) else cause) from None
     except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
-        raise Lost("a shard was given up after 4 workers died of it, perhaps for want of memory "
-                   f"({_first_line(error)})") from None  # fmt: skip
+        raise _given_up(4, f" ({_first_line(error)})") from None
+
+
+def _given_up(workers: int, why: str = "") -> Lost:
+    died = f"a shard was given up after {workers} workers died of it"
+    return Lost(f"{died}, perhaps for want of memory{why}")
 
 
 def _deafen() -> None:
@@ -217,8 +219,10 @@ def _foreign(error: BaseException) -> BaseException:
     if "No module named" not in chain:
         return error
     missing = chain.rpartition("No module named")[2].split()[0].strip("'\".:")
-    return BuildError(f"the cluster has no module {missing!r}: install kamim, of this version, "
-                      "where its scheduler and workers run, and start them again")  # fmt: skip
+    return BuildError(
+        f"the cluster has no module {missing!r}: install kamim, of this version, where its "
+        "scheduler and workers run, and start them again"
+    )
 
 
 def _address(scheduler: str) -> str:

@@ -4,8 +4,9 @@ The truth is the published way, detection on the crop. Beside the errors stand r
 ignore the image, detection on the crop a little to the side or flipped, and another resize.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import joblib
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 
 from preprocess.decode import decode_image
 from preprocess.densities import View, crop_counts, published_grey, squeezed
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
 from shards.dataset import places_of
 from shards.errors import UserError
+from shards.files import write_atomically
 from shards.progress import progress
 from shards.record import DENSITY, WEIGHTS
 from shards.rng import Purpose
@@ -28,6 +30,8 @@ from shards.spec import BANK_CELL
 Floats = NDArray[np.float64]
 FULL = BANK_CELL**2
 SHIFT = 2  # px of the source
+SIDE, BAR, GAP = 192, 22, 6  # of a picture: px of a tile, of the text above it, between tiles
+TITLES = ("crop", "detected on the crop", "read off the map", "difference (red: too much)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +70,23 @@ def measure_fidelity(
     if source.description()["sha256"] != records.manifest.source["sha256"]:
         raise UserError(f"{source.root} is not what {records.folder} was built from; name that")
     numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist()
-    work = joblib.delayed(_densities)
-    entries = [source.entries[int(records.index["key"][number])] for number in numbers]
-    tasks = (
-        work(records[number], settings, decode_image(read(source.kind, source.root, entry)), seed)
-        for number, entry in zip(numbers, entries, strict=True)
-    )
+    work, part = joblib.delayed(_densities), w_ps // BANK_CELL
+    tasks = (work(*looked_up(records, source, n), settings, seed, part) for n in numbers)
     found = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)
-    counted = progress("fidelity", len(numbers), found)
-    pairs = [_pooled(each, w_ps // BANK_CELL) for each in counted]
+    pairs = list(progress("fidelity", len(numbers), found))
     return {
-        detector.name: {
-            what: _errors([pair[detector.name][what] for pair in pairs], temperature)
-            for what in pairs[0][detector.name]
+        detector: {
+            what: _errors([pair[detector][what] for pair in pairs], temperature)
+            for what in pairs[0][detector]
         }
-        for detector in keypoint_detectors(settings)
+        for detector in pairs[0]
     }
+
+
+def looked_up(records: ShardSet, source: Source, number: int) -> tuple[Record, NDArray[np.uint8]]:
+    """Record `number`, and the pixels of its source."""
+    record = records[number]
+    return record, decode_image(source.read(source.entries[int(record.key)]))
 
 
 def keypoint_detectors(settings: Settings) -> list[Detector]:
@@ -89,41 +94,52 @@ def keypoint_detectors(settings: Settings) -> list[Detector]:
     return [detector for detector in settings.detectors if detector.has_keypoints]
 
 
-Pairs = dict[str, dict[str, tuple[Floats, Floats]]]  # detector, what: (estimate, truth)
+def detected(pixels: NDArray[np.uint8], detector: Detector, settings: Settings) -> Floats:
+    """The published densities of a crop, float64 [c, c]."""
+    return crop_counts(detector, published_grey(pixels), settings.mark) / FULL
 
 
-def _densities(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed: int) -> Pairs:
-    """Estimates and truths of one record, densities float64 [c, c]."""
+def _densities(
+    record: Record, rgb: NDArray[np.uint8], settings: Settings, seed: int, part: int
+) -> dict[str, dict[str, tuple[Floats, Floats]]]:
+    """{detector: {what: (estimate, truth)}} of one record, densities float64 [c, c] as means of
+    `part` x `part` cells.
+    """
     cv2.setNumThreads(1)
+    side, bank = settings.crop, record.bank
     crop = trial_crop(record, settings, rgb, seed)
-    aside = shifted(crop, rgb, settings.crop)
-    mirrored = np.ascontiguousarray(crop.pixels[:, ::-1])
-    other = _torchvision(crop, rgb, settings.crop)
-    result: Pairs = {}
+    rulers = {
+        "shifted": shifted(crop, rgb, side),
+        "flipped": np.ascontiguousarray(crop.pixels[:, ::-1]),
+        "torchvision": _torchvision(crop, rgb, side),
+    }
+    result = {}
     for detector in keypoint_detectors(settings):
-        detected = _detector_on_crops(detector, settings)
-        truth = detected(crop.pixels)
-        result[detector.name] = {
+        truth = detected(crop.pixels, detector, settings)
+        pairs = {
             "map": (read_crop(record, detector, settings, crop), truth),
             "uniform": (np.zeros_like(truth), truth),
-            "shifted": (detected(aside), truth),
-            "flipped": (detected(mirrored)[:, ::-1], truth),
         }
-        if other is not None:
-            result[detector.name]["torchvision"] = (detected(other), truth)
-        if record.bank:
-            slot = seed % len(record.bank.boxes)
-            own = cut(
-                tuple(record.bank.boxes[slot].tolist()),
-                tuple(record.bank.flips[slot].tolist()),
-                rgb,
-                settings.crop,
-            )
-            result[detector.name]["bank"] = (
-                record.bank.counts[detector.name][slot] / FULL,
-                detected(own.pixels),
-            )
+        for what, pixels in rulers.items():
+            if pixels is not None:
+                found = detected(pixels, detector, settings)
+                pairs[what] = found[:, ::-1] if what == "flipped" else found, truth
+        if bank:
+            slot = seed % len(bank.boxes)
+            box, flips = bank.boxes[slot].tolist(), bank.flips[slot].tolist()
+            own = cut(box, flips, rgb, side)
+            stored = bank.counts[detector.name][slot] / FULL
+            pairs["bank"] = stored, detected(own.pixels, detector, settings)
+        result[detector.name] = {
+            what: (_pooled(estimate, part), _pooled(true, part))
+            for what, (estimate, true) in pairs.items()
+        }
     return result
+
+
+def _pooled(density: Floats, part: int) -> Floats:
+    cells = len(density) // part
+    return np.asarray(density.reshape(cells, part, cells, part).mean(axis=(1, 3)))
 
 
 def trial_crop(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed: int) -> Crop:
@@ -132,11 +148,10 @@ def trial_crop(record: Record, settings: Settings, rgb: NDArray[np.uint8], seed:
         np.array([value]) for value in (seed, int(record.key), record.height, record.width)
     )
     boxes, flips = crop_boxes(Purpose.TRIAL, seed, epoch, number, height, width, settings.area)
-    box, turned = tuple(boxes[0].tolist()), tuple(flips[0].tolist())
-    return cut(box, turned, rgb, settings.crop)
+    return cut(boxes[0].tolist(), flips[0].tolist(), rgb, settings.crop)
 
 
-def cut(box: tuple[int, ...], flips: tuple[bool, ...], rgb: NDArray[np.uint8], side: int) -> Crop:
+def cut(box: Sequence[int], flips: Sequence[bool], rgb: NDArray[np.uint8], side: int) -> Crop:
     """The published crop of `rgb`: cut, resized by INTER_LINEAR, flipped."""
     top, left, tall, wide = box
     pixels = squeezed(rgb, View((top, left, tall, wide), side, side))
@@ -160,12 +175,6 @@ def read_crop(record: Record, detector: Detector, settings: Settings, crop: Crop
     return read_map_of(record.maps[detector.name], detector, settings, box, crop.flips, cells)
 
 
-def _detector_on_crops(
-    detector: Detector, settings: Settings
-) -> Callable[[NDArray[np.uint8]], Floats]:
-    return lambda rgb: crop_counts(detector, published_grey(rgb), settings.mark) / FULL
-
-
 def _torchvision(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8] | None:
     """The crop as torchvision resizes it (bilinear, no antialias); None where it is missing."""
     try:
@@ -177,19 +186,6 @@ def _torchvision(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.ui
     resized = resized_crop(pixels, *crop.box, [side, side], antialias=False)
     turned = resized.flip([axis for axis, on in ((2, crop.flips[0]), (1, crop.flips[1])) if on])
     return np.ascontiguousarray(turned.permute(1, 2, 0).numpy())
-
-
-def _pooled(pairs: Pairs, part: int) -> Pairs:
-    """Both densities of each pair as means of part x part cells."""
-
-    def pool(density: Floats) -> Floats:
-        cells = len(density) // part
-        return np.asarray(density.reshape(cells, part, cells, part).mean(axis=(1, 3)))
-
-    return {
-        name: {what: (pool(a), pool(b)) for what, (a, b) in of_detector.items()}
-        for name, of_detector in pairs.items()
-    }
 
 
 def _errors(pairs: list[tuple[Floats, Floats]], temperature: float) -> dict[str, float]:
@@ -227,3 +223,44 @@ def storage(records: ShardSet) -> dict[str, float]:
     added = stored / (mean["bytes"] - stored)
     figures = {"frame_bytes": round(mean["frame_bytes"]), **kinds, "bytes": round(mean["bytes"])}
     return figures | {"added": round(added, 4)}
+
+
+def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[np.uint8]:
+    """Tiles of `crops` random crops, spread over the set, by each detector, as RGB [H, W, 3]."""
+    settings, rows = records.manifest.settings, []
+    for number in np.linspace(0, len(records) - 1, crops).astype(int).tolist():
+        record, rgb = looked_up(records, source, number)
+        crop = trial_crop(record, settings, rgb, seed=0)
+        for detector in keypoint_detectors(settings):
+            truth = detected(crop.pixels, detector, settings)
+            estimate = read_crop(record, detector, settings, crop)
+            tiles = [crop.pixels, _heat(truth), _heat(estimate), _difference(estimate - truth)]
+            titles = [f"{detector.name}: {TITLES[0]}", *TITLES[1:]]
+            rows.append(np.hstack([_tile(*pair) for pair in zip(tiles, titles, strict=True)]))
+    return np.vstack(rows)
+
+
+def _heat(density: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Dark is density 0, yellow 1."""
+    levels = np.rint(np.clip(density, 0, 1) * 255).astype(np.uint8)
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1])
+
+
+def _difference(error: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """White is none, red is too much, blue too little; full colour at one half."""
+    share = np.clip(np.abs(error)[:, :, None] * 2, 0, 1)
+    colour = np.where(error[:, :, None] > 0, (215, 48, 39), (69, 117, 180))
+    return np.rint(255 * (1 - share) + colour * share).astype(np.uint8)
+
+
+def _tile(picture: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
+    tile = np.full((SIDE + BAR, SIDE + GAP, 3), 255, np.uint8)
+    tile[BAR:, :SIDE] = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    return np.asarray(cv2.putText(tile, title, (1, 15), font, 0.38, (40, 40, 40), 1, cv2.LINE_AA))
+
+
+def write_picture(path: Path, rgb: NDArray[np.uint8]) -> None:
+    """Write an RGB picture as PNG, whole or not at all."""
+    png = cv2.imencode(".png", np.ascontiguousarray(rgb[:, :, ::-1]))[1]
+    write_atomically(path, png.tobytes())

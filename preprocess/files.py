@@ -1,13 +1,11 @@
-"""Files of a source by path or URL, and their bytes.
-
-In: places, and ranges of bytes in them. Out: what they are, open files, bytes.
-"""
+"""Files of a source by path or URL, and their bytes."""
 
 import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import BinaryIO, TypeVar
 
@@ -58,26 +56,12 @@ def read_file(where: str, limit: int) -> bytes:
     """The first `limit` bytes of a file of its own. Raises Rejected with reason vanished,
     unreadable or not-a-file; OSError if a store cannot be reached or the machine is at fault.
     """
-    try:
+    with _rejecting(where):
         if is_url(where):
             return remote.read_range(where, 0, limit)
-        # Without O_NONBLOCK, opening a pipe that took a file's name would wait for ever.
-        descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise Rejected("vanished", "it was listed and is gone") from None
-    except OSError as error:
-        if is_url(where) or error.errno in MACHINE:
-            raise
-        raise Rejected("unreadable", error.strerror or str(error)) from None
-    try:
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
+        with _opened(where) as file:
+            _check_regular(file)
             return file.read(limit)
-    except OSError as error:
-        if error.errno in MACHINE:
-            raise
-        raise Rejected("unreadable", error.strerror or str(error)) from None
 
 
 def read_part(where: str, start: int, size: int) -> bytes:
@@ -85,28 +69,41 @@ def read_part(where: str, start: int, size: int) -> bytes:
 
     Raises as read_file does.
     """
-    if is_url(where):
-        try:
+    with _rejecting(where):
+        if is_url(where):
             return remote.read_range(where, start, size)
-        except FileNotFoundError:
-            raise Rejected("vanished", "it was listed and is gone") from None
-    try:
         file = _kept_open(where, version_of(where))
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
+        _check_regular(file)
         return os.pread(file.fileno(), size, start)
+
+
+@contextmanager
+def _rejecting(where: str) -> Iterator[None]:
+    """An OSError that is the fault of the file `where` as Rejected."""
+    try:
+        yield
     except FileNotFoundError:
         raise Rejected("vanished", "it was listed and is gone") from None
     except OSError as error:
-        if error.errno in MACHINE:
+        if is_url(where) or error.errno in MACHINE:
             raise
         raise Rejected("unreadable", error.strerror or str(error)) from None
+
+
+def _opened(where: str) -> BinaryIO:
+    # Without O_NONBLOCK, opening a pipe that took a file's name would wait for ever.
+    return open(os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _check_regular(file: BinaryIO) -> None:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise Rejected("not-a-file", "it is a folder, pipe, socket or device")
 
 
 @lru_cache(maxsize=16)
 def _kept_open(where: str, version: tuple[int, ...]) -> BinaryIO:
     """`where`, open until 16 others were asked for; another file of that name is opened anew."""
-    return open(os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    return _opened(where)
 
 
 def version_of(where: str) -> tuple[int, ...]:

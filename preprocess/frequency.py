@@ -1,16 +1,16 @@
 """The frequency map: where an image's low frequencies lie, by FFT. It has no keypoints.
 
-In: the pixels of a source. Out: float64 [G, G], 0 to 1. FAMT (arXiv 2211.15362 v3) guides its
-masks by an FFT low pass; its formula is not published in a form we could read, so this one is our
-own design, and this file is all of it: put another function in its place to try another.
+FAMT (arXiv 2211.15362 v3) guides its masks by an FFT low pass. Its formula is not published in a
+form we could read, so this one is our own design, and this file is all of it: put another function
+in its place to try another.
 """
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import Detector, Settings
-from shards.crops import between
+from shards import Detector
+from shards.crops import cell_sums
 from shards.errors import UserError
 
 SIDE = 96  # px that the whole source is squeezed to: its low frequencies need no more
@@ -24,15 +24,6 @@ def check_options(detector: Detector) -> None:
         raise UserError(f"frequency.cutoff={cutoff} is out of range; give above 0 to {MOST:g}")
     if not scale > 0:
         raise UserError(f"frequency.scale={scale} is not positive; the default is 120")
-
-
-def check_bank(settings: Settings) -> None:
-    """UserError if a bank of this map is asked for."""
-    if settings.bank and not all(detector.has_keypoints for detector in settings.detectors):
-        raise UserError(
-            "a bank holds counts of keypoint marks, and frequency has none: build it without "
-            "--bank, or leave frequency out"
-        )
 
 
 def frequency_map(rgb: NDArray[np.uint8], detector: Detector, grid: int) -> NDArray[np.float64]:
@@ -51,14 +42,7 @@ def frequency_map(rgb: NDArray[np.uint8], detector: Detector, grid: int) -> NDAr
     gain = np.exp2(-squared / 2)
     gain[0, 0] = 0  # deviation from the mean: a bright photo is not all high
     smooth = np.fft.irfft2(np.fft.rfft2(mirrored) * gain, s=mirrored.shape)[:SIDE, :SIDE]
-    energy = _cell_means(smooth**2, grid)
-    return np.asarray(np.minimum(np.sqrt(energy) / detector.options["scale"], 1))
-
-
-def _cell_means(values: NDArray[np.float64], grid: int) -> NDArray[np.float64]:
-    """Means of `values` [SIDE, SIDE] over grid x grid cells, which may cut pixels."""
-    integral = cv2.integral(values)
     edges = np.linspace(0.0, SIDE, grid + 1)
-    corners = between(between(integral, edges).T, edges).T
-    sums = np.diff(np.diff(corners, axis=0), axis=1)
-    return np.asarray(np.maximum(sums, 0) * (grid / SIDE) ** 2)  # rounding may go below 0
+    sums = cell_sums(cv2.integral(smooth**2), edges, edges)
+    energy = np.maximum(sums, 0) * (grid / SIDE) ** 2  # rounding may go below 0
+    return np.asarray(np.minimum(np.sqrt(energy) / detector.options["scale"], 1))

@@ -1,15 +1,16 @@
-"""Do it again and compare: a finished set and its source in, records whose maps differ out.
+"""Do it again and compare: records of a finished set whose maps or bank come out otherwise now.
 
 Finds what checksums cannot: another OpenCV that detects otherwise, or sources that changed.
 """
 
+from itertools import chain
+
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of, weights_of
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Record, ShardSet
 from shards.errors import UserError
 from shards.record import equal
@@ -28,48 +29,39 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
             "redetect needs the pixels that detection ran on: give the source of these shards by "
             "--source (sets built with --detect-on frame and without a bank need none)"
         )
-    listed = source.entries if source else []
-    by_name = {entry.name: entry for entry in listed}
-    problems = []
-    numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int))
-    for number in numbers.tolist():
-        record = records[number]
+    numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist()
+    found = (_differences(records, records[n], source if needs_source else None) for n in numbers)
+    return [line for lines in found for line in lines]
+
+
+def _differences(records: ShardSet, record: Record, source: Source | None) -> list[str]:
+    settings, number, rgb = records.manifest.settings, int(record.key), None
+    if source is not None:
+        # By its place in the listing first: a tar may hold one name twice.
+        entries = chain(source.entries[number : number + 1], source.entries)
+        entry = next((entry for entry in entries if entry.name == record.source), None)
+        if entry is None:
+            return [f"record {record.key}: the source has no {record.source!r}"]
         try:
-            rgb = None
-            if source is not None and needs_source:
-                # By its place in the listing first: a tar may hold one name twice.
-                index = int(record.key)
-                same = index < len(listed) and listed[index].name == record.source
-                entry = listed[index] if same else by_name.get(record.source)
-                if entry is None:
-                    problems.append(f"record {record.key}: the source has no {record.source!r}")
-                    continue
-                rgb = decode_image(read(source.kind, source.root, entry))
+            rgb = decode_image(source.read(entry))
         except Rejected as error:
-            problems.append(f"record {record.key}: {record.source!r} is now {error.reason}")
-            continue
-        size = record.height, record.width
-        again = maps_of(rgb, record.frame, int(record.key), settings, size)
-        problems += _differences(record, again, records)
-        bank = None
-        if record.bank:
-            assert rgb is not None
-            bank = bank_of(rgb, int(record.key), settings)
-            if not record.bank.equals(bank):
-                problems.append(f"record {record.key} ({record.source!r}): the bank differs")
-        if not equal(record.weights, weights_of(again, bank, settings)):
-            problems.append(f"record {record.key} ({record.source!r}): the weights differ")
-    return problems
-
-
-def _differences(
-    record: Record, again: dict[str, NDArray[np.uint8]], records: ShardSet
-) -> list[str]:
+            return [f"record {record.key}: {record.source!r} is now {error.reason}"]
+    again = maps_of(rgb, record.frame, number, settings, (record.height, record.width))
     built_with = records.manifest.versions["opencv"]
     note = "" if built_with == cv2.__version__ else f" (OpenCV {built_with}, {cv2.__version__} now)"
-    return [
-        f"record {record.key} ({record.source!r}): the {name} map differs in "
-        f"{np.count_nonzero(stored != new)} of {stored.size} cells{note}"
+    named = f"record {record.key} ({record.source!r})"
+    problems = [
+        f"{named}: the {name} map differs in {np.count_nonzero(stored != new)} of {stored.size} "
+        f"cells{note}"
         for name, stored in record.maps.items()
         if not np.array_equal(stored, new := again[name])
     ]
+    bank = None
+    if record.bank is not None:
+        assert rgb is not None
+        bank = bank_of(rgb, number, settings)
+        if not record.bank.equals(bank):
+            problems.append(f"{named}: the bank differs")
+    if not equal(record.weights, weights_of(again, bank, settings)):
+        problems.append(f"{named}: the weights differ")
+    return problems

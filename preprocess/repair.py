@@ -1,7 +1,6 @@
 """A finished set with files that are missing or damaged: made whole again, to the same bytes.
 
-In: the set's source and settings. Out: every file as its manifest says. What is built is held to
-the manifest's sha256 before it takes the place of what is damaged.
+What is built is held to the manifest's sha256 before it takes the place of what is damaged.
 """
 
 import json
@@ -11,20 +10,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess.building import WORK, claim, facts_of, job_of, shard_size_for, write_missing
-from preprocess.compare import check_manifest_is_not_lost, compare, facts_of_set, flags_of
+from preprocess.building import claim, shard_size_for, sized, write_missing
+from preprocess.compare import (
+    check_manifest_is_not_lost,
+    compare,
+    facts_begun,
+    facts_of,
+    facts_of_set,
+    flags_of,
+)
+from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
-from preprocess.errors import BuildError
-from preprocess.shard import PLAN, Job, read_row, rejected_line, row_path
-from preprocess.source import Source, check_outside, read
-from shards import spec as _manifest
+from preprocess.shard import Job, read_row, rejected_line, row_path
+from preprocess.source import Source
 from shards.dataset import flaws_of_files
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
 from shards.progress import progress
 from shards.record import npy_bytes
-from shards.spec import File, Manifest, Settings
+from shards.spec import File, Manifest, Settings, load, sha256_of_bytes
 from shards.tar import index_of
 
 
@@ -44,18 +50,19 @@ def repair_shards(
     """
     backends.check(backend, scheduler)
     check_outside(source, out)
-    if (out / WORK / PLAN).exists() and not (out / MANIFEST).exists():
+    if facts_begun(out) and not (out / MANIFEST).exists():
         raise UserError(f"{out} is unfinished; the same command without --repair goes on")
     check_manifest_is_not_lost(out)
-    finished, facts = _manifest.load(out), facts_of(source, settings)
+    settings = sized(settings, source)
+    finished, facts = load(out), facts_of(source, settings)
     if finished.container != "webdataset":
         raise UserError(f"{out} is an FFCV set; remove it and convert the set it was made from")
     flags = flags_of(finished.settings, shard_size_for(len(source.entries)))
     compare(out, facts_of_set(finished), facts, f"give those of the set to repair it: {flags}")
-    with claim(out, facts) as work:
+    with claim(source, settings, out, facts) as job:
         files = [*finished.shards, finished.index, finished.rejected]
         flaws = flaws_of_files(out, files)
-        job = replace(job_of(source, settings, out, work), out=work.resolve())
+        job = replace(job, out=job.work)
         numbers = [n for n, shard in enumerate(finished.shards) if shard.name in flaws]
         write_missing(source, job, numbers, backend, scheduler, jobs, "repairing")
         for number in numbers:
@@ -91,7 +98,7 @@ def _restore_lists(source: Source, out: Path, finished: Manifest) -> None:
     index = np.concatenate(rows)
     lists = (finished.index, npy_bytes(index)), (finished.rejected, _rejected(source, index))
     for file, data in lists:
-        if _manifest.sha256_of_bytes(data) != file.sha256:
+        if sha256_of_bytes(data) != file.sha256:
             raise _changed(out / file.name)
         write_atomically(out / file.name, data)
 
@@ -102,7 +109,7 @@ def _rejected(source: Source, index: NDArray[np.void]) -> bytes:
     for number in sorted(set(range(len(source.entries))) - written):
         entry = source.entries[number]
         try:
-            decode_image(read(source.kind, source.root, entry))
+            decode_image(source.read(entry))
         except Rejected as error:
             line = rejected_line(number, entry, error)
             lines.append(json.dumps(line, sort_keys=True) + "\n")

@@ -22,17 +22,17 @@ import PIL
 import simplejpeg
 from numpy.typing import NDArray
 
+from preprocess import BuildError
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import bank_of, maps_of, weights_of
-from preprocess.errors import BuildError
-from preprocess.source import Entry, read, read_in_order
+from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.files import write_atomically
 from shards.record import key_of
 from shards.spec import FORMAT_VERSION, fingerprint
 from shards.tar import shard_name
 
-PLAN = "plan.json"  # in the work folder: what is being built
+FACTS = "facts.json"  # in the work folder: settings, source and versions of the build under way
 UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share
 PATIENCE_SECONDS = 60  # for which a network file system may not yet show what another wrote
 
@@ -42,13 +42,12 @@ class Job:
     """What every task of a build shares: settings, where to read, where to write."""
 
     settings: Settings
-    kind: str
-    root: str
+    source: Source  # without its entries
     out: Path
     work: Path
-    reuse: Path | None  # a finished set of the same source, to copy frames and maps from
-    fail: bool  # stop at the first input that is rejected
-    plan: str  # fingerprint of the PLAN in `work`: who does not see it works elsewhere
+    fingerprint: str  # of the FACTS in `work`: who does not see them works elsewhere
+    reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
+    fail: bool = False  # stop at the first input that is rejected
 
 
 class Written(NamedTuple):
@@ -90,8 +89,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     first = number * job.settings.shard_size
     rejected, unread = [], -1
     with ShardWriter(job.out / shard_name(number)) as writer:
-        inputs = read_in_order(job.kind, job.root, entries)
-        for index, (entry, read) in enumerate(inputs, start=first):
+        for index, (entry, read) in enumerate(job.source.read_in_order(entries), start=first):
             try:
                 rgb = decode_image(read())
             except Rejected as error:
@@ -122,15 +120,15 @@ def _check_here(job: Job) -> None:
     """BuildError unless this machine sees the driver's work folder and has its libraries."""
     host = socket.gethostname()
     try:
-        plan = json.loads((job.work / PLAN).read_bytes())
+        facts = json.loads((job.work / FACTS).read_bytes())
     except (OSError, ValueError):
-        plan = {}
-    if not plan or fingerprint(plan) != job.plan:
+        facts = {}
+    if fingerprint(facts) != job.fingerprint:
         raise BuildError(
             f"the worker on {host} does not see the folder {job.out} of this build; source and "
             "shards must be on a file system that all machines see, under the same path"
         )
-    then = {**plan["versions"], "format": plan["format_version"]}
+    then = {**facts["versions"], "format": facts["format_version"]}
     for name, version in {**library_versions(job.settings), "format": FORMAT_VERSION}.items():
         if then[name] != version:
             raise BuildError(
@@ -157,13 +155,14 @@ def confirm(job: Job, written: Written, entries: Sequence[Entry]) -> None:
         return
     entry = entries[written.unread]
     try:
-        read(job.kind, job.root, entry)
+        job.source.read(entry)
     except Rejected:
         return
     row_path(job.work, written.number).unlink()  # the next build does it again
     raise BuildError(
-        f"the worker on {written.host} could not read {entry.name!r} below {job.root}, this "
-        "machine can; the source must be on a file system that all see, under the same path"
+        f"the worker on {written.host} could not read {entry.name!r} below "
+        f"{job.source.root}, this machine can; the source must be on a file system that all see, "
+        "under the same path"
     )
 
 

@@ -136,11 +136,9 @@ def read_map(
     top, left, height, width = box
     rows = np.interp((top + height * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
     columns = np.interp((left + width * np.arange(cells + 1) / cells) * grid, *_ruler(grid))
-    corners = between(between(integral, rows).T, columns).T
+    sums = cell_sums(integral, rows, columns)
     area = (height * grid / cells) * (width * grid / cells)
-    return np.asarray(
-        np.diff(np.diff(corners, axis=0), axis=1) / area * np.multiply.outer(visible, visible)
-    )
+    return np.asarray(sums / area * np.multiply.outer(visible, visible))
 
 
 def read_crop(
@@ -164,6 +162,17 @@ def read_crop(
 
 def _ruler(grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.arange(grid + 1), np.arange(grid + 1)
+
+
+def cell_sums(integral: NDArray[Any], y: Floats, x: Floats) -> Floats:
+    """Sums between neighbouring `y` and `x`, float64 [len(y) - 1, len(x) - 1], of that whose
+    integral image is `integral`.
+
+    An integral image is linear between whole pixels, so reading it at edges that cut pixels is
+    exact. No matrix product: the bytes must not depend on a BLAS.
+    """
+    corners = between(between(integral, y).T, x).T
+    return np.asarray(np.diff(np.diff(corners, axis=0), axis=1))
 
 
 def between(values: NDArray[Any], at: NDArray[np.float64]) -> NDArray[np.float64]:

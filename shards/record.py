@@ -266,13 +266,19 @@ def decode_frame(frame: bytes) -> NDArray[np.uint8]:
         return npy_array(frame)
     if not frame.endswith(b"\xff\xd9"):
         raise UserError("the JPEG frame does not end in an end-of-image marker")
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(frame)
-    except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
-        raise UserError(f"the frame is not a JPEG that decodes ({error})") from None
+    height, width, _ = jpeg_header(frame)
     if max(height, width) > LARGEST:
         raise UserError(f"the frame says {width} x {height} px; there are none beyond {LARGEST}")
     pixels = cv2.imdecode(np.frombuffer(frame, np.uint8), cv2.IMREAD_COLOR_RGB)
     if pixels is None:
         raise UserError("the frame is not a JPEG that decodes")
     return pixels
+
+
+def jpeg_header(data: bytes) -> tuple[int, int, str]:
+    """Height, width and colour space of a JPEG. Raises UserError if its header does not decode."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
+        raise UserError(f"the frame is not a JPEG that decodes ({error})") from None
+    return height, width, space

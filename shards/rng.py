@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     WINDOW = 9  # order of the samples of a window
     RACE = 10  # order in which cells are masked and thrown
     AUGMENT = 11  # augmentations of training with labels
+    LAYERS = 12  # layers that a step leaves out, Swin's
 
 
 def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:

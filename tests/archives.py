@@ -37,8 +37,9 @@ def tar_bytes(members, mode="w"):
 
 def imagenet_images():
     """wnid: {file name: bytes}; one is a PNG by the name of a JPEG, one is CMYK, as in ImageNet."""
-    images = {w: {f"{w}_{n}.JPEG": picture(10 * c + n) for n in (18, 2, 7)} for c, w in
-              enumerate(WNIDS)}  # fmt: skip
+    images = {
+        w: {f"{w}_{n}.JPEG": picture(10 * c + n) for n in (18, 2, 7)} for c, w in enumerate(WNIDS)
+    }
     images[WNIDS[1]][f"{WNIDS[1]}_2.JPEG"] = picture(1, ".png")
     images[WNIDS[2]][f"{WNIDS[2]}_7.JPEG"] = picture(2, mode="CMYK")
     return images
@@ -100,8 +101,18 @@ def cifar_pixels(seed, count):
     return np.random.default_rng(seed).integers(0, 256, (count, 3072), np.uint8)
 
 
-CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                 "truck"]  # fmt: skip
+CIFAR10_NAMES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
 
 
 def cifar10_python(write=python2_pickle, count=4):
@@ -132,8 +143,10 @@ def cifar10_binary(count=4):
 
 
 def cifar100_python(count=4):
-    names = {"fine_label_names": [f"fine{n}" for n in range(100)],
-             "coarse_label_names": [f"coarse{n}" for n in range(20)]}  # fmt: skip
+    names = {
+        "fine_label_names": [f"fine{n}" for n in range(100)],
+        "coarse_label_names": [f"coarse{n}" for n in range(20)],
+    }
     members = [("cifar-100-python/meta", python2_pickle(names))]
     for number, name in enumerate(("test", "train")):
         table = {
@@ -174,14 +187,24 @@ def packed(members, path):
     return path
 
 
-SPECIES = ("00000_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_terrestris",
-           "00001_Plantae_Tracheophyta_Magnoliopsida_Rosales_Rosaceae_Rosa_canina")  # fmt: skip
+SPECIES = (
+    "00000_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_terrestris",
+    "00001_Plantae_Tracheophyta_Magnoliopsida_Rosales_Rosaceae_Rosa_canina",
+)
 
 
 def inaturalist(root, **changes):
     """train.json and train/ as of 2021; `changes` replace lists of the JSON."""
-    facts = {"width": 48, "height": 40, "license": 0, "rights_holder": "R", "latitude": 43.8,
-             "longitude": -71.2, "date": "2020-07-14", "location_uncertainty": 77}  # fmt: skip
+    facts = {
+        "width": 48,
+        "height": 40,
+        "license": 0,
+        "rights_holder": "R",
+        "latitude": 43.8,
+        "longitude": -71.2,
+        "date": "2020-07-14",
+        "location_uncertainty": 77,
+    }
     images = [
         {"id": 40 + n, "file_name": f"train/{SPECIES[n % 2]}/{n:08x}.jpg", **facts}
         for n in range(5)
@@ -192,13 +215,19 @@ def inaturalist(root, **changes):
         "info": {"year": 2021, "version": "v1.0"},
         "images": images,
         "categories": [
-            {"id": n, "name": name.split("_", 6)[6].replace("_", " "), "common_name": "C",
-             "supercategory": "Worms", "kingdom": "Animalia", "image_dir_name": name}
+            {
+                "id": n,
+                "name": name.split("_", 6)[6].replace("_", " "),
+                "common_name": "C",
+                "supercategory": "Worms",
+                "kingdom": "Animalia",
+                "image_dir_name": name,
+            }
             for n, name in enumerate(SPECIES)
         ],
         "annotations": [{"id": 7 + n, "image_id": 40 + n, "category_id": n % 2} for n in range(5)],
         "licenses": [{"id": 0, "name": "N", "url": "U"}],
-    }  # fmt: skip
+    }
     (root / "train.json").write_text(json.dumps(table | changes))
     return root
 

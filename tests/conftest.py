@@ -103,10 +103,7 @@ def photos() -> list[Path]:
 def demo_images() -> list[np.ndarray]:
     """The 312 demo images as uint8 RGB; they need no data of anybody's."""
     source = preprocess.open_source("demo")
-    return [
-        preprocess.decode_image(preprocess.source.read("demo", source.root, entry))
-        for entry in source.entries
-    ]
+    return [preprocess.decode_image(source.read(entry)) for entry in source.entries]
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
 from torch import Tensor
 
 from shards import Batch
@@ -21,7 +19,7 @@ from shards.errors import UserError
 from shards.files import replacing
 from shards.weighting import crop_frames, to_device
 from train.distributed import Process
-from train.models import normalised
+from train.models import in_bf16, normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
 
@@ -66,8 +64,9 @@ def write_attention(
     size: int,
     process: Process,
     device: torch.device,
-) -> None:
-    """Write the maps of all `count` records into `path`, whole or not at all, by process 0.
+) -> Tensor:
+    """Write the maps of all `count` records into `path`, whole or not at all, by process 0; returns
+    them as they stay on `device`, uint8 [count, n].
 
     `batches` show each record once at least, to this process or to another; their crops and flips
     are not used. Returns when the file is there, on all.
@@ -80,38 +79,35 @@ def write_attention(
     with ExitStack() as stack:
         stack.callback(encoder.train, was_training)
         stack.enter_context(torch.no_grad())
-        maps = None
-        if rank == 0:
-            temporary = stack.enter_context(replacing(path, durable=False))
-            maps = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, patches))
-            maps[:] = UNSEEN
-            stack.callback(maps.flush)
-        for batch, tensors in to_device(batches, device):
-            boxes, flips = tensors["boxes"], tensors["flips"]
-            whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(boxes)
-            images = crop_frames(tensors["frames"], whole, torch.zeros_like(flips), size)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        maps = torch.full((count, patches), UNSEEN, dtype=torch.uint8, device=device)
+        for _, tensors in to_device(batches, device):
+            whole, flips = torch.ones_like(tensors["boxes"]), torch.zeros_like(tensors["flips"])
+            whole[:, :2] = 0
+            images = crop_frames(tensors["frames"], whole, flips, size)
+            with in_bf16(device):
                 found = class_attention(encoder, normalised(images))
             levels = torch.round(found * 255).to(torch.uint8)
-            samples = torch.from_numpy(batch.samples).to(device)
-            rows, numbers = (_gathered(t, ranks).cpu().numpy() for t in (levels, samples))
-            if maps is not None:
-                maps[numbers] = rows
+            rows, numbers = (_gathered(each, ranks) for each in (levels, tensors["samples"]))
+            maps[numbers] = rows
+    if rank == 0:
+        with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
+            np.save(file, maps.cpu().numpy())
     if ranks > 1:
         dist.barrier()
+    return maps
 
 
-def read_attention(path: Path, count: int, patches: int) -> NDArray[np.uint8]:
-    """The maps in `path`, uint8 [count, patches], memory-mapped. UserError if they are not it."""
+def read_attention(path: Path, count: int, patches: int) -> Tensor:
+    """The maps in `path`, uint8 [count, patches]. UserError if they are not it."""
     try:
-        maps: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        maps = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
         ) from None
     if maps.dtype != np.uint8 or maps.shape != (count, patches):
         raise UserError(f"{path} is {maps.dtype} {maps.shape}, the run's is uint8 {count, patches}")
-    return maps
+    return torch.from_numpy(maps)
 
 
 def _gathered(part: Tensor, ranks: int) -> Tensor:

@@ -4,12 +4,14 @@ RUN/checkpoints/step-00001234.pt hold model, optimizer, step and what the run is
 not in them: it follows from (seed, epoch, sample) and (seed, step).
 """
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shards import Manifest, Plan
 from shards.errors import UserError
@@ -40,6 +42,71 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         old.unlink(missing_ok=True)
     sweep(folder)
     return path
+
+
+class Saver:
+    """Writes a run's checkpoints while it goes on: from copies, by a thread, one at a time.
+
+    On CUDA the host does not wait for the copies either: they go into pinned memory, kept for the
+    next ones, in the order of what the device is given, so before the weights change again. A
+    write that failed raises at the next save, or at the end.
+    """
+
+    def __init__(self, folder: Path, minutes: float, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        self.seconds = 60 * minutes or float("inf")
+        self.saved = time.monotonic()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+        self._copy: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def late(self) -> bool:
+        """Whether the last checkpoint is as old as one may be, by the clock."""
+        return time.monotonic() - self.saved >= self.seconds
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Have `state` written as the checkpoint after `step` steps, once the one before is."""
+        self.wait()
+        self.saved, cuda = time.monotonic(), self.device.type == "cuda"
+        self._copy = _copied(state, self._copy, cuda)
+        copied = torch.cuda.current_stream(self.device).record_event() if cuda else None
+
+        def write() -> Path:
+            if copied is not None:
+                copied.synchronize()
+            return save(self.folder, step, self._copy)
+
+        self._writing = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises what the last write raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _copied(tree: Any, into: Any, pin: bool) -> Any:
+    """`tree` of dictionaries and lists with copies of its tensors, in those of `into` if it has
+    them; pinned, or the copies would wait for the device.
+    """
+    if isinstance(tree, dict):
+        old = into if isinstance(into, dict) else {}
+        return {key: _copied(each, old.get(key), pin) for key, each in tree.items()}
+    if isinstance(tree, list):
+        return [_copied(each, None, pin) for each in tree]
+    if not isinstance(tree, Tensor):
+        return tree
+    fits = isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype
+    copy = into if fits else torch.empty_like(tree, device="cpu", pin_memory=pin)
+    return copy.copy_(tree, non_blocking=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -151,6 +218,8 @@ def restore(
     extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
     if extended:
         facts["extended"] = extended
+    for group in state["optimizer"]["param_groups"]:  # as the device has it, not the run before
+        group["fused"] = optimizer.defaults["fused"]
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return step, float(state.get("seconds", 0.0)), epochs

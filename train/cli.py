@@ -52,7 +52,9 @@ def pretrain(
     ] = 0,
     micro_batch: Annotated[
         int,
-        typer.Option(min=0, help="Most images in memory at once, per process; 0: the recipe's."),
+        typer.Option(
+            min=0, help="Most images in memory at once, per process; 0: as many as serve."
+        ),
     ] = 0,
     steps: Annotated[
         int, typer.Option(min=0, help="Stop after this many steps, on the same schedule.")
@@ -60,6 +62,9 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    save_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes between checkpoints, at most; 0: by steps alone.")
+    ] = 15,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
     on_error: Annotated[
         Literal["fail", "skip"], typer.Option(help="A damaged record: stop, or skip and count.")
@@ -67,6 +72,13 @@ def pretrain(
     check: Annotated[
         Literal["checksum", "size"], typer.Option(help="How to check the shards at the start.")
     ] = "checksum",
+    compiles: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="On CUDA, into one graph.")
+    ] = True,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="On CUDA the same bits each time, and slower."),
+    ] = False,
     wandb: Annotated[str, typer.Option(help="Weights & Biases project to log to.")] = "",
     window: Annotated[
         int, typer.Option(min=0, help="Shards shuffled together; 0: all, 64 of a URL's.")
@@ -138,7 +150,10 @@ def pretrain(
         extend=extend,
         steps=steps,
         save_every=save_every,
+        save_minutes=save_minutes,
         log_every=log_every,
+        compile=compiles,
+        deterministic=deterministic,
         skip_damaged=on_error == "skip",
         checksum=check == "checksum",
         wandb=wandb,

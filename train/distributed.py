@@ -124,13 +124,17 @@ class Stop:
             )
         raise Stopped(self.wished)
 
-    def agreed(self, step: int, every: int, ranks: int, device: torch.device) -> bool:
-        """Whether to stop after `step`. With several processes it costs a sync, every so often."""
+    def agreed(
+        self, late: bool, step: int, every: int, ranks: int, device: torch.device
+    ) -> tuple[bool, bool]:
+        """Whether to stop after `step`, and whether a checkpoint is `late` for any process. With
+        several processes it costs a sync, every so often.
+        """
         if ranks == 1:
-            return bool(self.wished)
+            return bool(self.wished), late
         if (step + 1) % every:
-            return False
-        wish = torch.tensor(self.wished, device=device)
-        dist.all_reduce(wish, dist.ReduceOp.MAX)
-        self.wished = int(wish.item())
-        return bool(self.wished)
+            return False, False
+        wishes = torch.tensor([self.wished, int(late)], device=device)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.wished, any_late = wishes.tolist()
+        return bool(self.wished), bool(any_late)

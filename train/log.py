@@ -5,6 +5,7 @@ A resumed run goes on in the same files.
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,6 +70,50 @@ class Log:
             if self.wandb is not None:
                 self.wandb.log(row, step=row["step"])
         progress.rows(rows[-1], line(rows[-1], progress.total))
+
+
+class Window:
+    """The steps since the last rows, their numbers still on the device, and the clock.
+
+    seconds: of training before it. share: of the devices' peak that an image a second takes.
+    """
+
+    def __init__(
+        self, seconds: float, batch: int, steps_an_epoch: float, ranks: int, share: float | None
+    ) -> None:
+        self.batch, self.steps_an_epoch = batch, steps_an_epoch
+        self.ranks, self.share = ranks, share
+        self.pending: list[tuple[int, float, Tensor]] = []  # step, lr, [loss, norm, weight]
+        self.since = self.now = time.perf_counter()
+        self.begun = self.now - seconds  # when training would have, had it never paused
+
+    def add(self, step: int, rate: float, loss: Tensor, norm: Tensor, weight: Tensor) -> None:
+        """What `step` gave."""
+        self.pending.append((step, rate, torch.stack([loss, norm, weight])))
+
+    def rows(self, waited: float, damaged: int) -> list[dict[str, Any]]:
+        """The rows of these steps, the last with their speed; begins anew. The one synchronisation
+        of a run's steps.
+        """
+        rows = make_rows(self.pending, self.steps_an_epoch, self.ranks)
+        self.now = time.perf_counter()
+        speed = len(rows) * self.batch / (self.now - self.since)
+        rows[-1] |= {"images_per_s": speed, "waiting": waited / (self.now - self.since)}
+        rows[-1] |= {"seconds": self.seconds}
+        rows[-1] |= {"mfu": speed * self.share} if self.share else {}
+        rows[-1] |= {"damaged": damaged} if damaged else {}
+        self.pending, self.since = [], self.now
+        return rows
+
+    @property
+    def seconds(self) -> float:
+        """Of training up to the last rows."""
+        return self.now - self.begun
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last rows."""
+        return time.perf_counter() - self.since
 
 
 def make_rows(

@@ -4,7 +4,6 @@ A run leaves in its folder run.json, metrics.jsonl, TensorBoard events, checkpoi
 pictures. Killed and resumed, the losses are the same.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,31 +12,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from shards import Batch, to_device
+from shards import Batch, Plan, to_device
 from shards import files as writing
+from shards.rng import Purpose, mix
 from train import checkpoint
-from train.distributed import Stop, agree, connect, this_process, together
-from train.estimate import (
-    describe,
-    largest_part,
-    memory_lines,
-    memory_needed,
-    say_where,
-    synchronize,
-    time_lines,
-)
-from train.log import Log, make_rows
+from train.cuda import peak_flops, pin_attention
+from train.distributed import Stop, agree, connect, gathered, this_process, together
+from train.estimate import describe, largest_part, memory_lines, memory_of, say_where, time_lines
+from train.log import Log, Window
 from train.masking import Masking
-from train.models import make_model, model_flops
+from train.models import in_bf16, make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
 from train.progress import Progress, busy, say
 from train.request import Run
 from train.schedule import learning_rate
-from train.setup import count_micro_steps, device_name, find_device, make_optimizer, open_data
+from train.setup import (
+    Data,
+    count_micro_steps,
+    device_name,
+    make_optimizer,
+    open_data,
+    start_device,
+)
+from train.step import Pace, Step, compiled, in_parallel
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
 
@@ -48,7 +48,7 @@ def pretrain(run: Run) -> None:
     together, and Stopped, after saving, on SIGTERM or a first Ctrl-C.
     """
     recipe = run.recipe
-    device = find_device(run.device)
+    device = start_device(run)
     process = connect(this_process(), device)
     rank, ranks = process.rank, process.ranks
 
@@ -73,22 +73,27 @@ def pretrain(run: Run) -> None:
         )
         agree(process, run.out, first, facts["shards"])
         together(process, lambda: masking.restore(run.out, first))
+    idle = first >= last  # nothing to train, and nothing is written
+    writes = rank == 0 and not idle
+
+    # --- Micro-steps: how many, and one graph of each
+    with busy("measuring the model", rank == 0):
         flops = model_flops(model, recipe.size, masking.example())
-        most = largest_part(recipe.micro_batch, flops, device)
+        memory = memory_of(model, masking.example(early=True), recipe.size, device)
+        free = None if run.deterministic else memory  # what is free may differ from start to start
+        most = min(gathered(process, largest_part(recipe.micro_batch, flops, device, free)))
         micro_steps = count_micro_steps(recipe, ranks, most)
         plan = replace(plan, micro_steps=micro_steps)
         part = recipe.batch // (ranks * micro_steps)
-        needed = memory_needed(model, masking.example(), recipe.size, part, device)
-    parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+        attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
+    alone: nn.Module = Step(model, crops)
+    parallel: Any = in_parallel(alone) if ranks > 1 else alone
     compiles = run.compile and device.type == "cuda"
-    forward: Any = torch.compile(parallel, dynamic=False) if compiles else parallel
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), None)
-    drawn = (run.out / "reconstructions.png").exists()
-    idle = first >= last  # nothing to train, and nothing is written
-    if rank == 0 and not idle:
+    micro = compiled(parallel) if compiles else parallel
+    peak = peak_flops(device_name(device))
+    if writes:
         describe(run, records, facts, model, masking.describe(), plan, ranks, device)
-        say(*memory_lines(needed, part, device))
+        say(*filter(None, [attention]), *memory_lines(memory.needed(part), part, device))
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 
@@ -105,61 +110,53 @@ def pretrain(run: Run) -> None:
         whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
         return stop.heeded(whole, step, ranks)
 
-    progress = Progress(first, last, total, recipe.batch, rank == 0 and not idle)
-    pending: list[tuple[int, float, Tensor]] = []  # (step, lr, [loss, grad norm, mean weight])
-    parts, saved = 0, first  # micro-steps of this process; the step of the newest checkpoint
-    waited, since = 0.0, time.perf_counter()
-    now, clock = since, since - seconds  # training began then, had it never paused
+    progress = Progress(first, last, total, recipe.batch, writes)
+    pace = Pace(batches, device)
+    window = Window(seconds, recipe.batch, steps_an_epoch, ranks, peak and flops / (peak * ranks))
+    began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
     with (
         writing.alone(run.out) if rank == 0 else nullcontext(),
-        Log(run.out, first, run.wandb, facts) if rank == 0 and not idle else nullcontext() as log,
+        Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
+        checkpoint.Saver(run.out / "checkpoints", run.save_minutes, device) as saver,
         progress.running(),
     ):
         for step in range(first, last):
             progress.begin(step)
             if masking.due(step):
+                saver.wait()  # a signal would have it said that all is saved
                 with progress.busy("looking at attention"):
                     frames = partial(every_record, step)
-                    since += masking.refresh(run.out, step, model.encoder, frames, process)
+                    window.since += masking.refresh(run.out, step, model.encoder, frames, process)
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
+            torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
             sums = torch.zeros(2, device=device)  # loss, mean weight
             cut = False  # by a signal: the step's gradients are dropped
             for micro_step in range(micro_steps):
-                timed = parts == 1 and rank == 0  # the first warms up, the second is the rule
-                if timed:
-                    synchronize(device)
-                asked = time.perf_counter()
-                batch, tensors = next(batches)
-                waited += time.perf_counter() - asked
+                batch, tensors = pace.next()
                 assert batch.step == step
-                images, weights, *_ = crops(tensors)
                 begin = (micro_step * ranks + rank) * part
-                cells = masking.hidden(noise[begin : begin + part], step, batch.samples, tensors)
+                cells = masking.hidden(noise[begin : begin + part], step, tensors)
                 # Gradients are averaged over processes once, in the last micro-step.
                 apart = ranks > 1 and micro_step < micro_steps - 1
                 with (
-                    parallel.no_sync() if apart else nullcontext(),  # type: ignore[operator]
-                    progress.busy("compiling") if compiles and not parts else nullcontext(),
+                    parallel.no_sync() if apart else nullcontext(),
+                    progress.busy("compiling") if compiles and not began else nullcontext(),
                 ):
-                    with autocast:
-                        output = forward(images, *cells)
-                    loss = model.loss(output, images, cells, weights) / micro_steps
-                    loss.backward()
-                mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
-                sums += torch.stack([loss.detach(), mean_weight / micro_steps])
+                    loss, mean_weight = micro(tensors, cells)
+                    (loss / micro_steps).backward()
+                sums += torch.stack([loss.detach(), mean_weight]) / micro_steps
                 progress.advance(part * ranks)
-                parts += 1
-                if timed:
-                    synchronize(device)
-                    spent = time.perf_counter() - asked
-                    say(*time_lines(spent, micro_steps, last - first, device))
-                if parts == 1:  # before, there was nothing to save, and compiling takes long
+                if pace.second is not None and rank == 0:
+                    say(*time_lines(pace.second, micro_steps, last - first, device))
+                    pace.second = None
+                if not began:  # before, there was nothing to save, and compiling takes long
                     stop.listen()
+                began = True
                 if stop.wished and ranks == 1 and micro_step + 1 < micro_steps:
                     cut = True
                     break
@@ -167,51 +164,50 @@ def pretrain(run: Run) -> None:
             if not cut:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimizer.step()
-                pending.append((step, rate, torch.stack([sums[0], norm.detach(), sums[1]])))
+                window.add(step, rate, sums[0], norm.detach(), sums[1])
 
             # What is due after the step: rows, a checkpoint, the end.
-            stopping = stop.agreed(step, run.log_every, ranks, device)
-            saving = stopping or done % run.save_every == 0 or done == last
+            late = rank == 0 and saver.late()
+            stopping, late = stop.agreed(late, step, run.log_every, ranks, device)
+            saving = stopping or late or done % run.save_every == 0 or done == last
             # A pass over all records may take minutes, in which a signal cuts it short.
             saving = (saving or masking.due(done)) and done > saved
             # The first row shows that all is well. On a CPU there is no queue to wait for.
-            paced = device.type == "cpu" and ranks == 1
-            late = paced and time.perf_counter() - since > ROWS_PACE
-            if pending and (saving or late or step == first or done % run.log_every == 0):
-                rows = make_rows(pending, steps_an_epoch, ranks)  # the one synchronisation
-                now = time.perf_counter()
-                speed = len(rows) * recipe.batch / (now - since)
-                rows[-1] |= {"images_per_s": speed, "waiting": waited / (now - since)}
-                rows[-1] |= {"seconds": now - clock}
-                rows[-1] |= {"mfu": speed * flops / (peak * ranks)} if peak else {}
-                rows[-1] |= {"damaged": len(loader.damaged)} if loader.damaged else {}
+            paced = device.type == "cpu" and ranks == 1 and window.age > ROWS_PACE
+            due = saving or paced or step == first or done % run.log_every == 0
+            if window.pending and due:
+                rows = window.rows(pace.take(), len(loader.damaged))
                 if log is not None:
                     log.rows(rows, progress)
-                pending, waited, since = [], 0.0, time.perf_counter()
             if saving and rank == 0:
-                state = {"run": facts, "seconds": now - clock}
+                state = {"run": facts, "seconds": window.seconds}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 with progress.busy("saving"):
-                    checkpoint.save(run.out / "checkpoints", done, state)
-                since = time.perf_counter()
-                clock += since - now
+                    saver.save(done, state)
             saved = done if saving else saved
             if stopping:
+                saver.wait()
                 batches.close()
                 stop.end(done, rank)
 
-    # --- Pictures of the last step's first images, whether this process trained on them or not
-    if rank == 0 and last == total and not (idle and drawn):
+    # --- Pictures
+    if rank == 0 and last == total and not (idle and (run.out / "reconstructions.png").exists()):
         with busy("drawing pictures"):
             draw_loss(run.out)
-            alike = replace(plan, micro_steps=count_micro_steps(recipe, 1, max(PICTURES, part)))
-            again = data.load(alike, total - 1, total, maps=data.maps)
-            batch, tensors = next(to_device(again, device))
-            images, weights, *_ = crops(tensors)
-            masking.restore(run.out, total - 1, done=True)
-            noise = masking.noise(total - 1)[: len(images)]
-            cells = masking.hidden(noise, total - 1, batch.samples, tensors)
-            with torch.no_grad(), autocast:
-                draw_reconstructions(run.out, model, images, cells, weights)
+            draw_last_step(run, data, plan, model, masking)
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> None:
+    """Draw the last step's first images, whether this process trained on them or not."""
+    step, device = plan.steps(run.recipe.epochs) - 1, masking.device
+    part = run.recipe.batch // plan.micro_steps
+    alike = replace(plan, micro_steps=count_micro_steps(run.recipe, 1, max(PICTURES, part)))
+    again = data.load(alike, step, step + 1, maps=data.maps)
+    _, tensors = next(to_device(again, device))
+    images, weights, *_ = data.crops(tensors)
+    masking.restore(run.out, step, done=True)
+    cells = masking.hidden(masking.noise(step)[: len(images)], step, tensors)
+    with torch.no_grad(), in_bf16(device):
+        draw_reconstructions(run.out, model, images, cells, weights)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from shards import Batch, Manifest
@@ -65,7 +64,7 @@ class Masking:
         self.patches_a_side = recipe.size // encoder.patch_embed.patch_size[0]
         self.side = self.patches_a_side if recipe.method == "mae" else recipe.size // CELL
         self.guides = guides(recipe)
-        self.attention: NDArray[Any] | None = None
+        self.attention: Tensor | None = None  # uint8 [records, patches], where the model is
         if ATTENTION in self.guides:
             check_attention(encoder, recipe.model)
         self.begin = self._step_of(0)  # of drawing by maps; before, at random
@@ -108,8 +107,9 @@ class Masking:
         """
         began, path = time.perf_counter(), self._path(run, step)
         size, batches = self.recipe.size, every_record()
-        write_attention(path, encoder, batches, self.records, size, process, self.device)
-        self.attention = read_attention(path, self.records, self.patches_a_side**2)
+        self.attention = write_attention(
+            path, encoder, batches, self.records, size, process, self.device
+        )
         spent = time.perf_counter() - began
         if process.rank == 0:
             say(
@@ -125,7 +125,8 @@ class Masking:
         written = self.in_force(step)
         if written is not None and (done or written != step):
             path = self._path(run, written)
-            self.attention = read_attention(path, self.records, self.patches_a_side**2)
+            maps = read_attention(path, self.records, self.patches_a_side**2)
+            self.attention = maps.to(self.device)
 
     @staticmethod
     def _path(run: Path, step: int) -> Path:
@@ -138,21 +139,23 @@ class Masking:
         if recipe.method == "simmim" and plain:  # SimMIM's masks, drawn where the model is
             ratio = recipe.random_mask_ratio if step < self.begin else recipe.mask_ratio
             return block_masks(self.seed, step, batch, self.side, ratio, self.device)
-        return races(self.seed, step, batch, self.side**2).to(self.device)
+        noise = races(self.seed, step, batch, self.side**2)
+        if self.device.type == "cuda":  # or the copy would wait for all that is queued
+            noise = noise.pin_memory()
+        return noise.to(self.device, non_blocking=True)
 
-    def hidden(
-        self, noise: Tensor, step: int, samples: NDArray[Any], tensors: dict[str, Any]
-    ) -> Cells:
-        """Cells of a part of the batch, by its rows of `noise`, its `samples` and `tensors`."""
+    def hidden(self, noise: Tensor, step: int, tensors: dict[str, Any]) -> Cells:
+        """Cells of a part of the batch, by its rows of `noise` and its `tensors`."""
         if noise.dtype == torch.bool:
             return Cells(noise)
         early = step < self.begin
-        weights = None if early or not self.guides else self.weights(samples, tensors)
+        weights = None if early or not self.guides else self.weights(tensors)
         return self._split(drawn(noise, weights), self.random if early else self.counts)
 
-    def example(self) -> Cells:
-        """Cells of one image, for counting the model's operations."""
-        return self._split(torch.arange(self.side**2, device=self.device)[None], self.counts)
+    def example(self, early: bool = False) -> Cells:
+        """Cells of one image, for counting what the model does; `early`: as the run begins."""
+        counts = self.random if early and self.begin else self.counts
+        return self._split(torch.arange(self.side**2, device=self.device)[None], counts)
 
     def _split(self, order: Tensor, counts: tuple[int, int, int]) -> Cells:
         """Cells of numbers in the `order` drawn, int64 [b, n]."""
@@ -164,7 +167,7 @@ class Masking:
         mask = none.scatter(1, hidden, True).view(-1, self.side, self.side)
         return Cells(mask, torch.cat([hidden, visible], dim=1) if thrown else None)
 
-    def weights(self, samples: NDArray[Any], tensors: dict[str, Any]) -> Tensor:
+    def weights(self, tensors: dict[str, Any]) -> Tensor:
         """The product of the guides on each cell of each crop, float32 [b, side**2]."""
         boxes, flips = tensors["boxes"], tensors["flips"]
         product = torch.ones(len(boxes), self.side, self.side, device=self.device)
@@ -174,7 +177,7 @@ class Masking:
                 product = product * crop_maps(maps, boxes, flips, self.side, visible)
                 continue
             assert self.attention is not None
-            levels = torch.from_numpy(self.attention[samples]).to(self.device).float() / 255
+            levels = self.attention[tensors["samples"]].float() / 255
             grid = levels.unflatten(1, (self.patches_a_side, self.patches_a_side))
             product = product * crop_grid(grid, boxes, flips, self.side)
         return product.flatten(1)

@@ -6,6 +6,7 @@ loads into timm unchanged.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import timm
@@ -43,8 +44,9 @@ class Cells(NamedTuple):
 def make_model(recipe: Recipe) -> "SimMIM | MAE":
     """The recipe's model, untrained. Raises UserError if its encoder cannot serve."""
     if recipe.method == "mae":
-        return MAE(recipe.model, recipe.size, recipe.options, recipe.decoder, recipe.norm_pix)
-    model = SimMIM(recipe.model, recipe.size, recipe.options)
+        decoder, narrow = recipe.decoder, recipe.bf16_residual
+        return MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
+    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual)
     if recipe.throw_ratio:
         check_tokens(model.encoder, recipe.model)
     return model
@@ -54,11 +56,19 @@ class SimMIM(nn.Module):
     """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
 
     `name` is a timm model name, `size` the image side in px, a multiple of CELL; `options` go to
-    timm.create_model.
+    timm.create_model. `narrow`: patches are embedded and decoded by matrix products, and tokens
+    between blocks are as wide as autocast has them: less to move, other rounding.
     """
 
-    def __init__(self, name: str, size: int, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        options: Mapping[str, Any] | None = None,
+        narrow: bool = False,
+    ) -> None:
         super().__init__()
+        self.narrow = narrow
         encoder = make_encoder(name, size, options)
         self.is_swin = hasattr(encoder, "layers")
         self.patch: int = encoder.patch_embed.patch_size[0]
@@ -80,14 +90,22 @@ class SimMIM(nn.Module):
         if encoded is not None:
             return self._some(images, mask, encoded)
         encode = self._swin if self.is_swin else self._vit
-        pixels: Tensor = self.decoder(encode(images, mask))
-        return pixels
+        return self._decoded(encode(images, mask))
+
+    def _decoded(self, features: Tensor) -> Tensor:
+        """Pixels [b, 3, S, S] of `features` [b, d, h, w]."""
+        if not self.narrow:
+            pixels: Tensor = self.decoder(features)
+            return pixels
+        widen, arrange = self.decoder
+        by_place = F.linear(features.permute(0, 2, 3, 1), widen.weight.flatten(1), widen.bias)
+        out: Tensor = arrange(by_place.permute(0, 3, 1, 2))
+        return out
 
     def _vit(self, images: Tensor, mask: Tensor) -> Tensor:
         encoder = self.encoder
-        tokens = encoder.patch_embed(images)
-        tokens = self._hide(tokens, self._cells(mask))
-        tokens = encoder.norm_pre(encoder._pos_embed(tokens))
+        tokens = self._hide(self._embedded(images), self._cells(mask))
+        tokens = self._narrowed(encoder.norm_pre(encoder._pos_embed(tokens)))
         tokens = encoder.norm(encoder.blocks(tokens))[:, encoder.num_prefix_tokens :]
         side = images.shape[-1] // self.patch
         return tokens.transpose(1, 2).unflatten(2, (side, side))
@@ -101,7 +119,7 @@ class SimMIM(nn.Module):
         index = table[encoded].flatten(1)
         hidden = self._cells(mask).gather(1, index)
         tokens = embed(self.encoder, take(patchify(images, self.patch), index))
-        tokens = encode(self.encoder, self._hide(tokens, hidden), index)
+        tokens = encode(self.encoder, self._hide(tokens, hidden), index, self.narrow)
         tokens = tokens[:, -index.shape[1] :]
         widen, arrange = self.decoder
         pixels = widen(tokens.transpose(1, 2)[..., None])[..., 0]  # [b, 3 * patch**2, k]
@@ -126,10 +144,20 @@ class SimMIM(nn.Module):
         return output, mask, visible
 
     def _swin(self, images: Tensor, mask: Tensor) -> Tensor:
-        encoder = self.encoder
-        tokens = encoder.patch_embed(images)  # [b, h, w, c]
-        hidden = self._hide(tokens.flatten(1, 2), self._cells(mask)).view_as(tokens)
-        return encoder.norm(encoder.layers(hidden)).permute(0, 3, 1, 2)
+        encoder, side = self.encoder, images.shape[-1] // self.patch
+        tokens = self._hide(self._embedded(images), self._cells(mask))
+        tokens = self._narrowed(tokens).unflatten(1, (side, side))
+        return encoder.norm(encoder.layers(tokens)).permute(0, 3, 1, 2)
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        """The encoder's embedding of all patches, [b, n, d]."""
+        if self.narrow:
+            return embed(self.encoder, patchify(images, self.patch))
+        tokens: Tensor = self.encoder.patch_embed(images)  # Swin's [b, h, w, d]
+        return tokens.flatten(1, 2) if self.is_swin else tokens
+
+    def _narrowed(self, tokens: Tensor) -> Tensor:
+        return narrowed(tokens) if self.narrow else tokens
 
     def _cells(self, mask: Tensor) -> Tensor:
         """The mask on the patch grid, bool [b, patches]."""
@@ -145,6 +173,7 @@ class MAE(nn.Module):
 
     `decoder` is (width, blocks, heads); published: (512, 8, 16). `norm_pix`: targets are each
     patch's pixels by their own mean and spread. Positions are sines and cosines, and fixed.
+    `narrow` as SimMIM's.
     """
 
     def __init__(
@@ -154,8 +183,10 @@ class MAE(nn.Module):
         options: Mapping[str, Any] | None = None,
         decoder: tuple[int, int, int] = (512, 8, 16),
         norm_pix: bool = False,
+        narrow: bool = False,
     ) -> None:
         super().__init__()
+        self.narrow = narrow
         encoder = make_encoder(name, size, options)
         check_tokens(encoder, name)
         self.encoder: Any = encoder
@@ -196,13 +227,14 @@ class MAE(nn.Module):
         patches, row by row. Patches in neither are thrown: nothing is computed for them.
         """
         patches = take(patchify(images, self.patch), visible)
-        tokens = encode(self.encoder, embed(self.encoder, patches), visible)
+        tokens = encode(self.encoder, embed(self.encoder, patches), visible, self.narrow)
         tokens = self.widen(tokens)
         prefix = tokens.shape[1] - visible.shape[1]
         places = self.positions.expand(len(images), -1, -1)
         seen = tokens[:, prefix:] + take(places, visible)
         hidden = self.mask_token + take(places, masked)
         tokens = torch.cat([tokens[:, :prefix], seen, hidden], dim=1)
+        tokens = narrowed(tokens) if self.narrow else tokens
         pixels: Tensor = self.head(self.norm(self.decoder(tokens)[:, -masked.shape[1] :]))
         return pixels
 
@@ -276,11 +308,23 @@ def model_flops(model: nn.Module, size: int, cells: Cells | None = None) -> floa
     return 3.0 * counter.get_total_flops()
 
 
+def in_bf16(device: torch.device) -> torch.autocast:
+    """The precision that models run in: bfloat16 where it pays on CUDA, on a CPU float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def normalised(images: Tensor) -> Tensor:
     """float32 [..., 3, H, W] of 0 to 255 by ImageNet's mean and deviation."""
-    mean = images.new_tensor(MEAN).view(3, 1, 1) * 255
-    std = images.new_tensor(STD).view(3, 1, 1) * 255
+    mean, std = _constants(images.device)
     return (images - mean) / std
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """MEAN and STD of 0 to 255, [3, 1, 1]; once a device: a copy from the host waits for it."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in (MEAN, STD))
+        return mean.to(device), std.to(device)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -314,10 +358,10 @@ def embed(encoder: Any, patches: Tensor) -> Tensor:
     return tokens
 
 
-def encode(encoder: Any, tokens: Tensor, index: Tensor) -> Tensor:
+def encode(encoder: Any, tokens: Tensor, index: Tensor, narrow: bool = False) -> Tensor:
     """What the encoder makes of `tokens` [b, k, d] at patches `index` [b, k], [b, prefix + k, d].
 
-    As timm's forward_features with the other patches left out.
+    As timm's forward_features with the other patches left out; `narrow` as SimMIM's.
     """
     prefix = [t for t in (encoder.cls_token, getattr(encoder, "reg_token", None)) if t is not None]
     count = sum(t.shape[1] for t in prefix)
@@ -329,8 +373,17 @@ def encode(encoder: Any, tokens: Tensor, index: Tensor) -> Tensor:
         first = torch.cat(prefix, dim=1)
         first = first + positions[:, :ahead] if ahead else first
         tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-    out: Tensor = encoder.norm(encoder.blocks(encoder.norm_pre(encoder.pos_drop(tokens))))
+    tokens = encoder.norm_pre(encoder.pos_drop(tokens))
+    out: Tensor = encoder.norm(encoder.blocks(narrowed(tokens) if narrow else tokens))
     return out
+
+
+def narrowed(tokens: Tensor) -> Tensor:
+    """`tokens` in the type that autocast computes products in; as they are where it is off."""
+    device = tokens.device.type
+    return (
+        tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
+    )
 
 
 def sincos(side: int, width: int) -> Tensor:

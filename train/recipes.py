@@ -46,7 +46,7 @@ class Recipe:
     normalise: Literal["min", "mean"] = "min"
     area: tuple[float, float] = (0.67, 1.0)
     vertical: float = 0.5  # probability of a vertical flip: published; SimMIM has none
-    micro_batch: int = 256  # most samples a forward pass, of one process
+    micro_batch: int = 0  # most samples a forward pass, of one process; 0: as many as serve
     method: Literal["simmim", "mae"] = "simmim"
     decoder: tuple[int, int, int] = (512, 8, 16)  # of mae: width, blocks, heads
     norm_pix: bool = False  # of mae: each patch's pixels by their own mean and spread
@@ -55,6 +55,7 @@ class Recipe:
     random_epochs: float = 0.0
     random_mask_ratio: float = 0.6
     refresh_epochs: float = 40.0
+    bf16_residual: bool = False  # on CUDA tokens between blocks in bfloat16, patches by a product
 
 
 _REDUCED = {"embed_dim": 128, "depth": 4, "num_heads": 4}  # a ViT of 0.9 million parameters
@@ -142,12 +143,18 @@ def famt(recipe: Recipe) -> Recipe:
     return sampled(recipe, "attention*frequency")
 
 
+def bf16(recipe: Recipe) -> Recipe:
+    """`recipe` with less to move between blocks on CUDA; its losses differ by rounding."""
+    return replace(recipe, bf16_residual=True)
+
+
 # In the order in which they may follow a base: at most one of each group.
 ENDINGS: tuple[dict[str, Callable[[Recipe], Recipe]], ...] = (
     {"_224": at_224},
     {"_simmim": simmim, "_mean": mean_normalised, "_mae": mae},
     {"_kamim": kamim},
     {"_amt": amt, "_famt": famt},
+    {"_bf16": bf16},
 )
 
 

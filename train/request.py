@@ -27,11 +27,13 @@ class Run:
     resume: bool = False
     extend: bool = False  # resume with more epochs than the run had
     steps: int = 0  # 0: the recipe's epochs; less: stop there, on the same schedule
-    save_every: int = 500
+    save_every: int = 500  # steps
+    save_minutes: float = 15  # and at the latest
     log_every: int = 20
     skip_damaged: bool = False
     checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
     compile: bool = True  # on CUDA
+    deterministic: bool = False  # on CUDA; a CPU always is
     wandb: str = ""
     window: int = 0  # shards that are shuffled together; 0: all, 64 if they are remote
     cache: Path | None = None  # local folder for remote shards

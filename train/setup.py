@@ -18,6 +18,7 @@ from shards.crops import FLIPS
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
+from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
 from train.models import CELL, MEAN, STD
@@ -43,12 +44,21 @@ def find_device(name: str) -> torch.device:
     mine = os.environ.get("LOCAL_RANK")
     if mine is not None and ":" in name:
         raise UserError(f"--device {name}: torchrun gives each process its own; use --device cuda")
-    number, count = int(name.partition(":")[2] or mine or 0), torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    number = int(name.partition(":")[2] or (mine if count > 1 else None) or 0)
     if number >= count:
         raise UserError(f"--device {name}: torch sees {count} CUDA devices, from cuda:0 on")
-    torch.set_float32_matmul_precision("high")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
+    return device
+
+
+def start_device(run: Run) -> torch.device:
+    """The device of a run, set as it asks; says what is missing."""
+    device = find_device(run.device)
+    if run.deterministic and device.type == "cuda":
+        make_deterministic()
+    warn_of_what_is_missing(device)
     return device
 
 
@@ -93,7 +103,7 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     recipe = run.recipe
     records = together(process, lambda: open_records(run))
     crops = together(process, lambda: check(run, records, process)).to(device)
-    count_micro_steps(recipe, process.ranks, recipe.micro_batch)  # does the batch split at all?
+    count_micro_steps(recipe, process.ranks, recipe.micro_batch or recipe.batch)  # does it split?
     plan = make_plan(run, records)
     if plan.steps(recipe.epochs) < 1:
         raise UserError(

@@ -21,13 +21,13 @@ import numpy as np
 from kamim.bench.provenance import append, ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from preprocess.densities import View, cell_sums, map_views, published_grey, squeezed
+from preprocess.densities import View, map_views, published_grey, squeezed
 from preprocess.detectors import detect
 from preprocess.rings import mark
 from preprocess.shard import squeeze
-from preprocess.source import Source, read
-from shards import encode_frame
+from preprocess.source import Source
+from shards import Settings, encode_frame
+from shards.crops import cell_sums
 
 REPEATS = {"fast": 5, "orb": 5, "sift": 3}
 # Of the source in a measured build: its start, its end and the syncs of small shards are no part
@@ -39,7 +39,7 @@ def stage_ms(source: Source, name: str) -> dict[str, float]:
     """Milliseconds an image of each stage alone, one thread, on every image of `source`."""
     cv2.setNumThreads(1)
     detector = detector_settings(name)
-    settings = default_settings((detector,), 1)
+    settings = Settings(detectors=(detector,), shard_size=1)
     edges = np.arange(settings.grid + 1) / settings.grid
     spent = dict.fromkeys(("decode", "frame", "encode", "resize", "detect", "mark", "grid"), 0.0)
 
@@ -50,14 +50,18 @@ def stage_ms(source: Source, name: str) -> dict[str, float]:
         return result
 
     for number, entry in enumerate(source.entries):
-        rgb = timed("decode", decode_image, read(source.kind, source.root, entry))
+        rgb = timed("decode", decode_image, source.read(entry))
         timed("encode", encode_frame, timed("frame", squeeze, rgb, 256), 90)
         for view in map_views(number, rgb.shape[:2], settings):
             grey = timed("resize", _squeezed_grey, rgb, view)
             keypoints = timed("detect", detect, detector, grey, settings.crop)
             bitmap = timed("mark", mark, keypoints, view.rows, view.columns, "ring")
-            timed("grid", cell_sums, bitmap, edges * view.rows, edges * view.columns)
+            timed("grid", _summed, bitmap, edges * view.rows, edges * view.columns)
     return {stage: 1000 * seconds / len(source.entries) for stage, seconds in spent.items()}
+
+
+def _summed(bitmap: Any, y: Any, x: Any) -> Any:
+    return cell_sums(cv2.integral(bitmap), y, x)
 
 
 def _squeezed_grey(rgb: Any, view: View) -> Any:
@@ -67,7 +71,7 @@ def _squeezed_grey(rgb: Any, view: View) -> Any:
 def build_rate(source: Source, name: str, jobs: int) -> float:
     """Images a second of one whole build with `jobs` processes, into a fresh folder."""
     size = shard_size_for(len(source.entries))
-    settings = default_settings((detector_settings(name),), size)
+    settings = Settings(detectors=(detector_settings(name),), shard_size=size)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         build_shards(source, Path(folder) / "out", settings, jobs, max_rejected=1)

@@ -28,20 +28,40 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="FAST alone, coarser: under three minutes on two cores.")
     ] = False,
-    only: Annotated[str, typer.Option(help="Parts, by commas.")] = ",".join(PARTS),
+    only: Annotated[
+        str, typer.Option(help=f"Parts, by commas, of {', '.join(PARTS)}; others with --gpu.")
+    ] = "",
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each loader and repeat.")] = 2.5,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 5,
     save: Annotated[
         bool, typer.Option("--save", help="Append to docs/results/bench and draw into docs.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="What this GPU can do and what training takes of it.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --gpu: the file to append to; what it has is kept.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --gpu: measure anew.")] = False,
+    micro_batch: Annotated[
+        int, typer.Option(min=0, help="With --gpu: images of a micro-step; 0: the trainer's.")
+    ] = 0,
 ) -> None:
     """Measure loaders with offline and online detection on the same images and cores.
 
     Repeats are interleaved; figures are medians with least and most. Warm-up is told apart, and so
     is a machine too noisy to trust. `published` does what KAMIM's own code does, step by step.
+
+    --gpu is another benchmark, of under ten minutes on a CUDA device, where SOURCE may be finished
+    shards too. Each figure is appended to docs/results/bench/gpu.jsonl or --out when it is
+    measured, and the same command goes on where it was cut off.
     """
-    parts = only.split(",")
+    if gpu:
+        from kamim.bench.gpu import main
+
+        raise typer.Exit(int(main(source, out, only, again, micro_batch) > 0))
+    parts = only.split(",") if only else list(PARTS)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise UserError(f"--only {only!r}: there are {', '.join(PARTS)}")

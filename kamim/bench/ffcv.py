@@ -24,9 +24,8 @@ from ffcv.writer import DatasetWriter
 from kamim.bench.provenance import append, ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from preprocess.source import Source, read
-from shards import ShardSet
+from preprocess.source import Source
+from shards import Settings, ShardSet
 from shards.beton import convert_to_ffcv
 from shards.ffcv_loader import FfcvLoader
 from shards.order import Plan
@@ -45,7 +44,7 @@ class _Photos:
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         entry = self.source.entries[number]
-        rgb = decode_image(read(self.source.kind, self.source.root, entry))
+        rgb = decode_image(self.source.read(entry))
         scale = 256 / min(rgb.shape[:2])
         interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         rgb = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=interpolation)
@@ -118,7 +117,7 @@ def main(where: str) -> None:
         folder = Path(name)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(count)
-        build_shards(source, folder / "shards", default_settings(detectors, size))
+        build_shards(source, folder / "shards", Settings(detectors=detectors, shard_size=size))
         for frames in ("jpeg", "raw"):
             convert_to_ffcv(folder / "shards", folder / frames, frames)
         write_stock(source, folder / "stock.beton")

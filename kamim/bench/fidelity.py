@@ -17,9 +17,8 @@ import numpy as np
 from kamim.bench.provenance import append
 from preprocess import build_shards, decode_image, density_maps, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
 from preprocess.fidelity import measure_fidelity
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Settings, ShardSet
 
 CROPS = (0, 1, 2, 3, 4, 6, 8)
@@ -40,7 +39,7 @@ def cost(source: Source, settings: Settings) -> float:
     cv2.setNumThreads(1)
     spent = []
     for number, entry in enumerate(source.entries[:: max(1, len(source.entries) // TIMED)]):
-        rgb = decode_image(read(source.kind, source.root, entry))
+        rgb = decode_image(source.read(entry))
         begin = time.perf_counter()
         density_maps(rgb, number, settings)
         spent.append(1000 * (time.perf_counter() - begin))
@@ -50,7 +49,7 @@ def cost(source: Source, settings: Settings) -> float:
 def measure(source: Source, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """One row: the errors of `name`'s maps with the defaults but for `changes`, and their cost."""
     size = shard_size_for(len(source.entries))
-    settings = default_settings((detector_settings(name),), size, **changes)
+    settings = Settings(detectors=(detector_settings(name),), shard_size=size, **changes)
     with tempfile.TemporaryDirectory() as folder:
         build_shards(source, Path(folder) / "set", settings, max_rejected=1)
         errors = measure_fidelity(ShardSet(Path(folder) / "set"), source, len(source.entries))

@@ -21,8 +21,7 @@ import torch
 from kamim.bench.provenance import append, ratio, spread
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from shards import ShardSet, decode_frame
+from shards import Settings, ShardSet, decode_frame
 from shards.loader import Loader
 from shards.order import Plan
 from shards.weighting import to_device
@@ -117,7 +116,7 @@ def main(where: str) -> None:
         source = open_source(where)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(len(source.entries))
-        settings = default_settings(detectors, size, bank=4)
+        settings = Settings(detectors=detectors, shard_size=size, bank=4)
         build_shards(source, Path(folder) / "shards", settings)
         records = ShardSet(Path(folder) / "shards")
         row = measure(records)

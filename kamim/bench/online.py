@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from preprocess import detector_settings
 from preprocess.densities import crop_counts, published_grey
 from preprocess.rings import mark
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import Detector, ShardSet
 from shards.order import Plan
 
@@ -67,7 +67,7 @@ class Published(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         if self.frames is None:
-            data = read(self.source.kind, self.source.root, self.source.entries[number])
+            data = self.source.read(self.source.entries[number])
         else:
             data = self.frames[number].frame
         image = Image.open(io.BytesIO(data)).convert("RGB")

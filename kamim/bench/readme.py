@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kamim.bench import gpu_page
 from kamim.bench.markers import renewed_parts
 from kamim.bench.plots import FACTORS, ORDER, WAYS
 from kamim.bench.provenance import RESULTS
@@ -203,6 +204,7 @@ PAGES = {
     },
     "docs/fidelity.md": {"fidelity": render_fidelity},
     "docs/masking.md": {"throw": render_throw},
+    "docs/gpu.md": gpu_page.PARTS,
 }
 
 

@@ -22,8 +22,7 @@ import shards
 from kamim.bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from shards import ShardSet
+from shards import Settings, ShardSet
 from shards.loader import Loader
 from shards.order import Plan, Windows
 
@@ -113,7 +112,9 @@ def main(where: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source, folder = open_source(where), Path(scratch) / "shards"
         size = shard_size_for(len(source.entries))
-        build_shards(source, folder, default_settings((detector_settings("fast"),), size))
+        build_shards(
+            source, folder, Settings(detectors=(detector_settings("fast"),), shard_size=size)
+        )
         with served(folder) as url:
             row = measure(ShardSet(folder), url, Path(scratch))
     print(append("remote", [row]))

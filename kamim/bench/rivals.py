@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from kamim.bench.online import MEAN, SIZE, STD, Optimised, Published
-from preprocess.source import Source, read
+from preprocess.source import Source
 from shards import ShardSet
 from shards.order import Plan
 
@@ -147,7 +147,7 @@ def litdata_stream(source: Source, folder: Path, cores: int) -> Rate:
 
 def _litdata_item(source: Source, number: int) -> dict[str, Any]:
     entry = source.entries[number]
-    return {"image": read(source.kind, source.root, entry), "label": entry.label}
+    return {"image": source.read(entry), "label": entry.label}
 
 
 def _litdata_picture(item: dict[str, Any], *_: Any) -> tuple[torch.Tensor, int]:
@@ -181,7 +181,7 @@ def ceilings(source: Source, records: ShardSet, cores: int) -> dict[str, Rate]:
              for shard in records.shards}  # fmt: skip
     places = [(files[records.locate(n)[0].name], int(index[n]["start"]), int(index[n]["bytes"]))
               for n in range(count)]  # fmt: skip
-    photos = [read(source.kind, source.root, entry) for entry in source.entries]
+    photos = [source.read(entry) for entry in source.entries]
     still = np.full((min(count, 512), side, side, 3), 7, np.uint8)  # larger than any cache
     room = np.empty((BATCH, side, side, 3), np.uint8)
 

@@ -11,8 +11,8 @@ from typing import Any
 from kamim.bench.markers import renewed_parts
 from kamim.bench.provenance import RESULTS
 from kamim.bench.readme import newest
-from preprocess.defaults import default_settings
 from preprocess.detectors import detector_settings
+from shards import Settings
 from shards.tar import INDEX_DTYPE, places_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -32,8 +32,8 @@ CORES = (16, 256, 4096)
 def record_bytes(detectors: int, bank: int) -> int:
     """Bytes of a record in its tar: frame, maps, bank, and headers as in the 800 photos."""
     names = ("fast", "orb", "sift")[:detectors]
-    settings = default_settings(tuple(map(detector_settings, names)), SHARD, bank=bank)
-    return RECORD + places_of(settings)[1]
+    chosen = Settings(detectors=tuple(map(detector_settings, names)), bank=bank)
+    return RECORD + places_of(chosen)[1]
 
 
 def core_seconds(row: dict[str, Any]) -> dict[str, float]:

@@ -20,16 +20,15 @@ import torch
 from kamim.bench.provenance import append
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from shards import ShardSet
+from shards import Settings, ShardSet
 from shards.order import Plan
-from shards.weighting import WeightedCrops, to_device
-from train.loop import PEAK_FLOPS
-from train.loss import masked_l1
+from shards.weighting import to_device
+from train.cuda import peak_flops
 from train.masking import block_masks
-from train.models import CELL, SimMIM, model_flops
+from train.models import CELL, Cells, SimMIM, model_flops
 from train.recipes import find_recipe
 from train.setup import device_name, find_device, weighted_crops
+from train.step import Pace, Step, compiled
 
 WARM, STEPS, REPEATS = 8, 40, 5
 
@@ -48,52 +47,48 @@ def measure(
     detector = records.manifest.detectors[0]
     weighing, plain = (weighted_crops(recipe, records, d).to(device) for d in (detector, None))
     torch.manual_seed(0)
-    model = SimMIM(recipe.model, recipe.size, recipe.options).to(device)
-    forward: Any = torch.compile(model) if cuda else model
+    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual).to(device)
+    weighted, unweighted = (
+        compiled(each) if cuda else each for each in (Step(model, weighing), Step(model, plain))
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
 
-    def run(
-        batches: Iterator[dict[str, Any]], steps: int, crops: WeightedCrops = weighing
-    ) -> tuple[float, float]:
-        """Images a second and the share of time spent waiting for batches."""
-        waited, begin = 0.0, time.perf_counter()
+    def run(pace: Pace, steps: int, micro: Any = weighted) -> tuple[float, float]:
+        """Images a second and the share of time in which the device waited for batches."""
+        pace.take()
+        begin = time.perf_counter()
         for step in range(steps):
-            asked = time.perf_counter()
-            tensors = next(batches)
-            waited += time.perf_counter() - asked
+            _, tensors = pace.next()
             mask = block_masks(0, step, batch, recipe.size // CELL, recipe.mask_ratio, device)
-            images, weights, *_ = crops(tensors)
-            with autocast:
-                reconstruction = forward(images, mask)
-            masked_l1(reconstruction, images, mask, weights).backward()
+            loss, _ = micro(tensors, Cells(mask))
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if cuda:
             torch.cuda.synchronize()
         spent = time.perf_counter() - begin
-        return steps * batch / spent, waited / spent
+        return steps * batch / spent, pace.take() / spent
 
     plan = Plan(len(records), batch)
     warm = min(WARM, steps)
     steps_in_all = warm + repeats * steps
     loader = records.loader(plan, 0, steps_in_all, maps=[detector], device=device.type)
-    stream = (tensors for _, tensors in to_device(loader, device))
-    first = next(stream)
-    still = deepcopy(first)
-    frozen = iter(lambda: still, None)
+    batches = to_device(loader, device)
+    still = deepcopy(next(batches))
+    always: Iterator[Any] = iter(lambda: still, None)
+    stream, frozen = Pace(batches, device), Pace(always, device)
     run(frozen, warm)
-    run(frozen, warm, plain)
+    run(frozen, warm, unweighted)
     run(stream, warm - 1)
     ends, synthetics, plains, waits = [], [], [], []
     for _ in range(repeats):
         synthetics.append(run(frozen, steps)[0])
-        plains.append(run(frozen, steps, plain)[0])
+        plains.append(run(frozen, steps, unweighted)[0])
         rate, wait = run(stream, steps)
         ends.append(rate)
         waits.append(wait)
-    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(device)), 0.0)
+    peak = peak_flops(device_name(device))
     rate, middle = statistics.median(ends), statistics.median
     row = {
         "bench": "step",
@@ -124,7 +119,7 @@ def main(where: str, names: list[str], batch: int) -> None:
         source = open_source(where)
         detectors = (detector_settings("fast"),)
         size = shard_size_for(len(source.entries))
-        settings = default_settings(detectors, size)
+        settings = Settings(detectors=detectors, shard_size=size)
         build_shards(source, Path(folder) / "shards", settings)
         records = ShardSet(Path(folder) / "shards")
         rows = [measure(records, name, device, batch) for name in names]

@@ -15,14 +15,15 @@ import torch
 
 from kamim.bench.provenance import append, spread
 from preprocess import detector_settings
-from preprocess.defaults import default_settings
+from shards import Settings
 from shards.order import Plan
 from shards.weighting import crop_frames
 from train.attention import class_attention
 from train.masking import Masking
-from train.models import make_model, normalised
+from train.models import in_bf16, make_model, normalised
 from train.recipes import Recipe, find_recipe
 from train.setup import device_name, find_device, weighted_crops
+from train.step import Step, compiled
 
 SIZES = {"vit_tiny": 16, "vit_base": 8}  # batch of each on a CPU
 CUDA_BATCH, CUDA_STEPS, REPEATS, WARM = 256, 20, 7, 2
@@ -68,24 +69,22 @@ def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tu
     recipe = replace(recipe, batch=len(tensors["frames"]), random_epochs=0)
     torch.manual_seed(0)
     model = make_model(recipe).to(device)
-    settings = default_settings((detector_settings("frequency"),), 1000, crop=recipe.size)
+    settings = Settings(
+        detectors=(detector_settings("frequency"),), shard_size=1000, crop=recipe.size
+    )
     facts: Any = Facts(settings, ["frequency"], recipe.batch)
     masking = Masking(recipe, 0, facts, model.encoder, 1, device)
     crops = weighted_crops(recipe, facts, None).to(device)
     patches = masking.patches_a_side**2
-    masking.attention = torch.randint(256, (recipe.batch, patches), dtype=torch.uint8).numpy()
+    levels = torch.randint(256, (recipe.batch, patches), dtype=torch.uint8)
+    masking.attention = levels.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     cuda = device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
-    forward: Any = torch.compile(model, dynamic=False) if cuda else model
-    samples = torch.arange(recipe.batch).numpy()
+    micro: Any = compiled(Step(model, crops)) if cuda else Step(model, crops)
 
     def train() -> None:
-        images = crops(tensors).images
-        hidden = masking.hidden(masking.noise(1), 1, samples, tensors)
-        with autocast:
-            output = forward(images, *hidden)
-        model.loss(output, images, hidden, None).backward()
+        loss, _ = micro(tensors, masking.hidden(masking.noise(1), 1, tensors))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -93,7 +92,7 @@ def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tu
     def look() -> None:
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(recipe.batch, 4)
         straight = torch.zeros_like(tensors["flips"])
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), in_bf16(device):
             images = crop_frames(tensors["frames"], whole, straight, recipe.size)
             class_attention(model.encoder, normalised(images)).cpu()
 

@@ -27,9 +27,8 @@ from kamim.bench.rivals import (
 )
 from preprocess import build_shards, detector_settings
 from preprocess.building import shard_size_for
-from preprocess.defaults import default_settings
-from preprocess.source import Source, read
-from shards import ShardSet
+from preprocess.source import Source
+from shards import Settings, ShardSet
 from shards.beton import convert_to_ffcv
 from shards.errors import install
 from shards.progress import waiting
@@ -75,7 +74,9 @@ def prepare_set(source: Source, folder: Path, quick: bool = False) -> ShardSet:
     """The set that all of ours read, built if it is not there: FAST's maps, not `quick` all."""
     size = shard_size_for(len(source.entries))
     detectors = tuple(detector_settings(name) for name in DETECTORS[: 1 if quick else None])
-    build_shards(source, folder / "set", default_settings(detectors, size), max_rejected=1)
+    build_shards(
+        source, folder / "set", Settings(detectors=detectors, shard_size=size), max_rejected=1
+    )
     return ShardSet(folder / "set")
 
 
@@ -131,7 +132,7 @@ def _as_files(source: Source, folder: Path) -> None:
     for number, entry in enumerate(source.entries):
         path = folder / f"{entry.label:05d}" / f"{number:09d}{Path(entry.name).suffix or '.jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(read(source.kind, source.root, entry))
+        path.write_bytes(source.read(entry))
 
 
 def measure(

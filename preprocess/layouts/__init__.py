@@ -1,4 +1,3 @@
-"""The layouts that datasets are published in, one file each.
-
-In: a path or URL and a split. Out: a Source, or None where another layout lies there.
+"""The layouts that datasets are published in, one file each: a path or URL and a split become a
+Source, or None where another layout lies there.
 """

@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100 as published: the python and the binary archive, packed or extracted.
 
-In: the .tar.gz or the folder it unpacks to. Out: each image as a row of a batch; its pixels come
-back as the bytes of a PPM picture. A batch is read once and kept.
+An image is a row of a batch, which is read once and kept; its pixels come back as a PPM picture.
 """
 
 import os
@@ -13,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
-from preprocess.entry import Entry, Source
 from preprocess.files import join, kind_of, opened, read_all, version_of
 from preprocess.layouts.pickles import load_dictionary
-from preprocess.listing import names_in
+from preprocess.source import Entry, Source, names_in
 from shards.errors import UserError
 
 PIXELS = 3 * 32 * 32
@@ -28,30 +26,30 @@ class Archive(NamedTuple):
 
     stem: str  # of the archive's name
     folder: str  # that it unpacks to
-    batches: dict[str, tuple[str, ...]]
+    batches: dict[str, list[str]]
     names: str  # the file of class names
+    classes: int
     labels: str = "labels"
     key: str = "label_names"
     skip: int = 0  # binary: bytes before the label
 
 
-FIVE = tuple(f"data_batch_{number}" for number in range(1, 6))
+FIVE = [f"data_batch_{number}" for number in range(1, 6)]
+PYTHON10 = {"train": FIVE, "test": ["test_batch"]}
+BINARY10 = {"train": [f"{name}.bin" for name in FIVE], "test": ["test_batch.bin"]}
+PYTHON100 = {"train": ["train"], "test": ["test"]}
+BINARY100 = {"train": ["train.bin"], "test": ["test.bin"]}
 CIFAR10 = (
-    Archive("cifar-10-python", "cifar-10-batches-py",
-            {"train": FIVE, "test": ("test_batch",)}, "batches.meta"),
-    Archive("cifar-10-binary", "cifar-10-batches-bin",
-            {"train": tuple(f"{name}.bin" for name in FIVE), "test": ("test_batch.bin",)},
-            "batches.meta.txt"),
-)  # fmt: skip
+    Archive("cifar-10-python", "cifar-10-batches-py", PYTHON10, "batches.meta", 10),
+    Archive("cifar-10-binary", "cifar-10-batches-bin", BINARY10, "batches.meta.txt", 10),
+)
+FINE = "fine_label_names"
 CIFAR100 = (
-    Archive("cifar-100-python", "cifar-100-python",
-            {"train": ("train",), "test": ("test",)}, "meta", "fine_labels", "fine_label_names"),
-    Archive("cifar-100-binary", "cifar-100-binary",
-            {"train": ("train.bin",), "test": ("test.bin",)}, "fine_label_names.txt", skip=1),
-)  # fmt: skip
+    Archive("cifar-100-python", "cifar-100-python", PYTHON100, "meta", 100, "fine_labels", FINE),
+    Archive("cifar-100-binary", "cifar-100-binary", BINARY100, f"{FINE}.txt", 100, skip=1),
+)
 
-NAMES10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-           "truck")  # fmt: skip
+_NAMES10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _NAMES100 = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
     camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
@@ -62,36 +60,20 @@ _NAMES100 = """
     spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
     train trout tulip turtle wardrobe whale willow_tree wolf woman worm
     """
-NAMES100 = tuple(_NAMES100.split())
+NAMES10, NAMES100 = tuple(_NAMES10.split()), tuple(_NAMES100.split())
 
 
-def places10(split: str) -> tuple[str, ...]:
-    """Where a split of CIFAR-10 lies below the folder of the dataset."""
-    return _places(CIFAR10, split)
-
-
-def places100(split: str) -> tuple[str, ...]:
-    """Where a split of CIFAR-100 lies below the folder of the dataset."""
-    return _places(CIFAR100, split)
-
-
-def _places(archives: tuple[Archive, ...], split: str) -> tuple[str, ...]:
+def places_of(archives: tuple[Archive, ...], split: str) -> tuple[str, ...]:
+    """Where a split lies below the folder of the dataset."""
     packed = [f"{archive.stem}.tar.gz" for archive in archives]
     return *(archive.folder for archive in archives), *packed, f"{split}.tar", split, ""
 
 
-def list_cifar10(where: str, split: str) -> Source | None:
-    """A split of CIFAR-10 from any of its layouts, or None if `where` is none of them."""
-    return _list(where, split, CIFAR10, 10)
+def list_cifar(archives: tuple[Archive, ...], where: str, split: str) -> Source | None:
+    """A split, with fine labels, from any of its layouts; None if `where` is none of them.
 
-
-def list_cifar100(where: str, split: str) -> Source | None:
-    """A split of CIFAR-100 with its fine labels, or None if `where` is none of its layouts."""
-    return _list(where, split, CIFAR100, 100)
-
-
-def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> Source | None:
-    """Raises UserError at a missing batch, a pickle of something else or a label out of range."""
+    Raises UserError at a missing batch, a pickle of something else or a label out of range.
+    """
     packed = where.endswith((".tar.gz", ".tgz"))
     if kind_of(where) == "file" and not packed:
         return None
@@ -108,8 +90,8 @@ def _list(where: str, split: str, archives: tuple[Archive, ...], count: int) -> 
         for batch in batches:
             if batch not in members:
                 raise UserError(f"{where} lacks {batch}; take the complete archive")
-            entries += _entries(where, members[batch], archive, count)
-        return Source("cifar", where, entries, _classes(where, members, archive, count), 0)
+            entries += _entries(where, members[batch], archive)
+        return Source("cifar", where, entries, _classes(where, members, archive))
     return None
 
 
@@ -121,7 +103,7 @@ def _names_in_archive(where: str) -> dict[str, str]:
         raise UserError(f"{where} is not a whole .tar.gz ({error}); fetch it again") from None
 
 
-def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]:
+def _entries(where: str, part: str, archive: Archive) -> list[Entry]:
     table = _batch(where, part)
     labels = table.get(archive.labels, [])
     if "rows" in table:
@@ -131,6 +113,7 @@ def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]
     lists = isinstance(labels, list) and isinstance(names, list)
     if not lists or not len(labels) == len(names) == len(rows):
         raise UserError(f"{part} in {where} has not one label and name for each of {len(rows)}")
+    count = archive.classes
     strange = next((n for n in labels if type(n) is not int or n not in range(count)), None)
     if strange is not None:
         raise UserError(f"{part} in {where} has the label {strange!r}; there are 0 to {count - 1}")
@@ -141,8 +124,8 @@ def _entries(where: str, part: str, archive: Archive, count: int) -> list[Entry]
     ]
 
 
-def _classes(where: str, members: dict[str, str], archive: Archive, count: int) -> list[str]:
-    part = members.get(archive.names)
+def _classes(where: str, members: dict[str, str], archive: Archive) -> list[str]:
+    part, count = members.get(archive.names), archive.classes
     if part is None:
         return [str(label) for label in range(count)]
     data = _bytes_of(where, part)
@@ -155,10 +138,11 @@ def _classes(where: str, members: dict[str, str], archive: Archive, count: int) 
     return [str(name) for name in names]
 
 
-def image(root: str, part: str, row: int) -> bytes:
-    """Image number `row` of a batch as a PPM picture, 32 x 32 px."""
+def image(root: str, entry: Entry) -> bytes:
+    """The image as a PPM picture, 32 x 32 px."""
+    row = entry.offset
     try:
-        rows = _pixels(root, part)
+        rows = _pixels(root, entry.part)
     except FileNotFoundError:
         raise Rejected("vanished", "its batch was listed and is gone") from None
     except ValueError as error:

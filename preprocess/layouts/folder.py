@@ -1,20 +1,27 @@
-"""A folder of class folders, here or in a store.
-
-In: its path or URL. Out: its images, sub-folders in byte order as the classes 0, 1, ...
-"""
+"""A folder of class folders, here or in a store: sub-folders in byte order are classes 0, 1, ..."""
 
 import os
 
-from preprocess.entry import SUFFIXES, Entry, Source
 from preprocess.files import join
-from preprocess.listing import OURS, Found, children_of, facts_of, files_below, holds_set, inside
+from preprocess.source import (
+    KEPT,
+    OURS,
+    Entry,
+    Source,
+    children_of,
+    entry_of,
+    files_below,
+    holds_set,
+    inside,
+    look_up,
+)
 from shards.errors import UserError
 from shards.files import MANIFEST
 from shards.remote import storage as remote
 from shards.remote.storage import is_url
 
 
-def list_folder(root: str, split: str = "") -> Source:
+def list_folder(root: str) -> Source:
     """Images of the class folders of `root`, then those beside them with label -1.
 
     Folders that hold finished shards of ours are left out. Raises UserError if `root` is one, or
@@ -24,46 +31,38 @@ def list_folder(root: str, split: str = "") -> Source:
         return _list_store(root)
     if holds_set(root):
         raise UserError(_is_ours(root))
-    entries: list[Entry] = []
-    ignored = 0
     home = os.path.realpath(root)
-    children = children_of(root)
-    folders = [child for child in children if child.is_dir() and not child.name.startswith(".")]
+    children = [child for child in children_of(root) if not child.name.startswith(".")]
     classes: list[str] = []
-    sets: list[str] = []
-    for folder in folders:
+    links: list[Entry] = []  # class folders that lead out of the source
+    found: list[Entry] = []
+    for folder in (child for child in children if child.is_dir()):
         if folder.is_symlink() and not inside(folder.path, home):
-            entries.append(Entry(folder.name, -1, 0, flaw="link"))
-            continue
-        if holds_set(folder.path):
-            sets.append(folder.name)
-            continue
-        label = len(classes)
-        classes.append(folder.name)
-        for file in files_below(folder.path, root, home):
-            if file.flaw == OURS:
-                sets.append(file.name.rstrip("/"))
-                continue
-            found = entry_of(file, label)
-            ignored += found is None
-            entries += [found] if found else []
-    for child in children:
-        if not child.is_dir() and not child.name.startswith("."):
-            found = entry_of(facts_of(child.path, root, home), -1)
-            ignored += found is None
-            entries += [found] if found else []
-    return Source("folder", root, entries, classes, ignored, tuple(sets))
+            links.append(Entry(folder.name, -1, 0, flaw="link"))
+            found.append(links[-1])
+        elif holds_set(folder.path):
+            found.append(Entry(f"{folder.name}/", -1, 0, flaw=OURS))
+        else:
+            found += files_below(folder.path, root, home, len(classes))
+            classes.append(folder.name)
+    found += [entry_of(child.path, root, home) for child in children if not child.is_dir()]
+    sets = [entry.name.rstrip("/") for entry in found if entry.flaw == OURS]
+    found = [entry for entry in found if entry.flaw != OURS]
+    kept = [entry for entry in found if entry.name.lower().endswith(KEPT) or entry in links]
+    return Source("folder", root, kept, classes, len(found) - len(kept), tuple(sets))
+
+
+def list_labelled(where: str, listed: list[tuple[str, int]], classes: list[str], by: str) -> Source:
+    """The images below `where` that the dataset's list `by` names, (name, label) each."""
+    found = look_up(where, listed)
+    entries = sorted(entry for entry in found if entry.name.lower().endswith(KEPT))
+    if entries and all(entry.flaw == "vanished" for entry in entries):
+        raise UserError(f"none of the images of {by} is in {where}; unpack them there")
+    return Source("folder", where, entries, classes, len(listed) - len(entries))
 
 
 def _is_ours(root: str) -> str:
     return f"{root} is a finished set of shards; its frames are read by shards:{root}"
-
-
-def entry_of(file: Found, label: int) -> Entry | None:
-    """The entry of one file, or of a folder with a flaw; None if it is not named as an image."""
-    if not file.name.lower().endswith((*SUFFIXES, "/")):
-        return None
-    return Entry(file.name, label, file.size, 0, file.stamp, file.flaw)
 
 
 def _list_store(root: str) -> Source:
@@ -79,9 +78,9 @@ def _list_store(root: str) -> Source:
     found.sort(key=lambda file: _order(file.name))
     classes = sorted({top for file in found if (top := _top(file.name))}, key=os.fsencode)
     labels = {name: label for label, name in enumerate(classes)}
-    entries = [entry_of(Found(*file), labels.get(_top(file.name), -1)) for file in found]
-    kept = [entry for entry in entries if entry]
-    return Source("folder", root, kept, classes, len(entries) - len(kept), tuple(sets))
+    kept = [file for file in found if file.name.lower().endswith(KEPT)]
+    entries = [Entry(f.name, labels.get(_top(f.name), -1), f.size, 0, f.stamp) for f in kept]
+    return Source("folder", root, entries, classes, len(found) - len(kept), tuple(sets))
 
 
 def _top(name: str) -> str:

@@ -1,7 +1,7 @@
 """ImageNet-1K as people have it: the tar of class tars, extracted folders, Kaggle's CLS-LOC.
 
-In: the tar or folder of a split. Out: its images, labelled by sorted wnid. The inner tars are
-uncompressed, so an image is a range of the outer file, and nothing is unpacked.
+Images are labelled by sorted wnid. The inner tars are uncompressed, so an image is a range of the
+outer file, and nothing is unpacked.
 """
 
 import csv
@@ -9,11 +9,10 @@ import os
 import re
 from dataclasses import replace
 
-from preprocess.entry import SUFFIXES, Entry, Source
 from preprocess.files import join, kind_of, opened, read_all
 from preprocess.layouts.folder import list_folder
-from preprocess.layouts.tar import entry_of, list_tar, members
-from preprocess.listing import names_in
+from preprocess.layouts.tar import by_class, images_of, list_tar, members
+from preprocess.source import Entry, Source, names_in
 from shards.errors import UserError
 
 WNID = re.compile(r"n\d{8}")
@@ -62,18 +61,14 @@ def _list_train(where: str) -> Source:
                 continue
             inner += 1
             begin, end = outer.offset_data, outer.offset_data + outer.size
-            for info in members(file, f"{outer.name!r} in {where}", begin, end):
-                if info.isdir() or not info.name.lower().endswith(SUFFIXES):
-                    ignored += not info.isdir()
-                    continue
-                found.append(entry_of(info, f"{wnid}/{info.name.removeprefix('./')}"))
+            infos = members(file, f"{outer.name!r} in {where}", begin, end)
+            images, others = images_of(infos, f"{wnid}/")
+            found += images
+            ignored += others
     if not inner:
         return _by_wnid(list_tar(where))
     found.sort()
-    classes = sorted({entry.name.partition("/")[0] for entry in found})
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    entries = [entry._replace(label=labels[entry.name.partition("/")[0]]) for entry in found]
-    return Source("tar", where, entries, classes, ignored)
+    return by_class(where, found, [entry.name.partition("/")[0] for entry in found], ignored)
 
 
 def _list_val(where: str) -> Source:

@@ -1,16 +1,15 @@
-"""iNaturalist: a JSON of images, annotations and categories, or its folders by themselves.
+"""iNaturalist: a JSON of images, annotations and categories, or its folders of species.
 
-In: train.json (or val.json, ...) whose file names begin at the folder it lies in, or the folder of
-species. Out: its images, labelled by the categories in order of their numbers.
+File names in train.json, val.json, ... begin at its own folder. Labels are the categories in
+order of their numbers.
 """
 
 import json
 from typing import Any
 
-from preprocess.entry import Source
 from preprocess.files import kind_of, read_all
-from preprocess.layouts.folder import entry_of, list_folder
-from preprocess.listing import look_up, names_in
+from preprocess.layouts.folder import list_folder, list_labelled
+from preprocess.source import Source, names_in
 from shards.errors import UserError
 
 
@@ -43,17 +42,13 @@ def _list_json(where: str) -> Source:
                 raise UserError(f"image {image!r} has the category {category!r}, which is none")
             if category_of.setdefault(image, category) != category:
                 raise UserError(f"image {image!r} has two categories")
-        names = [str(name) for _, name in images]
-        labels = [label_of[category_of[n]] if n in category_of else -1 for n, _ in images]
+        label = {image: label_of[category] for image, category in category_of.items()}
+        listed = [(str(name), label.get(number, -1)) for number, name in images]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{where} is no list of iNaturalist's ({words}); fetch it again") from None
-    found = zip(look_up(where.rpartition("/")[0], names), labels, strict=True)
-    entries = sorted(entry for file, label in found if (entry := entry_of(file, label)))
-    if entries and all(entry.flaw == "vanished" for entry in entries):
-        raise UserError(f"none of the images of {where} is there; unpack them beside it")
     classes = [name for _, name in categories]
-    return Source("folder", where.rpartition("/")[0], entries, classes, len(names) - len(entries))
+    return list_labelled(where.rpartition("/")[0], listed, classes, where)
 
 
 def _lighter(row: dict[str, Any]) -> Any:

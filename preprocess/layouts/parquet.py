@@ -1,7 +1,7 @@
 """Image datasets as Parquet, the way the Hugging Face hub keeps them.
 
-In: a folder of .parquet files or one of them. Out: a row an image, its label and class names as the
-schema's metadata says; a row group is read once and kept.
+Each row is an image; label and class names are as the schema's metadata says. A row group is read
+once and kept.
 """
 
 import json
@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from preprocess.decode import Rejected
-from preprocess.entry import Entry, Source
 from preprocess.files import join, of_each, opened, version_of
-from preprocess.listing import Found, parts_below
-from preprocess.splits import of_split
+from preprocess.source import Entry, Source, of_split, parts_below
 from shards.errors import UserError, install
 from shards.remote.retry import retried
 from shards.remote.storage import is_url
@@ -36,7 +34,7 @@ def list_parquet(where: str, split: str) -> Source | None:
 
     Raises UserError if the files do not agree on columns and classes, or a label is outside them.
     """
-    found = {part.name: part for part in parts_below(where, (".parquet",))}
+    found = {part.name: part for part in parts_below(where, ".parquet")}
     entries: list[Entry] = []
     agreed = None
     parts = of_split(list(found), split)
@@ -48,12 +46,12 @@ def list_parquet(where: str, split: str) -> Source | None:
         entries += rows
     top = max((entry.label for entry in entries), default=-1)
     classes = list(agreed.classes) if agreed else []
-    return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)], 0)
+    return Source("parquet", where, entries, classes or [str(n) for n in range(top + 1)])
 
 
-def image(root: str, part: str, row: int) -> bytes:
-    """The bytes of the picture in row `row` of a file."""
-    where = join(root, part)
+def image(root: str, entry: Entry) -> bytes:
+    """The bytes of the picture in the entry's row."""
+    where, row = join(root, entry.part), entry.offset
     try:
         value = retried(where, lambda: _value(where, row)) if is_url(root) else _value(where, row)
     except FileNotFoundError:
@@ -72,7 +70,7 @@ def _value(where: str, row: int) -> Any:
     """What the column of images holds in row `row`."""
     version = version_of(where)
     with _parsing(where):
-        starts = _starts(where, version)
+        _, _, starts = _file(where, version)
         if row >= starts[-1]:
             raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
         group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -100,7 +98,8 @@ def _words(error: Exception) -> str:
 
 
 @lru_cache(maxsize=8)
-def _file(where: str, version: tuple[int, ...]) -> Any:
+def _file(where: str, version: tuple[int, ...]) -> tuple[Any, Columns, np.ndarray]:
+    """The open file, its columns, and the first row of each row group with the end."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -112,21 +111,12 @@ def _file(where: str, version: tuple[int, ...]) -> Any:
     # Lists of so many rows, ours and Arrow's, would be made before any of them is read.
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or facts.num_rows > size:
         raise UserError(f"{where} says {sum(groups)} rows in {size} bytes; fetch it again")
-    return file
-
-
-@lru_cache(maxsize=8)
-def _starts(where: str, version: tuple[int, ...]) -> np.ndarray:
-    """The first row of each row group, and the end."""
-    facts = _file(where, version).metadata
-    rows = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
-    return np.cumsum([0, *rows])
+    return file, _columns(file.schema_arrow, where), np.cumsum([0, *groups])
 
 
 @lru_cache(maxsize=2)  # the hub's groups hold 100 to 1,000 pictures
 def _group(where: str, version: tuple[int, ...], group: int) -> Any:
-    file = _file(where, version)
-    columns = _columns(file.schema_arrow, where)
+    file, columns, _ = _file(where, version)
     return file.read_row_group(group, columns=[columns.image]).column(columns.image)
 
 
@@ -149,32 +139,24 @@ def _columns(schema: Any, where: str) -> Columns:
     return Columns(images[0], label, tuple(map(str, names)))
 
 
-def _list_part(where: str, part: Found) -> tuple[Columns, list[Entry]]:
+def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
     with _parsing(where):
-        file = _file(where, version_of(where))
-        columns = _columns(file.schema_arrow, where)
-        return columns, _entries(file, columns, part.name, part.size, where)
-
-
-def _entries(file: Any, columns: Columns, part: str, size: int, where: str) -> list[Entry]:
-    wanted = [columns.label] if columns.label else []
-    pathed = "path" in {field.name for field in _fields(file.schema_arrow.field(columns.image))}
-    table = file.read(columns=[*wanted, *([f"{columns.image}.path"] if pathed else [])])
-    count = file.metadata.num_rows
-    labels = table.column(columns.label).to_pylist() if columns.label else [-1] * count
-    paths = [None] * count
-    if pathed:
-        paths = [row and row["path"] for row in table.column(columns.image).to_pylist()]
-    most = len(columns.classes) or 1_000_000
-    entries = []
-    for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        label = -1 if label is None else label
-        if not isinstance(label, int) or not -1 <= label < most:
-            raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
-        name = os.path.join(part, path or str(row)) if part else path or str(row)
-        entries.append(Entry(str(name), label, 0, row, size, part=part))
-    return entries
-
-
-def _fields(field: Any) -> list[Any]:
-    return [field.type.field(n) for n in range(field.type.num_fields)]
+        file, columns, starts = _file(where, version_of(where))
+        picture = file.schema_arrow.field(columns.image).type
+        pathed = "path" in {picture.field(n).name for n in range(picture.num_fields)}
+        wanted = [columns.label] if columns.label else []
+        table = file.read(columns=[*wanted, *([f"{columns.image}.path"] if pathed else [])])
+        labels = paths = [None] * int(starts[-1])
+        if columns.label:
+            labels = table.column(columns.label).to_pylist()
+        if pathed:
+            paths = [row and row["path"] for row in table.column(columns.image).to_pylist()]
+        most = len(columns.classes) or 1_000_000
+        entries = []
+        for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
+            label = -1 if label is None else label
+            if not isinstance(label, int) or not -1 <= label < most:
+                raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
+            name = str(join(part.name, path or str(row)) if part.name else path or row)
+            entries.append(Entry(name, label, 0, row, part.size, part=part.name))
+        return columns, entries

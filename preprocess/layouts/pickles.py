@@ -1,7 +1,7 @@
 """Arrays out of CIFAR's pickles without running anything of them.
 
-In: the bytes of a pickle. Out: plain containers, and arrays of bytes. Whatever else a pickle asks
-for is refused by name; not even NumPy's own unpickling runs.
+Plain containers and arrays of bytes come out. Whatever else a pickle asks for is refused by name;
+not even NumPy's own unpickling runs.
 """
 
 import io

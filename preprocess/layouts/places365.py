@@ -1,15 +1,13 @@
 """Places365, small and large: its own lists of files beside folders of images, or class folders.
 
-In: the folder of images of a split. Out: its images, labelled as the list says, with the names of
-categories_places365.txt.
+Labels are those of the list, their names those of categories_places365.txt.
 """
 
 import os
 
-from preprocess.entry import Source
 from preprocess.files import join, kind_of, read_all
-from preprocess.layouts.folder import entry_of, list_folder
-from preprocess.listing import look_up, names_in
+from preprocess.layouts.folder import list_folder, list_labelled
+from preprocess.source import Source, names_in
 from shards.errors import UserError
 
 LISTS = {
@@ -69,13 +67,8 @@ def _list(where: str, listing: str, categories: str | None) -> Source:
     strange = next((row for row in rows if row[1] not in names), None)
     if strange:
         raise UserError(f"{listing} gives {strange[0]!r} the label {strange[1]}, no category has")
-    found = look_up(where, [name.removeprefix("/") for name, _ in rows])
-    pairs = zip(found, (label for _, label in rows), strict=True)
-    entries = sorted(entry for file, label in pairs if (entry := entry_of(file, label)))
-    if entries and all(entry.flaw == "vanished" for entry in entries):
-        raise UserError(f"none of the images of {listing} is in {where}; unpack them there")
-    classes = [names[label] for label in range(count)]
-    return Source("folder", where, entries, classes, len(rows) - len(entries))
+    listed = [(name.removeprefix("/"), label) for name, label in rows]
+    return list_labelled(where, listed, [names[label] for label in range(count)], listing)
 
 
 def _rows(path: str) -> list[tuple[str, int]]:

@@ -1,41 +1,49 @@
 """An uncompressed tar of class folders, read in place.
 
-In: its path or URL. Out: where each image begins in it. Only headers are looked at; names are data
-here and never become paths, so nothing can escape.
+Only headers are looked at; names are data here and never become paths, so nothing can escape.
 """
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from preprocess.entry import SUFFIXES, Entry, Source
 from preprocess.files import opened
+from preprocess.source import SUFFIXES, Entry, Source
 from shards.errors import UserError
 
 BLOCK = 512
 
 
-def list_tar(where: str, split: str = "") -> Source:
+def list_tar(where: str) -> Source:
     """Entries of an uncompressed tar, by name; classes are the folders below the one they share."""
-    found: list[Entry] = []
-    ignored = 0
     with opened(where) as file:
-        for info in members(file, where):
-            if info.isdir() or not info.name.lower().endswith(SUFFIXES):
-                ignored += not info.isdir()
-                continue
-            found.append(entry_of(info, info.name.removeprefix("./")))
+        found, ignored = images_of(members(file, where))
     found.sort()
     folders = [entry.name.rpartition("/")[0].strip("/") for entry in found]
     shared = os.path.commonpath(folders) if found else ""
     tops = [folder[len(shared) :].strip("/").partition("/")[0] for folder in folders]
-    classes = sorted(set(tops) - {""})
-    labels = {name: label for label, name in enumerate(classes)}
-    entries = [
-        entry._replace(label=labels.get(top, -1)) for entry, top in zip(found, tops, strict=True)
-    ]
+    return by_class(where, found, tops, ignored)
+
+
+def by_class(where: str, found: list[Entry], names: list[str], ignored: int) -> Source:
+    """The source of the entries `found`, whose classes are called `names`; empty: it has none."""
+    classes = sorted(set(names) - {""})
+    labels = {name: label for label, name in enumerate(classes)} | {"": -1}
+    pairs = zip(found, names, strict=True)
+    entries = [entry._replace(label=labels[name]) for entry, name in pairs]
     return Source("tar", where, entries, classes, ignored)
+
+
+def images_of(infos: Iterable[tarfile.TarInfo], folder: str = "") -> tuple[list[Entry], int]:
+    """Entries of the members that are named as images, below `folder`, and how many are not."""
+    images, ignored = [], 0
+    for info in infos:
+        if info.isdir() or not info.name.lower().endswith(SUFFIXES):
+            ignored += not info.isdir()
+        else:
+            images.append(entry_of(info, folder + info.name.removeprefix("./")))
+    return images, ignored
 
 
 def entry_of(info: tarfile.TarInfo, name: str, label: int = -1, part: str = "") -> Entry:

@@ -1,7 +1,7 @@
 """WebDataset tars of any origin: a folder of them, one of them, or a .txt that lists them.
 
-In: their place. Out: an entry for each sample's picture, with the label its `cls` or `json` gives.
-Members of other kinds, pickles among them, are never read.
+Each sample's picture is an entry, with the label that its `cls` or `json` gives. Members of other
+kinds, pickles among them, are never read.
 """
 
 import json
@@ -10,11 +10,9 @@ import tarfile
 from functools import partial
 from typing import BinaryIO
 
-from preprocess.entry import Entry, Source
 from preprocess.files import join, kind_of, of_each, opened, read_all
 from preprocess.layouts.tar import entry_of, members
-from preprocess.listing import look_up, names_in, parts_below
-from preprocess.splits import of_split
+from preprocess.source import Entry, Source, look_up, names_in, of_split, parts_below
 from shards.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -35,11 +33,11 @@ def list_webdataset(where: str, split: str) -> Source | None:
         root = where.rpartition("/")[0]
         parts = [line.strip() for line in read_all(where).decode("utf-8").splitlines()]
         parts = [line for line in parts if line and not line.startswith("#")]
-        flawed = next((part for part in look_up(root, parts) if part.flaw), None)
+        flawed = next((part for part in look_up(root, ((p, -1) for p in parts)) if part.flaw), None)
         if flawed:
             raise UserError(f"{where} lists {flawed.name!r}, which cannot be read: {flawed.flaw}")
     elif kind_of(where) == "folder":
-        parts = of_split([part.name for part in parts_below(where, (".tar",))], split)
+        parts = of_split([part.name for part in parts_below(where, ".tar")], split)
     entries: list[Entry] = []
     ignored = 0
     for found, others in of_each(root, partial(_list_part, root), parts):

@@ -22,8 +22,7 @@ import preprocess.building
 import preprocess.shard
 from preprocess import BuildError, build_shards, open_source
 from preprocess import executors as backends
-from preprocess.shard import Job, Written, confirm, write_shard
-from shards.spec import fingerprint
+from preprocess.shard import Written, confirm, write_shard
 from shards.verification import verify_shards
 
 SLOW = {
@@ -52,9 +51,12 @@ def started(*command, cwd=None, env=SLOW):
     """A process group of our own, killed at the end whatever happened."""
     process = subprocess.Popen(
         [sys.executable, "-m", *map(str, command)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, cwd=cwd, env=env,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=cwd,
+        env=env,
+    )
     try:
         yield process
     finally:
@@ -68,13 +70,28 @@ def kill_group(process):
 
 
 def scheduler(port, **options):
-    return started("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port,
-                   "--no-dashboard", "--no-show", **options)  # fmt: skip
+    return started(
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--no-dashboard",
+        "--no-show",
+        **options,
+    )
 
 
 def worker(port, threads=1, **options):
-    return started("distributed.cli.dask_worker", f"127.0.0.1:{port}", "--nthreads", threads,
-                   "--no-nanny", "--no-dashboard", **options)  # fmt: skip
+    return started(
+        "distributed.cli.dask_worker",
+        f"127.0.0.1:{port}",
+        "--nthreads",
+        threads,
+        "--no-nanny",
+        "--no-dashboard",
+        **options,
+    )
 
 
 def wait_for(port):
@@ -213,8 +230,7 @@ def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path
             killer = threading.Thread(target=kill)
             killer.start()
             with pytest.raises(BuildError, match="run the same command again"):
-                build_shards(source, out, settings(), backend="dask",
-                             scheduler=f"127.0.0.1:{port}")  # fmt: skip
+                build_shards(source, out, settings(), backend="dask", scheduler=f"127.0.0.1:{port}")
             killer.join()
     assert 2 <= rows(out) < 10
     build_shards(source, out, settings(), 1)
@@ -232,8 +248,17 @@ def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
     with scheduler(port, cwd=place, env=bare):
         wait_for(port)
         with worker(port, cwd=place, env=bare):
-            done = kamim("shards", "build", small_source, tmp_path / "out", *SMALL,
-                         "--backend", "dask", "--scheduler", f"127.0.0.1:{port}")  # fmt: skip
+            done = kamim(
+                "shards",
+                "build",
+                small_source,
+                tmp_path / "out",
+                *SMALL,
+                "--backend",
+                "dask",
+                "--scheduler",
+                f"127.0.0.1:{port}",
+            )
     assert (done.returncode, done.stdout) == (1, "")
     assert "has no module 'preprocess': install kamim" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -250,10 +275,27 @@ def test_a_running_ray_cluster_is_joined_by_its_address(
     place = tempfile.mkdtemp(prefix="ray")  # tmp_path is too long for its sockets
     port, options = free_port(), ["--num-cpus", 2, "--object-store-memory", 100_000_000]
     options += ["--include-dashboard=false", "--disable-usage-stats", "--temp-dir", place]
-    line = ["shards", "build", small_source, tmp_path / "out", *SMALL, "--backend", "ray",
-            "--scheduler", f"127.0.0.1:{port}"]  # fmt: skip
-    with started("ray.scripts.scripts", "start", "--head", "--block", "--port", port, *options,
-                 env={**SLOW, **auth}) as head:  # fmt: skip
+    line = [
+        "shards",
+        "build",
+        small_source,
+        tmp_path / "out",
+        *SMALL,
+        "--backend",
+        "ray",
+        "--scheduler",
+        f"127.0.0.1:{port}",
+    ]
+    with started(
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--port",
+        port,
+        *options,
+        env={**SLOW, **auth},
+    ) as head:
         wait_for(port)
         for name, value in auth.items():
             monkeypatch.setenv(name, value)
@@ -275,9 +317,12 @@ def test_ctrl_c_leaves_no_process_behind(backend, small_source, tmp_path):
     command = [*KAMIM, "shards", "build", str(small_source), str(out), *SMALL, "--jobs", "2"]
     process = subprocess.Popen(
         [*command, "--backend", backend],
-        stderr=subprocess.PIPE, text=True, start_new_session=True, env={**SLOW, "MARK": mark},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**SLOW, "MARK": mark},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     while not rows(out) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -341,16 +386,16 @@ def job(small_source, tmp_path):
     """A job whose first shard was written, as on another machine."""
     source, out = open_source(str(small_source)), tmp_path / "out"
     facts = preprocess.building.facts_of(source, settings())
-    with preprocess.building.claim(out, facts) as work:
-        job = Job(settings(), "folder", source.root, out, work, None, False, fingerprint(facts))
+    with preprocess.building.claim(source, settings(), out, facts) as job:
         yield job, source.entries[:4], write_shard(job, 0, source.entries[:4])
 
 
 def test_what_a_worker_says_is_looked_at(job, monkeypatch):
     job, entries, written = job
     monkeypatch.setattr(preprocess.shard, "PATIENCE_SECONDS", 0.2)
-    assert written == Written(0, 4, (job.out / "shard-000000.tar").stat().st_size,
-                              socket.gethostname(), -1)  # fmt: skip
+    assert written == Written(
+        0, 4, (job.out / "shard-000000.tar").stat().st_size, socket.gethostname(), -1
+    )
     confirm(job, written, entries)
     with pytest.raises(BuildError, match=r"with 7 bytes, here it has \d+; shards must be on"):
         confirm(job, written._replace(bytes=7), entries)
@@ -367,7 +412,7 @@ def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, mo
     with pytest.raises(BuildError, match="does not see the folder"):
         write_shard(replace(job, work=tmp_path), 1, entries)
     with pytest.raises(BuildError, match="does not see the folder"):
-        write_shard(replace(job, plan="0" * 64), 1, entries)
+        write_shard(replace(job, fingerprint="0" * 64), 1, entries)
     monkeypatch.setattr(preprocess.shard.cv2, "__version__", "4.0.0")
     with pytest.raises(BuildError, match=r"has opencv 4.0.0, this build began with .*; install"):
         write_shard(job, 1, entries)

@@ -20,9 +20,7 @@ from kamim.bench import claim, meaning, plots, versus
 from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
 from kamim.bench.provenance import provenance
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.defaults import default_settings
-from preprocess.source import read
-from shards import ShardSet, decode_frame
+from shards import Settings, ShardSet, decode_frame
 from shards.order import Plan
 
 
@@ -35,7 +33,7 @@ def test_the_published_baseline_has_the_oracles_weights(name, drawing):
         torch.manual_seed(number)
         image, marks = dataset[number]
         torch.manual_seed(number)
-        data = read(source.kind, source.root, source.entries[number])
+        data = source.read(source.entries[number])
         crop = AUGMENT(Image.open(io.BytesIO(data)).convert("RGB")).permute(1, 2, 0).numpy()
         crop = np.ascontiguousarray(crop)
         np.testing.assert_array_equal(marks[0].numpy(), oracle.rings(crop, name))
@@ -47,7 +45,7 @@ def test_the_published_baseline_has_the_oracles_weights(name, drawing):
 
 
 def test_the_optimised_baseline_detects_on_the_plans_crop(small_source, tmp_path):
-    chosen = default_settings((detector_settings("fast"),), 20)
+    chosen = Settings(detectors=(detector_settings("fast"),), shard_size=20)
     build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
     records = ShardSet(tmp_path / "set")
     for number in (0, 21, 39):
@@ -189,7 +187,7 @@ def test_the_sizes_of_the_scaling_page_are_those_of_the_objects(tmp_path):
     source = replace(open_source("demo"), entries=open_source("demo").entries[:4])
     sizes = {}
     for detectors, bank in (((fast,), 0), ((fast, orb), 2)):
-        chosen = replace(default_settings(detectors, 4), bank=bank, map_crops=0)
+        chosen = replace(Settings(detectors=detectors, shard_size=4), bank=bank, map_crops=0)
         out = tmp_path / str(bank)
         build_shards(source, out, chosen, 1)
         sizes[len(detectors), bank] = np.mean(ShardSet(out).index["bytes"])

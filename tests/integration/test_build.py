@@ -122,6 +122,9 @@ def test_a_restart_does_only_what_is_missing(small_source, tmp_path, monkeypatch
     assert not (out / "manifest.json").exists()
     (out / "shard-000001.tar").unlink()  # lost after its row was written
     (out / "shard-000009.tar.0123456789ab.tmp").write_bytes(b"left by a kill")
+    (out / ".build" / "facts.json").rename(out / ".build" / "plan.json")  # its name before
+    with pytest.raises(ValueError, match=r"settings\.quality is \d+ there, 50 here"):
+        build_shards(source, out, settings(quality=50), jobs=1)
     written.clear()
     build_shards(source, out, settings(), jobs=1)
     assert written == [1, 6, 7, 8, 9]
@@ -210,7 +213,7 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "thesis"
     out.mkdir()
     (out / "chapter.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(chapter.tex\)"):
         build_shards(source, out, settings(), 1)
     with pytest.raises(ValueError, match="is a file"):
         build_shards(source, out / "chapter.tex", settings(), 1)
@@ -219,8 +222,9 @@ def test_a_folder_with_something_else_is_left_alone(small_source, tmp_path):
 
 def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
+    facts = preprocess.building.facts_of(source, settings())
     with (
-        preprocess.building.claim(out, preprocess.building.facts_of(source, settings())),
+        preprocess.building.claim(source, settings(), out, facts),
         pytest.raises(ValueError, match="another process is"),
     ):
         build_shards(source, out, settings(), 1)
@@ -491,7 +495,10 @@ def test_from_python_it_gives_the_bytes_of_the_command(small_source, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"grid": 47}, "grid 47 is odd; give 48"),
+        ({"grid": 1}, "grid 1 is out of range; give 2 to 254"),
+        ({"levels": 17}, "levels 17 is unknown; there are 256"),
+        ({"weights": (0.1, 8)}, "reach beyond 255, the most that is stored; give 0.181 or more"),
+        ({"weights": (0.25, 7)}, "w_ps 7 of the weights: give a divisor of the crop of 64 px"),
         ({"crop": 100}, "crop 100 is no multiple of 8; give 96"),
         ({"quality": 101}, "quality 101 is out of range; give 0 to 100"),
         ({"mark": "star"}, "mark is 'star'; there are ring, disc, point"),

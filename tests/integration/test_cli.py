@@ -39,7 +39,7 @@ def kamim(*arguments, timeout=100, **options):
         (["--map-crops", "-1"], "--map-crops -1 is out of range; give 0 to 64"),
         (["--bank", "256"], "--bank 256 is out of range; give 0 to 255"),
         (["--grid", "0"], "--grid 0"),
-        (["--grid", "47"], "--grid 47 is odd; give 48"),
+        (["--weights", "8"], "--weights 8 is not T,w_ps"),
         (["--jobs", "-1"], "--jobs -1"),
         (["--jobs", "two"], "--jobs 'two'"),
         (["--jobs=two"], "--jobs 'two'"),
@@ -155,7 +155,7 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
     """What the command line imports to answer; typing the wrong word costs no more."""
     heavy = ("cv2", "numpy", "joblib", "pandas", "torch", "tqdm", "PIL", "simplejpeg")
     code = (
-        "import sys, typer, preprocess.cli as c, preprocess.set_cli\n"
+        "import sys, typer, preprocess.cli as c\n"
         "try: c.app(sys.argv[1:], standalone_mode=False)\n"
         "except ValueError as error: print(error)\n"
         f"print([name for name in {heavy} if name in sys.modules])"
@@ -172,17 +172,18 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
         assert done.stdout.splitlines()[-1] == "[]"
     control = subprocess.run(
         [sys.executable, "-c", f"import cv2\n{code}", "build", "--help"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "cv2" in control.stdout.splitlines()[-1]
 
 
 def test_help_names_every_dataset_and_backend():
-    from preprocess import datasets, defaults
-    from preprocess import executors as backends
+    from preprocess import cli, datasets, executors
 
-    assert ("demo", *datasets.NAMED, *datasets.PLACED) == defaults.DATASETS
-    assert set(backends.PACKAGES) | {"loky"} == set(get_args(defaults.Backend))
+    assert datasets.NAMES == cli.DATASETS
+    assert get_args(cli.Backend) == executors.BACKENDS
 
 
 def test_too_many_rejected_is_status_1(small_source, tmp_path):
@@ -253,7 +254,7 @@ def test_help_says_what_each_option_is():
 def test_a_request_that_is_wrong_and_a_bug_of_ours_end_differently(error, status, line):
     code = f"""
 import sys
-from preprocess.errors import BuildError
+from preprocess import BuildError
 from shards.errors import UserError
 import kamim.doctor
 def examine():

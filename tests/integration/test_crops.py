@@ -11,8 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from preprocess import density_maps, detector_settings
-from preprocess.defaults import default_settings
 from preprocess.shard import squeeze
+from shards import Settings
 from shards.crops import read_map, visible, visible_cells, weights
 from shards.order import Plan
 from shards.weighting import crop_frames, crop_maps, loss_weights, pool_counts
@@ -35,8 +35,16 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
         top, left, height, width = oracle.random_box(256, 256, rng)
         flip = FLIPS[number % 4]
         pixels = torch.from_numpy(frame).permute(2, 0, 1).float()
-        expected = v2.resized_crop(pixels, top, left, height, width, [size, size],
-                                   InterpolationMode.BILINEAR, antialias=False)  # fmt: skip
+        expected = v2.resized_crop(
+            pixels,
+            top,
+            left,
+            height,
+            width,
+            [size, size],
+            InterpolationMode.BILINEAR,
+            antialias=False,
+        )
         expected = expected.flip(2) if flip[0] else expected
         expected = expected.flip(1) if flip[1] else expected
         box = torch.tensor([[top, left, height, width]]) / 256
@@ -45,7 +53,7 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
 
 
 def test_map_readings_equal_a_plain_integral(demo_images):
-    chosen = default_settings((detector_settings("sift"),), 1)
+    chosen = Settings(detectors=(detector_settings("sift"),), shard_size=1)
     maps = np.stack([density_maps(i, 0, chosen)["sift"] for i in demo_images[::40]])
     boxes, flips = boxes_of(len(maps))
     share = visible_cells(chosen.detectors[0], 192, 24)
@@ -69,8 +77,10 @@ def test_a_marked_pixel_and_a_marked_cell_stay_together(row, column, number, fli
     pixels = crop_frames(torch.from_numpy(frame), boxes, flips, 192)[0, 0] / 255
     cells = crop_maps(torch.from_numpy(density), boxes, flips, 48)[0]
     top, left, height, width = boxes[0].tolist()
-    inside = [top * 52 < row + 0.4 and row + 0.6 < (top + height) * 52,
-              left * 52 < column + 0.4 and column + 0.6 < (left + width) * 52]  # fmt: skip
+    inside = [
+        top * 52 < row + 0.4 and row + 0.6 < (top + height) * 52,
+        left * 52 < column + 0.4 and column + 0.6 < (left + width) * 52,
+    ]
     if not all(inside):
         return
     assert cells.sum() > 0

@@ -13,7 +13,6 @@ from conftest import DATA, errors, settings
 
 import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
-from preprocess.source import read
 
 
 def small(where, split=""):
@@ -23,7 +22,7 @@ def small(where, split=""):
 
 def found(source):
     """(name, label, bytes) of every entry."""
-    return [(e.name, e.label, read(source.kind, source.root, e)) for e in source.entries]
+    return [(e.name, e.label, source.read(e)) for e in source.entries]
 
 
 @pytest.fixture
@@ -129,16 +128,20 @@ def test_cifar10_is_the_same_from_either_archive_packed_or_not(write, tmp_path):
     archives.packed(binary, tmp_path / "2" / "cifar-10-binary.tar.gz")
     archives.unpack(python, tmp_path / "3")
     archives.unpack(binary, tmp_path / "4")
-    places = [tmp_path / "3" / "cifar-10-batches-py", tmp_path / "4" / "cifar-10-batches-bin",
-              tmp_path / "1" / "cifar-10-python.tar.gz",
-              *(tmp_path / n for n in "1234")]  # fmt: skip
+    places = [
+        tmp_path / "3" / "cifar-10-batches-py",
+        tmp_path / "4" / "cifar-10-batches-bin",
+        tmp_path / "1" / "cifar-10-python.tar.gz",
+        *(tmp_path / n for n in "1234"),
+    ]
     for place in places:
         source = small(f"cifar10:{place}")
         assert source.classes == archives.CIFAR10_NAMES
-        assert [entry.label for entry in source.entries] == [(b + r) % 10 for b in range(5)
-                                                             for r in range(4)]  # fmt: skip
+        assert [entry.label for entry in source.entries] == [
+            (b + r) % 10 for b in range(5) for r in range(4)
+        ]
         for number in (0, 3, 17):
-            pixels = decode_image(read(source.kind, source.root, source.entries[number]))
+            pixels = decode_image(source.read(source.entries[number]))
             row = archives.cifar_pixels(number // 4, 4)[number % 4]
             assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
         for split in ("test", "val"):
@@ -156,7 +159,7 @@ def test_cifar100_has_fine_labels(tmp_path):
         source = small(f"cifar100:{tmp_path / where}")
         assert source.classes == [f"fine{n}" for n in range(100)]
         assert [entry.label for entry in source.entries] == [99, 98, 97, 96]
-        pixels = decode_image(read(source.kind, source.root, source.entries[2]))
+        pixels = decode_image(source.read(source.entries[2]))
         row = archives.cifar_pixels(1, 4)[2]
         assert np.array_equal(pixels, row.reshape(3, 32, 32).transpose(1, 2, 0))
 
@@ -214,15 +217,18 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
         archives.unpack((members | {name: data}).items(), tmp_path / words)
         with pytest.raises(ValueError, match=words):
             small(f"cifar10:{tmp_path / words}")
-    for number, table in enumerate([
-        {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
-        {"data": archives.cifar_pixels(0, 2), "labels": 7},
-        {"data": archives.cifar_pixels(0, 2), "filenames": ["a", "b"], "labels": [0, "x"]},
-        {"data": [1, 2]},
-        {},
-    ]):  # fmt: skip
+    for number, table in enumerate(
+        [
+            {"data": archives.cifar_pixels(0, 2), "labels": [0, 1]},
+            {"data": archives.cifar_pixels(0, 2), "labels": 7},
+            {"data": archives.cifar_pixels(0, 2), "filenames": ["a", "b"], "labels": [0, "x"]},
+            {"data": [1, 2]},
+            {},
+        ]
+    ):
         python = dict(archives.cifar10_python()) | {
-            "cifar-10-batches-py/data_batch_4": pickle.dumps(table)}  # fmt: skip
+            "cifar-10-batches-py/data_batch_4": pickle.dumps(table)
+        }
         archives.unpack(python.items(), tmp_path / f"python{number}")
         if number == 0:
             assert len(small(f"cifar10:{tmp_path / 'python0'}").entries) == 18
@@ -258,8 +264,14 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     secret.write_bytes(b"secret")
     (tmp_path / "i" / "train").mkdir(parents=True)
     (tmp_path / "i" / "train" / "out").symlink_to(tmp_path)
-    names = ["../secret.jpg", str(secret), "train/../../secret.jpg", "train/out/secret.jpg",
-             "train/nul\0.jpg", "train/new\nline.jpg"]  # fmt: skip
+    names = [
+        "../secret.jpg",
+        str(secret),
+        "train/../../secret.jpg",
+        "train/out/secret.jpg",
+        "train/nul\0.jpg",
+        "train/new\nline.jpg",
+    ]
     images = [{"id": 100 + n, "file_name": name} for n, name in enumerate(names)]
     images.append({"id": 40, "file_name": f"train/{archives.SPECIES[0]}/00000000.jpg"})
     root = archives.inaturalist(tmp_path / "i", images=images)
@@ -267,7 +279,7 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
     reasons = {}
     for entry in source.entries:
         try:
-            reasons[entry.name] = read(source.kind, source.root, entry) == archives.picture(0)
+            reasons[entry.name] = source.read(entry) == archives.picture(0)
         except Rejected as error:
             reasons[entry.name] = error.reason
     flaws = dict.fromkeys(names[:5], "link") | {names[5]: "vanished"}
@@ -315,24 +327,31 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "BASES", (*bases, "/nowhere/datasets"))
     with pytest.raises(ValueError, match="was not found") as caught:
         open_source("imagenet")
-    for words in ("ILSVRC2012_img_train.tar", "ILSVRC/Data/CLS-LOC/train", "/nowhere/datasets",
-                  f"{tmp_path}/disk/imagenet", f"{tmp_path}/home/data/imagenet", "image-net.org",
-                  "imagenet:PATH"):  # fmt: skip
+    for words in (
+        "ILSVRC2012_img_train.tar",
+        "ILSVRC/Data/CLS-LOC/train",
+        "/nowhere/datasets",
+        f"{tmp_path}/disk/imagenet",
+        f"{tmp_path}/home/data/imagenet",
+        "image-net.org",
+        "imagenet:PATH",
+    ):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     images = archives.imagenet_images()
-    archives.imagenet_tar(tmp_path / "home" / "datasets" / "imagenet" / "ILSVRC2012_img_train.tar",
-                          images)  # fmt: skip
+    archives.imagenet_tar(
+        tmp_path / "home" / "datasets" / "imagenet" / "ILSVRC2012_img_train.tar", images
+    )
     assert len(small("imagenet").entries) == 9
     archives.unpack(archives.cifar10_python(), tmp_path / "data")  # where torchvision puts it
     assert len(small("cifar10").entries) == 20
     for where, split, words in [
         ("imagenet", "test", "has no split test; it has train, val"),
         ("demo", "val", "the demo has no split val"),
-        ("webdataset:", "", "read from a place of yours"),
+        ("webdataset:", "", "needs the path or URL of images"),
         ("parquet:/nowhere", "", "no parquet source at /nowhere"),
         ("pets", "", r"no source at pets: give .*NAME:PATH; there are demo, imagenet, cifar10"),
-        ("imagenet:", "", r"gives no place; give imagenet:PATH"),
+        ("imagenet:", "", r"has no path; give imagenet:PATH"),
         ("folder", "", r"give folder:PATH \(make: DATA=PATH\)$"),
         ("folder:", "", r"give folder:PATH \(make: DATA=PATH\)"),
         ("CIFAR-10", "", r"is it cifar10\? Else"),
@@ -346,8 +365,10 @@ def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):
 
 def test_the_command_takes_names_and_splits(tmp_path):
     archives.unpack(archives.cifar10_python(), tmp_path / "few")
-    archives.unpack([(f"{split}/cat/{split}.png", archives.picture(1, ".png")) for split in
-                     ("train", "test")], tmp_path / "mine")  # fmt: skip
+    archives.unpack(
+        [(f"{split}/cat/{split}.png", archives.picture(1, ".png")) for split in ("train", "test")],
+        tmp_path / "mine",
+    )
     command = [sys.executable, "-m", "kamim", "shards", "build"]
     flags = ["--frame", "80", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
     flags += ["--split", "test"]
@@ -384,9 +405,15 @@ def test_what_nobody_named_is_no_dataset(name, split, nobodys):
     had been taken for CIFAR.
     """
     picture = archives.picture(0)
-    names = ["data/demo-fast/fidelity.png", "data/photos/a/1.jpg", "train/figures/loss.png",
-             "train/models.py", "val/x/1.jpg", f"{name}/train/dog/1.jpg",
-             f"{name}/test/dog/1.jpg"]  # fmt: skip
+    names = [
+        "data/demo-fast/fidelity.png",
+        "data/photos/a/1.jpg",
+        "train/figures/loss.png",
+        "train/models.py",
+        "val/x/1.jpg",
+        f"{name}/train/dog/1.jpg",
+        f"{name}/test/dog/1.jpg",
+    ]
     archives.unpack([(path, picture) for path in names], nobodys)
     (nobodys / "train.tar").write_bytes(archives.tar_bytes([("a/1.jpg", picture)]))
     (nobodys / "test.tar").write_bytes(b"no tar")
@@ -421,12 +448,19 @@ def test_class_folders_stand_for_cifar_where_names_and_counts_are_as_published(
 def test_counts_far_from_those_published_are_refused(nobodys, monkeypatch):
     monkeypatch.setitem(datasets.NAMED["cifar10"].splits, "test", 100)
     names = archives.CIFAR10_NAMES
-    wrong = {"98": (names, 98), "97": (names, 97), "102": (names, 102), "103": (names, 103),
-             "nine": (names[:9], 99), "eleven": ([*names, "yak"], 99)}  # fmt: skip
+    wrong = {
+        "98": (names, 98),
+        "97": (names, 97),
+        "102": (names, 102),
+        "103": (names, 103),
+        "nine": (names[:9], 99),
+        "eleven": ([*names, "yak"], 99),
+    }
     for word, (classes, count) in wrong.items():
         place = nobodys / word
-        archives.unpack([(f"{classes[n % len(classes)]}/{n}.png", b"") for n in range(count)],
-                        place)  # fmt: skip
+        archives.unpack(
+            [(f"{classes[n % len(classes)]}/{n}.png", b"") for n in range(count)], place
+        )
         if word in ("98", "102"):
             assert len(open_source(f"cifar10:{place}", "test").entries) == count
             continue

@@ -10,8 +10,7 @@ from test_cli import kamim
 
 import preprocess
 from preprocess import build_shards, measure_fidelity, open_source, storage
-from preprocess.defaults import default_settings
-from shards import ShardSet, load
+from shards import Settings, ShardSet, load
 from shards.verification import verify_shards
 
 
@@ -20,7 +19,7 @@ def demo_set(tmp_path_factory):
     """The demo at the published crop, with a bank; nothing of the user's."""
     out = tmp_path_factory.mktemp("demo") / "shards"
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
-    chosen = default_settings(detectors, 64, bank=2)
+    chosen = Settings(detectors=detectors, shard_size=64, bank=2)
     build_shards(open_source("demo"), out, chosen, 2)
     return out
 
@@ -106,7 +105,7 @@ def test_map_and_bank_of_one_detector_add_at_most_28_percent(photos, tmp_path):
         (source / path.parent.name).mkdir(parents=True, exist_ok=True)
         (source / path.parent.name / path.name).write_bytes(path.read_bytes())
     for name in ("fast", "orb", "sift"):
-        chosen = default_settings((preprocess.detector_settings(name),), 50, bank=4)
+        chosen = Settings(detectors=(preprocess.detector_settings(name),), shard_size=50, bank=4)
         build_shards(open_source(str(source)), tmp_path / name, chosen, 2)
         found = storage(ShardSet(tmp_path / name))
         assert found["added"] <= 0.28

@@ -70,8 +70,10 @@ class Terminal(io.StringIO):
 def test_words_are_checked_before_torch_is_imported(words, line, built):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "pretrain", *words],
-        cwd=built.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=built.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert errors(done) == 1
     assert line in done.stderr
@@ -90,16 +92,20 @@ def test_a_word_that_is_right_comes_to_torch(built):
     """So the test above can fail."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "pretrain", "built"],
-        cwd=built.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=built.parent,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, "torch is not installed" in done.stderr) == (2, True)
 
 
 def test_without_a_recipe_the_default_follows_the_device_and_says_so(built):
     done = subprocess.run(
         [sys.executable, "-m", "kamim", "pretrain", "built", "--device", "cpu", "--detector", "f"],
-        cwd=built.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=built.parent,
+        capture_output=True,
+        text=True,
+    )
     assert "no --recipe: demo, as this runs on cpu" in done.stderr
     assert "no maps of 'f'" in done.stderr.splitlines()[-1]
 
@@ -109,7 +115,6 @@ def test_a_numbered_cuda_device_is_that_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert [find_device(name).index for name in ("auto", "cuda", "cuda:1")] == [0, 0, 1]
     with pytest.raises(ValueError, match="torch sees 2 CUDA devices"):
         find_device("cuda:2")
@@ -156,7 +161,8 @@ def test_the_memory_needed_is_that_of_weights_and_of_what_the_backward_pass_keep
         def forward(self, images, *hidden):
             return ((images * self.weight) ** 2).sum()  # keeps the images, and their product
 
-    parts = [estimate.memory_needed(Squared(), (), 64, part, CPU) for part in (1, 10)]
+    memory = estimate.memory_of(Squared(), (), 64, CPU)
+    parts = [memory.needed(part) for part in (1, 10)]
     assert parts == [16 + part * 2 * 3 * 64 * 64 * 4 for part in (1, 10)]
 
 

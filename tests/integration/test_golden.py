@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 pytest.importorskip("torch")
 
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.defaults import default_settings
+from shards import Settings
 from train.log import read_metrics
 from train.loop import pretrain
 from train.recipes import find_recipe
@@ -37,7 +37,9 @@ def losses(shards: Path, recipe: str, out: Path) -> list[float]:
 def build(out: Path) -> Path:
     """The demo with maps of FAST and of frequency, for crops of the recipe's size."""
     detectors = tuple(map(detector_settings, ("fast", "frequency")))
-    build_shards(open_source("demo"), out, default_settings(detectors, 64, crop=96, frame=128))
+    build_shards(
+        open_source("demo"), out, Settings(detectors=detectors, shard_size=64, crop=96, frame=128)
+    )
     return out
 
 

@@ -12,13 +12,12 @@ from conftest import settings
 
 import preprocess
 from preprocess import Rejected, build_shards, decode_image, open_source
-from preprocess.source import read
 from shards import ShardSet, decode_frame
 from shards.verification import verify_shards
 
 
 def found(source):
-    return [(e.name, e.label, read(source.kind, source.root, e)) for e in source.entries]
+    return [(e.name, e.label, source.read(e)) for e in source.entries]
 
 
 @pytest.fixture
@@ -37,8 +36,14 @@ def tars(tmp_path):
     ]
     second = [("0000.jpeg", picture(4)), ("0000.cls", b"0\n"), ("0000.features.pickle", b"\x80")]
     archives.unpack(
-        [("d-train-0000.tar", tar_bytes(first)), ("d-train-0001.tar", tar_bytes(second)),
-         ("d-validation-0000.tar", tar_bytes(second)), ("readme.md", b"r")], root)  # fmt: skip
+        [
+            ("d-train-0000.tar", tar_bytes(first)),
+            ("d-train-0001.tar", tar_bytes(second)),
+            ("d-validation-0000.tar", tar_bytes(second)),
+            ("readme.md", b"r"),
+        ],
+        root,
+    )
     return root
 
 
@@ -79,11 +84,13 @@ def test_descriptions_tell_parts_apart(tars):
 
 
 def test_hostile_tars_of_others(tmp_path):
-    for number, (words, name, label) in enumerate([
-        ("'a.cls' gives no label: b'cat'", "a.jpg", b"cat"),
-        ("gives no label", "a.jpg", b"1" * 40),
-        ("gives no label", "a.jpg", b"-2"),
-    ]):  # fmt: skip
+    for number, (words, name, label) in enumerate(
+        [
+            ("'a.cls' gives no label: b'cat'", "a.jpg", b"cat"),
+            ("gives no label", "a.jpg", b"1" * 40),
+            ("gives no label", "a.jpg", b"-2"),
+        ]
+    ):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(tar_bytes([(name, picture(0)), ("a.cls", label)]))
         with pytest.raises(ValueError, match=words):
@@ -97,8 +104,13 @@ def test_hostile_tars_of_others(tmp_path):
     assert manifest.ledger.rejected == {"not-a-file": 1}
     records = ShardSet(out)
     assert [records[n].source for n in range(5)] == names
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar", "1.tar", "2.tar", "names.tar",
-                                                          "out"]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "0.tar",
+        "1.tar",
+        "2.tar",
+        "names.tar",
+        "out",
+    ]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "out.tar").symlink_to(path)
     (tmp_path / "list.txt").write_text("../x.tar\n")
@@ -119,10 +131,10 @@ def test_a_part_stays_open_and_another_file_of_its_name_is_noticed(tmp_path, mon
     path.unlink()
     path.write_bytes(b"short")
     with pytest.raises(Rejected, match="changed"):
-        read(source.kind, source.root, source.entries[5])
+        source.read(source.entries[5])
     path.unlink()
     with pytest.raises(Rejected, match="vanished"):
-        read(source.kind, source.root, source.entries[5])
+        source.read(source.entries[5])
 
 
 def write_parquet(path, rows, features=None, group=2):
@@ -136,8 +148,10 @@ def write_parquet(path, rows, features=None, group=2):
     pa.parquet.write_table(table, path, row_group_size=group)
 
 
-FEATURES = {"image": {"_type": "Image"},
-            "label": {"names": ["tench", "goldfish"], "_type": "ClassLabel"}}  # fmt: skip
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"names": ["tench", "goldfish"], "_type": "ClassLabel"},
+}
 
 
 def test_parquet_as_the_hub_keeps_it(tmp_path):
@@ -151,10 +165,12 @@ def test_parquet_as_the_hub_keeps_it(tmp_path):
     assert source.classes == ["tench", "goldfish"]
     assert [entry.label for entry in source.entries] == [0, 1, 0, 1, -1]
     assert source.entries[3].name == "data/train-00001-of-00002.parquet/n3.JPEG"
-    assert [data for *_, data in found(preprocess.Source(
-        "parquet", source.root, source.entries[:4], [], 0))] == pictures[:4]  # fmt: skip
+    assert [
+        data
+        for *_, data in found(preprocess.Source("parquet", source.root, source.entries[:4], [], 0))
+    ] == pictures[:4]
     with pytest.raises(Rejected, match="not-an-image"):
-        read(source.kind, source.root, source.entries[4])
+        source.read(source.entries[4])
     assert len(open_source(f"parquet:{tmp_path}", "test").entries) == 1
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [(rows[0][0], 7)], FEATURES)
     with pytest.raises(ValueError, match="row 0: label 7 is none of 2 classes"):
@@ -192,7 +208,7 @@ def test_finished_shards_as_a_source(quality, tmp_path):
     for number in range(6):
         entry, record = source.entries[number], records[number]
         assert (entry.name, entry.label) == (record.source, record.label)
-        pixels = decode_image(read(source.kind, source.root, entry))
+        pixels = decode_image(source.read(entry))
         assert np.array_equal(pixels, decode_frame(record.frame))
     orb = settings(quality=quality, detectors=(preprocess.detector_settings("orb"),))
     build_shards(source, tmp_path / "new", orb, 1)
@@ -202,4 +218,4 @@ def test_finished_shards_as_a_source(quality, tmp_path):
     with (tmp_path / "old" / "shard-000000.tar").open("r+b") as file:
         file.write(bytes(100))
     with pytest.raises(Rejected, match="changed"):
-        read(source.kind, source.root, source.entries[0])
+        source.read(source.entries[0])

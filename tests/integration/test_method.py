@@ -233,11 +233,11 @@ def test_a_marked_corner_is_where_the_crop_shows_it(flips):
     chooser = masking(recipe)
     levels = np.zeros((4, 6, 6), np.uint8)
     levels[2, 4:, 4:] = 255
-    chooser.attention = levels.reshape(4, 36)
+    chooser.attention = torch.from_numpy(levels).reshape(4, 36)
     boxes = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.0, 0.0, 0.6, 0.6]])
     turned = torch.tensor([flips, flips], dtype=torch.bool)
-    tensors = {"boxes": boxes, "flips": turned}
-    found = chooser.weights(np.array([2, 2]), tensors).view(2, 6, 6)
+    tensors = {"boxes": boxes, "flips": turned, "samples": torch.tensor([2, 2])}
+    found = chooser.weights(tensors).view(2, 6, 6)
     assert (found[1] == 0).all()  # this crop does not show it
     across, down = flips
     straight = found[0].flip([axis for axis, on in ((0, down), (1, across)) if on])
@@ -247,7 +247,7 @@ def test_a_marked_corner_is_where_the_crop_shows_it(flips):
     assert (straight[:3] == 0).all()
     assert (straight[:, :3] == 0).all()
     step = chooser.begin
-    masked, visible = chooser.hidden(chooser.noise(step), step, np.array([2, 2]), tensors)
+    masked, visible = chooser.hidden(chooser.noise(step), step, tensors)
     place = found[0].flatten()[masked[0]]
     assert (place[:9] > 0).all()  # the marked cells are drawn, and masked, before all others
     assert not set(masked[0].tolist()) & set(visible[0].tolist())
@@ -258,21 +258,22 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     chooser = masking(recipe)
     attention = np.zeros((4, 6, 6), np.uint8)
     attention[:, :, 3:] = 255
-    chooser.attention = attention.reshape(4, 36)
+    chooser.attention = torch.from_numpy(attention).reshape(4, 36)
     frequency = np.zeros((1, 54, 54), np.uint8)
     frequency[:, 27:] = 255
     whole = {
         "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
         "flips": torch.zeros(1, 2).bool(),
         "maps": {"frequency": torch.from_numpy(frequency)},
+        "samples": torch.tensor([0]),
     }
-    found = chooser.weights(np.array([0]), whole).view(3, 3)
+    found = chooser.weights(whole).view(3, 3)
     expected = torch.tensor([[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]])
     torch.testing.assert_close(found, expected)
     by_density = masking(replace(recipe, sample_by="fast"))
     fast = np.full((1, 54, 54), 255, np.uint8)
     maps = {"fast": torch.from_numpy(fast)}
-    edge = by_density.weights(np.array([0]), whole | {"maps": maps})
+    edge = by_density.weights(whole | {"maps": maps})
     assert edge[0, 4].item() == pytest.approx(1)
     assert edge[0, 4] > edge[0, 1] > edge[0, 0]
 
@@ -284,13 +285,13 @@ def test_phases_begin_where_the_recipe_says():
     assert [step for step in range(40) if chooser.due(step)] == [4, 14, 24, 34]
     assert [chooser.in_force(step) for step in (0, 3, 4, 13, 14, 33, 39)] == [
         None, None, 4, 4, 14, 24, 34]  # fmt: skip
-    early = chooser.hidden(chooser.noise(3), 3, np.arange(4), {})
+    early = chooser.hidden(chooser.noise(3), 3, {})
     assert [each.shape[1] for each in early] == [27, 9]
     # SimMIM's random phase is SimMIM, bit for bit.
     from train.masking import block_masks
 
     plain = masking(replace(find_recipe("small_simmim_famt"), options=SMALL, batch=4))
-    mask, encoded = plain.hidden(plain.noise(0), 0, np.arange(4), {})
+    mask, encoded = plain.hidden(plain.noise(0), 0, {})
     assert encoded is None
     assert torch.equal(mask, block_masks(0, 0, 4, 3, 0.6, CPU))
 
@@ -492,7 +493,7 @@ def test_attention_of_records_that_were_skipped_is_even(tmp_path):
                   np.ones((3, 2), bool), blank)  # fmt: skip
     encoder.train()
     write_attention(tmp_path / "a.npy", encoder, [batch], 4, 96, Process(), CPU)
-    maps = read_attention(tmp_path / "a.npy", 4, 36)
+    maps = read_attention(tmp_path / "a.npy", 4, 36).numpy()
     assert (maps[3] == 255).all()
     assert (maps[:3].min(1) < 255).all()
     assert encoder.training

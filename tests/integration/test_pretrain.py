@@ -74,6 +74,20 @@ def test_stopping_between_steps_and_going_on_changes_nothing(shards, tmp_path, c
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
 
 
+def test_a_swin_drops_the_same_layers_after_a_stop(shards, tmp_path):
+    options = {"embed_dim": 24, "depths": (2, 2, 2, 2)}
+    recipe = replace(TINY, model="swin_tiny_patch4_window7_224", options=options, epochs=2)
+    whole = run(shards, tmp_path / "whole", recipe)
+    run(shards, tmp_path / "parts", recipe, steps=4)
+    assert run(shards, tmp_path / "parts", recipe, resume=True) == whole
+
+
+def test_checkpoints_are_written_by_the_clock_too(shards, tmp_path):
+    run(shards, tmp_path / "run", steps=6, save_every=1000, save_minutes=1e-9)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000005.pt", "step-00000006.pt"]
+
+
 def command(shards, out, *flags):
     chosen = ["--recipe", "small", "--batch", "8", "--epochs", "4", "--detector", "fast"]
     chosen += ["--device", "cpu", "--log-every", "1", "--save-every", "3", "--out", str(out)]

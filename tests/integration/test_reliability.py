@@ -30,7 +30,7 @@ import preprocess.building
 import preprocess.files
 from preprocess import Rejected, build_shards, decode_image, open_source
 from preprocess.densities import LONGEST, map_views
-from preprocess.source import Entry, read
+from preprocess.source import Entry, Source
 from shards import ShardSet, decode_frame, load
 from shards import spec as _manifest
 from shards.beton import convert_to_ffcv
@@ -127,7 +127,7 @@ def test_a_machine_at_fault_is_not_blamed_on_the_images(number, tmp_path, monkey
 
     monkeypatch.setattr(preprocess.files.os, "open", failing)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
-        read("folder", tmp_path, Entry("a.jpg", 0, 1))
+        Source("folder", str(tmp_path), [], []).read(Entry("a.jpg", 0, 1))
 
 
 def test_a_lock_left_behind_a_finished_conversion_goes(built, tmp_path):
@@ -284,10 +284,18 @@ def reseal(folder, index):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("start", 1 << 63), ("frame", 0), ("frame_bytes", 1 << 31), ("arrays", 1 << 40),
-     ("arrays", 3), ("height", 0),
-     ("frame_bytes", 20_000), ("bytes", 700), ("bytes", (1 << 32) - 1)],
-)  # fmt: skip
+    [
+        ("start", 1 << 63),
+        ("frame", 0),
+        ("frame_bytes", 1 << 31),
+        ("arrays", 1 << 40),
+        ("arrays", 3),
+        ("height", 0),
+        ("frame_bytes", 20_000),
+        ("bytes", 700),
+        ("bytes", (1 << 32) - 1),
+    ],
+)
 def test_an_index_of_false_places_is_refused(field, value, built):
     """The loader had divided by zero, or asked for 4 GB of a small file."""
     index = np.load(built / INDEX)

@@ -19,7 +19,6 @@ from conftest import contents, settings
 from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
-from preprocess.source import read
 from shards.remote import retry
 from shards.remote.copy import copy_set
 from shards.verification import verify_shards
@@ -39,8 +38,12 @@ def s3():
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k",
-             "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     client = fsspec.filesystem("s3", skip_instance_cache=True)
@@ -130,7 +133,7 @@ def test_shards_from_s3_are_those_from_the_local_path(name, jobs, s3, local):
     assert open_source(f"s3://bucket/in/{name}").description() == before
     s3.rm("bucket/in/photos", recursive=True) if name == "photos" else s3.rm(f"bucket/in/{name}")
     with pytest.raises(Rejected, match="vanished"):
-        read(source.kind, source.root, source.entries[0])
+        source.read(source.entries[0])
     with pytest.raises(ValueError, match="no source at s3://bucket/in/photos"):
         open_source(f"s3://bucket/in/{name}")
 
@@ -154,18 +157,22 @@ def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
     )
     assert there.description() == here.description()
     last = there.entries[-1]
-    assert read(there.kind, there.root, last) == read(here.kind, here.root, last)
+    assert there.read(last) == here.read(last)
     url, root, _ = web
     archives.inaturalist(root / "inat")
     archives.packed(archives.cifar10_python(), root / "cifar-10-python.tar.gz")
     write_parquet(root / "data" / "train-0.parquet", [({"bytes": picture(0), "path": "p"}, 0)])
     (root / "wds").mkdir()
     (root / "wds" / "0.tar").write_bytes(tar_bytes([("a.jpg", picture(5)), ("a.cls", b"1")]))
-    for name, count in {"inaturalist:{}/inat": 5, "cifar10:{}/cifar-10-python.tar.gz": 20,
-                        "parquet:{}/data/": 1, "webdataset:{}/wds": 1}.items():  # fmt: skip
+    for name, count in {
+        "inaturalist:{}/inat": 5,
+        "cifar10:{}/cifar-10-python.tar.gz": 20,
+        "parquet:{}/data/": 1,
+        "webdataset:{}/wds": 1,
+    }.items():
         source = open_source(name.format(url), partial=True)
         assert len(source.entries) == count
-        assert read(source.kind, source.root, source.entries[0])
+        assert source.read(source.entries[0])
 
 
 def test_finished_sets_in_a_store_are_left_out(web, local):
@@ -208,7 +215,7 @@ def test_a_server_without_ranges_is_refused_for_tars(web, local):
     source = open_source(f"{url}/photos.tar")
     handler.ranges = False
     with pytest.raises(OSError, match="sends the whole file where a part was asked for"):
-        read(source.kind, source.root, source.entries[0])
+        source.read(source.entries[0])
 
 
 def test_protocols_and_missing_clients_are_one_line(monkeypatch):
@@ -237,9 +244,11 @@ def test_pauses_grow_until_patience_ends_and_refusals_are_not_repeated(monkeypat
     ]
     calls.clear()
     for error, kind in {
-        PermissionError("denied"): ValueError, FileNotFoundError("gone"): FileNotFoundError,
-        IsADirectoryError("a folder"): ValueError, OSError(errno.ENOSPC, "full"): OSError,
-    }.items():  # fmt: skip
+        PermissionError("denied"): ValueError,
+        FileNotFoundError("gone"): FileNotFoundError,
+        IsADirectoryError("a folder"): ValueError,
+        OSError(errno.ENOSPC, "full"): OSError,
+    }.items():
         with pytest.raises(kind, match=error.strerror or str(error)):
             retry.retried("u", lambda error=error: failing(error))
     assert len(calls) == 4
@@ -311,8 +320,12 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
 
     for target in (there, str(tmp_path / "here")):
         monkeypatch.setattr("shards.remote.copy.retried", stopping)
-        monkeypatch.setattr("shards.remote.copy._fetch", lambda place, name, path: stopping(
-            name, lambda: path.write_bytes((built / name).read_bytes())))  # fmt: skip
+        monkeypatch.setattr(
+            "shards.remote.copy._fetch",
+            lambda place, name, path: stopping(
+                name, lambda: path.write_bytes((built / name).read_bytes())
+            ),
+        )
         with pytest.raises(KeyboardInterrupt):
             copy_set(str(built), target, jobs=1)
         monkeypatch.undo()
@@ -327,9 +340,11 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
     assert contents(tmp_path / "here") == contents(built)
     s3.pipe_file("bucket/other/x", b"x")
     (local / "photos" / "draft.tmp").write_text("theirs")
-    for target, words in {"s3://bucket/other": "holds something else (x)",
-                          str(local / "photos"): "holds something else (a)",
-                          "https://x/y": "a web server takes no files"}.items():  # fmt: skip
+    for target, words in {
+        "s3://bucket/other": "holds something else (x)",
+        str(local / "photos"): "holds something else (a)",
+        "https://x/y": "a web server takes no files",
+    }.items():
         with pytest.raises(ValueError, match=re.escape(words)):
             copy_set(str(built), target)
     assert {p.name for p in (local / "photos").iterdir()} == {"a", "b", "c", "draft.tmp"}

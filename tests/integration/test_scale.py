@@ -16,7 +16,7 @@ from conftest import settings
 started = time.process_time()
 source = preprocess.open_source(sys.argv[1])
 facts = preprocess.building.facts_of(source, settings(shard_size=1000))
-assert preprocess.building._check_folder(Path(sys.argv[2]), facts) is None
+assert preprocess.building.check_folder(Path(sys.argv[2]), facts) is None
 seconds = time.process_time() - started
 # Not ru_maxrss, which begins with what the process that started this one had.
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -48,8 +48,11 @@ def test_100_000_inputs_are_planned_in_10_seconds_and_300_mb(write, tmp_path):
     write(tmp_path / "source")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "source"), str(tmp_path / "out")],
-        capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
     inputs, classes, seconds, peak = json.loads(done.stdout)
     assert (inputs, classes) == (COUNT, COUNT // 1000)
     assert seconds < 10  # of this process: others may share the machine

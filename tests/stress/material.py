@@ -13,7 +13,6 @@ from typing import Any
 from PIL import Image
 
 from preprocess import open_source
-from preprocess.source import read
 from stress.cases import REPOSITORY
 
 DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -29,7 +28,7 @@ def photographs(count: int, seed: int) -> list[bytes]:
         return [path.read_bytes() for path in (found * (1 + count // len(found)))[:count]]
     demo = open_source("demo")
     entries = chosen.choices(demo.entries, k=count)
-    return [read("demo", demo.root, entry) for entry in entries]
+    return [demo.read(entry) for entry in entries]
 
 
 def small_photographs(count: int, seed: int, size: tuple[int, int] = (160, 120)) -> list[bytes]:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from preprocess import Rejected, decode_image, open_source
-from preprocess.source import read
 from shards import Manifest, ShardSet
 
 CIFAR = ("train", "test", "meta")  # the files of cifar-100-python
@@ -46,7 +45,7 @@ def _read_all(where: str) -> None:
     source.description()
     for entry in source.entries:
         with suppress(Rejected):
-            read(source.kind, source.root, entry)
+            source.read(entry)
 
 
 def _file(name: str, layout: str, folder: Path, manifest: Manifest, data: bytes) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from preprocess import Rejected, decode_image
-from preprocess.source import Entry, read
+from preprocess.source import Entry, Source
 
 GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[0:200:2, 0:240:2], 90), axis=-1).astype(np.uint8)
 
@@ -90,15 +90,17 @@ JPEG = encoded(Image.fromarray(GRADIENT), "JPEG")
     [
         (b"", "empty"),
         (b"hello, this is text", "not-an-image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
-         "not-an-image"),
+        (
+            b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+            "not-an-image",
+        ),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
         (JPEG[: len(JPEG) // 2], "truncated"),
         (JPEG[:-1], "truncated"),
         (JPEG[:-2], "truncated"),
         (encoded(Image.fromarray(GRADIENT), "PNG")[:-60], "truncated"),
     ],
-)  # fmt: skip
+)
 def test_bad_bytes_are_rejected_with_their_reason(data, reason):
     with pytest.raises(Rejected) as caught:
         decode_image(data)
@@ -139,7 +141,7 @@ def test_a_png_of_absurd_dimensions_costs_nothing():
 def test_a_file_that_changes_or_goes_is_rejected(tmp_path):
     (tmp_path / "a.jpg").write_bytes(JPEG)
     entry = Entry("a.jpg", 0, len(JPEG))
-    assert read("folder", tmp_path, entry) == JPEG
+    assert Source("folder", str(tmp_path), [], []).read(entry) == JPEG
     reasons = []
     for step in (
         lambda: (tmp_path / "a.jpg").write_bytes(JPEG[:-5]),
@@ -149,6 +151,6 @@ def test_a_file_that_changes_or_goes_is_rejected(tmp_path):
     ):
         step()
         with pytest.raises(Rejected) as caught:
-            read("folder", tmp_path, entry)
+            Source("folder", str(tmp_path), [], []).read(entry)
         reasons.append(caught.value.reason)
     assert reasons == ["changed", "changed", "vanished", "unreadable"]

@@ -7,17 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.defaults import default_settings
 from preprocess.densities import (
     bank_of,
-    cell_sums,
     crop_counts,
     density_maps,
     map_views,
     published_grey,
 )
 from preprocess.detectors import DEFAULTS, detect, detector_settings
-from shards.crops import read_map, visible_cells, weights
+from shards import Settings
+from shards.crops import cell_sums, read_map, visible_cells, weights
 
 
 @settings(max_examples=60, deadline=None)
@@ -27,7 +26,7 @@ def test_cell_sums_are_the_overlaps(height, width, cells, seed):
     bitmap = (rng.random((height, width)) < 0.4).astype(np.uint8)
     y = np.sort(rng.uniform(0, height, cells + 1))
     x = np.sort(rng.uniform(0, width, cells + 1))
-    sums = cell_sums(bitmap, y, x)
+    sums = cell_sums(cv2.integral(bitmap), y, x)
     pixels = [np.diff([min(max(e, i), i + 1) for e in y]) for i in range(height)]
     rows = np.stack(pixels, axis=1)
     columns = np.stack([np.diff([min(max(e, i), i + 1) for e in x]) for i in range(width)], axis=1)
@@ -46,7 +45,7 @@ def budgeted_orb(crop):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_maps_equal_the_definition(name, demo_images):
-    chosen = default_settings((detector_settings(name),), 1, grid=20, map_crops=2)
+    chosen = Settings(detectors=(detector_settings(name),), shard_size=1, grid=20, map_crops=2)
     makes = {"orb": budgeted_orb(192)}
     make = makes.get(name, lambda rows, columns: oracle.DETECTORS[name]())
     for number in (3, 41, 230):
@@ -58,7 +57,7 @@ def test_maps_equal_the_definition(name, demo_images):
 
 
 def test_views_are_the_whole_and_crops_of_the_training_distribution():
-    chosen = default_settings((detector_settings("fast"),), 1, map_crops=64)
+    chosen = Settings(detectors=(detector_settings("fast"),), shard_size=1, map_crops=64)
     whole, *crops = map_views(5, (300, 400), chosen)
     assert whole.box == (0, 0, 300, 400)
     assert 192 <= whole.rows <= 192 / 0.5
@@ -74,14 +73,14 @@ def test_views_are_the_whole_and_crops_of_the_training_distribution():
 
 def test_an_image_without_keypoints_has_an_empty_map():
     flat = np.full((50, 70, 3), 90, np.uint8)
-    chosen = default_settings((detector_settings("fast"),), 1)
+    chosen = Settings(detectors=(detector_settings("fast"),), shard_size=1)
     assert not density_maps(flat, 0, chosen)["fast"].any()
 
 
 def test_an_image_of_texture_everywhere_is_dense_up_to_its_edges():
     """What FAST misses near the edge of each view is made up for by what the view sees there."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 1), np.uint8).repeat(3, axis=2)
-    chosen = default_settings((detector_settings("fast"),), 1)
+    chosen = Settings(detectors=(detector_settings("fast"),), shard_size=1)
     density = density_maps(noise, 0, chosen)["fast"] / 255
     assert density[0].mean() > 0.9 * density[20:28].mean()
 
@@ -89,7 +88,7 @@ def test_an_image_of_texture_everywhere_is_dense_up_to_its_edges():
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_the_bank_is_the_published_recipe_on_its_crops(name, photos):
     """Counts equal on 200 photos for every detector: cut, resize, flip, detect, draw, count."""
-    chosen = default_settings((detector_settings(name),), 1, bank=1)
+    chosen = Settings(detectors=(detector_settings(name),), shard_size=1, bank=1)
     turned = np.zeros(2, int)
     for number, path in enumerate(photos[::4]):
         rgb = np.ascontiguousarray(cv2.imread(str(path))[:, :, ::-1])
@@ -155,7 +154,7 @@ def test_maps_foretell_detection_on_new_crops(
 def foretold(name, map_crops, photos):
     """Correlation and misplaced weight over one new crop a photo, w_ps 8, T 0.25."""
     rng = np.random.default_rng(1)
-    chosen = default_settings((detector_settings(name),), 1, map_crops=map_crops)
+    chosen = Settings(detectors=(detector_settings(name),), shard_size=1, map_crops=map_crops)
     visible = visible_cells(chosen.detectors[0], 192, 24)
     stored, detected, wrong = [], [], []
     for number, path in enumerate(photos):

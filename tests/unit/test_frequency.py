@@ -90,8 +90,9 @@ def test_it_sees_to_the_edge_and_lies_as_densities_lie():
 
 def test_what_it_cannot_do_is_one_line(small_source, tmp_path):
     with pytest.raises(ValueError, match="frequency has none: build it without a bank"):
-        build_shards(open_source(str(small_source)), tmp_path / "x",
-                     settings(detectors=BOTH, bank=2), 1)  # fmt: skip
+        build_shards(
+            open_source(str(small_source)), tmp_path / "x", settings(detectors=BOTH, bank=2), 1
+        )
     assert not (tmp_path / "x").exists()
     for text, words in (("0", "out of range"), ("30", "give above 0 to 24"), ("-1", "at least 0")):
         with pytest.raises(ValueError, match=words):

@@ -22,9 +22,19 @@ def start(*words):
 
 @pytest.mark.parametrize(
     "words",
-    ["--help", "shards --help", "shards build --help", "shards verify --help", "pretrain --help",
-     "probe --help", "analyse --help", "export-hf --help", "bench --help", "recipes"],
-)  # fmt: skip
+    [
+        "--help",
+        "shards --help",
+        "shards build --help",
+        "shards verify --help",
+        "pretrain --help",
+        "probe --help",
+        "analyse --help",
+        "export-hf --help",
+        "bench --help",
+        "recipes",
+    ],
+)
 def test_help_imports_nothing_heavy(words):
     status, said, packages = start(*words.split())
     assert (status, said) == (0, [])

@@ -1,7 +1,7 @@
 """A finished set of our own shards as a source: its frames are the images.
 
-In: the set's folder. Out: an entry a record, by the name its source had. Sources need not be kept
-to make shards with other settings; to add detectors to frames as they are, --reuse is exact.
+Sources need not be kept to make shards with other settings; to add detectors to frames as they are,
+--reuse is exact.
 """
 
 import json
@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from preprocess.decode import Rejected
-from preprocess.entry import Entry, Source
 from preprocess.files import version_of
+from preprocess.source import Entry, Source
 from shards import ShardSet
 from shards.errors import UserError
 from shards.files import MANIFEST
@@ -25,19 +25,19 @@ from shards.tar import padded
 BLOCK = tarfile.BLOCKSIZE
 
 
-def list_finished(where: str, split: str) -> Source | None:
+def list_shards(where: str, split: str) -> Source | None:
     """Records in their order. Raises UserError if the set is not finished or not here."""
     if is_url(where):
         raise UserError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
     records = _opened(where)
     names = _names(records) if records.manifest.container == "webdataset" else None
     entries = []
+    # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.
+    stamp = int(records.manifest.fingerprint[:12], 16)
     for number, row in enumerate(records.index):
         name = next(names) if names else key_of(int(row["key"]))
-        # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.
-        stamp = int(records.manifest.fingerprint[:12], 16)
         entries.append(Entry(name, int(row["label"]), int(row["frame_bytes"]), number, stamp))
-    return Source("shards", where, entries, records.manifest.classes, 0)
+    return Source("shards", where, entries, records.manifest.classes)
 
 
 def _names(records: ShardSet) -> Iterator[str]:
@@ -57,10 +57,10 @@ def _names(records: ShardSet) -> Iterator[str]:
         first = end
 
 
-def image(root: str, number: int) -> bytes:
-    """The frame of record `number`: its JPEG file, or its pixels as a PPM picture."""
+def image(root: str, entry: Entry) -> bytes:
+    """The frame of the record: its JPEG file, or its pixels as a PPM picture."""
     try:
-        frame = _opened(root)[number].frame
+        frame = _opened(root)[entry.offset].frame
     except (ValueError, IndexError) as error:
         raise Rejected("changed", str(error)) from None
     except OSError as error:

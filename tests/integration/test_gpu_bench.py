@@ -1,0 +1,154 @@
+"""`kamim bench --gpu` in small, on a CPU: lines as they are measured, what is there is left out."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import errors
+from test_cli import kamim
+
+torch = pytest.importorskip("torch")
+
+from kamim.bench import gpu, gpu_loader, gpu_page, gpu_steps
+from shards import ShardSet
+from shards.order import Plan
+
+PARTS = ("ceilings", "step", "end to end", "methods", "loader")
+
+
+@pytest.fixture
+def bench(small_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_loader, "THREADS", (1,))
+    monkeypatch.setattr(gpu_loader, "find_spec", lambda name: None)  # FFCV compiles for seconds
+    (tmp_path / "made").mkdir()
+    device = torch.device("cpu")
+    small = {"recipes": ("demo",), "methods": ("demo_mae",), "killed": "demo", "steps": 8}
+    return gpu.Bench(str(small_source), tmp_path / "made", device, 1e-3, 1, **small)
+
+
+def cases_in(path):
+    return [(row["part"], row["case"]) for row in gpu_page.rows_of(path)]
+
+
+def not_again(*arguments):
+    raise AssertionError("it was measured already")
+
+
+def test_each_case_is_a_line_and_is_measured_once(bench, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "results" / "gpu.jsonl"
+    assert gpu.run(bench, out, PARTS) == 1  # what needs CUDA
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "CUDA" in line] == ["ceilings: needs a CUDA device"]
+    measured = cases_in(out)
+    assert {("step", "demo"), ("end to end", "demo"), ("methods", "demo_mae")} < set(measured)
+    assert ("loader", "WebDataset raw, 1 threads") in measured
+    for row in gpu_page.rows_of(out):
+        assert {"gpu", "driver", "cuda", "date", "commit", "cpu", "versions", "n"} <= set(row)
+        assert "missing" in row or row["images_per_s"]["median"] > 0
+    (step,) = [row for row in gpu_page.rows_of(out) if row["case"] == "demo" and "batch" in row][:1]
+    assert step["weighted_over_unweighted"]["median"] > 0
+
+    monkeypatch.setattr(gpu_steps, "Measured", not_again)
+    assert gpu.run(bench, out, PARTS) == 1
+    assert cases_in(out) == measured
+
+
+def test_what_was_cut_off_goes_on(bench, tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    assert gpu.run(bench, out, ["step"]) == 0
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[0])
+    assert gpu.run(bench, out, ["step"]) == 0
+    assert cases_in(out) == [("step", "demo"), ("step", "demo, eager")]
+    assert out.read_text().splitlines(keepends=True)[0] == lines[0]
+    assert gpu.run(bench, out, ["methods"], again=True) == 0
+    assert len(cases_in(out)) == 3
+
+
+def test_a_case_that_fails_or_is_late_is_one_line(bench, tmp_path, capsys, monkeypatch):
+    def broken(measured):
+        raise RuntimeError("no such kernel\nwith advice")
+
+    monkeypatch.setattr(gpu_steps, "step", broken)
+    monkeypatch.setitem(gpu.BUDGETS, "end to end", 0.0)
+    out = tmp_path / "gpu.jsonl"
+    assert gpu.run(bench, out, ["step", "end to end", "loader"]) == 3
+    said = [line for line in capsys.readouterr().err.splitlines() if "Error" in line]
+    assert said[0] == "step, demo: RuntimeError: no such kernel"
+    assert said[1].startswith("end to end, demo: TimeoutError: the part's time is spent")
+    assert {part for part, _ in cases_in(out)} == {"loader"}
+
+
+@pytest.mark.slow
+def test_ffcv_is_measured_where_it_is_installed(bench, tmp_path, monkeypatch):
+    pytest.importorskip("ffcv")
+    monkeypatch.setattr(gpu_loader, "find_spec", importlib.util.find_spec)
+    gpu.run(bench, tmp_path / "gpu.jsonl", ["loader"])
+    rates = {row["case"]: row["images_per_s"] for row in gpu_page.rows_of(tmp_path / "gpu.jsonl")}
+    assert {"FFCV JPEG, 1 threads", "FFCV raw, 1 threads"} < set(rates)
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_and_goes_on_with_the_same_losses(bench, tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    gpu.run(bench, out, ["deterministic"])
+    rows = {row["case"]: row for row in gpu_page.rows_of(out)}
+    killed = rows["demo, killed"]
+    assert killed["equal"]
+    assert 2 <= killed["losses_when_killed"] < killed["steps"] == 8
+
+
+def test_a_set_is_as_large_as_it_is_asked_to_be(bench):
+    records = bench.records
+    many = gpu.as_many(records, 1000)
+    assert len(many) == 1000
+    assert many.shard_of(999) == len(many.shards) - 1
+    assert len(many[999].frame) == len(records[39].frame)
+    loader = many.loader(Plan(1000, 200), 0, 5, maps=["fast"])
+    seen = [number for batch in loader for number in batch.samples.tolist()]
+    assert sorted(seen) == list(range(1000))
+    assert len(ShardSet(records.folder)) == len(records) == 40
+
+
+def test_finished_shards_are_taken_as_they_are(bench, built):
+    bench.where = str(built)
+    assert bench.records.folder == built
+    assert bench.records.manifest.detectors == ["fast", "orb"]
+
+
+def test_the_page_has_what_was_measured_and_says_what_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_page, "RESULTS", tmp_path)
+    for render in gpu_page.PARTS.values():
+        assert render() == "Not measured yet: `make bench-gpu`.\n"
+    origin = {"bench": "gpu", "gpu": "A100", "driver": "1", "cuda": "13.0", "cores": 8, "cpu": "C",
+              "versions": {"torch": "2.11.0"}, "date": "2026-11-26", "n": 5}  # fmt: skip
+    rates = {"median": 2000.0, "min": 1.0, "max": 3.0}
+    rows = [
+        {"part": "end to end", "case": "vit_base", "images_per_s": rates | {"median": 5.0}},
+        {"part": "end to end", "case": "vit_base", "images_per_s": rates,
+         "end_to_end_over_synthetic": {"median": 0.98}, "waiting": {"median": 0.01}},
+        {"part": "loader", "case": "FFCV", "n": 0, "missing": "FFCV is not installed"},
+        {"part": "loader", "case": "WebDataset JPEG, 2 threads", "threads": 2,
+         "images_per_s": rates},
+    ]  # fmt: skip
+    lines = [json.dumps(origin | row) for row in [*rows, rows[0] | {"gpu": ""}]]
+    (tmp_path / "gpu.jsonl").write_text("\n".join(lines) + "\n")
+    page = gpu_page.render_end_to_end()
+    assert "| vit_base | 2,000 | 0.980 | 1.0% | 19.6 |" in page  # 110 x 1,281,167 / 2,000 / 3,600
+    assert "| swin_base | not measured |" in page
+    assert page.count("driver 1") == 1
+    assert "| FFCV | FFCV is not installed |" in gpu_page.render_loader()
+    assert "| WebDataset JPEG | 2,000 |" in gpu_page.render_loader()
+    assert gpu_page.render_steps() == "Not measured yet: `make bench-gpu`.\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_mistakes_are_one_line():
+    for arguments, words in (
+        (["--gpu"], "torch sees no CUDA device"),
+        (["--gpu", "--only", "steps"], "--only 'steps': with --gpu there are ceilings"),
+    ):
+        done = kamim("bench", *arguments)
+        assert done.returncode == 2
+        assert errors(done) == 1
+        assert words in done.stderr
