@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from shards.crops import visible_cells
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.loader import Batch
+from shards.order import Plan
 from shards.spec import BANK_CELL, Detector, Settings
 
 Normalise = Literal["min", "mean"]
@@ -38,8 +40,9 @@ class WeightedCrops(nn.Module):
     """A batch of frames and densities in, its random crops and their loss weights out: Crops.
 
     The batch is what to_device gives of a loader's batches, or what a DataLoader makes of
-    `ShardSet.dataset`: a mapping with frames uint8 [b, F, F, 3], boxes [b, 4], flips bool [b, 2],
-    maps or counts by detector, labels, samples and epochs. The crop of the frame and that of the
+    `ShardSet.dataset`, or what a stock reader gives with draw_crops: a mapping with frames uint8
+    [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
+    epochs. The crop of the frame and that of the
     density are one and the same, and the density is read by the detector's edge rule, or from the
     bank's counts where those are given.
 
@@ -92,12 +95,27 @@ class WeightedCrops(nn.Module):
         """The loss weights of a batch's crops alone."""
         if self.weights is None:
             return None
-        if self.weights in batch["counts"]:
+        if self.weights in batch.get("counts", {}):
             density = pool_counts(batch["counts"][self.weights], self.cells)
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
             density = crop_maps(maps, boxes, flips, self.cells, self.visible)
         return loss_weights(density, self.temperature, self.normalise)
+
+
+def draw_crops(
+    plan: Plan, epoch: int, samples: Sequence[int], heights: Sequence[int], widths: Sequence[int]
+) -> dict[str, Tensor]:
+    """boxes, flips, samples and epochs of a batch that another reader of the set has read.
+
+    samples: the records' numbers in the set; heights, widths: of their sources, px. Each gets the
+    crop that `plan` shows in that epoch, whatever the order that they are read in.
+    """
+    numbers, tall, wide = (np.asarray(each, np.int64) for each in (samples, heights, widths))
+    epochs = np.full(len(numbers), epoch)
+    boxes, flips = plan.boxes(epochs, numbers, tall, wide)
+    drawn = {"boxes": boxes, "flips": flips, "samples": numbers, "epochs": epochs}
+    return {name: torch.from_numpy(array) for name, array in drawn.items()}
 
 
 def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) -> None:

@@ -498,7 +498,7 @@ def test_from_python_it_gives_the_bytes_of_the_command(small_source, tmp_path):
         ({"grid": 1}, "grid 1 is out of range; give 2 to 254"),
         ({"levels": 17}, "levels 17 is unknown; there are 256"),
         ({"weights": (0.1, 8)}, "reach beyond 255, the most that is stored; give 0.181 or more"),
-        ({"weights": (0.25, 7)}, "w_ps 7 of the weights: give a divisor of the crop of 64 px"),
+        ({"weights": (0.25, 7)}, "w_ps 7 of the weights: give a divisor of the crop of 192 px"),
         ({"crop": 100}, "crop 100 is no multiple of 8; give 96"),
         ({"quality": 101}, "quality 101 is out of range; give 0 to 100"),
         ({"mark": "star"}, "mark is 'star'; there are ring, disc, point"),
