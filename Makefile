@@ -30,7 +30,7 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -125,6 +125,9 @@ bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it 
 bench-remote: $(VENV)/test  ## Measure shards in an S3 server on loopback against a folder: DATA.
 	$(BIN)/python -m kamim.bench.remote "$(if $(DATA),$(DATA),demo)"
 
+bench-ceiling: $(VENV)/test  ## Measure what one process can read where decoding costs no core: DATA.
+	$(BIN)/python -m kamim.bench.ceiling "$(if $(DATA),$(DATA),demo)"
+
 bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
 	$(BIN)/python -m kamim.bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
 
@@ -136,6 +139,16 @@ bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in bui
 
 bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
 	$(BIN)/python -m kamim.bench.throw $(RECIPES)
+
+KEYPOINTS := data/keypoints
+.PHONY: experiment
+experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=keypoints, DATA (photos, cifar10), FLAGS.
+	@if [ "$(NAME)" != keypoints ]; then echo 'experiment needs NAME=keypoints, see docs/results/keypoints/PLAN.md' >&2; exit 2; fi
+	@if [ ! -f $(KEYPOINTS)/cifar.npz ]; then $(BIN)/kamim shards build "$(DATA)/imagenet-sample" \
+	  $(KEYPOINTS)/shards --detector fast,orb,sift --frame 352 --map-crops 8 && \
+	  $(BIN)/python -m kamim.experiment pack $(KEYPOINTS)/shards "$(DATA)/cifar10" $(KEYPOINTS); fi
+	$(BIN)/python -m kamim.experiment run --data $(KEYPOINTS) $(FLAGS)
+	$(BIN)/python -m kamim.experiment page
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m kamim.bench.build "$(if $(DATA),$(DATA),demo)"

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from shards.torchdata import RecordDataset
     from shards.weighting import Crops
 
+Decode = Literal["cpu", "gpu"]
+
 
 def open_set(
     where: str | os.PathLike[str],
@@ -121,11 +123,12 @@ class ShardSet:
         weights: str | None = None,
         temperature: float = 0.25,
         w_ps: int = 8,
-        normalise: Literal["min", "mean"] = "min",
+        normalise: Literal["min", "mean", "batch"] = "min",
         bank: bool = False,
         area: tuple[float, float] = AREA,
         flips: tuple[float, float] = (0.5, 0.5),
         device: str = "auto",
+        decode: Decode = "cpu",
         workers: int = 0,
         first: int = 0,
         rank: int = 0,
@@ -137,7 +140,8 @@ class ShardSet:
         c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
         boxes (area: least and most share of the source; flips: chance of a horizontal and a
         vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
-        its part of each batch. bank: show the stored crops with their exact densities.
+        its part of each batch. bank: show the stored crops with their exact densities. decode: as
+        of `loader`.
         """
         from shards.weighting import WeightedCrops, find_device, to_device
 
@@ -161,7 +165,8 @@ class ShardSet:
             workers=workers,
             rank=rank,
             ranks=ranks,
-            device=where.type,
+            device=str(where),
+            decode=decode,
         )
         for _, tensors in to_device(loader, where):
             yield crops(tensors)
@@ -180,15 +185,21 @@ class ShardSet:
         prefetch: int = 3,
         skip: bool = False,
         device: str = "cpu",
+        decode: Decode = "cpu",
     ) -> "Loader | RecordLoader | FfcvLoader":
         """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
 
         maps: the detectors whose densities are wanted; with `bank` those of the stored crops. Each
         Batch holds uint8 frames and densities, boxes and flips, in arrays that are used again for
         a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
-        in the place of a damaged one. device: `cuda` has buffers pinned.
+        in the place of a damaged one. device: `cuda` has buffers pinned. decode: `gpu` leaves
+        JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
         """
         last = plan.steps() if last is None else last
+        if decode == "gpu":
+            from shards.weighting import check_decoding, find_device
+
+            check_decoding(self, find_device(device), skip)
         if self.manifest.container == "ffcv" and plan.in_order:
             from shards.loader import RecordLoader
 
@@ -213,7 +224,7 @@ class ShardSet:
         from shards.loader import Loader
 
         allocate = None
-        if device == "cuda":
+        if device.startswith("cuda"):
             from shards.weighting import pinned
 
             allocate = pinned
@@ -229,6 +240,7 @@ class ShardSet:
             workers=workers,
             prefetch=prefetch,
             skip=skip,
+            coded=decode == "gpu",
             allocate=allocate,
         )
 

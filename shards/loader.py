@@ -5,48 +5,44 @@ Threads, because reading and decoding release the interpreter lock: no copies be
 nothing in shared memory to go stale. All randomness is the plan's; workers have none.
 """
 
-import json
-import os
+import resource
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
-from tarfile import BLOCKSIZE
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import joblib
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
-from shards.crops import Ints
-from shards.dataset import Held, ShardSet
+from shards.crops import Ints, unit_boxes
+from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.order import Plan
-from shards.record import COUNTS, DENSITY, decode_frame, key_of, npy_header
+from shards.reading import Buffers, Layout, Place, Reader
+from shards.record import COUNTS, DENSITY, decode_frame, key_of
 from shards.remote.prefetch import Prefetch, windows_of
-from shards.tar import padded
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
-OPEN_FILES = 256
-READ_JSON = json.JSONDecoder().raw_decode  # measured: 2.5 us, loads 6.3; it stops before padding
+OPEN_FILES = 256  # a shard more is opened again for every sample, in a third of a decode's time
 FEW = 8  # of a remote set read in order: an open shard cannot be evicted
-# The index fields that a read needs.
-PLACES = ("start", "frame", "frame_bytes", "arrays", "height", "width")
+
+
+Frames = NDArray[np.uint8] | list[NDArray[np.uint8]]
 
 
 class Batch(NamedTuple):
     """One process's part of a step, or of a micro-step, in arrays that the loader uses again.
 
-    step; frames uint8 [b, F, F, 3] RGB; maps: by detector, uint8 [b, G, G];
-    labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit
+    step; frames uint8 [b, F, F, 3] RGB, or b JPEG files, uint8 [bytes] each, where the device is to
+    decode them; maps: by detector, uint8 [b, G, G]; labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit
     square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are
     those stored, and counts, by detector, uint8 [b, c, c], are the crops' as flipped.
     """
 
     step: int
-    frames: NDArray[np.uint8]
+    frames: Frames
     maps: dict[str, NDArray[np.uint8]]
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -61,7 +57,7 @@ Maps = dict[str, NDArray[np.uint8]]
 
 
 def planned(
-    records: ShardSet, plan: Plan, part: Part, frames: NDArray[np.uint8], maps: Maps, counts: Maps
+    records: ShardSet, plan: Plan, part: Part, frames: Frames, maps: Maps, counts: Maps
 ) -> tuple[Batch, NDArray[np.void]]:
     """The batch of `part` with the plan's boxes around `frames`, `maps` and `counts`, whose first
     rows are its samples; and its rows of the index.
@@ -95,9 +91,7 @@ class RecordLoader:
             for part in self.plan.parts(self.first, self.last):
                 found = list(pool.map(self.records.__getitem__, part[2].tolist()))
                 frames = np.stack(list(pool.map(decode_frame, (r.frame for r in found))))
-                maps = {
-                    name: np.stack([record.maps[name] for record in found]) for name in self.names
-                }
+                maps = {n: np.stack([record.maps[n] for record in found]) for n in self.names}
                 yield planned(self.records, self.plan, part, frames, maps, {})[0]
 
 
@@ -112,9 +106,9 @@ class Loader:
 
     A batch's arrays stay as they are until the next batch is asked for. `maps` names the detectors
     wanted. With `bank`, crops are those stored, their slots the plan's, and counts come in place of
-    maps. `allocate(shape)` gives a uint8 buffer (pinned, say). Memory: prefetch + 1 batches. With
-    `skip`, a record that does not decode is replaced by the next sample and noted in `damaged`;
-    otherwise it raises UserError, naming shard and key.
+    maps. With `coded`, frames stay JPEG files. `allocate(shape)` gives a uint8 buffer (pinned,
+    say). Memory: prefetch + 1 batches. With `skip`, a record that does not decode is replaced by
+    the next sample and noted in `damaged`; otherwise it raises UserError, naming shard and key.
     """
 
     def __init__(
@@ -131,6 +125,7 @@ class Loader:
         workers: int = 0,
         prefetch: int = 3,
         skip: bool = False,
+        coded: bool = False,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
         if records.manifest.container != "webdataset":
@@ -142,87 +137,108 @@ class Loader:
         if records.copies and not plan.in_order:
             windows = windows_of(records, plan)
             self.ahead = lambda: Prefetch(records, windows, plan.batch, first, last)
-        self.open: Callable[[int], Held] = lru_cache(FEW if records.copies else OPEN_FILES)(
-            records.hold
-        )
+        most = FEW if records.copies else open_files(len(records.shards))
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
-        settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
-        side = settings.frame
         records.find_maps(maps, bank)
         kind = COUNTS if bank else DENSITY
-        self.arrays = {name: records.places[f"{name}.{kind}"] for name in maps}
-        self.slots = settings.bank if bank else 0
+        wanted = {name: records.places[f"{name}.{kind}"] for name in maps}
+        self.layout = Layout(records.manifest.settings, wanted, bank, coded)
+        self.reader = Reader(self.layout, lru_cache(most)(records.hold))
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
-
-        def buffers() -> tuple[NDArray[np.uint8], Maps, Maps]:
-            shapes = {name: array.shape[-2:] for name, (array, _) in self.arrays.items()}
-            densities = {name: allocate((size, *shape)) for name, shape in shapes.items()}
-            pictures = allocate((size, side, side, 3))
-            return (pictures, {}, densities) if bank else (pictures, densities, {})
-
-        self.buffers = [buffers() for _ in range(prefetch + 1)]
-        self.raw = settings.quality == 0
-        self.frame_header = npy_header((side, side, 3))
-        # Of a record all up to the end of the last array wanted is read, by one call.
-        self.upto = max((at + array.bytes for array, at in self.arrays.values()), default=0)
+        self.buffers = [Buffers(self.layout, size, allocate) for _ in range(prefetch + 1)]
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
-        free = deque(self.buffers)
+        micro_steps = range(self.plan.micro_steps)
+        steps = (step for step in range(self.first, self.last) for _ in micro_steps)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
-        waiting: deque[tuple[Batch, list[Future[None]], Any]] = deque()
+        planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        waiting: deque[Future[Pending]] = deque()
         ahead = self.ahead()
         if ahead:
-            self.open = ahead.open
-        try:
-            for part in islice(parts, self.prefetch):
-                waiting.append(self._start(pool, free.popleft(), part, ahead))
-            while waiting:
-                batch, tasks, buffer = waiting.popleft()
+            self.reader.open = ahead.open
+
+        def start(buffers: Buffers) -> None:
+            """Have the next batch, if there is one, planned and handed to the threads."""
+            step = next(steps, None)
+            if step is not None:
                 if ahead:
-                    ahead.wait_for(batch.step)
-                for part in islice(parts, 1):
-                    waiting.append(self._start(pool, free.popleft(), part, ahead))
-                for task in tasks:
-                    task.result()
-                yield batch
-                free.append(buffer)
+                    ahead.begin(step)
+                waiting.append(planner.submit(self._start, pool, buffers, parts))
+
+        try:
+            for buffers in self.buffers[: self.prefetch]:
+                start(buffers)
+            spare = self.buffers[self.prefetch]
+            while waiting:
+                pending = waiting.popleft().result()
+                if ahead:
+                    ahead.wait_for(pending.batch.step)
+                start(spare)
+                spare = pending.buffers
+                yield self._finish(pending)
         finally:
-            if ahead:
+            planner.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            if ahead:  # what waits for a shard is told so
                 ahead.close()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True)
 
     def _start(
-        self,
-        pool: ThreadPoolExecutor,
-        buffer: tuple[Any, ...],
-        part: Part,
-        ahead: Prefetch | None,
-    ) -> tuple[Batch, list[Future[None]], Any]:
-        """Plan a batch and hand its samples to the threads, in chunks."""
-        if ahead:
-            ahead.begin(part[0])
-        batch, _ = planned(self.records, self.plan, part, *buffer)
-        chunks = range(0, len(batch.samples), CHUNK)
-        return batch, [pool.submit(self._fill, batch, at) for at in chunks], buffer
+        self, pool: ThreadPoolExecutor, buffers: Buffers, parts: Iterator[Part]
+    ) -> "Pending":
+        """Plan the next of `parts` and hand its samples to the threads, in chunks."""
+        arrays = buffers.frames, buffers.maps, buffers.counts
+        batch, rows = planned(self.records, self.plan, next(parts), *arrays)
+        places = self._places(batch.samples, rows)
+        if self.layout.bank:
+            buffers.slots = self._slots(batch.epochs, batch.samples)
+        if self.layout.coded:
+            batch = batch._replace(frames=buffers.take_files(places))
+        chunks = (places[at : at + CHUNK] for at in range(0, len(places), CHUNK))
+        tasks = [pool.submit(self.reader.read, buffers, chunk) for chunk in chunks]
+        return Pending(batch, rows, buffers, tasks)
 
-    def _fill(self, batch: Batch, begin: int) -> None:
-        """Read and decode up to CHUNK samples into their places of the batch."""
-        samples = batch.samples[begin : begin + CHUNK]
-        rows = self.records.index[samples]
-        shards = np.searchsorted(self.records.ends, samples, side="right").tolist()
-        fields = [rows[name].tolist() for name in PLACES]
-        slots = batch.epochs[begin : begin + CHUNK], samples, max(1, self.slots)
-        fields.append(self.plan.slots(*slots).tolist())
-        for place, (shard, *where) in enumerate(zip(shards, *fields, strict=True), start=begin):
-            problem = self._read(shard, where, batch, place)
-            if problem:
-                self._replace(batch, place, problem)
+    def _places(self, samples: Ints, rows: NDArray[np.void]) -> list[Place]:
+        """Where each of `samples` lies: its place in the batch first."""
+        shards = np.searchsorted(self.records.ends, samples, side="right")
+        start, size = rows["frame"].astype(np.int64), rows["frame_bytes"].astype(np.int64)
+        behind = self.layout.parts or self.layout.bank
+        gap = rows["arrays"].astype(np.int64) - start if behind else size
+        fields = (shards, start, size, gap)
+        return list(zip(range(len(samples)), *(each.tolist() for each in fields), strict=True))
 
-    def _replace(self, batch: Batch, place: int, problem: str) -> None:
-        """Raise for the damaged record at `place`, or put the next sound one there."""
+    def _finish(self, pending: "Pending") -> Batch:
+        """The batch when all of it is read: what is damaged replaced, the bank's crops chosen."""
+        batch, rows, buffers, tasks = pending
+        problems: dict[int, str] = {}
+        for task in tasks:
+            problems |= task.result()
+        problems = buffers.flaws(slice(len(batch.samples))) | problems
+        for place in sorted(problems):
+            rows[place] = self._replace(batch, buffers, place, problems[place])
+        return self._choose(batch, rows, buffers) if self.layout.bank else batch
+
+    def _choose(self, batch: Batch, rows: NDArray[np.void], buffers: Buffers) -> Batch:
+        """The batch with the crops of the bank that the plan shows, and their counts."""
+        count = len(batch.samples)
+        chosen = np.arange(count), np.array(buffers.slots[:count])
+        for name, stored in buffers.stored.items():
+            batch.counts[name][:] = stored[chosen]
+        size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        boxes, flips = np.split(buffers.crops[:count], [4], axis=1)
+        return batch._replace(boxes=unit_boxes(boxes, *size), flips=flips != 0)
+
+    def _slots(self, epochs: Ints, samples: Ints) -> list[int]:
+        """Which stored crop the plan shows of each sample."""
+        return self.plan.slots(epochs, samples, self.records.manifest.settings.bank).tolist()
+
+    def _replace(
+        self, batch: Batch, buffers: Buffers, place: int, problem: str
+    ) -> NDArray[np.void]:
+        """Raise for the damaged record at `place`, or put the next sound one there: its row."""
         number = first = int(batch.samples[place])
         while problem:
             path, row = self.records.locate(number)
@@ -234,49 +250,39 @@ class Loader:
             self.damaged.add(number)
             number = (number + 1) % len(self.records)
             _, row = self.records.locate(number)
-            shard = self.records.shard_of(number)
-            slot = self.plan.slots(batch.epochs[[place]], np.array([number]), max(1, self.slots))
-            where = [*(int(row[name]) for name in PLACES), int(slot[0])]
-            problem = self._read(shard, where, batch, place)
+            ((_, shard, start, size, gap),) = self._places(np.array([number]), row[None])
+            if isinstance(batch.frames, list):  # it may be longer than the one that it replaces
+                file = np.empty(gap, np.uint8)
+                buffers.targets[place][0], batch.frames[place] = file.data, file[:size]
+            if self.layout.bank:
+                (buffers.slots[place],) = self._slots(batch.epochs[[place]], np.array([number]))
+            found = self.reader.read(buffers, [(place, shard, start, size, gap)])
+            problem = (buffers.flaws([place]) | found).get(place, "")
             # The plan's box stays: it is a crop of the unit square, of any sample.
             batch.samples[place], batch.labels[place] = number, row["label"]
+        return row
 
-    def _read(self, shard: int, where: Sequence[int], batch: Batch, place: int) -> str:
-        """Put the record at `where` (PLACES, slot) into its place. Returns what is wrong."""
-        start, frame, frame_bytes, arrays, height, width, slot = where
-        end = arrays + self.upto if self.arrays or self.slots else frame + frame_bytes
-        file = self.open(shard)  # held here: the cache may let go of it under our read
-        data = os.pread(file.descriptor, end - start, start)
-        if len(data) != end - start:
-            return f"is cut short: {len(data)} of {end - start} bytes"
-        for name, (array, at) in self.arrays.items():
-            at += arrays - start
-            if not data.startswith(array.header, at - len(array.header)):
-                return f"has an array {array.name} that is not as the manifest says"
-            out = (batch.counts if self.slots else batch.maps)[name][place].reshape(-1)
-            out[:] = np.frombuffer(data, np.uint8, out.size, at + slot * out.size)
-        if self.slots:
-            at = padded(frame - start + frame_bytes) + BLOCKSIZE
-            try:
-                meta, _ = READ_JSON(str(data[at : arrays - start], "ascii"))
-                top, left, tall, wide = meta["boxes"][slot]
-                batch.boxes[place] = top / height, left / width, tall / height, wide / width
-                batch.flips[place] = meta["flips"][slot]
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-                return "has a bank that is not as the manifest says"
-        begin = frame - start
-        return self._decode(memoryview(data)[begin : begin + frame_bytes], batch.frames[place])
 
-    def _decode(self, picture: memoryview, out: NDArray[np.uint8]) -> str:
-        if self.raw:
-            header = len(self.frame_header)
-            if len(picture) != header + out.size or picture[:header] != self.frame_header:
-                return "has a raw frame of another shape"
-            out.reshape(-1)[:] = np.frombuffer(picture, np.uint8, offset=header)
-            return ""
-        try:
-            # Measured: 1.2 times OpenCV, which cannot decode into a given buffer.
-            pixels = simplejpeg.decode_jpeg(picture, "RGB", buffer=out)
-        except ValueError as error:
-            return f"has a frame that does not decode ({error})"
-        return "" if pixels.shape == out.shape else f"has a frame of {pixels.shape}"
+class Pending(NamedTuple):
+    """A batch that is being read, and its rows of the index."""
+
+    batch: Batch
+    rows: NDArray[np.void]
+    buffers: Buffers
+    tasks: list[Future[dict[int, str]]]
+
+
+def open_files(shards: int) -> int:
+    """How many of `shards` a loader keeps open: all, where the process may have so many files.
+
+    The soft limit of files is raised, up to the hard one, for four such loaders.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return shards
+    wanted = 4 * shards + OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return min(shards, max(OPEN_FILES, max(soft, wanted) // 4))

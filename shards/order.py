@@ -14,31 +14,44 @@ from numpy.typing import NDArray
 
 from shards.crops import FLIPS, RATIO, Ints, crop_boxes, unit_boxes
 from shards.errors import UserError
-from shards.rng import Purpose, mix
+from shards.rng import Purpose, mix, stir
 from shards.spec import AREA
 
 ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
+AHEAD = 4096  # samples that `parts` finds at once: a few cost nearly as much time as many
 
 
 def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
     """The samples at `places` of an epoch's order: a permutation of 0..count-1, O(1) each.
 
     A Feistel network permutes the smallest even power of two that holds `count`; what falls
-    beyond `count` is sent through again, at most four times on average.
+    beyond `count` is sent through again, at most four times on average. The last few of many may
+    go through thirty times, so a pass over few is made cheap: what it needs no sample for is
+    hashed beforehand, and arrays are worked on in place.
     """
-    half = np.uint64(max(1, math.ceil(max(1, count - 1).bit_length() / 2)))
-    low = np.uint64((1 << int(half)) - 1)
-    values = np.asarray(places).astype(np.uint64)
-    epochs = np.broadcast_to(np.asarray(epoch), values.shape)
-    outside = np.ones(values.shape, bool)
-    while outside.any():
-        left, right = values[outside] >> half, values[outside] & low
-        for number in range(ROUNDS):
-            keyed = mix(Purpose.ORDER, seed, epochs[outside], number, right)
-            left, right = right, left ^ (keyed & low)
-        values[outside] = (left << half) | right
-        outside = values >= np.uint64(count)
-    return values.astype(np.int64)
+    bits = max(1, math.ceil(max(1, count - 1).bit_length() / 2))
+    half, low, end = (np.asarray(np.uint64(n)) for n in (bits, (1 << bits) - 1, count))
+    epochs = np.atleast_1d(epoch)
+    if len(epochs) and (epochs == epochs[0]).all():
+        epochs = epochs[:1]
+    keys = mix(Purpose.ORDER, seed, epochs, np.arange(ROUNDS)[:, None])  # of each round
+    found = values = np.asarray(places).astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values >> half, values & low
+        keyed, spare = np.empty_like(values), np.empty_like(values)
+        for key in keys:
+            np.add(key, right, keyed)
+            stir(keyed, spare)
+            np.bitwise_and(keyed, low, keyed)
+            np.bitwise_xor(keyed, left, keyed)
+            left, right, keyed = right, keyed, left
+        values = (left << half) | right
+        found[outside] = values
+        again = np.flatnonzero(values >= end)
+        outside, values = outside[again], values[again]
+        keys = keys[:, again] if len(epochs) > 1 else keys
+    return found.astype(np.int64)
 
 
 class Windows:
@@ -146,6 +159,11 @@ class Plan:
         Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
         either. Raises UserError if they do not divide the batch.
         """
+        part = self._part(ranks)
+        return self._stream(step * self.batch + (micro_step * ranks + rank) * part, part)
+
+    def _part(self, ranks: int) -> int:
+        """Samples of one process in a micro-step."""
         part, rest = divmod(self.batch, self.micro_steps * ranks)
         if rest or not part:
             raise UserError(
@@ -153,11 +171,14 @@ class Plan:
                 f"{ranks} processes; choose a batch that is a multiple of "
                 f"{self.micro_steps * ranks}"
             )
-        first = step * self.batch + (micro_step * ranks + rank) * part
+        return part
+
+    def _stream(self, first: int, count: int) -> tuple[Ints, Ints]:
+        """(epochs, samples) of `count` places from `first` on in the stream of all epochs."""
         if self.in_order:
-            samples = np.arange(first, min(first + part, self.count), dtype=np.int64)
+            samples = np.arange(first, min(first + count, self.count), dtype=np.int64)
             return np.zeros_like(samples), samples
-        epochs, places = np.divmod(first + np.arange(part, dtype=np.int64), self.count)
+        epochs, places = np.divmod(first + np.arange(count, dtype=np.int64), self.count)
         if self.windows:
             return epochs, self.windows.samples(epochs, places)
         return epochs, shuffled(self.count, self.seed, epochs, places)
@@ -190,6 +211,11 @@ class Plan:
         self, first: int, last: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[int, Ints, Ints]]:
         """(step, epochs, samples) of every micro-step of steps `first` to `last` - 1."""
-        for step in range(first, last):
-            for micro_step in range(self.micro_steps):
-                yield step, *self.samples(step, micro_step, rank, ranks)
+        part, steps = self._part(ranks), max(1, AHEAD // self.batch)
+        for begin in range(first, last, steps):
+            end = min(begin + steps, last)
+            epochs, samples = self._stream(begin * self.batch, (end - begin) * self.batch)
+            for place in range(rank, (end - begin) * self.micro_steps * ranks, ranks):
+                mine = slice(place * part, (place + 1) * part)
+                step = begin + place // (self.micro_steps * ranks)
+                yield step, epochs[mine], samples[mine]

@@ -26,19 +26,38 @@ class Purpose(IntEnum):
     LAYERS = 12  # layers that a step leaves out, Swin's
 
 
+# Arrays, not scalars: an operation with a scalar takes NumPy twice as long, and warns of wrapping.
+_GOLDEN = np.asarray(np.uint64(0x9E3779B97F4A7C15))
+_STAGES = [
+    (np.asarray(np.uint64(shift)), np.asarray(np.uint64(factor)))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+]
+_LAST = np.asarray(np.uint64(31))
+
+
+def stir(value: NDArray[np.uint64], spare: NDArray[np.uint64]) -> None:
+    """One link of the chain of `mix`, in place: of a state plus a part, the next state.
+
+    `spare` is an array of the same shape to work in.
+    """
+    for shift, factor in _STAGES:
+        np.right_shift(value, shift, spare)
+        np.bitwise_xor(value, spare, value)
+        np.multiply(value, factor, value)  # wrapping at 2**64 is the point
+    np.right_shift(value, _LAST, spare)
+    np.bitwise_xor(value, spare, value)
+    np.add(value, _GOLDEN, value)
+
+
 def mix(*parts: int | NDArray[np.integer]) -> NDArray[np.uint64]:
     """A 64-bit hash of the tuple of `parts`, element by element (splitmix64's finalizer, chained).
 
     Neighbouring inputs give unrelated outputs; it is the only source of randomness here.
     """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    state = np.asarray(golden)
-    with np.errstate(over="ignore"):  # wrapping at 2**64 is the point
-        for part in parts:
-            value = state + np.asarray(part).astype(np.uint64)
-            value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = (value ^ (value >> np.uint64(31))) + golden
+    state = _GOLDEN
+    for part in parts:
+        state = np.asarray(np.add(state, np.asarray(part).astype(np.uint64)))
+        stir(state, np.empty_like(state))
     return state
 
 

@@ -3,13 +3,16 @@
 `WeightedCrops` is all of it in one module; the functions below it are each usable alone.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shards.crops import visible_cells
@@ -17,9 +20,12 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.loader import Batch
 from shards.order import Plan
+from shards.record import encode_frame
 from shards.spec import BANK_CELL, Detector, Settings
 
-Normalise = Literal["min", "mean"]
+Normalise = Literal["min", "mean", "batch"]
+# (density [b, c, c], crops, the batch they were read from) in, weights [b, c, c] out.
+Rule = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 
 class Crops(NamedTuple):
@@ -40,15 +46,15 @@ class WeightedCrops(nn.Module):
     """A batch of frames and densities in, its random crops and their loss weights out: Crops.
 
     The batch is what to_device gives of a loader's batches, or what a DataLoader makes of
-    `ShardSet.dataset`, or what a stock reader gives with draw_crops: a mapping with frames uint8
-    [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
-    epochs. The crop of the frame and that of the
+    `ShardSet.dataset`, or of a stock reader's with draw_crops: a mapping with frames uint8 [b, F, F, 3], boxes [b, 4], flips bool [b, 2],
+    maps or counts by detector, labels, samples and epochs. The crop of the frame and that of the
     density are one and the same, and the density is read by the detector's edge rule, or from the
     bank's counts where those are given.
 
     weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
     of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
-    per channel, of 0 to 1, to take off the images. Raises UserError where the set cannot serve.
+    per channel, of 0 to 1, to take off the images. rule: what makes weights of densities instead of
+    loss_weights. Raises UserError where the set cannot serve.
     """
 
     visible: Tensor
@@ -65,12 +71,13 @@ class WeightedCrops(nn.Module):
         temperature: float = 0.25,
         normalise: Normalise = "min",
         bank: bool = False,
+        rule: Rule | None = None,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         self.weights, self.size, self.temperature = weights, size, temperature
-        self.normalise, self.cells = normalise, size // w_ps
+        self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
         sight = torch.ones(self.cells)
         if weights is not None:
             (row,) = records.find_maps([weights], bank)
@@ -89,10 +96,11 @@ class WeightedCrops(nn.Module):
         boxes, flips = batch["boxes"], batch["flips"]
         images = crop_frames(batch["frames"], boxes, flips, self.size)
         images = (images - self.mean) / self.std
-        return Crops(images, self.weigh(batch), batch["labels"], batch["samples"], batch["epochs"])
+        weights = self.weigh(batch, images)
+        return Crops(images, weights, batch["labels"], batch["samples"], batch["epochs"])
 
-    def weigh(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The loss weights of a batch's crops alone."""
+    def weigh(self, batch: Mapping[str, Any], images: Tensor | None = None) -> Tensor | None:
+        """The loss weights of a batch's crops alone; a rule needs the `images` of the crops."""
         if self.weights is None:
             return None
         if self.weights in batch.get("counts", {}):
@@ -100,6 +108,8 @@ class WeightedCrops(nn.Module):
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
             density = crop_maps(maps, boxes, flips, self.cells, self.visible)
+        if self.rule is not None and images is not None:
+            return self.rule(density, images, batch)
         return loss_weights(density, self.temperature, self.normalise)
 
 
@@ -207,15 +217,22 @@ def pool_counts(counts: Tensor, cells: int) -> Tensor:
 
 
 def loss_weights(density: Tensor, temperature: float, normalise: Normalise = "min") -> Tensor:
-    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean.
+    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean, or
+    by the mean of all.
 
     `min` is the published form (KAMIM utils/KAMIM.py): at least 1, so that detectors and
-    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1.
+    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1,
+    `batch` that of all the images given, so that an image with more keypoints counts for more.
     """
     raw = torch.exp(torch.clamp(density.float() / temperature, -20, 20))
+    if normalise == "batch":
+        return raw / raw.mean()
     flat = raw.flatten(1)
     base = flat.amin(1) if normalise == "min" else flat.mean(1)
     return raw / base[:, None, None]
+
+
+Moved = Generator[tuple[Batch, dict[str, Any], torch.cuda.Event], None, None]
 
 
 def to_device(
@@ -224,23 +241,97 @@ def to_device(
     """Each batch with its tensors on `device`: (batch, {field: tensor, or tensors by detector}).
 
     On CUDA the copies run beside the computation, from pinned buffers; the loader gets a buffer
-    back only when its copy is done.
+    back only when its copy is done. Frames that are files yet are decoded by the device.
     """
-    cuda = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if cuda else None
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, _tensors(batch, device)
+        return
+    source = iter(batches)
+    first = list(islice(source, 1))
+    moved = _moved(chain(first, source), device, torch.cuda.Stream(device))
+    if first and isinstance(first[0].frames, list):
+        moved = _ahead(moved)  # decoding keeps its thread waiting
+    try:
+        for batch, tensors, done in moved:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(done)
+            _each(partial(_used_on, current), tensors)
+            yield batch, tensors
+    finally:
+        moved.close()
+
+
+def _moved(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Moved:
+    """Each batch with its tensors, and the event of `stream` after which they are there."""
     for batch in batches:
-        arrays = {name: array for name, array in batch._asdict().items() if name != "step"}
-        if stream is None:
-            yield batch, _each(torch.from_numpy, arrays)
-            continue
         with torch.cuda.stream(stream):
-            tensors = _each(lambda a: torch.from_numpy(a).to(device, non_blocking=True), arrays)
+            tensors = _tensors(batch, device)
         done = stream.record_event()
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-        _each(partial(_used_on, current), tensors)
-        yield batch, tensors
+        yield batch, tensors, done
         done.synchronize()  # long since true: the copy is a small part of a step
+
+
+def _ahead(items: Moved) -> Moved:
+    """`items`, each made in a thread while the one before it is used."""
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+            coming = pool.submit(next, items, None)
+            while item := coming.result():
+                coming = pool.submit(next, items, None)
+                yield item
+    finally:
+        items.close()
+
+
+def _tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
+    def move(leaf: Any) -> Tensor:
+        if isinstance(leaf, list):
+            return decode_files(leaf, device)
+        return torch.from_numpy(leaf).to(device, non_blocking=True)
+
+    return _each(move, {k: v for k, v in batch._asdict().items() if k != "step"})
+
+
+def decode_files(files: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """JPEG `files` of one size as pixels on `device`, uint8 [b, F, F, 3]: on CUDA by nvJPEG.
+
+    Its pixels are not those of the CPU's decoder to the last bit (docs/decisions.md). Raises
+    UserError if a file does not decode, or if torchvision or CUDA's decoder is missing.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError as error:
+        raise UserError(
+            f"decoding on the GPU needs torchvision ({error}); decode on the CPU, or type: pip "
+            "install torchvision"
+        ) from None
+    tensors = [torch.from_numpy(file) for file in files]
+    try:
+        found = decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device)
+        return torch.stack(found).permute(0, 2, 3, 1)
+    except RuntimeError as error:
+        problem = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torchvision does not decode these frames on {device} ({problem}); decode on the "
+            "CPU, or find damage with `kamim shards verify --level decode`"
+        ) from None
+
+
+def check_decoding(records: ShardSet, device: torch.device, skip: bool) -> None:
+    """UserError unless the set's frames can be decoded on `device`."""
+    where = f"{records.folder} cannot be decoded on the GPU"
+    if records.manifest.container != "webdataset":
+        raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
+    if records.manifest.settings.quality == 0:
+        raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
+    if skip:
+        raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
+    if device.type != "cuda":
+        raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
+    side = records.manifest.settings.frame
+    trial = encode_frame(np.zeros((side, side, 3), np.uint8), 90)
+    decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> None:

@@ -174,6 +174,7 @@ def run_facts(run: Run, manifest: Manifest, detector: str | None, plan: Plan) ->
         "bank": run.bank,
         "shards": manifest.fingerprint,
         "window": plan.windows.limit if plan.windows else 0,
+        "decode": run.decode,  # another decoder has other pixels
     }
 
 
@@ -201,7 +202,12 @@ def restore(
     # What an older checkpoint's recipe does not have was as the defaults are.
     known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
-    then = {"window": 0, **state["run"], **{f"recipe.{k}": v for k, v in known.items()}}
+    then = {
+        "window": 0,
+        "decode": "cpu",
+        **state["run"],
+        **{f"recipe.{k}": v for k, v in known.items()},
+    }
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
     longer = then["recipe.epochs"] != now["recipe.epochs"]
     apart = ("recipe", "recipe.micro_batch", *(LENGTHS if longer else ()))

@@ -61,6 +61,9 @@ def pretrain(
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
+    decode: Annotated[
+        Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
+    ] = "cpu",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_minutes: Annotated[
         float, typer.Option(min=0, help="Minutes between checkpoints, at most; 0: by steps alone.")
@@ -146,6 +149,7 @@ def pretrain(
         bank=bank,
         device=device,
         workers=workers,
+        decode=decode,
         resume=resume or extend,
         extend=extend,
         steps=steps,
@@ -205,8 +209,8 @@ def recipes(
     for name, recipe in made.items():
         weights = "no weights"
         if recipe.temperature is not None:
-            of = "least weight 1" if recipe.normalise == "min" else "mean weight 1"
-            weights = f"T {recipe.temperature:g}, {of}"
+            of = {"min": "least weight 1", "mean": "mean weight 1", "batch": "mean of the batch 1"}
+            weights = f"T {recipe.temperature:g}, {of[recipe.normalise]}"
         cells = f"{recipe.method} masks {recipe.mask_ratio:g}"
         if recipe.sample_by != "none":
             cells += f", throws {recipe.throw_ratio:g}, by {recipe.sample_by}"

@@ -19,7 +19,7 @@ from shards.rng import Purpose, mix
 from shards.weighting import crop_grid, crop_maps, edge_rule
 from train.attention import check_attention, read_attention, write_attention
 from train.distributed import Process
-from train.models import CELL, Cells
+from train.models import Cells
 from train.progress import say
 from train.recipes import Recipe
 
@@ -62,7 +62,7 @@ class Masking:
         self.recipe, self.seed, self.device = recipe, seed, device
         self.steps_an_epoch, self.records = steps_an_epoch, manifest.count
         self.patches_a_side = recipe.size // encoder.patch_embed.patch_size[0]
-        self.side = self.patches_a_side if recipe.method == "mae" else recipe.size // CELL
+        self.side = self.patches_a_side if recipe.method == "mae" else recipe.size // recipe.cell
         self.guides = guides(recipe)
         self.attention: Tensor | None = None  # uint8 [records, patches], where the model is
         if ATTENTION in self.guides:

@@ -19,12 +19,12 @@ from shards.errors import UserError
 from train.loss import masked_l1, masked_mse, take
 from train.recipes import Recipe, nearest
 
-CELL = 32  # px of a mask cell, SimMIM's
+CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
 
 
 class Cells(NamedTuple):
-    """What a model is shown of some images. Cells are numbered row by row; SimMIM's have CELL px,
+    """What a model is shown of some images. Cells are numbered row by row; SimMIM's have `cell` px,
     MAE's are patches. A cell that is in neither field is thrown.
 
     masked: cells to reconstruct. SimMIM: bool [b, g, g], True where masked. MAE: int64 [b, m].
@@ -46,7 +46,8 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
     if recipe.method == "mae":
         decoder, narrow = recipe.decoder, recipe.bf16_residual
         return MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
-    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual)
+    narrow, cell = recipe.bf16_residual, recipe.cell
+    model = SimMIM(recipe.model, recipe.size, recipe.options, narrow, cell)
     if recipe.throw_ratio:
         check_tokens(model.encoder, recipe.model)
     return model
@@ -55,9 +56,10 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
 class SimMIM(nn.Module):
     """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
 
-    `name` is a timm model name, `size` the image side in px, a multiple of CELL; `options` go to
-    timm.create_model. `narrow`: patches are embedded and decoded by matrix products, and tokens
-    between blocks are as wide as autocast has them: less to move, other rounding.
+    `name` is a timm model name, `size` the image side in px, a multiple of `cell`, the side of a
+    mask cell; `options` go to timm.create_model. `narrow`: patches are embedded and decoded by
+    matrix products, and tokens between blocks are as wide as autocast has them: less to move,
+    other rounding.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class SimMIM(nn.Module):
         size: int,
         options: Mapping[str, Any] | None = None,
         narrow: bool = False,
+        cell: int = CELL,
     ) -> None:
         super().__init__()
-        self.narrow = narrow
-        encoder = make_encoder(name, size, options)
+        self.narrow, self.cell = narrow, cell
+        encoder = make_encoder(name, size, options, cell)
         self.is_swin = hasattr(encoder, "layers")
         self.patch: int = encoder.patch_embed.patch_size[0]
         self.stride = CELL if self.is_swin else self.patch
@@ -112,7 +115,7 @@ class SimMIM(nn.Module):
 
     def _some(self, images: Tensor, mask: Tensor, encoded: Tensor) -> Tensor:
         """As _vit and the decoder, on the patches of the encoded cells alone."""
-        side, times = images.shape[-1] // self.patch, CELL // self.patch
+        side, times = images.shape[-1] // self.patch, self.cell // self.patch
         numbers = torch.arange(side**2, device=images.device).view(1, side, side)
         # Patches of each cell: [cells, times**2].
         table = patchify(numbers[:, None].expand(-1, 3, -1, -1), times)[0, :, : times**2]
@@ -135,7 +138,7 @@ class SimMIM(nn.Module):
     def picture(
         self, output: Tensor, images: Tensor, cells: Cells
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(reconstructions [b, 3, S, S], masked and visible, bool [b, S / 32, S / 32])."""
+        """(reconstructions [b, 3, S, S], masked and visible, bool [b, g, g])."""
         mask, encoded = cells
         visible = ~mask
         if encoded is not None:
@@ -161,7 +164,7 @@ class SimMIM(nn.Module):
 
     def _cells(self, mask: Tensor) -> Tensor:
         """The mask on the patch grid, bool [b, patches]."""
-        times = CELL // self.patch
+        times = self.cell // self.patch
         return mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1)
 
     def _hide(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -264,10 +267,15 @@ class MAE(nn.Module):
         return unpatchify(whole, self.patch), shown, seen
 
 
-def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None) -> Any:
-    """The timm model `name` without a head at `size` px. Raises UserError if it cannot serve."""
-    if size % CELL:
-        raise UserError(f"crop size {size} is no multiple of the mask cell, {CELL} px; use 192")
+def make_encoder(
+    name: str, size: int, options: Mapping[str, Any] | None = None, cell: int = CELL
+) -> Any:
+    """The timm model `name` without a head at `size` px, to be masked in cells of `cell` px.
+
+    Raises UserError if it cannot serve.
+    """
+    if size % (CELL if "swin" in name else cell):
+        raise UserError(f"crop size {size} is no multiple of the mask cell, {cell} px; use 192")
     if name not in timm.list_models():
         some = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
         near = nearest(name, timm.list_models()) or f"; it has {some} ..."
@@ -277,8 +285,8 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
     except TypeError:
         raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
     known = hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
-    if not known or CELL % encoder.patch_embed.patch_size[0]:
-        raise UserError(f"{name!r} is no ViT or Swin whose patches divide {CELL} px")
+    if not known or cell % encoder.patch_embed.patch_size[0]:
+        raise UserError(f"{name!r} is no ViT or Swin whose patches divide {cell} px")
     return encoder
 
 

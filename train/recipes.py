@@ -20,11 +20,12 @@ class Recipe:
     model: a timm name; options: for timm beside it. size: crop side, px. batch: samples an
     optimizer step, over all processes.
     warmup: epochs. peak, floor, start: learning rates. temperature None: no weights (plain SimMIM
-    or MAE). w_ps: side of a weight cell, px. area: of crops.
-    mask_ratio, throw_ratio: shares of cells, of 32 px for simmim, of a patch for mae. sample_by:
-    what cells are drawn by, `none` (at random), `attention`, a map of the shards, or several with
-    `*` between. Before random_epochs, random_mask_ratio is masked at random and nothing thrown;
-    attention is looked at then, and again every refresh_epochs.
+    or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control by its name in
+    train/controls.py. area: of crops.
+    mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae.
+    sample_by: what cells are drawn by, `none` (at random), `attention`, a map of the shards, or
+    several with `*` between. Before random_epochs, random_mask_ratio is masked at random and
+    nothing thrown; attention is looked at then, and again every refresh_epochs.
     """
 
     model: str
@@ -41,9 +42,11 @@ class Recipe:
     decay_all: bool = True  # published: norms, biases and positions decay too; SimMIM: not
     clip: float = 1.0
     mask_ratio: float = 0.6
+    cell: int = 32
     temperature: float | None = 0.25
     w_ps: int = 8
-    normalise: Literal["min", "mean"] = "min"
+    normalise: Literal["min", "mean", "batch"] = "min"
+    weights: str = "detector"
     area: tuple[float, float] = (0.67, 1.0)
     vertical: float = 0.5  # probability of a vertical flip: published; SimMIM has none
     micro_batch: int = 0  # most samples a forward pass, of one process; 0: as many as serve

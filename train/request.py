@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from shards.errors import UserError, install
 from shards.remote.retry import PATIENCE
@@ -23,6 +24,7 @@ class Run:
     detector: str | None = None  # None: the only one of keypoints in the shards
     bank: bool = False  # stored crops with their exact counts, not new crops read off maps
     device: str = "auto"
+    decode: Literal["cpu", "gpu"] = "cpu"  # what decodes JPEG frames
     workers: int = 0
     resume: bool = False
     extend: bool = False  # resume with more epochs than the run had

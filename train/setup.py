@@ -18,10 +18,12 @@ from shards.crops import FLIPS
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
+from shards.weighting import check_decoding
+from train.controls import check_source, control_weights
 from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
-from train.models import CELL, MEAN, STD
+from train.models import MEAN, STD
 from train.progress import busy, say
 from train.recipes import Recipe
 from train.request import Run, check_device
@@ -102,6 +104,8 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     """The data of the run, checked; UserError, on every process, if they cannot serve."""
     recipe = run.recipe
     records = together(process, lambda: open_records(run))
+    if run.decode == "gpu":
+        together(process, lambda: check_decoding(records, device, run.skip_damaged))
     crops = together(process, lambda: check(run, records, process)).to(device)
     count_micro_steps(recipe, process.ranks, recipe.micro_batch or recipe.batch)  # does it split?
     plan = make_plan(run, records)
@@ -113,9 +117,10 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     load = partial(
         records.loader,
         bank=run.bank,
+        decode=run.decode,
         workers=run.workers or max(1, joblib.cpu_count() // process.local_ranks),
         skip=run.skip_damaged,
-        device=device.type,
+        device=str(device),
     )
     return Data(records, crops, wanted_maps(recipe, crops.weights), plan, load)
 
@@ -143,6 +148,14 @@ def weighted_crops(
     recipe: Recipe, records: ShardSet, detector: str | None, bank: bool = False
 ) -> WeightedCrops:
     """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
+    rule = None
+    if recipe.weights != "detector":
+        rule = partial(
+            control_weights,
+            source=recipe.weights,
+            temperature=recipe.temperature or 1,
+            normalise=recipe.normalise,
+        )
     return WeightedCrops(
         records,
         detector,
@@ -151,6 +164,7 @@ def weighted_crops(
         temperature=recipe.temperature or 1,
         normalise=recipe.normalise,
         bank=bank,
+        rule=rule,
         mean=MEAN,
         std=STD,
     )
@@ -185,11 +199,12 @@ def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
     """
     recipe, manifest = run.recipe, records.manifest
     settings = manifest.settings
-    if recipe.size % CELL:
+    if recipe.size % recipe.cell:
         raise UserError(
-            f"crop size {recipe.size} is no multiple of the mask cell, {CELL} px; "
-            f"use {recipe.size // CELL * CELL or CELL}"
+            f"crop size {recipe.size} is no multiple of the mask cell, {recipe.cell} px; "
+            f"use {recipe.size // recipe.cell * recipe.cell or recipe.cell}"
         )
+    check_source(recipe.weights)
     if run.skip_damaged and manifest.container == "ffcv":
         raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     if run.bank:

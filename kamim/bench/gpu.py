@@ -22,13 +22,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from preprocess.defaults import default_settings
 
 from kamim.bench.gpu_page import rows_of
 from kamim.bench.provenance import RESULTS, provenance
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.building import shard_size_for
-from shards import ShardSet
+from shards import Settings, ShardSet
 from shards.errors import UserError
 from shards.files import MANIFEST
 
@@ -83,7 +81,7 @@ class Bench:
         """A set of the images at `where` in the folder `name`."""
         source = open_source(where, partial=True)
         chosen = tuple(detector_settings(each) for each in detectors)
-        settings = default_settings(chosen, shard_size_for(len(source.entries)), **changes)
+        settings = Settings(detectors=chosen, **changes)
         build_shards(source, self.folder / name, settings, max_rejected=1)
         return ShardSet(self.folder / name)
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,17 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
     return len(frames) / (time.perf_counter() - begin)
 
 
-def loader_rate(records: ShardSet, detectors: list[str], bank: bool = False) -> float:
+def loader_rate(
+    records: ShardSet, detectors: list[str], bank: bool = False, steps: int = 24
+) -> float:
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = Loader(records, plan, 0, 24, maps=detectors, bank=bank)
+    loader = Loader(records, plan, 0, steps, maps=detectors, bank=bank)
     begin = 0.0
     for number, _ in enumerate(loader):
         if number == loader.prefetch:
             begin = time.perf_counter()
-    return (24 - loader.prefetch - 1) * BATCH / (time.perf_counter() - begin)
+    return (steps - loader.prefetch - 1) * BATCH / (time.perf_counter() - begin)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
@@ -118,13 +121,13 @@ def main(where: str) -> None:
         size = shard_size_for(len(source.entries))
         settings = Settings(detectors=detectors, shard_size=size, bank=4)
         build_shards(source, Path(folder) / "shards", settings)
-        records = ShardSet(Path(folder) / "shards")
-        row = measure(records)
+        build_shards(source, Path(folder) / "raw", replace(settings, quality=0, bank=0))
+        row = measure(ShardSet(Path(folder) / "shards"), ShardSet(Path(folder) / "raw"))
     print(append("loader", [row]))
 
 
-def measure(records: ShardSet) -> dict[str, Any]:
-    """One row of results, printed as a table."""
+def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
+    """One row of results, printed as a table. `raw` is the same set with raw frames."""
     cores = joblib.cpu_count()
     cv2.setNumThreads(1)
     frames = [records[n].frame for n in range(len(records))]
@@ -137,6 +140,7 @@ def measure(records: ShardSet) -> dict[str, Any]:
         "loader, threads, with maps": lambda: loader_rate(records, ["fast"]),
         "loader, threads, without maps": lambda: loader_rate(records, []),
         "loader, threads, from the bank": lambda: loader_rate(records, ["fast"], bank=True),
+        "loader, threads, raw frames": lambda: loader_rate(raw, ["fast"], steps=120),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
     rates: dict[str, list[float]] = {name: [] for name in works}
@@ -152,6 +156,7 @@ def measure(records: ShardSet) -> dict[str, Any]:
         "loader / (cores x decode alone)": ratio(threads, ceiling),
         "with maps / without": ratio(threads, bare),
         "from the bank / without maps": ratio(stored, bare),
+        "raw frames / JPEG frames": ratio(rates["loader, threads, raw frames"], threads),
         "threads / processes": ratio(threads, processes),
         "weighted step / unweighted": ratio(weighted, plain),
     }

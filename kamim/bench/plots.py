@@ -14,6 +14,7 @@ ORDER = (
     "FFCV's RandomResizedCrop",
     "online, optimised",
     "offline, WebDataset",
+    "offline, WebDataset raw",
     "offline, FFCV JPEG",
     "offline, FFCV raw",
 )
@@ -24,7 +25,7 @@ FACTORS = (
     "no crop on the CPU",
     "threads, simplejpeg, no copies",
 )
-WAYS = ("published", "optimised", "WebDataset", "FFCV raw")
+WAYS = ("published", "optimised", "WebDataset")
 COLOURS = {"fast": "#31688e", "orb": "#35b779", "sift": "#c0392b", "None": "#999999"}
 LABELS = {"fast": "FAST", "orb": "ORB", "sift": "SIFT", "None": "no weights"}
 

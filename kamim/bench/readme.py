@@ -1,11 +1,13 @@
 """The measured tables of README and docs, rendered from docs/results/bench; by `make readme`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from kamim.bench import gpu_page
 from kamim.bench.markers import renewed_parts
+from kamim.bench.meaning import ONE_PROCESS
 from kamim.bench.plots import FACTORS, ORDER, WAYS
 from kamim.bench.provenance import RESULTS
 
@@ -36,10 +38,12 @@ def render() -> str:
         "loader / (cores x one thread that only decodes)": "loader / (cores x decode alone)",
         "loader with maps / without": "with maps / without",
         "loader from the bank / without maps": "from the bank / without maps",
+        "loader, raw frames from tars / JPEG frames": "raw frames / JPEG frames",
         "loader's threads / a DataLoader's processes": "threads / processes",
         "training step, weighted / unweighted": "weighted step / unweighted",
     }.items():
-        rows.append((title, loader[key], loader["n"]))
+        if key in loader:
+            rows.append((title, loader[key], loader["n"]))
     for title, key in {
         "FFCV, our square JPEG frames / its own RandomResizedCrop": (
             "square JPEG / RandomResizedCrop"
@@ -160,13 +164,34 @@ def render_meaning() -> str:
         lines.append(f"| {wants} | {hours} |")
     delivered = ", ".join(f"{k} {rows[0]['delivered_by_16_cores'][k]:,}" for k in ways)
     kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
-    times = f"{16 / rows[0]['cores']:g}"
+    times, most = f"{16 / rows[0]['cores']:g}", f"{ONE_PROCESS:,}"
     lines += [
         "",
-        f"An estimate: the rates of {rows[0]['cores']} cores times {times} ({delivered} images/s), "
-        f"and a GPU's rate that is {kinds}. What limits it: one process of our loader feeds six or "
-        "seven decoding cores and stops, at about 23,000 JPEG images/s on such cores; the two "
-        "columns of ours need several processes beyond that.",
+        f"An estimate, not a measurement: the rates of {rows[0]['cores']} cores times {times} "
+        f"({delivered} images/s), and a GPU's rate that is {kinds}. WebDataset stops at {most}, "
+        "what one process gives however many cores it has (the table below). Raw frames are left "
+        "out: two cores say nothing of what sixteen copy from one memory.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def render_ceiling() -> str:
+    """What one process reads where decoding costs no core, as Markdown."""
+    (row,) = newest("ceiling")
+    pattern = re.compile(r"(JPEG|raw), images/s by (\d+) threads")
+    rates = {m.groups(): row[name]["median"] for name in row if (m := pattern.fullmatch(name))}
+    threads = sorted({int(count) for _, count in rates})
+    lines = [f"| images/s of one process, by threads | {' | '.join(map(str, threads))} |"]
+    lines.append("|---|" + "---|" * len(threads))
+    for kind, what in (("JPEG", "decoding"), ("raw", "reading")):
+        cells = " | ".join(f"{rates[kind, str(count)]:,.0f}" for count in threads)
+        lines.append(f"| {kind} frames, {what} a sleep of 250 us | {cells} |")
+    own, share = row["JPEG, own work per sample, us"]["median"], row["JPEG, own work / decode"]
+    lines += [
+        "",
+        f"{row['images']:,} samples, {row['cores']} cores of an {row['cpu']}; {row['date']}. All "
+        f"but decoding takes {own:.0f} us per sample, {share:.2f} of a frame's decode "
+        f"({row['decode, us']} us), and `Plan.samples` of 2,048 {row['samples of 2,048, ms']} ms.",
     ]
     return "\n".join([*lines, ""])
 
@@ -201,6 +226,7 @@ PAGES = {
         "factors": render_factors,
         "measured": render,
         "meaning": render_meaning,
+        "ceiling": render_ceiling,
     },
     "docs/fidelity.md": {"fidelity": render_fidelity},
     "docs/masking.md": {"throw": render_throw},

@@ -25,7 +25,7 @@ from shards.order import Plan
 from shards.weighting import to_device
 from train.cuda import peak_flops
 from train.masking import block_masks
-from train.models import CELL, Cells, SimMIM, model_flops
+from train.models import CELL, Cells, make_model, model_flops
 from train.recipes import find_recipe
 from train.setup import device_name, find_device, weighted_crops
 from train.step import Pace, Step, compiled
@@ -47,7 +47,7 @@ def measure(
     detector = records.manifest.detectors[0]
     weighing, plain = (weighted_crops(recipe, records, d).to(device) for d in (detector, None))
     torch.manual_seed(0)
-    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual).to(device)
+    model: Any = make_model(recipe).to(device)
     weighted, unweighted = (
         compiled(each) if cuda else each for each in (Step(model, weighing), Step(model, plain))
     )

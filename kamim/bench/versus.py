@@ -54,6 +54,7 @@ CEILING = {
     "ImageFolder": "decode only, photographs by Pillow",
     "online, optimised": "decode only, frames",
     "offline, WebDataset": "decode only, frames",
+    "offline, WebDataset raw": "copy only, raw frames",
     "offline, FFCV JPEG": "decode only, frames",
     "offline, FFCV raw": "copy only, raw frames",
     "litdata": "decode only, photographs by Pillow",
@@ -70,14 +71,16 @@ class Effort:
     repeats: int
 
 
-def prepare_set(source: Source, folder: Path, quick: bool = False) -> ShardSet:
-    """The set that all of ours read, built if it is not there: FAST's maps, not `quick` all."""
-    size = shard_size_for(len(source.entries))
-    detectors = tuple(detector_settings(name) for name in DETECTORS[: 1 if quick else None])
-    build_shards(
-        source, folder / "set", Settings(detectors=detectors, shard_size=size), max_rejected=1
-    )
-    return ShardSet(folder / "set")
+def prepare_set(source: Source, folder: Path, quick: bool = False, quality: int = 90) -> ShardSet:
+    """The set that all of ours read, built if it is not there: FAST's maps, not `quick` all.
+
+    Of quality 0 are raw frames, with FAST's maps alone.
+    """
+    size, folder = shard_size_for(len(source.entries)), folder / f"set-{quality}"
+    detectors = tuple(map(detector_settings, DETECTORS[: 1 if quick or not quality else None]))
+    settings = Settings(detectors=detectors, shard_size=size, quality=quality)
+    build_shards(source, folder, settings, max_rejected=1)
+    return ShardSet(folder)
 
 
 def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dict[str, Rate]:
@@ -87,6 +90,9 @@ def prepare_rivals(source: Source, folder: Path, cores: int, quick: bool) -> dic
     rates = online(source, records, detectors, cores)
     for name in (*detectors, None):
         rates[f"offline, WebDataset: {name}"] = offline(records, name)
+    raw = prepare_set(source, folder, quick, quality=0)
+    for name in ("fast",) if quick else ("fast", None):
+        rates[f"offline, WebDataset raw: {name}"] = offline(raw, name)
     _as_files(source, folder / "files")
     rates["ImageFolder: None"] = image_folder(folder / "files", cores)
     try:

@@ -19,7 +19,7 @@ from shards.progress import waiting
 from shards.weighting import crop_frames
 from train import checkpoint
 from train.masking import block_masks, counts, drawn, races
-from train.models import CELL, MEAN, STD, Cells, make_model, normalised
+from train.models import MEAN, STD, Cells, make_model, normalised
 from train.recipes import Recipe, recipe_of
 
 MASK_RATIO = {"simmim": 0.6, "mae": 0.75}  # at random, whatever a run drew by
@@ -68,7 +68,7 @@ def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> Cells:
     """Random cells as the recipe's model takes them: SimMIM's mask, MAE's masked and visible."""
     ratio, size, count = MASK_RATIO[recipe.method], recipe.size, len(images)
     if recipe.method == "simmim":
-        return Cells(block_masks(seed, 0, count, size // CELL, ratio, images.device))
+        return Cells(block_masks(seed, 0, count, size // recipe.cell, ratio, images.device))
     patches = (size // patch) ** 2
     order = drawn(races(seed, 0, count, patches)).to(images.device)
     masked = counts(patches, ratio, 0, "mae")[0]

@@ -50,6 +50,8 @@ class Prefetch:
 
     def open(self, shard: int) -> Held:
         """The shard, waiting for it if need be. Raises as Copies.hold."""
+        if self.closing.is_set():
+            raise Closed
         # No name for the windows: a thread that waits here must not hold those that are done.
         wish = next((shards[shard] for shards in [*self.held.values()] if shard in shards), None)
         # Of no window in hand: the one after a damaged record, where damage is skipped.

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import sys
 import threading
 import tracemalloc
 from dataclasses import replace
@@ -13,7 +15,7 @@ from conftest import copied, settings
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
-from shards.loader import Loader
+from shards.loader import Loader, open_files
 from shards.order import Plan
 from shards.spec import to_json, write_file
 from shards.tar import INDEX_DTYPE
@@ -79,13 +81,76 @@ def test_a_set_without_a_bank_says_how_to_add_one(small_source, tmp_path):
         Loader(ShardSet(tmp_path / "plain"), Plan(40, 8), 0, 1, bank=True)
 
 
-def test_raw_frames(small_source, tmp_path):
+@pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
+def test_raw_frames(small_source, tmp_path, wanted):
     source = open_source(str(small_source))
-    build_shards(source, tmp_path / "raw", settings(quality=0), 1)
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
+    chosen = settings(quality=0, detectors=detectors, crop=64)
+    build_shards(source, tmp_path / "raw", chosen, 1)
     records = ShardSet(tmp_path / "raw")
-    (batch,) = copied(Loader(records, Plan(40, 40), 0, 1))
+    (batch,) = copied(Loader(records, Plan(40, 40), 0, 1, maps=wanted))
     for place, number in enumerate(batch.samples.tolist()):
-        np.testing.assert_array_equal(batch.frames[place], decode_frame(records[number].frame))
+        record = records[number]
+        np.testing.assert_array_equal(batch.frames[place], decode_frame(record.frame))
+        for name in wanted:
+            row = record.maps[records.manifest.detectors.index(name)]
+            np.testing.assert_array_equal(unpacked(batch.maps[name][place]), row)
+    path, row = records.locate(int(batch.samples[3]))
+    with path.open("r+b") as file:
+        file.seek(int(row["frame"]))
+        file.write(b"\0" * 8)
+    with pytest.raises(ValueError, match="has a raw frame of another shape"):
+        list(Loader(records, Plan(40, 40), 0, 1, maps=wanted))
+
+
+@pytest.mark.parametrize("quality", [90, 0])
+@pytest.mark.parametrize(("field", "value"), [("maps", 0), ("frame_bytes", 1 << 20)])
+def test_an_index_that_says_what_cannot_be_is_told(small_source, tmp_path, quality, field, value):
+    """A frame that would end beyond its maps, or begin behind them, is not read from elsewhere."""
+    chosen = settings(quality=quality)
+    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    records = ShardSet(tmp_path / "set")
+    records.index = np.array(records.index)
+    records.index[field][11] = value
+    names = records.manifest.detectors
+    with pytest.raises(ValueError, match=r"record 000000011 (is cut short|has a raw frame)"):
+        list(Loader(records, Plan(40, 40), 0, 1, maps=names))
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_a_sample_costs_few_steps_of_the_interpreter(records, bank):
+    """All threads share its lock, so what they do in it bounds how many are of use."""
+    loader = Loader(records, Plan(40, 40), 0, 1, maps=["fast", "sift"], bank=bank)
+    samples = np.arange(40)
+    places = loader._places(samples, records.index[samples])
+    calls = []
+    for count in (8, 40):
+        seen = []
+        sys.setprofile(lambda frame, event, argument, seen=seen: seen.append(event))
+        loader.reader.read(loader.buffers[0], places[:count])
+        sys.setprofile(None)
+        calls.append(sum(event.endswith("call") for event in seen))
+    # The files are open by now: preadv, decoding, and what simplejpeg asks of NumPy.
+    assert calls[1] - calls[0] <= 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("limits", "shards", "expected", "raised"),
+    [
+        ((1024, 4096), 100, 100, None),
+        ((1024, 1 << 20), 1281, 1281, (4 * 1281 + 256, 1 << 20)),
+        ((1024, 4096), 1281, 1024, (4096, 4096)),
+        ((1024, resource.RLIM_INFINITY), 1281, 1281, (4 * 1281 + 256, resource.RLIM_INFINITY)),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 9999, 9999, None),
+        ((512, 512), 1281, 256, None),
+    ],
+)
+def test_all_shards_stay_open_where_they_may(monkeypatch, limits, shards, expected, raised):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: asked.append(both))
+    assert open_files(shards) == expected
+    assert asked == ([raised] if raised else [])
 
 
 def test_ranks_and_micro_steps_share_out_the_same_step(records):
@@ -125,9 +190,9 @@ def test_no_thread_or_file_is_left_behind(records):
 
 
 def test_memory_is_the_prefetch_whatever_the_length(records):
-    batch_bytes = 20 * (64 * 64 * 3 + 16 * 16 * 3)
+    batch_bytes = 20 * (64 * 64 * 3 + 16 * 16 * 3 + 3 * 128)  # frames, maps, their headers
     peaks = []
-    for steps in (10, 150):
+    for steps in (600, 1500):  # either is more than the plan looks ahead
         names = records.manifest.detectors
         loader = Loader(records, Plan(40, 20), 0, steps, maps=names, workers=2, prefetch=3)
         tracemalloc.start()
@@ -135,8 +200,8 @@ def test_memory_is_the_prefetch_whatever_the_length(records):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         held = sum(
-            frames.nbytes + sum(a.nbytes for a in (*maps.values(), *counts.values()))
-            for frames, maps, counts in loader.buffers
+            sum(a.nbytes for a in (b.frames, b.heads, b.bank, *b.maps.values(), *b.counts.values()))
+            for b in loader.buffers
         )
         assert held == 4 * batch_bytes
     assert peaks[1] < peaks[0] + 100_000

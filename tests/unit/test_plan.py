@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.order import Plan, shuffled
-from shards.rng import uniform
+from shards.rng import mix, uniform
 
 
 @settings(max_examples=80, deadline=None)
@@ -17,6 +17,67 @@ from shards.rng import uniform
 def test_an_epoch_holds_every_sample_exactly_once(count, seed, epoch):
     order = shuffled(count, seed, epoch, np.arange(count))
     assert sorted(order.tolist()) == list(range(count))
+
+
+def hashed(*parts):
+    """shards.rng.mix of Python's integers."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        value = (state + part) % 2**64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            value = (value ^ value >> shift) * factor % 2**64
+        state = ((value ^ value >> 31) + 0x9E3779B97F4A7C15) % 2**64
+    return state
+
+
+def slowly_shuffled(count, seed, epoch, place):
+    """The sample at `place`, as the order is defined."""
+    bits = max(1, -(-max(1, count - 1).bit_length() // 2))
+    while True:
+        left, right = divmod(place, 1 << bits)
+        for number in range(6):
+            keyed = hashed(1, seed, epoch, number, right) % (1 << bits)
+            left, right = right, left ^ keyed
+        place = (left << bits) + right
+        if place < count:
+            return place
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 2, 5, 1000, 1024, 1025, 2**20, 2**20 + 1, 1_281_167, 10**9]),
+    st.integers(0, 2**62),
+    st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 3)), min_size=1, max_size=40),
+)
+def test_the_order_is_what_it_is_defined_as(count, seed, wanted):
+    """Runs resume by it: for any set, and for places of several epochs at once."""
+    places, epochs = (np.array(each) for each in zip(*wanted, strict=True))
+    places %= count
+    both = zip(epochs.tolist(), places.tolist(), strict=True)
+    slowly = [slowly_shuffled(count, seed, epoch, place) for epoch, place in both]
+    assert shuffled(count, seed, epochs, places).tolist() == slowly
+    assert mix(seed, epochs).tolist() == [hashed(seed, epoch) for epoch in epochs.tolist()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9000),
+    st.integers(1, 700),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_parts_are_the_samples_of_their_steps(count, each, micro_steps, ranks, first, in_order):
+    """`parts` looks many steps ahead at once; what it gives is what `samples` says of each."""
+    plan = Plan(count, each * micro_steps * ranks, 3, micro_steps, in_order=in_order)
+    for rank in range(ranks):
+        parts = list(plan.parts(first, first + 9, rank, ranks))
+        assert len(parts) == 9 * micro_steps
+        for number, (step, *part) in enumerate(parts):
+            assert step == first + number // micro_steps
+            told = plan.samples(step, number % micro_steps, rank, ranks)
+            np.testing.assert_array_equal(part, told)
 
 
 def test_orders_differ_and_leave_no_sample_near_its_place():

@@ -1,0 +1,154 @@
+"""What one process can read where cores are free, at ImageNet's size; run by `make bench-ceiling`.
+
+Decoding a JPEG, or reading a raw frame, is replaced by a sleep of SLEEP, which takes neither a core
+nor the interpreter lock. What is left is the loader's own work, and the rate at which more threads
+no longer help is its ceiling, however many cores a machine has. The set is a stand-in: an index of
+IMAGENET records over links to one shard, so that plan, index and open files are as many as there.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import simplejpeg
+
+from kamim.bench.provenance import append, spread
+from preprocess import build_shards, detector_settings, open_source
+from shards import Settings, ShardSet
+from shards.files import MANIFEST
+from shards.order import Plan
+from shards.reading import Buffers
+from shards.record import npy_bytes
+from shards.spec import to_json, write_file
+
+IMAGENET, SHARD = 1_281_167, 1000
+SLEEP = 250e-6  # seconds, in place of a decode
+THREADS = (1, 4, 16, 32, 64)
+BATCH, SECONDS, REPEATS = 256, 2.0, 3
+
+
+def enlarged(records: ShardSet, folder: Path, count: int = IMAGENET) -> ShardSet:
+    """A set of `count` records: those of the first shard of `records`, over and over."""
+    first = records.shards[0]
+    files = []
+    for number, begin in enumerate(range(0, count, SHARD)):
+        name = f"shard-{number:06d}.tar"
+        (folder / name).symlink_to(records.folder.absolute() / first.name)
+        files.append(replace(first, name=name, count=min(SHARD, count - begin)))
+    rows = np.concatenate(
+        [np.resize(np.array(records.index[: first.count]), file.count) for file in files]
+    )
+    rows["key"] = np.arange(count)
+    index = write_file(folder / records.manifest.index.name, npy_bytes(rows), count)
+    ledger = replace(records.manifest.ledger, inputs=count, written=count, rejected={})
+    manifest = replace(records.manifest, shards=files, index=index, ledger=ledger)
+    (folder / MANIFEST).write_bytes(to_json(manifest))
+    return ShardSet(folder)
+
+
+@contextmanager
+def replaced(decode: float | None = None, read: float | None = None) -> Iterator[None]:
+    """While the block runs, decoding or reading sleeps for so many seconds, and does nothing."""
+
+    def decoded(data: Any, colorspace: str, buffer: Any) -> Any:
+        if decode:
+            time.sleep(decode)
+        return buffer
+
+    def reading(descriptor: int, targets: list[memoryview], start: int) -> int:
+        if read:
+            time.sleep(read)
+        return sum(map(len, targets))
+
+    with ExitStack() as stack:
+        if decode is not None:
+            stack.enter_context(patch.object(simplejpeg, "decode_jpeg", decoded))
+        if read is not None:  # and what was not read is not looked at
+            stack.enter_context(patch.object(os, "preadv", reading))
+            stack.enter_context(patch.object(Buffers, "flaws", lambda *_: {}))
+        yield
+
+
+def rate(records: ShardSet, threads: int, seconds: float = SECONDS) -> tuple[float, float]:
+    """Images a second of the loader with `threads`, with maps; and the cores that it took."""
+    plan = Plan(len(records), BATCH)
+    ahead = max(3, 2 * threads * 16 // BATCH + 2)
+    names = records.manifest.detectors[:1]
+    loader = records.loader(plan, 0, 1 << 30, maps=names, workers=threads, prefetch=ahead)
+    stream: Any = iter(loader)
+    for _ in range(2 * ahead):
+        next(stream)
+    begin, cpu, batches = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - begin < seconds:
+        next(stream)
+        batches += 1
+    spent, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    stream.close()
+    return batches * BATCH / spent, cpu / spent
+
+
+def decode_seconds(records: ShardSet) -> float:
+    """Seconds that one thread takes to decode a frame."""
+    frames = [records[number].frame for number in range(min(200, len(records)))]
+    side = records.manifest.settings.frame
+    out = np.empty((side, side, 3), np.uint8)
+    begin = time.perf_counter()
+    for frame in frames:
+        simplejpeg.decode_jpeg(frame, "RGB", buffer=out)
+    return (time.perf_counter() - begin) / len(frames)
+
+
+def samples_ms(count: int = IMAGENET, batch: int = 2048) -> float:
+    """Milliseconds of `Plan.samples`, the best of many."""
+    plan, best = Plan(count, batch), float("inf")
+    for step in range(40):
+        begin = time.perf_counter()
+        plan.samples(step)
+        best = min(best, time.perf_counter() - begin)
+    return best * 1e3
+
+
+def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any]:
+    """One row of results, printed as a table."""
+    source, detectors = open_source(where), (detector_settings("fast"),)
+    row: dict[str, Any] = {"bench": "ceiling", "images": IMAGENET, "n": REPEATS, "batch": BATCH}
+    row["samples of 2,048, ms"] = round(samples_ms(), 2)
+    for kind, quality, what in (("JPEG", 90, "decode"), ("raw", 0, "read")):
+        one = len(source.entries)  # shard
+        settings = Settings(detectors=detectors, shard_size=one, quality=quality)
+        build_shards(source, folder / kind, settings, 1)
+        (folder / f"{kind}-large").mkdir()
+        small = ShardSet(folder / kind)
+        records = enlarged(small, folder / f"{kind}-large")
+        if what == "decode":
+            row["decode, us"] = round(min(decode_seconds(small) for _ in range(9)) * 1e6)
+        with replaced(**{what: 0.0}):
+            own = [cores / found * 1e6 for found, cores in _rates(records, 1, seconds)]
+        row[f"{kind}, own work per sample, us"] = spread(own, 1)
+        with replaced(**{what: SLEEP}):
+            for threads in THREADS:
+                found = [found for found, _ in _rates(records, threads, seconds)]
+                row[f"{kind}, images/s by {threads} threads"] = spread(found, 0)
+    own_work = row["JPEG, own work per sample, us"]["median"]
+    row["JPEG, own work / decode"] = round(own_work / row["decode, us"], 3)
+    for name, value in row.items():
+        print(f"{name:36s} {value['median'] if isinstance(value, dict) else value}")
+    return row
+
+
+def _rates(records: ShardSet, threads: int, seconds: float) -> list[tuple[float, float]]:
+    return [rate(records, threads, seconds) for _ in range(REPEATS)]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        found = measure(sys.argv[1] if len(sys.argv) > 1 else "demo", Path(name))
+    print(append("ceiling", [found]))

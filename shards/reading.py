@@ -1,0 +1,192 @@
+"""What a sample costs the loader: one system call that puts its bytes in place, and one decode.
+
+Whatever is the same for all samples of a batch is found for all of them at once, by who calls:
+each Python step here holds the interpreter lock, which all threads share (docs/decisions.md).
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from tarfile import BLOCKSIZE
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from shards.dataset import Held
+from shards.record import Array, npy_header
+from shards.spec import Settings
+from shards.tar import padded
+
+Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
+# Place in the batch, shard, first byte of the frame in it, the frame's bytes, bytes from there to
+# the arrays behind it.
+Place = tuple[int, int, int, int, int]
+READ_JSON = json.JSONDecoder().raw_decode  # measured: 2.5 us, loads 6.3; it stops before padding
+
+
+class Layout:
+    """What is read of a record, in the order of the file: its frame, then parts of its arrays.
+
+    wanted: by detector, its density, or with `bank` its counts of all stored crops, and where that
+    begins behind the first byte of the arrays; the bank's boxes are read from the metadata between
+    frame and arrays. Parts are bytes to compare, the number of bytes to leave out, or the name of
+    what to keep. coded: frames stay JPEG files.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        wanted: Mapping[str, tuple[Array, int]],
+        bank: bool,
+        coded: bool = False,
+    ) -> None:
+        self.side, self.raw, self.coded = settings.frame, settings.quality == 0, coded
+        self.frame_bytes = settings.frame**2 * 3
+        self.shapes = {name: array.shape for name, (array, _) in wanted.items()}
+        self.bank = bank
+        # What stands before arrays, and what is to be said where it does not.
+        self.heads: list[tuple[bytes, str]] = []
+        if self.raw:
+            frame = npy_header((settings.frame, settings.frame, 3))
+            self.heads.append((frame, "has a raw frame of another shape"))
+        self.parts: list[bytes | int | str] = []
+        end = 0
+        for name, (array, at) in sorted(wanted.items(), key=lambda item: item[1][1]):
+            self.heads.append((array.header, f"has {array.name} not as the manifest says"))
+            self.parts += [at - len(array.header) - end, array.header, name]
+            end = at + array.bytes
+
+
+class Buffers:
+    """The arrays of one batch of `size` samples, used again and again, in memory of `allocate`.
+
+    frames: uint8 [size, F, F, 3], none where they stay files; maps: by detector, uint8
+    [size, G, G]; heads: what stood before arrays in the file. Of a bank: slots, those that are
+    shown; crops: float64 [size, 6], their box in source pixels and flips; stored: by detector,
+    uint8 [size, K, c, c], the counts of all; counts: uint8 [size, c, c], of those shown.
+    """
+
+    def __init__(self, layout: Layout, size: int, allocate: Allocate) -> None:
+        self.layout, bank = layout, layout.bank
+        self.frames = allocate((0 if layout.coded else size, layout.side, layout.side, 3))
+        self.files = np.empty(0, np.uint8)
+        kept = {name: (size, *shape) for name, shape in layout.shapes.items()}
+        shown = {name: allocate((size, *shape[-2:])) for name, shape in kept.items()}
+        self.maps, self.counts = ({}, shown) if bank else (shown, {})
+        self.stored = {name: np.empty(shape, np.uint8) for name, shape in kept.items() if bank}
+        self.slots, self.crops = [0] * size, np.zeros((size if bank else 0, 6))
+        self.heads = allocate((size, sum(len(head) for head, _ in layout.heads)))
+        self.rows = list(self.frames)
+        self.unread = memoryview(
+            bytearray(max((p for p in layout.parts if isinstance(p, int)), default=0))
+        )
+        # Where the kernel puts a record's bytes, by place. The gap before the arrays differs.
+        self.targets = [self._targets(place) for place in range(size)]
+        self.behind = sum(map(len, self.targets[0][2 * layout.raw + 1 :])) if size else 0
+
+    def _targets(self, place: int) -> list[memoryview]:
+        head = iter(_cut(self.heads[place], [len(head) for head, _ in self.layout.heads]))
+        found = [memoryview(b"")]
+        if self.layout.raw:
+            found = [next(head), self.rows[place].reshape(-1).data, *found]
+        for part in self.layout.parts:
+            if isinstance(part, bytes):
+                found.append(next(head))
+            elif isinstance(part, int):
+                found.append(self.unread[:part])
+            else:
+                array = (self.stored or self.maps)[part]
+                found.append(array[place].reshape(-1).data)
+        return found
+
+    def take_files(self, places: Sequence[Place]) -> list[NDArray[np.uint8]]:
+        """Room for the JPEG files of `places`, where they will be read to."""
+        total = sum(gap for *_, gap in places)
+        if len(self.files) < total:
+            self.files = np.empty(total + total // 4, np.uint8)
+        found, at = [], 0
+        for place, _, _, size, gap in places:
+            self.targets[place][0] = self.files[at : at + gap].data
+            found.append(self.files[at : at + size])
+            at += gap
+        return found
+
+    def flaws(self, places: Sequence[int] | slice) -> dict[int, str]:
+        """What is wrong with the heads of `places`, by place."""
+        found: dict[int, str] = {}
+        numbers = np.arange(len(self.heads))[places]
+        begin = 0
+        for head, problem in self.layout.heads:
+            read = self.heads[places, begin : begin + len(head)]
+            wrong = (read != np.frombuffer(head, np.uint8)).any(axis=1)
+            found = dict.fromkeys(numbers[wrong].tolist(), problem) | found
+            begin += len(head)
+        return found
+
+
+def _cut(row: NDArray[np.uint8], lengths: list[int]) -> Iterator[memoryview]:
+    begin = 0
+    for length in lengths:
+        yield row[begin : begin + length].data
+        begin += length
+
+
+class Reader:
+    """Reads records into buffers, in any thread. `open` gives a shard by its number."""
+
+    def __init__(self, layout: Layout, open: Callable[[int], Held]) -> None:
+        self.layout, self.open, self.own = layout, open, threading.local()
+
+    def read(self, buffers: Buffers, places: Sequence[Place]) -> dict[int, str]:
+        """Read and decode; returns what is wrong, by place. Heads are left to the caller."""
+        problems: dict[int, str] = {}
+        coded = self.layout.coded
+        scratch = self._scratch(0 if coded else max(gap for *_, gap in places))
+        raw, open, behind, targets = self.layout.raw, self.open, buffers.behind, buffers.targets
+        at, before = 2 * raw, len(self.layout.heads[0][0]) + self.layout.frame_bytes if raw else 0
+        decode, rows, preadv = simplejpeg.decode_jpeg, buffers.rows, os.preadv
+        bank, slots, crops = self.layout.bank, buffers.slots, buffers.crops
+        for place, shard, start, size, gap in places:
+            file = open(shard)  # held here: the cache may let go of it under our read
+            into = targets[place]
+            if not coded:
+                into[at] = scratch[: max(0, gap - before)]
+            wanted = gap + behind
+            count = preadv(file.descriptor, into, start)
+            if count != wanted or gap < size:
+                problems[place] = f"is cut short: {count} of {wanted} bytes"
+                continue
+            if bank:
+                text, slot = into[at][padded(size) + BLOCKSIZE - before :], slots[place]
+                try:
+                    meta, _ = READ_JSON(str(text, "ascii"))
+                    crops[place] = (*meta["boxes"][slot], *meta["flips"][slot])
+                except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                    problems[place] = "has a bank that is not as the manifest says"
+                    continue
+            if coded:
+                if bytes(into[0][size - 2 : size]) != b"\xff\xd9":
+                    problems[place] = "has a frame without an end"
+            elif raw:
+                if size != before:
+                    problems[place] = "has a raw frame of another shape"
+            else:
+                out = rows[place]
+                try:
+                    # Measured: 1.2 times OpenCV, which cannot decode into a given buffer.
+                    pixels = decode(scratch[:size], "RGB", buffer=out)
+                except ValueError as error:
+                    problems[place] = f"has a frame that does not decode ({error})"
+                else:
+                    if pixels.shape != out.shape:
+                        problems[place] = f"has a frame of {pixels.shape}"
+        return problems
+
+    def _scratch(self, size: int) -> memoryview:
+        """This thread's memory for a frame's file."""
+        scratch: memoryview = getattr(self.own, "scratch", memoryview(b""))
+        if len(scratch) < size:
+            self.own.scratch = scratch = memoryview(bytearray(size + size // 4))
+        return scratch

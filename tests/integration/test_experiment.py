@@ -1,0 +1,187 @@
+"""The experiment of docs/results/keypoints in a tiny form: it goes on, and is judged as planned."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from archives import tar_bytes
+from conftest import settings
+
+torch = pytest.importorskip("torch")
+
+import preprocess
+from kamim.experiment import keypoints, page
+from kamim.experiment.data import load_cifar, load_photos, pack
+from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
+from kamim.experiment.measure import effective_rank, neighbours, probe
+from kamim.experiment.steps import make_order
+from preprocess import build_shards, open_source
+from shards.errors import UserError
+
+
+@pytest.fixture
+def data(small_source, tmp_path):
+    """40 photos and 80 images of four classes in place of CIFAR-10's."""
+    detectors = tuple(map(preprocess.detector_settings, ("fast", "orb", "sift")))
+    chosen = settings(frame=128, crop=96, grid=24, detectors=detectors)
+    build_shards(open_source(str(small_source)), tmp_path / "photos", chosen, 1)
+    for split in ("train", "test"):
+        files = {}
+        for path in sorted(small_source.glob("*/*.jpg")):
+            small = cv2.resize(cv2.imread(str(path)), (32, 32))
+            files[f"{split}/{path.parent.name}/{path.name}"] = cv2.imencode(".jpg", small)[
+                1
+            ].tobytes()
+        (tmp_path / f"{split}.tar").write_bytes(tar_bytes(files.items()))
+    pack(tmp_path / "photos", tmp_path, tmp_path / "data", 10, 10)
+    return tmp_path / "data"
+
+
+def command(data, out, *more):
+    words = ["run", "--tiny", "--device", "cpu", "--data", data, "--out", out, *more]
+    return [sys.executable, "-m", "kamim.experiment", *map(str, words)]
+
+
+def test_a_killed_experiment_goes_on_where_it_was(data, tmp_path):
+    out = tmp_path / "out"
+    running = subprocess.Popen(command(data, out), stderr=subprocess.PIPE, start_new_session=True)
+    while len(read(out / "runs.jsonl")) < 2 and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    first = read(out / "runs.jsonl")
+    with (out / "runs.jsonl").open("a") as file:
+        file.write('{"stage": "main", "arm"')  # what a kill may leave
+    done = subprocess.run(command(data, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read(out / "runs.jsonl")
+    assert rows[: len(first)] == first
+    wanted = [*tune(TINY), *tasks(TINY, dict.fromkeys(TINY.methods, 1e-3))]
+    assert sorted(map(key, rows)) == sorted(key(keypoints.asdict(task)) for task in wanted)
+    assert all(row["finite"] and len(row["looks"][-1]["attention"]) == 3 for row in rows)
+    page.write(out)
+    text = (out / "README.md").read_text()
+    assert "Tuning, with uniform weights" in text
+    facts = json.loads((out / "results.json").read_text())["provenance"]
+    assert facts["runs"] == len(rows)
+    assert facts["device"] == ["cpu"]
+    with pytest.raises(UserError, match="another --out"):
+        keypoints.check_same(replace(TINY, steps=5), out)
+
+
+@pytest.mark.parametrize("method", keypoints.METHODS)
+def test_arms_share_crops_and_masks_and_differ_by_their_weights(method, data):
+    bench = keypoints.Bench(data, torch.device("cpu"), TINY, fast=False)
+    logs = {}
+    for arm in keypoints.ARMS:
+        task = keypoints.Task("main", method, arm, 0, 1e-3, 3, 8, TINY.model)
+        trainer, order = bench.make(task)
+        trainer.train(order, keypoints.ARMS[arm], task.rate, {})
+        logs[arm] = trainer.log.clone()
+    assert bench.order[1] is order  # the first arm's still
+    assert torch.isfinite(torch.stack(list(logs.values()))).all()
+    first = {arm: float(log[0, 0]) for arm, log in logs.items()}
+    assert first["times26"] == pytest.approx(26 * first["uniform"], rel=1e-4)
+    assert len({round(value, 6) for value in first.values()}) == len(first)
+    share = {arm: float(log[0, 2]) for arm, log in logs.items()}
+    # The same weights in other places: as uneven.
+    assert share["contrast"] == share["shuffled"] == pytest.approx(share["fast"], rel=1e-5)
+    trainer.train(order, keypoints.ARMS["kamim"], 1e-3, {})
+    assert torch.equal(trainer.log, logs["kamim"])  # every run begins anew
+
+
+def test_photos_kept_out_are_in_no_step(data):
+    photos = load_photos(data, 96, 12, torch.device("cpu"))
+    kept, held = photos.split()
+    assert (len(kept.frames), len(held.frames)) == (35, 5)
+    frames = {each.numpy().tobytes() for each in kept.frames}
+    assert not any(each.numpy().tobytes() in frames for each in held.frames)
+    recipe = keypoints.recipe_of(tune(TINY)[0], TINY)
+    order = make_order(kept, recipe, 0, 20)
+    assert int(order.samples.max()) < 35
+    assert len(order.samples.unique()) == 35
+    heights, widths = (order.boxes[..., axis].flatten() for axis in (2, 3))
+    assert ((heights * widths > 0.07) & (heights * widths < 0.31)).all()
+    assert torch.equal(order.cells.long().sort(2).values, torch.arange(36).expand_as(order.cells))
+
+
+def test_cifar_is_read_in_the_order_of_its_classes(data):
+    train, test = load_cifar(data, torch.device("cpu"))
+    assert train.images.shape == (40, 32, 32, 3)
+    assert test.labels.tolist() == [label for label in range(4) for _ in range(10)]
+    assert set(zipfile.ZipFile(data / "cifar.npz").namelist()) >= {
+        "train_bytes.npy",
+        "test_ends.npy",
+    }
+
+
+def test_probes_find_what_is_there_and_no_more():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 3
+    noise = torch.randn(600, 16, generator=generator)
+    told = noise + 6 * torch.nn.functional.one_hot(labels, 16)
+    train, test = slice(0, 400), slice(400, 600)
+    for features, least, most in ((told, 0.95, 1), (noise, 0.2, 0.5)):
+        known, asked = (features[train], labels[train]), (features[test], labels[test])
+        assert least <= probe(known, asked)["top1"] <= most
+        assert least <= neighbours(known, asked) <= most
+    assert effective_rank(noise) > 14
+    assert effective_rank(torch.outer(noise[:, 0], noise[0])) == pytest.approx(1, abs=0.01)
+
+
+def row(method, arm, seed, top1, **changes):
+    """A made-up main run."""
+    attention = [{"block": 1, "distance": 40.0, "uniform": 49.0, "nmi": 0.2}]
+    look = {"step": 100, "top1": top1, "knn": 0.3, "retrieval": 0.1, "rank": 9.0, "held_loss": 1.0,
+            "held_loss_fast": 0.9 if arm == "fast" else 1.1, "attention": attention}  # fmt: skip
+    untrained = [look | {"step": 0, "top1": 0.2}] if arm == "uniform" else []
+    return {"stage": "main", "method": method, "arm": arm, "seed": seed, "finite": True,
+            "looks": [*untrained, look], **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ((1.0, 1.2, 0.9, 1.1, 1.0), "yes"),
+        ((0.2, 0.22, 0.21, 0.2, 0.19), "yes, by less than 0.5 points"),
+        ((0.0, 0.1, -0.1, 0.0, 0.05), "no"),
+        ((-1.0, -1.2, -0.9, -1.1, -1.0), "no: it hurts"),
+        ((2.0, -2.0, 3.0, -1.0, 0.0), "undecided"),
+        ((1.0, 1.01), "undecided"),
+    ],
+)
+def test_verdicts_are_those_of_the_plan(gains, said):
+    rows = []
+    for seed, gain in enumerate(gains):
+        rows += [row("mae", arm, seed, 0.4) for arm in MAIN if arm != "fast"]
+        rows.append(row("mae", "fast", seed, 0.4 + gain / 100))
+    found = page.verdicts(rows)
+    assert {each["verdict"] for each in found} == {said}
+    # A run that diverged takes its pair with it.
+    worse = [*rows, row("mae", "uniform", 9, 0.9, finite=False), row("mae", "fast", 9, 0.1)]
+    assert page.verdicts(worse) == found
+    assert "it cannot answer" not in page.able(rows, "mae")[0]
+    assert "the weights did nothing" not in page.able(rows, "mae")[0]
+    poor = [row("mae", "uniform", 0, 0.205), row("mae", "fast", 0, 0.3)]
+    assert "it cannot answer" in page.able(poor, "mae")[0]
+
+
+def test_the_plan_is_what_is_run():
+    wanted = tasks(FULL, {"simmim": 1e-3, "mae": 2e-3})
+    main = [task for task in wanted if task.stage == "main"]
+    assert len(main) == 50
+    assert {task.rate for task in main if task.method == "mae"} == {2e-3}
+    assert [task.seed for task in main] == sorted(task.seed for task in main)
+    assert len(set(wanted)) == len(wanted) == 50 + 3 + 12 + 12
+    assert [task.stage for task in wanted] == sorted(
+        (task.stage for task in wanted), key=["main", "collapse", "more", "rate"].index
+    )
+    assert np.prod([FULL.steps, FULL.batch]) == 1_024_000
