@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from shards.dataset import Held
 from shards.record import Array, npy_header
 from shards.spec import Settings
-from shards.tar import padded
 
 Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 # Place in the batch, shard, first byte of the frame in it, the frame's bytes, bytes from there to
 # the arrays behind it.
 Place = tuple[int, int, int, int, int]
-READ_JSON = json.JSONDecoder().raw_decode  # measured: 2.5 us, loads 6.3; it stops before padding
+# Measured: 2.3 us where json.loads takes 6.3; it stops before the padding.
+READ_JSON = json.JSONDecoder().scan_once
 
 
 class Layout:
@@ -159,11 +159,11 @@ class Reader:
                 problems[place] = f"is cut short: {count} of {wanted} bytes"
                 continue
             if bank:
-                text, slot = into[at][padded(size) + BLOCKSIZE - before :], slots[place]
+                text, slot = into[at][size + -size % BLOCKSIZE + BLOCKSIZE - before :], slots[place]
                 try:
-                    meta, _ = READ_JSON(str(text, "ascii"))
+                    meta, _ = READ_JSON(str(text, "ascii"), 0)
                     crops[place] = (*meta["boxes"][slot], *meta["flips"][slot])
-                except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                except (ValueError, LookupError, TypeError, StopIteration, RecursionError):
                     problems[place] = "has a bank that is not as the manifest says"
                     continue
             if coded:

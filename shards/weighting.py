@@ -46,8 +46,9 @@ class WeightedCrops(nn.Module):
     """A batch of frames and densities in, its random crops and their loss weights out: Crops.
 
     The batch is what to_device gives of a loader's batches, or what a DataLoader makes of
-    `ShardSet.dataset`, or of a stock reader's with draw_crops: a mapping with frames uint8 [b, F, F, 3], boxes [b, 4], flips bool [b, 2],
-    maps or counts by detector, labels, samples and epochs. The crop of the frame and that of the
+    `ShardSet.dataset`, or of a stock reader's with draw_crops: a mapping with frames uint8
+    [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
+    epochs. The crop of the frame and that of the
     density are one and the same, and the density is read by the detector's edge rule, or from the
     bank's counts where those are given.
 

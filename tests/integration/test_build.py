@@ -320,7 +320,7 @@ def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):
     }.items():
         build_shards(source, tmp_path / name, chosen, 1)
         records = ShardSet(tmp_path / name)
-        means.append(np.mean([records[n].maps.mean() for n in range(len(records))]))
+        means.append(np.mean([records[n].maps["fast"].mean() for n in range(len(records))]))
     ring, disc, point, few = means
     assert disc > ring > point > 0
     assert 0 < few < ring

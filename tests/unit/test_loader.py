@@ -93,8 +93,7 @@ def test_raw_frames(small_source, tmp_path, wanted):
         record = records[number]
         np.testing.assert_array_equal(batch.frames[place], decode_frame(record.frame))
         for name in wanted:
-            row = record.maps[records.manifest.detectors.index(name)]
-            np.testing.assert_array_equal(unpacked(batch.maps[name][place]), row)
+            np.testing.assert_array_equal(batch.maps[name][place], record.maps[name])
     path, row = records.locate(int(batch.samples[3]))
     with path.open("r+b") as file:
         file.seek(int(row["frame"]))
@@ -104,9 +103,9 @@ def test_raw_frames(small_source, tmp_path, wanted):
 
 
 @pytest.mark.parametrize("quality", [90, 0])
-@pytest.mark.parametrize(("field", "value"), [("maps", 0), ("frame_bytes", 1 << 20)])
+@pytest.mark.parametrize(("field", "value"), [("arrays", 0), ("frame_bytes", 1 << 20)])
 def test_an_index_that_says_what_cannot_be_is_told(small_source, tmp_path, quality, field, value):
-    """A frame that would end beyond its maps, or begin behind them, is not read from elsewhere."""
+    """A frame that would end beyond its arrays, or begin behind them, is not read from elsewhere."""
     chosen = settings(quality=quality)
     build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
     records = ShardSet(tmp_path / "set")
@@ -200,7 +199,7 @@ def test_memory_is_the_prefetch_whatever_the_length(records):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         held = sum(
-            sum(a.nbytes for a in (b.frames, b.heads, b.bank, *b.maps.values(), *b.counts.values()))
+            sum(a.nbytes for a in (b.frames, b.heads, *b.maps.values(), *b.counts.values()))
             for b in loader.buffers
         )
         assert held == 4 * batch_bytes
