@@ -37,8 +37,9 @@ class Batch(NamedTuple):
 
     step; frames uint8 [b, F, F, 3] RGB, or b JPEG files, uint8 [bytes] each, where the device is to
     decode them; maps: by detector, uint8 [b, G, G]; labels, samples, epochs int64 [b]; boxes
-    float32 [b, 4] (top, left, height, width in the unit square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are
-    those stored, and counts, by detector, uint8 [b, c, c], are the crops' as flipped.
+    float32 [b, 4] (top, left, height, width in the unit square); flips bool [b, 2] (horizontal,
+    vertical). From the bank instead: boxes and flips are those stored, and counts, by detector,
+    uint8 [b, c, c], are the crops' as flipped.
     """
 
     step: int

@@ -94,7 +94,7 @@ def test_a_marked_pixel_and_a_marked_cell_stay_together(row, column, number, fli
 
 def test_flips_of_a_crop_are_crops_flipped():
     frames = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
-    maps = torch.randint(0, 256, (1, 20, 10), dtype=torch.uint8)
+    maps = torch.randint(0, 256, (1, 20, 20), dtype=torch.uint8)
     boxes, _ = boxes_of(1)
     plain = torch.tensor([[False, False]])
     for flip in FLIPS:
@@ -108,7 +108,7 @@ def test_flips_of_a_crop_are_crops_flipped():
 
 
 def test_a_full_map_is_full_everywhere_but_for_what_a_detector_misses_at_the_edge():
-    maps = torch.full((5, 52, 26), 255, dtype=torch.uint8)
+    maps = torch.full((5, 52, 52), 255, dtype=torch.uint8)
     boxes, flips = boxes_of(5)
     torch.testing.assert_close(crop_maps(maps, boxes, flips, 24), torch.ones(5, 24, 24))
     for name in ("fast", "orb", "sift"):

@@ -105,7 +105,7 @@ def test_raw_frames(small_source, tmp_path, wanted):
 @pytest.mark.parametrize("quality", [90, 0])
 @pytest.mark.parametrize(("field", "value"), [("arrays", 0), ("frame_bytes", 1 << 20)])
 def test_an_index_that_says_what_cannot_be_is_told(small_source, tmp_path, quality, field, value):
-    """A frame that would end beyond its arrays, or begin behind them, is not read from elsewhere."""
+    """A frame that would end beyond its arrays or begin behind them is not read elsewhere."""
     chosen = settings(quality=quality)
     build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
     records = ShardSet(tmp_path / "set")
