@@ -22,7 +22,7 @@ endif
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
 
 # A misspelt variable would build something else than what was asked for.
-KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
+KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS NAME OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
 ifneq ($(UNKNOWN),)

@@ -141,21 +141,17 @@ class ShardSet:
         boxes (area: least and most share of the source; flips: chance of a horizontal and a
         vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
         its part of each batch. bank: show the stored crops with their exact densities. decode: as
-        of `loader`.
+        of `loader`. Raises UserError, with the first batch, if set or arguments cannot serve.
         """
         from shards.weighting import WeightedCrops, find_device, to_device
 
         plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        if plan.steps(epochs) < 1:
+            make = f"{epochs:g} epochs of {len(self)} records make no batch of {batch}"
+            raise UserError(f"{make}; give more epochs or a smaller batch")
         where = find_device(device)
-        crops = WeightedCrops(
-            self,
-            weights,
-            size=size,
-            w_ps=w_ps,
-            temperature=temperature,
-            normalise=normalise,
-            bank=bank,
-        ).to(where)
+        how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
+        crops = WeightedCrops(self, weights, size=size, w_ps=w_ps, bank=bank, **how).to(where)
         loader = self.loader(
             plan,
             first,
@@ -186,6 +182,7 @@ class ShardSet:
         skip: bool = False,
         device: str = "cpu",
         decode: Decode = "cpu",
+        processes: bool = False,
     ) -> "Loader | RecordLoader | FfcvLoader":
         """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
 
@@ -194,6 +191,7 @@ class ShardSet:
         a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
         in the place of a damaged one. device: `cuda` has buffers pinned. decode: `gpu` leaves
         JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
+        processes: workers are processes, which take less of this one's interpreter lock.
         """
         last = plan.steps() if last is None else last
         if decode == "gpu":
@@ -223,11 +221,17 @@ class ShardSet:
             )
         from shards.loader import Loader
 
-        allocate = None
+        allocate, shared = None, None
+        if processes and decode == "cpu":  # what only reads needs none
+            from shards.processes import Shared
+
+            shared = Shared()
         if device.startswith("cuda"):
-            from shards.weighting import pinned
+            from shards.weighting import pin, pinned
 
             allocate = pinned
+            if shared:
+                shared.pin = pin
         return Loader(
             self,
             plan,
@@ -241,6 +245,7 @@ class ShardSet:
             prefetch=prefetch,
             skip=skip,
             coded=decode == "gpu",
+            shared=shared,
             allocate=allocate,
         )
 

@@ -75,7 +75,7 @@ class FfcvLoader:
                 f"{records.folder} is an FFCV set and FFCV is not usable ({error}); "
                 f"{install('ffcv')}"
             ) from None
-        check_plan(records, plan)
+        check_plan(records, plan, first, last)
         records.find_maps(maps, bank)
         self.names, self.bank = list(maps), bank
         self.records, self.plan, self.damaged = records, plan, set[int]()

@@ -20,6 +20,7 @@ from shards.crops import Ints, unit_boxes
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.order import Plan
+from shards.processes import Processes, Shared
 from shards.reading import Buffers, Layout, Place, Reader
 from shards.record import COUNTS, DENSITY, decode_frame, key_of
 from shards.remote.prefetch import Prefetch, windows_of
@@ -53,6 +54,7 @@ class Batch(NamedTuple):
     counts: dict[str, NDArray[np.uint8]]
 
 
+Submit = Callable[[list[Place]], Future[dict[int, str]]]
 Part = tuple[int, Ints, Ints]  # step, epochs, samples
 Maps = dict[str, NDArray[np.uint8]]
 
@@ -81,7 +83,7 @@ class RecordLoader:
     def __init__(
         self, records: ShardSet, plan: Plan, first: int, last: int, maps: Sequence[str] = ()
     ) -> None:
-        check_plan(records, plan)
+        check_plan(records, plan, first, last)
         self.damaged: set[int] = set()
         self.records, self.plan, self.first, self.last = records, plan, first, last
         records.find_maps(maps)
@@ -96,8 +98,10 @@ class RecordLoader:
                 yield planned(self.records, self.plan, part, frames, maps, {})[0]
 
 
-def check_plan(records: ShardSet, plan: Plan) -> None:
-    """Raise UserError unless the plan is for the set."""
+def check_plan(records: ShardSet, plan: Plan, first: int = 0, last: int = 0) -> None:
+    """Raise UserError unless the plan is for the set, and has steps `first` to `last`."""
+    if not 0 <= first <= last:
+        raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
     if plan.count != len(records):
         raise UserError(f"the plan is for {plan.count} samples, the set has {len(records)}")
 
@@ -108,8 +112,9 @@ class Loader:
     A batch's arrays stay as they are until the next batch is asked for. `maps` names the detectors
     wanted. With `bank`, crops are those stored, their slots the plan's, and counts come in place of
     maps. With `coded`, frames stay JPEG files. `allocate(shape)` gives a uint8 buffer (pinned,
-    say). Memory: prefetch + 1 batches. With `skip`, a record that does not decode is replaced by
-    the next sample and noted in `damaged`; otherwise it raises UserError, naming shard and key.
+    say); with `shared`, buffers are in it and workers are processes. Memory: prefetch + 1 batches.
+    With `skip`, a record that does not decode is replaced by the next sample and noted in
+    `damaged`; otherwise it raises UserError, naming shard and key.
     """
 
     def __init__(
@@ -127,18 +132,21 @@ class Loader:
         prefetch: int = 3,
         skip: bool = False,
         coded: bool = False,
+        shared: Shared | None = None,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
         if records.manifest.container != "webdataset":
             raise UserError(f"{records.folder} is an FFCV set; load it by ShardSet.loader")
-        check_plan(records, plan)
+        check_plan(records, plan, first, last)
+        if workers < 0:
+            raise UserError(f"workers {workers} is out of range; give 0 (one per core) or more")
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()
         self.ahead: Callable[[], Prefetch | None] = lambda: None
         if records.copies and not plan.in_order:
             windows = windows_of(records, plan)
             self.ahead = lambda: Prefetch(records, windows, plan.batch, first, last)
-        most = FEW if records.copies else open_files(len(records.shards))
+        self.files = FEW if records.copies else open_files(len(records.shards))
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
         size = len(plan.samples(first, 0, rank, ranks)[0])
@@ -146,8 +154,12 @@ class Loader:
         kind = COUNTS if bank else DENSITY
         wanted = {name: records.places[f"{name}.{kind}"] for name in maps}
         self.layout = Layout(records.manifest.settings, wanted, bank, coded)
-        self.reader = Reader(self.layout, lru_cache(most)(records.hold))
+        self.reader = Reader(self.layout, lru_cache(self.files)(records.hold))
+        self.shared = shared
+        if shared:
+            allocate = shared.allocate
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
+        self.shape = prefetch + 1, size
         self.buffers = [Buffers(self.layout, size, allocate) for _ in range(prefetch + 1)]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -160,47 +172,70 @@ class Loader:
         ahead = self.ahead()
         if ahead:
             self.reader.open = ahead.open
+        processes = self._processes() if self.shared else None
 
-        def start(buffers: Buffers) -> None:
+        def read(number: int, places: list[Place]) -> dict[int, str]:
+            """Read and decode into the buffers `number`; what is wrong, by place."""
+            if processes is None:
+                return self.reader.read(self.buffers[number], places)
+            # Held here, so that nobody evicts them from a cache while they are read there.
+            shards = {shard for _, shard, *_ in places} if self.records.copies else set()
+            held = [self.reader.open(shard) for shard in shards]
+            problems = processes.read(number, places)
+            del held
+            return problems
+
+        def start(number: int) -> None:
             """Have the next batch, if there is one, planned and handed to the threads."""
             step = next(steps, None)
             if step is not None:
                 if ahead:
                     ahead.begin(step)
-                waiting.append(planner.submit(self._start, pool, buffers, parts))
+
+                def submit(places: list[Place]) -> Future[dict[int, str]]:
+                    return pool.submit(read, number, places)
+
+                waiting.append(planner.submit(self._start, number, parts, submit))
 
         try:
-            for buffers in self.buffers[: self.prefetch]:
-                start(buffers)
-            spare = self.buffers[self.prefetch]
+            for number in range(self.prefetch):
+                start(number)
+            spare = self.prefetch
             while waiting:
                 pending = waiting.popleft().result()
                 if ahead:
                     ahead.wait_for(pending.batch.step)
                 start(spare)
-                spare = pending.buffers
+                spare = pending.number
                 yield self._finish(pending)
         finally:
             planner.shutdown(wait=True, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)
             if ahead:  # what waits for a shard is told so
                 ahead.close()
+            if processes:
+                processes.end()
             pool.shutdown(wait=True)
+            if processes:
+                processes.close()
 
-    def _start(
-        self, pool: ThreadPoolExecutor, buffers: Buffers, parts: Iterator[Part]
-    ) -> "Pending":
-        """Plan the next of `parts` and hand its samples to the threads, in chunks."""
+    def _processes(self) -> Processes:
+        assert self.shared
+        paths = [self.records.folder / shard.name for shard in self.records.shards]
+        return Processes(self.workers, self.shared, self.layout, self.shape, paths, self.files)
+
+    def _start(self, number: int, parts: Iterator[Part], submit: Submit) -> "Pending":
+        """Plan the next of `parts` for the buffers `number`, and submit its samples in chunks."""
+        buffers = self.buffers[number]
         arrays = buffers.frames, buffers.maps, buffers.counts
         batch, rows = planned(self.records, self.plan, next(parts), *arrays)
         places = self._places(batch.samples, rows)
         if self.layout.bank:
-            buffers.slots = self._slots(batch.epochs, batch.samples)
+            buffers.slots[: len(batch.samples)] = self._slots(batch.epochs, batch.samples)
         if self.layout.coded:
             batch = batch._replace(frames=buffers.take_files(places))
         chunks = (places[at : at + CHUNK] for at in range(0, len(places), CHUNK))
-        tasks = [pool.submit(self.reader.read, buffers, chunk) for chunk in chunks]
-        return Pending(batch, rows, buffers, tasks)
+        return Pending(batch, rows, number, [submit(chunk) for chunk in chunks])
 
     def _places(self, samples: Ints, rows: NDArray[np.void]) -> list[Place]:
         """Where each of `samples` lies: its place in the batch first."""
@@ -213,7 +248,8 @@ class Loader:
 
     def _finish(self, pending: "Pending") -> Batch:
         """The batch when all of it is read: what is damaged replaced, the bank's crops chosen."""
-        batch, rows, buffers, tasks = pending
+        batch, rows, number, tasks = pending
+        buffers = self.buffers[number]
         problems: dict[int, str] = {}
         for task in tasks:
             problems |= task.result()
@@ -225,16 +261,16 @@ class Loader:
     def _choose(self, batch: Batch, rows: NDArray[np.void], buffers: Buffers) -> Batch:
         """The batch with the crops of the bank that the plan shows, and their counts."""
         count = len(batch.samples)
-        chosen = np.arange(count), np.array(buffers.slots[:count])
+        chosen = np.arange(count), buffers.slots[:count]
         for name, stored in buffers.stored.items():
             batch.counts[name][:] = stored[chosen]
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         boxes, flips = np.split(buffers.crops[:count], [4], axis=1)
         return batch._replace(boxes=unit_boxes(boxes, *size), flips=flips != 0)
 
-    def _slots(self, epochs: Ints, samples: Ints) -> list[int]:
+    def _slots(self, epochs: Ints, samples: Ints) -> Ints:
         """Which stored crop the plan shows of each sample."""
-        return self.plan.slots(epochs, samples, self.records.manifest.settings.bank).tolist()
+        return self.plan.slots(epochs, samples, self.records.manifest.settings.bank)
 
     def _replace(
         self, batch: Batch, buffers: Buffers, place: int, problem: str
@@ -256,7 +292,7 @@ class Loader:
                 file = np.empty(gap, np.uint8)
                 buffers.targets[place][0], batch.frames[place] = file.data, file[:size]
             if self.layout.bank:
-                (buffers.slots[place],) = self._slots(batch.epochs[[place]], np.array([number]))
+                buffers.slots[[place]] = self._slots(batch.epochs[[place]], np.array([number]))
             found = self.reader.read(buffers, [(place, shard, start, size, gap)])
             problem = (buffers.flaws([place]) | found).get(place, "")
             # The plan's box stays: it is a crop of the unit square, of any sample.
@@ -265,11 +301,11 @@ class Loader:
 
 
 class Pending(NamedTuple):
-    """A batch that is being read, and its rows of the index."""
+    """A batch that is being read into the loader's buffers `number`, and its rows of the index."""
 
     batch: Batch
     rows: NDArray[np.void]
-    buffers: Buffers
+    number: int
     tasks: list[Future[dict[int, str]]]
 
 

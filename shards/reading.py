@@ -63,8 +63,8 @@ class Buffers:
     """The arrays of one batch of `size` samples, used again and again, in memory of `allocate`.
 
     frames: uint8 [size, F, F, 3], none where they stay files; maps: by detector, uint8
-    [size, G, G]; heads: what stood before arrays in the file. Of a bank: slots, those that are
-    shown; crops: float64 [size, 6], their box in source pixels and flips; stored: by detector,
+    [size, G, G]; heads: what stood before arrays in the file. Of a bank: slots, uint8 [size], those
+    that are shown; crops: float64 [size, 6], their box in source pixels and flips; stored: by detector,
     uint8 [size, K, c, c], the counts of all; counts: uint8 [size, c, c], of those shown.
     """
 
@@ -75,8 +75,9 @@ class Buffers:
         kept = {name: (size, *shape) for name, shape in layout.shapes.items()}
         shown = {name: allocate((size, *shape[-2:])) for name, shape in kept.items()}
         self.maps, self.counts = ({}, shown) if bank else (shown, {})
-        self.stored = {name: np.empty(shape, np.uint8) for name, shape in kept.items() if bank}
-        self.slots, self.crops = [0] * size, np.zeros((size if bank else 0, 6))
+        self.stored = {name: allocate(shape) for name, shape in kept.items() if bank}
+        self.slots = allocate((size if bank else 0,))
+        self.crops = allocate((size if bank else 0, 6 * 8)).view(np.float64)
         self.heads = allocate((size, sum(len(head) for head, _ in layout.heads)))
         self.rows = list(self.frames)
         self.unread = memoryview(

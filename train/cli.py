@@ -50,6 +50,10 @@ def pretrain(
     batch: Annotated[
         int, typer.Option(min=0, help="Images per step, over all processes; 0: the recipe's.")
     ] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the recipe, as cell=16. Repeatable."),
+    ] = None,
     micro_batch: Annotated[
         int,
         typer.Option(
@@ -60,7 +64,10 @@ def pretrain(
         int, typer.Option(min=0, help="Stop after this many steps, on the same schedule.")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Loader threads; 0: one per core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Of the loader; 0: one per core.")] = 0,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Loader workers are processes, not threads.")
+    ] = False,
     decode: Annotated[
         Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
     ] = "cpu",
@@ -112,13 +119,13 @@ def pretrain(
     """
     from shards.remote.storage import is_url
     from train.progress import busy, say
-    from train.recipes import find_recipe
+    from train.recipes import changed, find_recipe
     from train.request import Run, check_device, check_folder, check_wandb
 
     folder, resume = take_word(folder, word, resume)
     limit = parse_bytes(cache_limit)
     if recipe:
-        find_recipe(recipe)
+        changed(find_recipe(recipe), set_ or ())
     if extend and not epochs:
         raise UserError("--extend needs --epochs, more than the run was to have")
     check_device(device)
@@ -133,7 +140,7 @@ def pretrain(
         kind = find_device(device).type
         recipe = "vit_base" if kind == "cuda" else "demo"
         say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
-    chosen = find_recipe(recipe)
+    chosen = changed(find_recipe(recipe), set_ or ())
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
@@ -150,6 +157,7 @@ def pretrain(
         device=device,
         workers=workers,
         decode=decode,
+        processes=processes,
         resume=resume or extend,
         extend=extend,
         steps=steps,

@@ -5,10 +5,11 @@ Values: KAMIM For GPUs/utils/config.py, SimMIM and MAE configs, AMT's command li
 docs/decisions.md where they differ.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from shards.errors import UserError
 
@@ -184,6 +185,41 @@ def find_recipe(name: str) -> Recipe:
     if base.startswith("swin") and (recipe.method == "mae" or recipe.throw_ratio):
         raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
     return recipe
+
+
+def changed(recipe: Recipe, words: Iterable[str]) -> Recipe:
+    """`recipe` with fields as `words` say: cell=16, area=0.08,0.3, temperature=none.
+
+    Raises UserError for an unknown field, or a value that is none of its kind.
+    """
+    kinds, changes = get_type_hints(Recipe), {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in kinds:
+            near = nearest(name, kinds) or f"; there are {', '.join(kinds)}"
+            raise UserError(f"a recipe has no {name!r}{near}")
+        try:
+            changes[name] = _value(text, kinds[name])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            kind = str(kinds[name]).replace("typing.", "").removeprefix("<class '").rstrip("'>")
+            raise UserError(f"{name}={text} is no {kind}") from None
+    return replace(recipe, **changes)
+
+
+def _value(text: str, kind: Any) -> Any:
+    """What `text` says of a field of `kind`; an error if it is none."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return parts[parts.index(text)]
+    if get_origin(kind) is tuple:
+        return tuple(p(t) for p, t in zip(parts, text.split(","), strict=True))
+    if get_origin(kind) is dict:
+        return {str(k): int(v) for k, v in json.loads(text).items()}
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if type(None) in parts:
+        return None if text.lower() == "none" else float(text)
+    return kind(text)
 
 
 def recipe_names() -> list[str]:

@@ -26,6 +26,7 @@ class Run:
     device: str = "auto"
     decode: Literal["cpu", "gpu"] = "cpu"  # what decodes JPEG frames
     workers: int = 0
+    processes: bool = False  # the loader's workers, in place of threads
     resume: bool = False
     extend: bool = False  # resume with more epochs than the run had
     steps: int = 0  # 0: the recipe's epochs; less: stop there, on the same schedule

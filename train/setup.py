@@ -118,6 +118,7 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
         records.loader,
         bank=run.bank,
         decode=run.decode,
+        processes=run.processes,
         workers=run.workers or max(1, joblib.cpu_count() // process.local_ranks),
         skip=run.skip_damaged,
         device=str(device),

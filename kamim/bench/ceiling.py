@@ -22,7 +22,7 @@ import simplejpeg
 
 from kamim.bench.provenance import append, spread
 from preprocess import build_shards, detector_settings, open_source
-from shards import Settings, ShardSet
+from shards import Settings, ShardSet, processes
 from shards.files import MANIFEST
 from shards.order import Plan
 from shards.reading import Buffers
@@ -31,7 +31,7 @@ from shards.spec import to_json, write_file
 
 IMAGENET, SHARD = 1_281_167, 1000
 SLEEP = 250e-6  # seconds, in place of a decode
-THREADS = (1, 4, 16, 32, 64)
+THREADS, PROCESSES = (1, 4, 16, 32, 64), (4, 16)
 BATCH, SECONDS, REPEATS = 256, 2.0, 3
 
 
@@ -74,15 +74,27 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
         if read is not None:  # and what was not read is not looked at
             stack.enter_context(patch.object(os, "preadv", reading))
             stack.enter_context(patch.object(Buffers, "flaws", lambda *_: {}))
+        line = f"from kamim.bench.ceiling import begin_replaced; begin_replaced({decode}, {read}); "
+        start = processes.START.replace("from ", line + "from ", 1)
+        stack.enter_context(patch.object(processes, "START", start))
         yield
 
 
-def rate(records: ShardSet, threads: int, seconds: float = SECONDS) -> tuple[float, float]:
-    """Images a second of the loader with `threads`, with maps; and the cores that it took."""
+def begin_replaced(decode: float | None, read: float | None) -> None:
+    """As `replaced`, for good, in a process of the loader."""
+    replaced(decode, read).__enter__()
+
+
+def rate(
+    records: ShardSet, workers: int, seconds: float = SECONDS, processes: bool = False
+) -> tuple[float, float]:
+    """Images a second of the loader with `workers`, with maps; and the cores that it took."""
     plan = Plan(len(records), BATCH)
-    ahead = max(3, 2 * threads * 16 // BATCH + 2)
+    ahead = max(3, 2 * workers * 16 // BATCH + 2)
     names = records.manifest.detectors[:1]
-    loader = records.loader(plan, 0, 1 << 30, maps=names, workers=threads, prefetch=ahead)
+    loader = records.loader(
+        plan, 0, 1 << 30, maps=names, workers=workers, prefetch=ahead, processes=processes
+    )
     stream: Any = iter(loader)
     for _ in range(2 * ahead):
         next(stream)
@@ -137,6 +149,9 @@ def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any
             for threads in THREADS:
                 found = [found for found, _ in _rates(records, threads, seconds)]
                 row[f"{kind}, images/s by {threads} threads"] = spread(found, 0)
+            for count in PROCESSES:
+                found = [found for found, _ in _rates(records, count, seconds, True)]
+                row[f"{kind}, images/s by {count} processes"] = spread(found, 0)
     own_work = row["JPEG, own work per sample, us"]["median"]
     row["JPEG, own work / decode"] = round(own_work / row["decode, us"], 3)
     for name, value in row.items():
@@ -144,8 +159,10 @@ def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any
     return row
 
 
-def _rates(records: ShardSet, threads: int, seconds: float) -> list[tuple[float, float]]:
-    return [rate(records, threads, seconds) for _ in range(REPEATS)]
+def _rates(
+    records: ShardSet, workers: int, seconds: float, processes: bool = False
+) -> list[tuple[float, float]]:
+    return [rate(records, workers, seconds, processes) for _ in range(REPEATS)]
 
 
 if __name__ == "__main__":

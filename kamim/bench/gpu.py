@@ -34,13 +34,14 @@ from shards.files import MANIFEST
 BUDGETS = {
     "ceilings": 10.0,
     "attention": 20.0,
-    "step": 210.0,
+    "step": 190.0,
     "kernels": 10.0,
     "end to end": 55.0,
+    "weights": 30.0,
     "decode": 12.0,
     "loader": 40.0,
-    "methods": 60.0,
-    "deterministic": 90.0,
+    "methods": 75.0,
+    "deterministic": 75.0,
 }
 PARTS = tuple(BUDGETS)
 ON_CUDA = {"ceilings", "attention", "kernels", "decode"}
@@ -66,7 +67,7 @@ class Bench:
     repeats: int = 5
     micro_batch: int = 0  # 0: what the trainer chooses
     recipes: tuple[str, ...] = ("vit_base", "vit_small", "vit_tiny", "swin_tiny", "swin_base")
-    methods: tuple[str, ...] = ("vit_base_mae", "vit_base_famt")
+    methods: tuple[str, ...] = ("vit_base_bf16", "vit_base_mae", "vit_base_famt")
     killed: str = "vit_small"  # the recipe of a run that is killed and goes on
     steps: int = 40  # of that run
 

@@ -104,7 +104,7 @@ def render_steps() -> str:
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
         lines = head("step on one batch", "micro-batch", "images/s", "MFU", "peak memory",
                      "per image", "micro-step, ms", "host, ms", "waits",
-                     "graphs, breaks, recompiles", "weighted / unweighted")  # fmt: skip
+                     "graphs, breaks, recompiles")  # fmt: skip
         for case, row in of_part(rows, "step", RECIPES):
             counted = ", ".join(str(row[k]) for k in ("graphs", "graph_breaks", "recompiles")
                                 if k in row)  # fmt: skip
@@ -112,8 +112,12 @@ def render_steps() -> str:
                               middle(row, "mfu", ".1%"), gigabytes(row),
                               f"{middle(row, 'peak_mb_per_image', '.1f')} MB" if row else NOTHING,
                               middle(row, "micro_step_ms", ".1f"), middle(row, "host_ms", ".1f"),
-                              middle(row, "synchronisations_of_a_step", "d"), counted or NOTHING,
-                              middle(row, "weighted_over_unweighted", ".3f")))  # fmt: skip
+                              middle(row, "synchronisations_of_a_step", "d"),
+                              counted or NOTHING))  # fmt: skip
+        for case, row in of_part(rows, "weights"):
+            ratio = row["weighted_over_unweighted"]
+            lines += ["", f"{case}: a weighted step takes {ratio['median']:.3f} of the time of one "
+                      f"without weights ({ratio['min']:.3f} to {ratio['max']:.3f})."]  # fmt: skip
         return lines
 
     return render("step", table)

@@ -15,25 +15,22 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import joblib
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from kamim.bench.gpu import Bench, Case, as_many
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import ratio, spread
-from shards import Plan, ShardSet, to_device
-from shards.weighting import WeightedCrops
-from train.estimate import largest_part, synchronize
-from train.loop import PEAK_FLOPS
-from train.masking import Masking, wanted_maps
+from shards import Batch, Plan, ShardSet, to_device
+from train.cuda import make_deterministic, peak_flops, pin_attention
+from train.estimate import largest_part, memory_of
+from train.masking import ATTENTION, Masking, wanted_maps
 from train.models import make_model, model_flops
 from train.recipes import find_recipe
 from train.setup import count_micro_steps, device_name, make_optimizer, weighted_crops
+from train.step import Pace, Step, compiled
 
-Part = tuple[NDArray[Any], dict[str, Any]]  # samples and tensors of a micro-step
-QUEUE = 4  # micro-steps that a loader holds at most
+QUEUE = 6  # micro-steps that a loader and the copies hold at most
 # Kernels by what their names hold, the first that fits.
 KINDS = {
     "compiled": ("triton_",),
@@ -45,7 +42,7 @@ KINDS = {
 
 
 class Training:
-    """A recipe's model and its step on `device`, as `pretrain` has them, compiled unless eager."""
+    """A recipe's model and its step on `device`, as `pretrain` has them."""
 
     def __init__(
         self,
@@ -54,94 +51,96 @@ class Training:
         device: torch.device,
         micro_batch: int = 0,
         eager: bool = False,
+        deterministic: bool = False,
     ) -> None:
-        recipe = find_recipe(name)
-        recipe = replace(recipe, micro_batch=micro_batch or recipe.micro_batch, random_epochs=0)
-        self.recipe, self.device = recipe, device
+        self.recipe = recipe = replace(find_recipe(name), random_epochs=0)
+        self.device, self.eager = device, eager or device.type == "cpu"
         torch.manual_seed(0)
         self.model: Any = make_model(recipe).to(device)
         steps_an_epoch = len(records) / recipe.batch
         encoder = self.model.encoder
         self.masking = Masking(recipe, 0, records.manifest, encoder, steps_an_epoch, device)
-        if "attention" in self.masking.guides:
+        if ATTENTION in self.masking.guides:
             shape = len(records), self.masking.patches_a_side**2
-            self.masking.attention = np.random.default_rng(0).integers(256, size=shape, dtype="u1")
+            self.masking.attention = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self.optimizer = make_optimizer(self.model, recipe, device)
         self.flops = model_flops(self.model, recipe.size, self.masking.example())
-        most = largest_part(recipe.micro_batch, self.flops, device)
+        needed = memory_of(self.model, self.masking.example(early=True), recipe.size, device)
+        free = None if deterministic else needed
+        most = largest_part(micro_batch or recipe.micro_batch, self.flops, device, free)
         self.micro_steps = count_micro_steps(recipe, 1, most)
         self.part = recipe.batch // self.micro_steps
+        self.kernel = pin_attention(self.model, recipe.size, device, timed=not deterministic)
         detector = None if recipe.temperature is None else records.manifest.detectors[0]
-        self.crops, self.plain = (
-            weighted_crops(recipe, records, each).to(device) for each in (detector, None)
-        )
         self.maps = wanted_maps(recipe, detector)
-        cuda = device.type == "cuda"
-        self.forward: Any = self.model
-        if cuda and not eager:
-            self.forward = torch.compile(self.model, dynamic=False)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
+        self.micro, self.plain = (self._micro(records, each) for each in (detector, None))
         self.done = 0
 
-    def micro_step(self, number: int, noise: Any, part: Part, crops: WeightedCrops) -> None:
-        """Forward and backward of micro-step `number` of the step."""
-        samples, tensors = part
-        images, weights, *_ = crops(tensors)
-        begin = number * self.part
-        noise = noise[begin : begin + self.part]
-        cells = self.masking.hidden(noise, self.done, samples, tensors)
-        with self.autocast:
-            output = self.forward(images, *cells)
-        loss = self.model.loss(output, images, cells, weights) / self.micro_steps
-        loss.backward()
-        mean_weight = weights.mean() if weights is not None else torch.ones_like(loss)
-        self.sums += torch.stack([loss.detach(), mean_weight / self.micro_steps])
+    def _micro(self, records: ShardSet, detector: str | None) -> Any:
+        """The function of a micro-step with the weights of `detector`; it compiles when called."""
+        crops = weighted_crops(self.recipe, records, detector).to(self.device)
+        step = Step(self.model, crops)
+        return step if self.eager else compiled(step)
 
-    def step(self, parts: Callable[[], Part], crops: WeightedCrops | None = None) -> None:
-        """A whole step on what `parts` gives."""
+    def micro_step(self, number: int, noise: Any, tensors: dict[str, Any], micro: Any) -> None:
+        """Forward and backward of micro-step `number` of the step."""
+        begin = number * self.part
+        cells = self.masking.hidden(noise[begin : begin + self.part], self.done, tensors)
+        loss, mean_weight = micro(tensors, cells)
+        (loss / self.micro_steps).backward()
+        self.sums += torch.stack([loss.detach(), mean_weight]) / self.micro_steps
+
+    def step(self, pace: Pace, micro: Any = None) -> None:
+        """A whole step on what `pace` gives."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.sums = torch.zeros(2, device=self.device)
         noise = self.masking.noise(self.done)
+        self.sums = torch.zeros(2, device=self.device)
         for number in range(self.micro_steps):
-            self.micro_step(number, noise, parts(), crops or self.crops)
+            _, tensors = pace.next()
+            self.micro_step(number, noise, tensors, self.micro if micro is None else micro)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.done += 1
 
-    def stream(self, records: ShardSet) -> Generator[Part, None, None]:
+    def stream(self, records: ShardSet) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
         """Micro-steps from `records` by the loader, without end."""
         plan = Plan(len(records), self.recipe.batch, micro_steps=self.micro_steps)
         loader = records.loader(plan, 0, 1 << 30, maps=self.maps, device=self.device.type)
-        for batch, tensors in to_device(loader, self.device):
-            yield batch.samples, tensors
+        return to_device(loader, self.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that it was told, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Measured:
     """A Training that is warm, with one micro-step's batch that stays on the device."""
 
-    def __init__(self, bench: Bench, name: str, eager: bool = False) -> None:
+    def __init__(
+        self, bench: Bench, name: str, eager: bool = False, deterministic: bool = False
+    ) -> None:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.bench, self.device = bench, bench.device
         self.cuda = bench.device.type == "cuda"
-        self.training = Training(name, bench.records, bench.device, bench.micro_batch, eager)
+        self.training = Training(
+            name, bench.records, bench.device, bench.micro_batch, eager, deterministic
+        )
         stream = self.training.stream(bench.records)
-        samples, tensors = next(stream)
-        self.part = samples.copy(), copy.deepcopy(tensors)
+        self.batch = copy.deepcopy(next(stream))
         stream.close()
+        self.still = Pace(iter(lambda: self.batch, None), self.device)
         begin = time.perf_counter()
         self.training.step(self.still)
         synchronize(self.device)
         self.first_step_s = time.perf_counter() - begin
-        self.training.step(self.still, self.training.plain)
         self.graphs = graphs()
-
-    def still(self) -> Part:
-        return self.part
 
     @cached_property
     def step_s(self) -> float:
-        """Seconds of a step, once."""
+        """Seconds of a step, once it is warm."""
         self.training.step(self.still)
         synchronize(self.device)
         begin = time.perf_counter()
@@ -149,15 +148,17 @@ class Measured:
         synchronize(self.device)
         return time.perf_counter() - begin
 
-    def rate(self, parts: Callable[[], Part], crops: WeightedCrops | None = None) -> float:
-        """Images a second of steps on what `parts` gives."""
+    def rate(self, pace: Pace, micro: Any = None) -> tuple[float, float]:
+        """Images a second of steps on what `pace` gives, and the share of time spent waiting."""
         steps = max(1, round(self.bench.seconds / self.step_s))
         synchronize(self.device)
+        pace.take()
         begin = time.perf_counter()
         for _ in range(steps):
-            self.training.step(parts, crops)
+            self.training.step(pace, micro)
         synchronize(self.device)
-        return steps * self.training.recipe.batch / (time.perf_counter() - begin)
+        spent = time.perf_counter() - begin
+        return steps * self.training.recipe.batch / spent, pace.take() / spent
 
 
 def training(bench: Bench) -> Iterator[Case]:
@@ -174,6 +175,8 @@ def training(bench: Bench) -> Iterator[Case]:
         if not eager:
             yield Case("kernels", title, partial(_with, made, kernels))
             yield Case("end to end", title, partial(_with, made, end_to_end))
+            if name == bench.recipes[0]:  # it compiles once more
+                yield Case("weights", title, partial(_with, made, weighing))
         made.cache_clear()
 
 
@@ -187,20 +190,15 @@ def deterministic(bench: Bench) -> Iterator[Case]:
     """Steps with algorithms that give the same bits each time."""
 
     def work() -> dict[str, Any]:
-        deterministically(True)
+        make_deterministic()
         try:
-            return step(Measured(bench, bench.recipes[0]))
+            return step(Measured(bench, bench.recipes[0], deterministic=True))
         finally:
-            deterministically(False)
+            torch.use_deterministic_algorithms(False)
+            torch._inductor.config.deterministic = False
+            os.environ.pop("TORCHINDUCTOR_DETERMINISTIC", None)
 
     yield Case("deterministic", bench.recipes[0], work)
-
-
-def deterministically(on: bool) -> None:
-    """As `--deterministic` sets torch."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
-    torch._inductor.config.deterministic = on
 
 
 def _with(
@@ -212,20 +210,13 @@ def _with(
 def step(measured: Measured) -> dict[str, Any]:
     """One row of steps on a batch that stays."""
     bench, training = measured.bench, measured.training
-    measured.step_s  # noqa: B018  (warms up)
-    rates: list[float] = []
-    plain: list[float] = []
-    for _ in range(bench.repeats):
-        rates.append(measured.rate(measured.still))
-        if training.recipe.temperature is not None:
-            plain.append(measured.rate(measured.still, training.plain))
-    rate = statistics.median(rates)
-    row: dict[str, Any] = {"n": bench.repeats, "batch": training.recipe.batch,
+    rates: list[float] = [measured.rate(measured.still)[0] for _ in range(bench.repeats)]
+    rate, recipe = statistics.median(rates), training.recipe
+    row: dict[str, Any] = {"n": bench.repeats, "batch": recipe.batch,
            "micro_batch": training.part, "images_per_s": spread(rates, 1),
            "gflop_per_image": round(training.flops / 1e9, 2),
-           "first_step_s": round(measured.first_step_s, 1)}  # fmt: skip
-    row |= {"weighted_over_unweighted": ratio(plain, rates)} if plain else {}  # in time
-    peak = next((p for n, p in PEAK_FLOPS.items() if n in device_name(bench.device)), None)
+           "first_step_s": round(measured.first_step_s, 1), "kernel": training.kernel}  # fmt: skip
+    peak = peak_flops(device_name(bench.device))
     row |= {"mfu": round(rate * training.flops / peak, 4)} if peak else {}
     if measured.cuda:
         row |= memory(measured) | times(measured)
@@ -236,28 +227,32 @@ def step(measured: Measured) -> dict[str, Any]:
     return row
 
 
+def weighing(measured: Measured) -> dict[str, Any]:
+    """One row of weighted steps in turn with those of the same model without weights."""
+    bench, training = measured.bench, measured.training
+    training.step(measured.still, training.plain)  # compiles
+    weighted, plain = [], []
+    for _ in range(bench.repeats):
+        weighted.append(measured.rate(measured.still)[0])
+        plain.append(measured.rate(measured.still, training.plain)[0])
+    return {"n": bench.repeats, "images_per_s": spread(weighted, 1),
+            "images_per_s_unweighted": spread(plain, 1),
+            "weighted_over_unweighted": ratio(plain, weighted)}  # fmt: skip
+
+
 def end_to_end(measured: Measured) -> dict[str, Any]:
     """One row of steps from shards, by the loader with all cores, in turn with one batch's."""
     bench, training = measured.bench, measured.training
     source = training.stream(as_many(bench.records, IMAGENET))
-    waited = 0.0
-
-    def streamed() -> Part:
-        nonlocal waited
-        asked = time.perf_counter()
-        found = next(source)
-        waited += time.perf_counter() - asked
-        return found
-
-    measured.step_s  # noqa: B018  (warms up)
+    streamed = Pace(source, bench.device)
     ends, stills, waits = [], [], []
     for _ in range(bench.repeats):
-        stills.append(measured.rate(measured.still))
+        stills.append(measured.rate(measured.still)[0])
         for _ in range(1 + QUEUE // training.micro_steps):  # what was read ahead meanwhile
             training.step(streamed)
-        waited, begin = 0.0, time.perf_counter()
-        ends.append(measured.rate(streamed))
-        waits.append(waited / (time.perf_counter() - begin))
+        rate, wait = measured.rate(streamed)
+        ends.append(rate)
+        waits.append(wait)
     source.close()
     return {"n": bench.repeats, "batch": training.recipe.batch, "micro_batch": training.part,
             "threads": joblib.cpu_count(), "images_per_s": spread(ends, 1),
@@ -289,11 +284,11 @@ def times(measured: Measured) -> dict[str, Any]:
     and of the update of a step.
     """
     training, found = measured.training, []
-    noise = training.masking.noise(0)
+    noise, (_, tensors) = training.masking.noise(0), measured.batch
     for _ in range(2 * measured.bench.repeats):
         synchronize(measured.device)
         begin = time.perf_counter()
-        training.micro_step(0, noise, measured.part, training.crops)
+        training.micro_step(0, noise, tensors, training.micro)
         launched = time.perf_counter() - begin
         synchronize(measured.device)
         found.append((launched * 1e3, (time.perf_counter() - begin) * 1e3))
@@ -315,9 +310,9 @@ def kernels(measured: Measured) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     training = measured.training
-    noise = training.masking.noise(0)
+    noise, (_, tensors) = training.masking.noise(0), measured.batch
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        training.micro_step(0, noise, measured.part, training.crops)
+        training.micro_step(0, noise, tensors, training.micro)
         synchronize(measured.device)
     rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in trace.key_averages()
             if e.self_device_time_total]  # fmt: skip

@@ -12,7 +12,7 @@ from shards.weighting import loss_weights
 from train.controls import check_source, contrast, control_weights
 from train.log import read_metrics
 from train.loop import pretrain
-from train.recipes import find_recipe
+from train.recipes import changed, find_recipe
 from train.request import Run
 
 
@@ -101,3 +101,29 @@ def test_a_run_weighs_by_its_control_in_cells_of_16_px(built, tmp_path):
     for each in rows.values():
         assert np.allclose([row["mean_weight"] for row in each], 1, atol=1e-5)
     assert rows["contrast"][0]["loss"] != rows["detector"][0]["loss"]
+
+
+def test_fields_of_a_recipe_are_set_by_words():
+    words = ["cell=16", "weights=contrast", "normalise=batch", "area=0.08,0.3", "temperature=none",
+             "decay_all=false", 'options={"depth": 4}', "peak=1e-3"]  # fmt: skip
+    found = changed(find_recipe("small"), words)
+    assert found == replace(
+        find_recipe("small"), cell=16, weights="contrast", normalise="batch", area=(0.08, 0.3),
+        temperature=None, decay_all=False, options={"depth": 4}, peak=1e-3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("sell=16", "no 'sell'; did you mean cell"),
+        ("cell=x", "cell=x is no int"),
+        ("normalise=most", "is no Literal"),
+        ("area=0.1", "is no tuple"),
+        ("decay_all=perhaps", "is no bool"),
+        ("options=3", "is no dict"),
+    ],
+)
+def test_a_wrong_word_is_told_apart(word, said):
+    with pytest.raises(UserError, match=said):
+        changed(find_recipe("small"), [word])

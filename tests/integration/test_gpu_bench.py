@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import errors
@@ -12,14 +13,17 @@ torch = pytest.importorskip("torch")
 from kamim.bench import gpu, gpu_loader, gpu_page, gpu_steps
 from shards import ShardSet
 from shards.order import Plan
+from train.recipes import find_recipe
 
-PARTS = ("ceilings", "step", "end to end", "methods", "loader")
+PARTS = ("ceilings", "step", "end to end", "weights", "methods", "loader")
 
 
 @pytest.fixture
 def bench(small_source, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_loader, "THREADS", (1,))
     monkeypatch.setattr(gpu_loader, "find_spec", lambda name: None)  # FFCV compiles for seconds
+    few = lambda name: replace(find_recipe(name), batch=4)  # noqa: E731
+    monkeypatch.setattr(gpu_steps, "find_recipe", few)
     (tmp_path / "made").mkdir()
     device = torch.device("cpu")
     small = {"recipes": ("demo",), "methods": ("demo_mae",), "killed": "demo", "steps": 8}
@@ -45,8 +49,8 @@ def test_each_case_is_a_line_and_is_measured_once(bench, tmp_path, capsys, monke
     for row in gpu_page.rows_of(out):
         assert {"gpu", "driver", "cuda", "date", "commit", "cpu", "versions", "n"} <= set(row)
         assert "missing" in row or row["images_per_s"]["median"] > 0
-    (step,) = [row for row in gpu_page.rows_of(out) if row["case"] == "demo" and "batch" in row][:1]
-    assert step["weighted_over_unweighted"]["median"] > 0
+    (weights,) = [row for row in gpu_page.rows_of(out) if row["part"] == "weights"]
+    assert weights["weighted_over_unweighted"]["median"] > 0
 
     monkeypatch.setattr(gpu_steps, "Measured", not_again)
     assert gpu.run(bench, out, PARTS) == 1

@@ -1,0 +1,145 @@
+"""Reading and decoding in processes of their own, into memory that they share with the loader.
+
+For trainers whose own thread is short of the interpreter lock: threads of the loader ask for it
+twice per sample, processes once per chunk. A process knows no plan: it is told places, and says
+what is wrong with them. It ends when the loader's end of its pipe closes, however that dies.
+"""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.dataset import Held
+from shards.errors import UserError
+from shards.reading import Buffers, Layout, Place, Reader
+
+START = "import sys; sys.path[:] = {path!r}; from shards.processes import serve; serve({pipe})"
+
+
+class Shared:
+    """Memory without a name, seen by whoever has its descriptor; the kernel frees it with them.
+
+    `allocate` gives uint8 arrays, one behind the other: the same calls give the same arrays in any
+    process. `pin`, if set, is called with each.
+    """
+
+    pin: Callable[[NDArray[np.uint8]], None] | None = None
+
+    def __init__(self, descriptor: int = -1) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise UserError("processes of the loader need Linux; use threads")
+        self.mine, self.end = descriptor < 0, 0
+        self.descriptor = os.memfd_create("batches", os.MFD_CLOEXEC) if self.mine else descriptor
+
+    def allocate(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The next array of `shape`."""
+        size = int(np.prod(shape))
+        if not size:
+            return np.empty(shape, np.uint8)
+        begin, self.end = self.end, self.end - (-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self.mine:
+            os.ftruncate(self.descriptor, self.end)
+        array = np.frombuffer(mmap.mmap(self.descriptor, size, offset=begin), np.uint8)
+        if self.pin:
+            self.pin(array)
+        return array.reshape(shape)
+
+    def __del__(self) -> None:
+        if self.mine:
+            os.close(self.descriptor)
+
+
+class Processes:
+    """`count` processes that read from the shards `paths` into the loader's buffers.
+
+    `read` is as Reader's, for any number of threads. files: how many each may keep open.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        shared: Shared,
+        layout: Layout,
+        shape: tuple[int, int],
+        paths: Sequence[Path],
+        files: int,
+    ) -> None:
+        self.idle: SimpleQueue[tuple[Connection, subprocess.Popen[bytes]]] = SimpleQueue()
+        self.all: list[tuple[Connection, subprocess.Popen[bytes]]] = []
+        facts = shared.descriptor, layout, shape, [str(path) for path in paths], files
+        for _ in range(count):
+            mine, theirs = Pipe()
+            start = START.format(path=sys.path, pipe=theirs.fileno())
+            given = theirs.fileno(), shared.descriptor
+            process = subprocess.Popen(
+                [sys.executable, "-c", start], stdin=subprocess.DEVNULL, pass_fds=given
+            )
+            theirs.close()
+            self.all.append((mine, process))
+            self.idle.put((mine, process))
+        for pipe, _ in self.all:  # while they start
+            pipe.send(facts)
+
+    def read(self, number: int, places: Sequence[Place]) -> dict[int, str]:
+        """As Reader.read, into the loader's buffers `number`, by whichever process is idle."""
+        pipe, process = self.idle.get()
+        try:
+            pipe.send((number, places))
+            problems: dict[int, str] | OSError = pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(
+                f"a process of the loader ended (status {process.wait()}); if memory is short, use "
+                "fewer workers"
+            ) from None
+        finally:
+            self.idle.put((pipe, process))
+        if isinstance(problems, OSError):
+            raise problems
+        return problems
+
+    def end(self) -> None:
+        """End all of them: what waits in `read` is told so."""
+        for _, process in self.all:
+            process.kill()
+        for _, process in self.all:
+            process.wait()
+
+    def close(self) -> None:
+        """Close the pipes, when nobody is in `read`."""
+        for pipe, _ in self.all:
+            pipe.close()
+
+
+def serve(descriptor: int) -> None:
+    """What a process does: answer, until the loader is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loader's
+    pipe: Any = Connection(descriptor)
+    memory, layout, (count, size), paths, files = pipe.recv()
+    shared = Shared(memory)
+    buffers = [Buffers(layout, size, shared.allocate) for _ in range(count)]
+
+    def opened(shard: int) -> Held:
+        return Held(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
+
+    reader = Reader(layout, lru_cache(files)(opened))
+    while True:
+        try:
+            number, places = pipe.recv()
+            try:
+                found: dict[int, str] | OSError = reader.read(buffers[number], places)
+            except OSError as error:
+                found = error
+            pipe.send(found)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
