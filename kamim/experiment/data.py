@@ -5,7 +5,6 @@
 
 import tarfile
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ def pack(photos: Path, cifar: Path, out: Path, train: int, test: int) -> list[Pa
     every = [records[number] for number in range(len(records))]
     files = {
         "frames": joined([np.frombuffer(each.frame, np.uint8) for each in every]),
-        "maps": np.stack([stacked(each.maps, records.manifest.detectors) for each in every]),
+        "maps": np.stack([np.stack([*each.maps.values()]) for each in every]),
         "detectors": np.array(records.manifest.detectors),
         "sizes": np.array([(each.height, each.width) for each in every]),
         "sources": np.array([each.source for each in every]),
@@ -73,11 +72,6 @@ def pack(photos: Path, cifar: Path, out: Path, train: int, test: int) -> list[Pa
         files |= {split: joined(images), f"{split}_labels": np.array(labels, np.uint8)}
     np.savez_compressed(out / "cifar.npz", **flat(files))
     return [out / "photos.npz", out / "cifar.npz"]
-
-
-def stacked(maps: Any, names: Sequence[str]) -> NDArray[np.uint8]:
-    """The maps of a record, uint8 [D, G, G], whether it has them by name or in that order."""
-    return np.stack([maps[name] for name in names] if isinstance(maps, dict) else maps)
 
 
 def first_of_each(path: Path, count: int) -> tuple[list[NDArray[np.uint8]], list[int]]:
