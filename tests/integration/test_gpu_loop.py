@@ -57,7 +57,7 @@ def batch_of(images, size):
     square = torch.tensor([[0.1, 0.1, 0.8, 0.8]]).repeat(images, 1)
     return {
         "frames": torch.randint(256, (images, size, size, 3), dtype=torch.uint8),
-        "maps": {name: torch.randint(256, (images, 54, 27), dtype=torch.uint8)
+        "maps": {name: torch.randint(256, (images, 54, 54), dtype=torch.uint8)
                  for name in Facts.detectors},
         "counts": {},
         "boxes": square,
