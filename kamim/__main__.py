@@ -19,6 +19,7 @@ import re
 import signal
 import threading
 import traceback
+from importlib.util import find_spec
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -30,6 +31,8 @@ import preprocess.cli
 import train.cli
 from preprocess import BuildError
 from shards.errors import UserError, install
+
+OURS = {"kamim", "preprocess", "shards", "train"}
 
 app = typer.Typer(
     help="Keypoint-weighted masked image modelling from offline shards.",
@@ -54,7 +57,7 @@ def doctor(
         parts = [{"part": part, "state": state, "type": hint} for part, state, hint in rows]
         print(json.dumps(parts, indent=2))
     for part, state, hint in [] if json_output else rows:
-        print(f"{part:20s} {state}{f'; type: {hint}' if hint else ''}")
+        print(f"{part:20s} {state}{f'; {hint}' if hint else ''}")
 
 
 def _show_version(asked: bool) -> None:
@@ -100,6 +103,12 @@ def _plain(text: str, arguments: list[str]) -> str:
     return " ".join([option, *map(repr, typed[:1]), rule])
 
 
+def _is_missing(module: str) -> bool:
+    """Whether a package of others is not installed; a module that lacks in one is a bug."""
+    package, _, inside = module.partition(".")
+    return bool(package) and package not in OURS and (not inside or find_spec(package) is None)
+
+
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and a status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -126,15 +135,14 @@ def main() -> None:
     except BuildError as error:
         caught = error
         line = str(error)
-    except ModuleNotFoundError as error:
-        caught = error
-        status, line = 2, f"{error.name} is not installed; {install(error.name or '')}"
     except OSError as error:
         caught = error
         line = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except Exception as error:
         caught = error
-        if hasattr(error, "format_message"):  # the command line's own errors of usage
+        if isinstance(error, ModuleNotFoundError) and _is_missing(error.name or ""):
+            status, line = 2, f"{error.name} is not installed; {install(error.name or '')}"
+        elif hasattr(error, "format_message"):  # the command line's own errors of usage
             status, text = 2, error.format_message()
             if text.startswith("Usage: "):  # no command was given: the help, which is no error
                 print(text, file=sys.stderr)

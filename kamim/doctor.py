@@ -1,43 +1,45 @@
 """What this machine can do: a line for each part, and what to type for what is missing.
 
-In: nothing. Out: rows of (part, state, what to type). Nothing is installed or changed.
+Nothing is installed or changed.
 """
 
 import importlib
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable
 
-from shards.errors import FFCV
+from shards.errors import install
 
-FFCV_PACKAGES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
 Row = tuple[str, str, str]
+# What is called what, the module, and when it is needed; what to type is said by install.
+PACKAGES = {
+    "torch": "torch",
+    "timm": "timm",
+    "demo photographs": "skimage",
+    "webdataset library": "webdataset",
+    "Weights & Biases": "wandb",
+    "Dask": "distributed",
+    "Ray": "ray",
+    "S3": "s3fs",
+    "Google storage": "gcsfs",
+    "Parquet": "pyarrow",
+}
+# Nothing but these needs them.
+FOR = {"webdataset": "only to read our shards without us", "wandb": "only for --wandb"}
 
 
 def examine() -> list[Row]:
     """Every part in turn; the third column is empty where nothing is missing."""
     rows = [("Python", platform.python_version(), "")]
-    rows += [_package(*part) for part in (
-        ("torch", "torch", "pip install '.[train]'"),
-        ("timm", "timm", "pip install '.[train]'"),
-        ("demo photographs", "skimage", "pip install '.[demo]'"),
-        ("webdataset library", "webdataset", "pip install webdataset (our reader needs it not)"),
-        ("Weights & Biases", "wandb", "pip install wandb (only for --wandb)"),
-        ("Dask", "distributed", "pip install '.[dask]'"),
-        ("Ray", "ray", "pip install '.[ray]'"),
-        ("S3", "s3fs", "pip install '.[remote]'"),
-        ("Google storage", "gcsfs", "pip install '.[remote]'"),
-        ("Parquet", "pyarrow", "pip install '.[parquet]'"),
-    )]  # fmt: skip
+    rows += [_package(part, module) for part, module in PACKAGES.items()]
     return [*rows, _checked("CUDA", _cuda), _opencv(), _checked("FFCV", _ffcv)]
 
 
-def _package(part: str, module: str, hint: str) -> Row:
+def _package(part: str, module: str) -> Row:
     if importlib.util.find_spec(module) is None:
-        return part, "missing", hint
+        wanted = f" ({FOR[module]})" if module in FOR else ""
+        return part, "missing", install(module) + wanted
     for distribution in importlib.metadata.packages_distributions().get(module, []):
         return part, importlib.metadata.version(distribution), ""
     return part, "there", ""
@@ -53,7 +55,7 @@ def _checked(part: str, check: Callable[[], tuple[str, str]]) -> Row:
 
 def _cuda() -> tuple[str, str]:
     if importlib.util.find_spec("torch") is None:
-        return "missing", "install torch first"
+        return "missing", "needs torch"
     import torch
 
     if torch.cuda.is_available():
@@ -68,11 +70,15 @@ def _opencv() -> Row:
         if _installed(name)
     ]
     if not _installed("opencv-python-headless"):
-        return "OpenCV", f"not the headless wheel: {wheels}", "pip install opencv-python-headless"
+        return (
+            "OpenCV",
+            f"not the headless wheel: {wheels}",
+            "type: pip install opencv-python-headless",
+        )
     state = f"{importlib.metadata.version('opencv-python-headless')} (headless)"
     if not wheels:
         return "OpenCV", state, ""
-    hint = f"pip uninstall -y {' '.join(wheels)} opencv-python-headless && "
+    hint = f"type: pip uninstall -y {' '.join(wheels)} opencv-python-headless && "
     hint += "pip install opencv-python-headless"
     return "OpenCV", f"{state}, and {', '.join(wheels)} in the same cv2 folder", hint
 
@@ -87,13 +93,7 @@ def _installed(distribution: str) -> bool:
 
 def _ffcv() -> tuple[str, str]:
     if importlib.util.find_spec("ffcv") is None:
-        missing = [tool for tool in ("g++", "pkg-config") if not shutil.which(tool)]
-        if "pkg-config" not in missing:
-            for library in ("opencv4", "libturbojpeg"):
-                found = subprocess.run(["pkg-config", "--exists", library], check=False)
-                missing += [] if found.returncode == 0 else [library]
-        first = f"apt-get install {FFCV_PACKAGES}; then " if missing else ""
-        return "missing", f"{first}{FFCV}"
+        return "missing", install("ffcv")
     import ffcv.loader  # noqa: F401
 
     return importlib.metadata.version("ffcv"), ""

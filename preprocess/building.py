@@ -75,6 +75,14 @@ def build(
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
         raise UserError(f"there is no setting {name!r}{hint}")
+    if not detectors or len(set(detectors)) < len(detectors):
+        raise UserError(f"detectors {', '.join(detectors) or '()'}: name one or more, each once")
+    if jobs < 0:
+        raise UserError(f"jobs {jobs} is out of range; give 0 (one per core) or more")
+    if on_error not in ("quarantine", "fail"):
+        raise UserError(f"on_error is {on_error!r}; there are quarantine and fail")
+    if not 0 <= max_rejected <= 1:
+        raise UserError(f"max_rejected {max_rejected} is out of range; give 0 to 1")
     chosen = Settings(detectors=tuple(map(detector_settings, detectors)), **settings)
     listed, old = open_source(source, split, partial), Path(reuse) if reuse else None
     return build_shards(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import joblib
 import numpy as np
@@ -129,21 +129,17 @@ class ShardSet:
         boxes (area: least and most share of the source; flips: chance of a horizontal and a
         vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
         its part of each batch. bank: show the stored crops with their exact densities. decode: as
-        of `loader`.
+        of `loader`. Raises UserError, with the first batch, if set or arguments cannot serve.
         """
         from shards.weighting import WeightedCrops, find_device, to_device
 
         plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        if plan.steps(epochs) < 1:
+            make = f"{epochs:g} epochs of {len(self)} records make no batch of {batch}"
+            raise UserError(f"{make}; give more epochs or a smaller batch")
         where = find_device(device)
-        crops = WeightedCrops(
-            self,
-            weights,
-            size=size,
-            w_ps=w_ps,
-            temperature=temperature,
-            normalise=normalise,
-            bank=bank,
-        ).to(where)
+        how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
+        crops = WeightedCrops(self, weights, size=size, w_ps=w_ps, bank=bank, **how).to(where)
         loader = self.loader(
             plan,
             first,

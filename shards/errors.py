@@ -1,5 +1,7 @@
 """The error that a person can mend, and what to type for a package that is missing."""
 
+from pathlib import Path
+
 # Packages, as they are imported, by the extra that installs them.
 EXTRAS = {
     "demo": "skimage",
@@ -9,25 +11,31 @@ EXTRAS = {
     "dask": "dask distributed",
     "ray": "ray",
 }
+# What pip calls a package that is imported by another name.
+PIP = {"PIL": "pillow", "cv2": "opencv-python-headless"}
+MAKEFILE = Path(__file__).parents[1] / "Makefile"  # in a checkout; a wheel has none
 
 
 class UserError(ValueError):
     """A request that cannot be carried out: one line with the value, the rule and the next step."""
 
 
-# FFCV is source only, and asks for opencv-python, a second cv2: hence --no-deps.
-FFCV = (
-    "type, in the folder of kamim's sources: make ffcv; or: apt-get install libopencv-dev "
-    "libturbojpeg0-dev pkg-config g++, pip install '.[ffcv]', pip install --no-deps ffcv==1.0.2"
-)
-
-
 def install(module: str) -> str:
     """What to type for the package of `module`."""
-    if module == "ffcv":
-        return FFCV
     package = module.partition(".")[0]
+    if package == "ffcv":
+        return install_ffcv()
     for extra, packages in EXTRAS.items():
         if package in packages.split():
             return f"type, in the folder of kamim's sources: pip install '.[{extra}]'"
-    return f"type: pip install {package}"
+    return f"type: pip install {PIP.get(package, package)}"
+
+
+def install_ffcv() -> str:
+    """FFCV is source only, and asks for opencv-python, a second cv2: hence --no-deps."""
+    if MAKEFILE.is_file():
+        return "type, in the folder of kamim's sources: make ffcv"
+    return (
+        "type, in the folder of kamim's sources: apt-get install libopencv-dev libturbojpeg0-dev "
+        "pkg-config g++ && pip install '.[ffcv]' && pip install --no-deps ffcv==1.0.2"
+    )

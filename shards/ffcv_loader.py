@@ -75,7 +75,7 @@ class FfcvLoader:
                 f"{records.folder} is an FFCV set and FFCV is not usable ({error}); "
                 f"{install('ffcv')}"
             ) from None
-        check_plan(records, plan)
+        check_plan(records, plan, first, last)
         self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
         self.bank = bank
         self.records, self.plan, self.damaged = records, plan, set[int]()

@@ -83,7 +83,7 @@ class RecordLoader:
     def __init__(
         self, records: ShardSet, plan: Plan, first: int, last: int, maps: Sequence[str] = ()
     ) -> None:
-        check_plan(records, plan)
+        check_plan(records, plan, first, last)
         self.damaged: set[int] = set()
         self.records, self.plan, self.first, self.last = records, plan, first, last
         self.rows = dict(zip(maps, records.find_maps(maps), strict=True))
@@ -100,8 +100,10 @@ class RecordLoader:
                 yield planned(self.records, self.plan, part, frames, maps, {})[0]
 
 
-def check_plan(records: ShardSet, plan: Plan) -> None:
-    """Raise UserError unless the plan is for the set."""
+def check_plan(records: ShardSet, plan: Plan, first: int = 0, last: int = 0) -> None:
+    """Raise UserError unless the plan is for the set, and has steps `first` to `last`."""
+    if not 0 <= first <= last:
+        raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
     if plan.count != len(records):
         raise UserError(f"the plan is for {plan.count} samples, the set has {len(records)}")
 
@@ -137,7 +139,9 @@ class Loader:
     ) -> None:
         if records.manifest.container != "webdataset":
             raise UserError(f"{records.folder} is an FFCV set; load it by ShardSet.loader")
-        check_plan(records, plan)
+        check_plan(records, plan, first, last)
+        if workers < 0:
+            raise UserError(f"workers {workers} is out of range; give 0 (one per core) or more")
         self.records, self.plan, self.skip = records, plan, skip
         self.damaged: set[int] = set()
         self.ahead: Callable[[], Prefetch | None] = lambda: None

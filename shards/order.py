@@ -145,8 +145,23 @@ class Plan:
     windows: Windows | None = None
     in_order: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("count", "batch", "micro_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is out of range; give 1 or more")
+        for name, most in (("area", 1.0), ("ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                rule = f"give 0 < least <= most <= {most:g}"
+                raise UserError(f"{name} {low:g} to {high:g} is out of range; {rule}")
+        for name in ("horizontal", "vertical"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} is no probability; give 0 to 1")
+
     def steps(self, epochs: float = 1) -> int:
         """Whole steps in `epochs`; in order, the steps that show every sample once."""
+        if not 0 <= epochs < math.inf:
+            raise UserError(f"epochs {epochs} is out of range; give a number, 0 or more")
         if self.in_order:
             return -(-self.count // self.batch)
         return int(epochs * self.count) // self.batch
@@ -159,11 +174,13 @@ class Plan:
         Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
         either. Raises UserError if they do not divide the batch.
         """
-        part = self._part(ranks)
+        part = self._part(rank, ranks)
         return self._stream(step * self.batch + (micro_step * ranks + rank) * part, part)
 
-    def _part(self, ranks: int) -> int:
+    def _part(self, rank: int, ranks: int) -> int:
         """Samples of one process in a micro-step."""
+        if not 0 <= rank < ranks:
+            raise UserError(f"there is no rank {rank} of {ranks} processes; give 0 to {ranks - 1}")
         part, rest = divmod(self.batch, self.micro_steps * ranks)
         if rest or not part:
             raise UserError(
@@ -211,7 +228,7 @@ class Plan:
         self, first: int, last: int, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[int, Ints, Ints]]:
         """(step, epochs, samples) of every micro-step of steps `first` to `last` - 1."""
-        part, steps = self._part(ranks), max(1, AHEAD // self.batch)
+        part, steps = self._part(rank, ranks), max(1, AHEAD // self.batch)
         for begin in range(first, last, steps):
             end = min(begin + steps, last)
             epochs, samples = self._stream(begin * self.batch, (end - begin) * self.batch)

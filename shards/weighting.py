@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -77,6 +77,13 @@ class WeightedCrops(nn.Module):
     ) -> None:
         super().__init__()
         self.weights, self.size, self.temperature = weights, size, temperature
+        if size < 1:
+            raise UserError(f"crop size {size} is out of range; give 1 or more")
+        if w_ps < 1:
+            raise UserError(f"w_ps {w_ps} is out of range; give 1 or more")
+        if normalise not in get_args(Normalise):
+            known = ", ".join(get_args(Normalise))
+            raise UserError(f"normalise is {normalise!r}; there are {known}")
         self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
         sight = torch.ones(self.cells)
         if weights is not None:
@@ -334,9 +341,15 @@ def find_device(name: str) -> torch.device:
     """The device called `name`; auto: CUDA if there is one. Raises UserError if it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name}: torch sees no CUDA device; use cpu")
-    return torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def pinned(shape: tuple[int, ...]) -> Any:

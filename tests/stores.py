@@ -1,6 +1,6 @@
 """Real stores on loopback, each a process of its own that can be killed: HTTP, and moto's S3.
 
-In: a folder. Out: its files at `url`, as often as it is started. Run as a program, the S3 server.
+Each serves the files of a folder at `url`. Run as a program, the S3 server.
 """
 
 import contextlib

@@ -1,13 +1,12 @@
 """How fast shards are built, against the sum of their parts; run by `make bench-build`.
 
-In: a source of photographs. Out: a table and results/build.jsonl: each stage alone on one thread,
-whole builds by one and two jobs interleaved with them, and peak memory over 1x and 10x the images.
+Each stage alone on one thread, whole builds by one and two jobs in turn with them, and peak memory
+over 1x and 10x the images.
 """
 
 import multiprocessing
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kamim.bench.provenance import append, ratio, spread
+from kamim.bench.measuring import in_turn, keep
+from kamim.bench.provenance import ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
 from preprocess.building import shard_size_for
 from preprocess.densities import View, map_views, published_grey, squeezed
@@ -36,7 +36,7 @@ COPIES = {"fast": 5, "orb": 3, "sift": 1}
 
 
 def stage_ms(source: Source, name: str) -> dict[str, float]:
-    """Milliseconds an image of each stage alone, one thread, on every image of `source`."""
+    """Milliseconds per image of each stage alone, one thread, on every image of `source`."""
     cv2.setNumThreads(1)
     detector = detector_settings(name)
     settings = Settings(detectors=(detector,), shard_size=1)
@@ -97,11 +97,12 @@ def measure(source: Source, name: str, repeats: int, copies: int = 0) -> dict[st
     """One row: stages alone, builds by one and two jobs of `source` listed `copies` times."""
     often = replace(source, entries=source.entries * (copies or COPIES[name]))
     build_rate(source, name, 2)  # warm-up: starts the workers and fills the page cache
-    stages, one, two = [], [], []
-    for _ in range(repeats):
-        stages.append(stage_ms(source, name))
-        one.append(build_rate(often, name, 1))
-        two.append(build_rate(often, name, 2))
+    works: dict[str, Callable[[], Any]] = {
+        "stages": lambda: stage_ms(source, name),
+        "one": lambda: build_rate(often, name, 1),
+        "two": lambda: build_rate(often, name, 2),
+    }
+    stages, one, two = in_turn(works, repeats).values()
     parts = {s: statistics.median(run[s] for run in stages) for s in stages[0]}
     ceilings = [2000 / sum(run.values()) for run in stages]
     return {
@@ -117,8 +118,8 @@ def measure(source: Source, name: str, repeats: int, copies: int = 0) -> dict[st
     }
 
 
-def main(where: str) -> list[dict[str, Any]]:
-    """Measure, print the table on stdout, append the rows; returns them."""
+def measure_all(where: str) -> list[dict[str, Any]]:
+    """A row per detector, printed."""
     source = open_source(where)
     rows: list[dict[str, Any]] = []
     memory = [peak_megabytes(source, copies) for copies in (1, 10)]
@@ -127,7 +128,6 @@ def main(where: str) -> list[dict[str, Any]]:
         rows.append(measure(source, name, repeats) | {"peak_mb": peaks})
         print(table(rows[-1]), flush=True)
     print(f"peak memory of a job: {memory[0]:.0f} MB, over ten times the images {memory[1]:.0f} MB")
-    print(append("build", rows))
     return rows
 
 
@@ -137,7 +137,7 @@ def table(row: dict[str, Any]) -> str:
     one, two = row["images_per_s_1_job"], row["images_per_s_2_jobs"]
     share, scaling = row["share_of_ceiling_2_jobs"], row["two_jobs_over_one"]
     return (
-        f"{row['detector']}: ms an image alone: {stages}\n"
+        f"{row['detector']}: ms per image alone: {stages}\n"
         f"  1 job {one['median']:.0f} img/s, 2 jobs {two['median']:.0f} img/s; "
         f"2 jobs / 1 job {scaling['median']:.2f} ({scaling['min']:.2f} to {scaling['max']:.2f}); "
         f"share of 2 cores / sum of stages {share['median']:.2f} ({share['min']:.2f} to "
@@ -146,4 +146,4 @@ def table(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    keep("build", measure_all)

@@ -1,8 +1,4 @@
-"""`kamim bench`: what offline detection gains on this machine, with every factor printed.
-
-In: a source of photographs, by default the demo's. Out: tables on stdout, and JSON lines with their
-circumstances and pictures where they are asked for.
-"""
+"""`kamim bench`: what offline detection gains on this machine, with every factor printed."""
 
 import json
 import sys
@@ -67,6 +63,10 @@ def bench(
         raise UserError(f"--only {only!r}: there are {', '.join(PARTS)}")
     if "meaning" in parts and "loaders" not in parts:
         raise UserError("--only meaning needs the loaders' rates; add loaders")
+    if save:
+        from kamim.bench.provenance import check_checkout
+
+        check_checkout()
     begin = time.perf_counter()
     rows = _measure(source, parts, quick, seconds, repeats)
     if save:
@@ -118,10 +118,16 @@ def _measure(
             wanted = 1 if quick else build.REPEATS[detector]
             rows.append(build.measure(source, detector, wanted, int(quick)))
     if "meaning" in parts:
-        medians = {f"{r['loader']}: {r['detector']}": r["images_per_s"]["median"]
-                   for r in rows if "images_per_s" in r and "loader" in r}  # fmt: skip
-        steps = {r["recipe"]: r["images_per_s_synthetic"] for r in rows
-                 if r["bench"] == "step" and r["device"] != "cpu"}  # fmt: skip
+        medians = {
+            f"{row['loader']}: {row['detector']}": row["images_per_s"]["median"]
+            for row in rows
+            if row["bench"] == "versus" and row["loader"] != "chain"
+        }
+        steps = {
+            row["recipe"]: row["images_per_s_synthetic"]
+            for row in rows
+            if row["bench"] == "step" and row["device"] != "cpu"
+        }
         rows += meaning.rows_of(medians, cores, steps)
     return rows
 
@@ -131,8 +137,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     loaders = [r for r in rows if r["bench"] == "versus" and r["loader"] != "chain"]
     if loaders:
-        print(f"{'loader':42s}{'images/s':>10s}{'least to most':>22s}{'x published':>13s}  "
-              "of its ceiling")  # fmt: skip
+        heads = f"{'images/s':>10s}{'least to most':>22s}{'x published':>13s}  of its ceiling"
+        print(f"{'loader':42s}{heads}")
     for row in loaders:
         rate, name = row["images_per_s"], row["loader"]
         if "only" not in name:
@@ -151,14 +157,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
             mfu = f", {row['mfu']:.0%} MFU" if row["mfu"] else ""
             share, weighing = row["end_to_end_over_synthetic"], row["weighted_over_unweighted"]
             print(f"\nstep, {row['recipe']} on {row['device']}: {row['images_per_s']:,} images/s,")
-            print(f"{share:.2f} of synthetic, weighted / unweighted {weighing:.2f} in time, "
-                  f"waiting {row['waiting']:.1%}{mfu}")  # fmt: skip
+            weighing_costs = f"weighted / unweighted {weighing:.2f} in time"
+            print(f"{share:.2f} of synthetic, {weighing_costs}, waiting {row['waiting']:.1%}{mfu}")
         elif row["bench"] == "build":
             print("\nbuild, " + table(row))
         elif row["bench"] == "meaning":
             hours = ", ".join(f"{way} {h:,.1f}" for way, h in row["hours_100_epochs"].items())
-            print(f"\n{row['recipe']}: one GPU takes {row['gpu_images_per_s']:,} images/s "
-                  f"({row['gpu_is']});")  # fmt: skip
+            takes = f"{row['gpu_images_per_s']:,} images/s ({row['gpu_is']})"
+            print(f"\n{row['recipe']}: one GPU takes {takes};")
             print(f"hours of 100 epochs of ImageNet-1K with 16 cores, computed: {hours}")
 
 
@@ -170,5 +176,5 @@ def _save(rows: list[dict[str, Any]]) -> None:
         of_name = [row for row in rows if row["bench"] == name]
         print(append(name, of_name), file=sys.stderr)
     if any(row.get("loader") == "chain" for row in rows):
-        for path in draw_all(rows, RESULTS.parent.parent / "docs"):
+        for path in draw_all(rows, RESULTS.parents[1]):
             print(path, file=sys.stderr)

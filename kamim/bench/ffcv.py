@@ -1,12 +1,9 @@
 """FFCV with square frames against FFCV as it comes; run by `make bench-ffcv`.
 
-In: a source of photographs. Out: a table and results/ffcv.jsonl: images a second of FFCV's own
-RandomResizedCrop on the same photos (short side 256, same quality) against our JPEG and raw sets,
-with and without maps, and the time to the first batch at 0 % and at 90 % of an epoch.
+FFCV's own RandomResizedCrop on the same photos (short side 256, same quality) against our JPEG and
+raw sets, with and without maps, and the time to the first batch at 0 % and at 90 % of an epoch.
 """
 
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +18,12 @@ from ffcv.loader import Loader as Ffcv
 from ffcv.loader import OrderOption
 from ffcv.writer import DatasetWriter
 
-from kamim.bench.provenance import append, ratio, spread
-from preprocess import build_shards, decode_image, detector_settings, open_source
-from preprocess.building import shard_size_for
+from kamim.bench.measuring import figures, in_turn, keep, temporary_set
+from kamim.bench.provenance import ratio, spread
+from preprocess import decode_image, open_source
 from preprocess.source import Source
-from shards import Settings, ShardSet
+from shards import Plan, ShardSet
 from shards.beton import convert_to_ffcv
-from shards.ffcv_loader import FfcvLoader
-from shards.order import Plan
 
 BATCH, REPEATS = 100, 7
 
@@ -62,7 +57,7 @@ def ours(records: ShardSet, detectors: list[str]) -> Callable[[], float]:
     """A function that runs our loader over several epochs and gives images a second."""
     count = len(records)
     plan, steps = Plan(count, BATCH), 6 * count // BATCH
-    loader = FfcvLoader(records, plan, 0, steps, maps=detectors)
+    loader = records.loader(plan, 0, steps, maps=detectors)
 
     def run() -> float:
         return _rate(iter(loader), steps)
@@ -102,24 +97,21 @@ def first_batch(records: ShardSet, at: float) -> float:
     """Seconds from a compiled loader to its first batch at the share `at` of an epoch."""
     plan = Plan(len(records), BATCH)
     steps = len(records) // BATCH
-    loader = FfcvLoader(records, plan, int(at * steps), int(at * steps) + 1)
+    loader = records.loader(plan, int(at * steps), int(at * steps) + 1)
     next(iter(loader))  # compiles
     begin = time.perf_counter()
     next(iter(loader))
     return time.perf_counter() - begin
 
 
-def main(where: str) -> None:
-    """Build the three sets, measure interleaved, print and append."""
+def measure(where: str) -> list[dict[str, Any]]:
+    """One row: build the three sets, measure in turn, print."""
     source = open_source(where)
     count = len(source.entries)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        detectors = (detector_settings("fast"),)
-        size = shard_size_for(count)
-        build_shards(source, folder / "shards", Settings(detectors=detectors, shard_size=size))
+    with temporary_set(where) as records:
+        folder = records.folder.parent
         for frames in ("jpeg", "raw"):
-            convert_to_ffcv(folder / "shards", folder / frames, frames)
+            convert_to_ffcv(records.folder, folder / frames, frames)
         write_stock(source, folder / "stock.beton")
         jpeg, raw = ShardSet(folder / "jpeg"), ShardSet(folder / "raw")
         works = {
@@ -129,14 +121,8 @@ def main(where: str) -> None:
             "square raw, with maps": ours(raw, ["fast"]),
             "square raw, without maps": ours(raw, []),
         }
-        rates: dict[str, list[float]] = {name: [work()] for name, work in works.items()}
-        for name in works:
-            rates[name].clear()  # that was the warm-up: compiling, page cache
-        for _ in range(REPEATS):
-            for name, work in works.items():
-                rates[name].append(work())
+        rates = in_turn(works, REPEATS, warm=1)  # which compiles, and fills the page cache
         resume = [first_batch(raw, 0.9) / first_batch(raw, 0.0) for _ in range(5)]
-    row: dict[str, Any] = {"bench": "ffcv", "images": count, "n": REPEATS}
     base, with_maps, bare, raw_maps, raw_bare = rates.values()
     ratios = {
         "square JPEG / RandomResizedCrop": ratio(with_maps, base),
@@ -145,11 +131,8 @@ def main(where: str) -> None:
         "raw with maps / without": ratio(raw_maps, raw_bare),
         "first batch at 90 % / at 0 %": spread(resume),
     }
-    for name, figure in ({name: spread(v, 0) for name, v in rates.items()} | ratios).items():
-        row[name] = figure
-        print(f"{name:36s} {figure['median']:>9,} ({figure['min']:,} to {figure['max']:,})")
-    print(append("ffcv", [row]))
+    return [{"bench": "ffcv", "images": count, "n": REPEATS, **figures(rates, ratios)}]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    keep("ffcv", measure)

@@ -1,16 +1,12 @@
 """How fast batches come from shards, and what weights cost a step; run by `make bench-loader`.
 
-In: a finished set of shards (by default one built from DATA, else from the demo). Out: a table and
-results/loader.jsonl: the loader against decoding alone, threads against processes, with maps
-against without, the weighted step against the unweighted one; interleaved, medians.
+The loader against decoding alone, threads against processes, with maps against without, the
+weighted step against the unweighted one.
 """
 
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,21 +15,13 @@ import numpy as np
 import simplejpeg
 import torch
 
-from kamim.bench.provenance import append, ratio, spread
-from preprocess import build_shards, detector_settings, open_source
-from preprocess.building import shard_size_for
-from shards import Settings, ShardSet, decode_frame
-from shards.loader import Loader
-from shards.order import Plan
-from shards.weighting import to_device
-from train.loss import masked_l1
-from train.masking import block_masks
-from train.models import CELL, SimMIM
+from kamim.bench.measuring import figures, in_turn, keep, temporary_set
+from kamim.bench.provenance import ratio
+from kamim.bench.step import always, training
+from shards import Plan, ShardSet, decode_frame, to_device
 from train.recipes import find_recipe
-from train.setup import weighted_crops
 
-REPEATS = 9
-BATCH = 200
+REPEATS, BATCH, STEPS, AHEAD = 9, 200, 24, 3
 
 
 class _Frames(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -60,20 +48,20 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
 
 
 def loader_rate(
-    records: ShardSet, detectors: list[str], bank: bool = False, steps: int = 24
+    records: ShardSet, detectors: list[str], bank: bool = False, steps: int = STEPS
 ) -> float:
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = Loader(records, plan, 0, steps, maps=detectors, bank=bank)
+    loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD)
     begin = 0.0
     for number, _ in enumerate(loader):
-        if number == loader.prefetch:
+        if number == AHEAD:
             begin = time.perf_counter()
-    return (steps - loader.prefetch - 1) * BATCH / (time.perf_counter() - begin)
+    return (steps - AHEAD - 1) * BATCH / (time.perf_counter() - begin)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
-    """Images a second of a DataLoader with a process a core, its start left out."""
+    """Images a second of a DataLoader with a process per core, its start left out."""
     loader = torch.utils.data.DataLoader(
         _Frames(records), BATCH, shuffle=True, num_workers=cores, prefetch_factor=3
     )
@@ -84,46 +72,19 @@ def processes_rate(records: ShardSet, cores: int) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def step_seconds(records: ShardSet, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of training steps on one batch with and without weights, interleaved."""
+def step_seconds(records: ShardSet, repeats: int) -> dict[str, list[float]]:
+    """Seconds of training steps on one batch with and without weights, in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = find_recipe("vit_base" if device.type == "cuda" else "vit_tiny")
-    batch = 256 if device.type == "cuda" else 16
-    model = SimMIM(recipe.model, recipe.size).to(device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    detector = records.manifest.detectors[0]
-    loader = records.loader(Plan(len(records), batch), 0, 1, maps=[detector])
-    _, tensors = next(to_device(loader, device))
-    mask = block_masks(0, 0, batch, recipe.size // CELL, recipe.mask_ratio, device)
-    ways = [weighted_crops(recipe, records, name).to(device) for name in (detector, None)]
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 2):
-        for taken, crops in zip(times, ways, strict=True):
-            begin = time.perf_counter()
-            images, weights, *_ = crops(tensors)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                reconstruction = model(images, mask)
-            masked_l1(reconstruction, images, mask, weights).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 2:
-                taken.append(time.perf_counter() - begin)
-    return times
-
-
-def main(where: str) -> None:
-    """Measure, print and append."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = open_source(where)
-        detectors = (detector_settings("fast"),)
-        size = shard_size_for(len(source.entries))
-        settings = Settings(detectors=detectors, shard_size=size, bank=4)
-        build_shards(source, Path(folder) / "shards", settings)
-        build_shards(source, Path(folder) / "raw", replace(settings, quality=0, bank=0))
-        row = measure(ShardSet(Path(folder) / "shards"), ShardSet(Path(folder) / "raw"))
-    print(append("loader", [row]))
+    name, batch = ("vit_base", 256) if device.type == "cuda" else ("vit_tiny", 16)
+    run = training(replace(find_recipe(name), batch=batch), records, device)
+    maps = records.manifest.detectors[:1]
+    loader = records.loader(Plan(len(records), batch), 0, 1, maps=maps)
+    still = always(next(to_device(loader, device)), device)
+    works = {
+        "weighted": lambda: run(still, 1, True)[0],
+        "unweighted": lambda: run(still, 1, False)[0],
+    }
+    return in_turn(works, repeats, warm=2)
 
 
 def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
@@ -143,29 +104,25 @@ def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
         "loader, threads, raw frames": lambda: loader_rate(raw, ["fast"], steps=120),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
-    rates: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(REPEATS):
-        for name, work in works.items():
-            rates[name].append(work())
-    ceiling = [cores * rate for rate in rates["decode alone, simplejpeg"]]
-    threads, bare = rates["loader, threads, with maps"], rates["loader, threads, without maps"]
-    stored = rates["loader, threads, from the bank"]
-    processes = rates["DataLoader, processes, with maps"]
-    weighted, plain = step_seconds(records, REPEATS * 2)
+    rates = in_turn(works, REPEATS)
+    simple, _, threads, bare, stored, of_raw, processes = rates.values()
+    step = step_seconds(records, REPEATS * 2)
     ratios = {
-        "loader / (cores x decode alone)": ratio(threads, ceiling),
+        "loader / (cores x decode alone)": ratio(threads, [cores * rate for rate in simple]),
         "with maps / without": ratio(threads, bare),
         "from the bank / without maps": ratio(stored, bare),
-        "raw frames / JPEG frames": ratio(rates["loader, threads, raw frames"], threads),
+        "raw frames / JPEG frames": ratio(of_raw, threads),
         "threads / processes": ratio(threads, processes),
-        "weighted step / unweighted": ratio(weighted, plain),
+        "weighted step / unweighted": ratio(step["weighted"], step["unweighted"]),
     }
-    row: dict[str, Any] = {"bench": "loader", "images": len(records), "n": REPEATS}
-    for name, figure in ({name: spread(v, 0) for name, v in rates.items()} | ratios).items():
-        row[name] = figure
-        print(f"{name:36s} {figure['median']:>9,} ({figure['min']:,} to {figure['max']:,})")
-    return row
+    return {"bench": "loader", "images": len(records), "n": REPEATS, **figures(rates, ratios)}
+
+
+def measure_all(where: str) -> list[dict[str, Any]]:
+    """The row of the source `where`."""
+    with temporary_set(where, bank=4) as records, temporary_set(where, quality=0) as raw:
+        return [measure(records, raw)]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    keep("loader", measure_all)

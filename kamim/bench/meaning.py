@@ -1,7 +1,6 @@
 """What the measured rates mean for ImageNet-1K: computed, and said to be.
 
-In: images a second of the loaders on this machine's cores, and of training steps if there are any.
-Out: rows of images a second that each backbone asks for, what 16 cores deliver, and hours.
+Images a second that each backbone asks for, what 16 cores deliver, and hours.
 """
 
 from typing import Any
@@ -25,7 +24,7 @@ WAYS = {
 def rows_of(
     found: dict[str, float], cores: int, measured: dict[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """A row a backbone. `found`: images a second of each loader on `cores` cores; `measured`:
+    """A row per backbone. `found`: images a second of each loader on `cores` cores; `measured`:
     images a second of a GPU's synthetic steps by recipe, in place of the assumed ones. Online
     loaders are processes, and are multiplied by cores; ours is one process, which has a ceiling.
     """

@@ -1,7 +1,7 @@
 """Online detection as people run it: PyTorch datasets that detect on every crop, in the workers.
 
-In: photographs, or the frames of a set. Out: a crop and its keypoint marks an item. `Published`
-does what the published code does, step by step; `Optimised` is the same idea without its waste.
+`Published` does what the published code does, step by step; `Optimised` is the same idea without
+its waste.
 """
 
 import io
@@ -20,8 +20,7 @@ from preprocess import detector_settings
 from preprocess.densities import crop_counts, published_grey
 from preprocess.rings import mark
 from preprocess.source import Source
-from shards import Detector, ShardSet
-from shards.order import Plan
+from shards import Detector, Plan, ShardSet
 
 SIZE = 192
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -93,7 +92,7 @@ class Published(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 class Optimised(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Online detection without its waste: our frames, our boxes, one detector a worker, dilation.
+    """Online detection without its waste: our frames, our boxes, one detector per worker, dilation.
 
     Items: the crop, uint8 [192, 192, 3], and counts, uint8 [24, 24].
     """

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: rows in, PNG files out, for the README.
+"""Pictures of a benchmark, for the README and docs.
 
 loaders.png: images a second of every loader, logarithmic. factors.png: where the gain comes from.
 """
@@ -44,7 +44,7 @@ def draw_all(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def draw_loaders(rows: list[dict[str, Any]], path: Path) -> None:
-    """A bar a loader and detector, with least and most."""
+    """A bar per loader and detector, with least and most."""
     from matplotlib import pyplot
 
     rows = sorted(
@@ -56,8 +56,8 @@ def draw_loaders(rows: list[dict[str, Any]], path: Path) -> None:
         error = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
         axes.barh(place, rate["median"], xerr=error, color=COLOURS[row["detector"]], height=0.75)
         axes.text(rate["max"] * 1.05, place, f"{rate['median']:,.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [f"{r['loader']}: {LABELS[r['detector']]}" for r in rows],
-                    fontsize=8)  # fmt: skip
+    names = [f"{row['loader']}: {LABELS[row['detector']]}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set(xscale="log", xlabel=f"images a second, median of {rows[0]['n']}, least to most")
     axes.set_xlim(right=3 * max(r["images_per_s"]["max"] for r in rows))
     axes.grid(axis="x", alpha=0.3)

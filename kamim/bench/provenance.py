@@ -1,7 +1,4 @@
-"""What every number travels with: its spread, date, commit, hardware, library versions.
-
-In: repeats of a figure. Out: dictionaries for a JSON line, and `append` to write such lines.
-"""
+"""What every number travels with: its spread, date, commit, hardware, library versions."""
 
 import json
 import os
@@ -12,6 +9,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from shards.errors import UserError
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "bench"
 PACKAGES = (
@@ -54,9 +53,17 @@ def ratio(above: list[float], below: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
+def check_checkout() -> None:
+    """UserError unless there is a place for results: they are kept in a checkout alone."""
+    if not RESULTS.is_dir():
+        raise UserError(
+            f"results are kept in a checkout of kamim, and there is no {RESULTS}; run "
+            "`python -m kamim bench --save` in one, or leave --save out"
+        )
+
+
 def append(name: str, rows: list[dict[str, Any]]) -> Path:
     """Append `rows`, each with its provenance, to results/`name`.jsonl; returns the path."""
-    RESULTS.mkdir(exist_ok=True)
     path, origin = RESULTS / f"{name}.jsonl", provenance()
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **origin}, sort_keys=True) + "\n" for row in rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kamim.bench import gpu_page
-from kamim.bench.markers import renewed_parts
+from kamim.bench.markdown import line, renewed_parts, table
 from kamim.bench.meaning import ONE_PROCESS
 from kamim.bench.plots import FACTORS, ORDER, WAYS
 from kamim.bench.provenance import RESULTS
@@ -16,11 +16,15 @@ REPOSITORY = Path(__file__).parents[2]
 Row = tuple[str, dict[str, float], int]
 
 
+def kept(name: str) -> list[dict[str, Any]]:
+    """All lines of results/`name`.jsonl."""
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(text) for text in lines]
+
+
 def newest(name: str) -> list[dict[str, Any]]:
     """The lines of the newest run in results/`name`.jsonl: the last of each detector, if any."""
-    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return list({row.get("detector"): row for row in rows}.values())
+    return list({row.get("detector"): row for row in kept(name)}.values())
 
 
 def render() -> str:
@@ -60,11 +64,13 @@ def render() -> str:
         "S3, cache empty / folder": "S3, cache empty / local",
     }.items():
         rows.append((title, remote[key], remote["n"]))
-    lines = ["| ratio within one run | median | least to most | n |", "|---|---|---|---|"]
-    lines += [
-        f"| {title} | {v['median']:.2f} | {v['min']:.2f} to {v['max']:.2f} | {n} |"
-        for title, v, n in rows
-    ]
+    lines = table(
+        ["ratio within one run", "median", "least to most", "n"],
+        (
+            [title, f"{v['median']:.2f}", f"{v['min']:.2f} to {v['max']:.2f}", str(n)]
+            for title, v, n in rows
+        ),
+    )
     versions = ", ".join(f"{name} {value}" for name, value in ffcv["versions"].items())
     dates = sorted({row["date"] for row in [*newest("build"), loader, ffcv]})
     origin = (
@@ -77,52 +83,54 @@ def render() -> str:
 
 def render_fidelity() -> str:
     """Errors of default maps and of maps of eight crops beside the rulers, as Markdown."""
-    rows = [json.loads(line) for line in (RESULTS / "fidelity.jsonl").read_text().splitlines()]
-    found = {(r["detector"], r["changes"].get("map_crops")): r for r in rows
-             if set(r["changes"]) == {"map_crops"}}  # fmt: skip
+    of_crops = [row for row in kept("fidelity") if set(row["changes"]) == {"map_crops"}]
+    found = {(row["detector"], row["changes"]["map_crops"]): row for row in of_crops}
     names = sorted({name for name, _ in found})
-    lines = ["| correlation, and share of loss weight on the wrong cell | "
-             + " | ".join(name.upper() for name in names) + " |"]  # fmt: skip
-    lines.append("|---|" + "---|" * len(names))
-
-    def line(title: str, errors: list[dict[str, float]]) -> str:
-        cells = (f"{e['correlation']:.3f}, {e['wrong']:.1%}" for e in errors)
-        return f"| {title} | {' | '.join(cells)} |"
-
-    lines.append(line("map, default (3 crops)", [found[name, 3] for name in names]))
-    lines.append(line("map of 8 crops", [found[name, 8] for name in names]))
+    errors: dict[str, list[dict[str, float]]] = {
+        "map, default (3 crops)": [found[name, 3] for name in names],
+        "map of 8 crops": [found[name, 8] for name in names],
+    }
     for ruler, title in {
         "shifted": "ruler: the crop 2 px aside",
         "flipped": "ruler: the crop flipped",
         "torchvision": "ruler: torchvision's resize",
         "uniform": "ruler: no weights",
     }.items():
-        lines.append(line(title, [found[name, 3]["rulers"][ruler] for name in names]))
+        errors[title] = [found[name, 3]["rulers"][ruler] for name in names]
+    lines = table(
+        ["correlation, and share of loss weight on the wrong cell", *map(str.upper, names)],
+        (
+            [title, *(f"{e['correlation']:.3f}, {e['wrong']:.1%}" for e in each)]
+            for title, each in errors.items()
+        ),
+    )
     row = found[names[0], 3]
-    lines += ["", f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; "
-              f"{row['date']}. The bank is exact. Cost of more crops:", ""]  # fmt: skip
-    return "\n".join(lines)
+    taken = f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; {row['date']}"
+    return "\n".join([*lines, "", f"{taken}. The bank is exact. Cost of more crops:", ""])
 
 
 def render_versus() -> str:
     """Images per second of each loader, as Markdown."""
     newest_of = _versus()
     chain = newest_of["chain", "fast"]
+
+    def cell(loader: str, detector: str) -> str:
+        row = newest_of.get((loader, detector))
+        if row is None:
+            return ""
+        times = row.get("times_published")
+        rate = f"{row['images_per_s']['median']:,.0f}"
+        return f"{rate} ({times['median']:.1f})" if times else rate
+
+    known = {name for name, _ in newest_of}
+    heads = ["images per second (times as published)", "no weights", "FAST", "ORB", "SIFT"]
     columns = ("None", "fast", "orb", "sift")
-    lines = ["| images per second (times as published) | no weights | FAST | ORB | SIFT |"]
-    lines.append("|---|---|---|---|---|")
-    for loader in [name for name in ORDER if any(name == key[0] for key in newest_of)]:
-        cells = []
-        for detector in columns:
-            row = newest_of.get((loader, detector))
-            cell = f"{row['images_per_s']['median']:,.0f}" if row else ""
-            if row and "times_published" in row:
-                cell += f" ({row['times_published']['median']:.1f})"
-            cells.append(cell)
-        lines.append(f"| {loader} | {' | '.join(cells)} |")
-    machine = f"{chain['cores']} cores of an {chain['cpu']}"
-    lines += ["", f"{chain['images']} ImageNet photos, {machine}; "
-              f"medians of {chain['n']} interleaved repeats; {chain['date']}."]  # fmt: skip
+    lines = table(
+        heads, ([name, *(cell(name, each) for each in columns)] for name in ORDER if name in known)
+    )
+    taken = f"{chain['images']} ImageNet photos, {chain['cores']} cores of an {chain['cpu']}"
+    repeats = f"medians of {chain['n']} interleaved repeats; {chain['date']}"
+    lines += ["", f"{taken}; {repeats}."]
     if chain["noisy"]:
         lines.append("The machine was noisier than the benchmark asks for.")
     return "\n".join([*lines, ""])
@@ -130,8 +138,7 @@ def render_versus() -> str:
 
 def _versus() -> dict[tuple[str, str], dict[str, Any]]:
     """The newest row of each loader and detector."""
-    rows = [json.loads(line) for line in (RESULTS / "versus.jsonl").read_text().splitlines()]
-    return {(row["loader"], row["detector"]): row for row in rows}
+    return {(row["loader"], row["detector"]): row for row in kept("versus")}
 
 
 def render_factors() -> str:
@@ -153,15 +160,13 @@ def render_factors() -> str:
 
 def render_meaning() -> str:
     """Hours of 100 epochs of ImageNet-1K by backbone and loader, an estimate, as Markdown."""
-    rows = [json.loads(line) for line in (RESULTS / "meaning.jsonl").read_text().splitlines()]
-    rows = list({row["recipe"]: row for row in rows}.values())
+    rows = list({row["recipe"]: row for row in kept("meaning")}.values())
     ways = [way for way in WAYS if way in rows[0]["hours_100_epochs"]]
-    lines = [f"| 100 epochs of ImageNet-1K, 16 cores, 1 GPU: hours | {' | '.join(ways)} |"]
-    lines.append("|---|" + "---|" * len(ways))
+    lines = table(["100 epochs of ImageNet-1K, 16 cores, 1 GPU: hours", *ways], [])
     for row in rows:
-        hours = " | ".join(f"{row['hours_100_epochs'][way]:,.1f}" for way in ways)
+        hours = (f"{row['hours_100_epochs'][way]:,.1f}" for way in ways)
         wants = f"{row['recipe']}: takes {row['gpu_images_per_s']:,} images/s"
-        lines.append(f"| {wants} | {hours} |")
+        lines.append(line([wants, *hours]))
     delivered = ", ".join(f"{k} {rows[0]['delivered_by_16_cores'][k]:,}" for k in ways)
     kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
     times, most = f"{16 / rows[0]['cores']:g}", f"{ONE_PROCESS:,}"
@@ -199,26 +204,25 @@ def render_ceiling() -> str:
 
 def render_throw() -> str:
     """What throwing saves beside what FAMT claims, as Markdown; or how to find out."""
-    path = RESULTS / "throw.jsonl"
-    if not path.exists():
+    if not (RESULTS / "throw.jsonl").exists():
         return "Not measured yet on this machine: `make bench-throw`.\n"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = list({(row["recipe"], row["device"]): row for row in rows}.values())
-    lines = [
-        "| time, throwing over not | a step | an attention pass, of an epoch | a published run |"
-    ]
-    lines.append("|---|---|---|---|")
+    rows = list({(row["recipe"], row["device"]): row for row in kept("throw")}.values())
+    heads = ["a step", "an attention pass, of an epoch", "a published run"]
+    lines = table(["time, throwing over not", *heads], [])
     for row in rows:
         for method in ("MAE", "SimMIM"):
             step, look, run = (row[method][key] for key in ("step", "look", "run"))
-            lines.append(f"| {method}, {row['recipe']} on {row['device']}, batch {row['batch']} | "
-                         f"{step['median']:.2f} ({step['min']:.2f} to {step['max']:.2f}) | "
-                         f"{look['median']:.2f} | {run['median']:.2f} |")  # fmt: skip
+            title = f"{method}, {row['recipe']} on {row['device']}, batch {row['batch']}"
+            extent = f"{step['median']:.2f} ({step['min']:.2f} to {step['max']:.2f})"
+            lines.append(line([title, extent, f"{look['median']:.2f}", f"{run['median']:.2f}"]))
     last = rows[-1]
-    return "\n".join([*lines, "", f"Claimed: training time cut by nearly half. 224 px, medians of "
-                      f"{last['n']} interleaved repeats, {last['cores']} cores of an "
-                      f"{last['cpu']}; {last['date']}. A published run has random masks for its "
-                      f"first 40 epochs, of 400 (MAE) or 200 (SimMIM).", ""])  # fmt: skip
+    note = (
+        "Claimed: training time cut by nearly half. 224 px, medians of "
+        f"{last['n']} interleaved repeats, {last['cores']} cores of an {last['cpu']}; "
+        f"{last['date']}. A published run has random masks for its first 40 epochs, of 400 (MAE) "
+        "or 200 (SimMIM)."
+    )
+    return "\n".join([*lines, "", note, ""])
 
 
 PAGES = {

@@ -1,33 +1,28 @@
 """How fast batches come from an object store, against the same set on disk; `make bench-remote`.
 
-In: a source (DATA, or the demo). Out: a table and results/remote.jsonl: the loader from moto's S3
-on loopback with its cache warm, new to this process, and empty, over the loader from the folder,
-in the same order; interleaved, medians. The server takes its processor time from the same cores.
+The loader from moto's S3 on loopback with its cache warm, new to this process, and empty, over the
+loader from the folder, in the same order. The server takes its processor time from the same cores.
 """
 
 import contextlib
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import shards
-from kamim.bench.provenance import append
-from preprocess import build_shards, detector_settings, open_source
-from preprocess.building import shard_size_for
-from shards import Settings, ShardSet
-from shards.loader import Loader
-from shards.order import Plan, Windows
+from kamim.bench.measuring import figures, in_turn, keep, temporary_set
+from kamim.bench.provenance import ratio
+from shards import Plan, ShardSet, Windows
 
-REPEATS, BATCH, WINDOW = 7, 100, 16
-WARM, LOCAL, BUCKET = "S3, cache warm", "local folder", "bucket"
+REPEATS, BATCH, WINDOW, BUCKET = 7, 100, 16, "bucket"
+WARM, HASHED, COLD = "S3, cache warm", "S3, cache warm, first epoch (hashed)", "S3, cache empty"
+LOCAL, FIRST = "local folder", "local folder, first epoch"
 
 
 def rate(records: ShardSet, epochs: int) -> float:
@@ -35,7 +30,7 @@ def rate(records: ShardSet, epochs: int) -> float:
     windows = Windows([shard.count for shard in records.shards], WINDOW, 0)
     plan = Plan(len(records), BATCH, windows=windows)
     begin, steps = time.perf_counter(), plan.steps(epochs)
-    for _ in Loader(records, plan, 0, steps):
+    for _ in records.loader(plan, 0, steps):
         pass
     return steps * BATCH / (time.perf_counter() - begin)
 
@@ -81,44 +76,21 @@ def measure(records: ShardSet, url: str, scratch: Path) -> dict[str, Any]:
     works: dict[str, Callable[[], float]] = {
         LOCAL: lambda: rate(records, epochs),
         WARM: lambda: rate(warm, epochs),
-        "S3, cache warm, first epoch (hashed)": lambda: rate(
-            shards.open(url, cache=scratch / "warm"), 1
-        ),
-        "local folder, first epoch": lambda: rate(records, 1),
-        "S3, cache empty": cold,
+        HASHED: lambda: rate(shards.open(url, cache=scratch / "warm"), 1),
+        FIRST: lambda: rate(records, 1),
+        COLD: cold,
     }
-    rates: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(REPEATS):
-        for name, work in works.items():
-            rates[name].append(work())
-    row: dict[str, Any] = {"bench": "remote", "images": len(records), "n": REPEATS}
-    for name, base in {
-        WARM: LOCAL,
-        "S3, cache warm, first epoch (hashed)": "local folder, first epoch",
-        "S3, cache empty": "local folder, first epoch",
-    }.items():
-        ratios = [a / b for a, b in zip(rates[name], rates[base], strict=True)]
-        spread = [round(f(ratios), 3) for f in (statistics.median, min, max)]
-        row[f"{name} / local"] = dict(zip(("median", "min", "max"), spread, strict=True))
-        print(f"{name + ' / local':46s} {spread[0]:.2f} ({spread[1]:.2f} to {spread[2]:.2f})")
-    for name, values in rates.items():
-        row[name] = round(statistics.median(values))
-        print(f"{name:46s} {row[name]:,} images/s")
-    return row
+    rates = in_turn(works, REPEATS)
+    bases = {WARM: LOCAL, HASHED: FIRST, COLD: FIRST}
+    ratios = {f"{name} / local": ratio(rates[name], rates[base]) for name, base in bases.items()}
+    return {"bench": "remote", "images": len(records), "n": REPEATS, **figures(rates, ratios)}
 
 
-def main(where: str) -> None:
-    """Build, serve, measure, print and append."""
-    with tempfile.TemporaryDirectory() as scratch:
-        source, folder = open_source(where), Path(scratch) / "shards"
-        size = shard_size_for(len(source.entries))
-        build_shards(
-            source, folder, Settings(detectors=(detector_settings("fast"),), shard_size=size)
-        )
-        with served(folder) as url:
-            row = measure(ShardSet(folder), url, Path(scratch))
-    print(append("remote", [row]))
+def serve_and_measure(where: str) -> list[dict[str, Any]]:
+    """The row of the source `where`."""
+    with temporary_set(where) as records, served(records.folder) as url:
+        return [measure(records, url, records.folder.parent)]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    keep("remote", serve_and_measure)

@@ -1,7 +1,7 @@
 """Every loader that is compared, as a function: how many images to load in, images a second out.
 
-In: a source, sets built from it, the number of cores. Out: {name: rate function}. Rates begin when
-every worker has given its first batch, so that starting them and filling queues counts for nobody.
+Rates begin when every worker has given its first batch, so that starting them and filling queues
+counts for nobody.
 """
 
 import io
@@ -23,8 +23,7 @@ from torchvision.transforms import v2
 
 from kamim.bench.online import MEAN, SIZE, STD, Optimised, Published
 from preprocess.source import Source
-from shards import ShardSet
-from shards.order import Plan
+from shards import Plan, ShardSet
 
 BATCH = 128
 LITDATA_COPIES = 4  # it counts epochs, and a copy of the photographs is over too soon
@@ -65,7 +64,7 @@ def _workers(cores: int) -> dict[str, Any]:
 
 
 def by_processes(dataset: Any, cores: int) -> Rate:
-    """A DataLoader with a process a core over `dataset`, as often as it takes."""
+    """A DataLoader with a process per core over `dataset`, as often as it takes."""
 
     def rate(images: int) -> float:
         rounds = max(1, -(-(images + 2 * cores * BATCH) // len(dataset)))
@@ -155,7 +154,7 @@ def _litdata_picture(item: dict[str, Any], *_: Any) -> tuple[torch.Tensor, int]:
 
 
 def ceiling(work: Callable[[int], None], count: int, cores: int) -> Rate:
-    """`work` on numbers 0 to `count` - 1, over and over, by a thread a core and nothing else."""
+    """`work` on numbers 0 to `count` - 1, over and over, by a thread per core and nothing else."""
 
     def rate(images: int) -> float:
         chunks = [range(at, min(at + BATCH, images)) for at in range(0, images, BATCH)]
@@ -177,10 +176,9 @@ def ceilings(source: Source, records: ShardSet, cores: int) -> dict[str, Rate]:
     count, side = len(records), records.manifest.settings.frame
     frames = [records[number].frame for number in range(count)]
     index = records.index
-    files = {shard.name: os.open(records.folder / shard.name, os.O_RDONLY)
-             for shard in records.shards}  # fmt: skip
-    places = [(files[records.locate(n)[0].name], int(index[n]["start"]), int(index[n]["bytes"]))
-              for n in range(count)]  # fmt: skip
+    files = {each.name: os.open(records.folder / each.name, os.O_RDONLY) for each in records.shards}
+    tars = [files[records.locate(number)[0].name] for number in range(count)]
+    places = list(zip(tars, index["start"].tolist(), index["bytes"].tolist(), strict=True))
     photos = [source.read(entry) for entry in source.entries]
     still = np.full((min(count, 512), side, side, 3), 7, np.uint8)  # larger than any cache
     room = np.empty((BATCH, side, side, 3), np.uint8)

@@ -1,22 +1,18 @@
-"""What ImageNet-22K and LAION-400M would cost: computed from measured rates, rendered into a page.
+"""What ImageNet-22K and LAION-400M would cost: computed from measured rates and the sizes below.
 
-In: the newest lines of results/build.jsonl, loader.jsonl, versus.jsonl and meaning.jsonl, and the
-sizes below. Out: the tables between the markers of docs/scaling.md; run by `make readme`.
+The tables of docs/scaling.md, rendered by `make readme`.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
-from kamim.bench.markers import renewed_parts
-from kamim.bench.provenance import RESULTS
-from kamim.bench.readme import newest
+from kamim.bench.markdown import renewed_parts, table
+from kamim.bench.readme import REPOSITORY, kept, newest
 from preprocess.detectors import detector_settings
 from shards import Settings
 from shards.spec import BANK_CELL, BANK_HEAD
 from shards.tar import INDEX_DTYPE
 
-PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+PAGE = REPOSITORY / "docs" / "scaling.md"
 DATASETS = {"ImageNet-22K": 14_200_000, "LAION-400M": 400_000_000}
 SHARD = 1000  # inputs; what build chooses from 64,000 inputs on
 # Means over the 800 ImageNet photos, bytes. The record is with one detector and four crops.
@@ -64,47 +60,45 @@ def cost() -> str:
         "whole build, one core": ("whole",),
     }
     lines = [
-        _row(f"{title}, ms", [f"{1000 * sum(s[stage] for stage in parts):.2f}" for s in seconds])
+        [f"{title}, ms", *(f"{1000 * sum(s[stage] for stage in parts):.2f}" for s in seconds)]
         for title, parts in groups.items()
     ]
     for dataset, images in DATASETS.items():
         needed = [images * s["whole"] for s in seconds]
-        lines.append(_row(f"{dataset}, core-hours", [f"{n / 3600:,.0f}" for n in needed]))
+        lines.append([f"{dataset}, core-hours", *(f"{n / 3600:,.0f}" for n in needed)])
         lines += [
-            _row(f"{dataset} on {cores:,} cores", [_time(n / cores) for n in needed])
+            [f"{dataset} on {cores:,} cores", *(_time(n / cores) for n in needed)]
             for cores in CORES
         ]
     paces = [f"{CORES[-1] / s['whole'] / SHARD:,.0f}" for s in seconds]
-    lines.append(_row(f"tasks a second, {CORES[-1]:,} cores", paces))
+    lines.append([f"tasks a second, {CORES[-1]:,} cores", *paces])
     return _table("one detector, 3 map crops", names, lines) + _origin(rows[0])
 
 
 def storage() -> str:
     """Bytes of what goes in and what comes out."""
-    lines = [
-        _row("photos to read, 110 kB each", [_bytes(n * PHOTO) for n in DATASETS.values()]),
-    ]
+    lines = [["photos to read, 110 kB each", *(_bytes(n * PHOTO) for n in DATASETS.values())]]
     for detectors, bank in ((1, 0), (3, 0), (1, 4), (3, 4)):
         size = record_bytes(detectors, bank)
         title = f"shards, {detectors} detector{'s' * (detectors > 1)}, bank of {bank}: {size:,} B"
-        lines.append(_row(title, [_bytes(n * size) for n in DATASETS.values()]))
-    lines.append(_row("shards of 1,000", [f"{n // SHARD:,}" for n in DATASETS.values()]))
+        lines.append([title, *(_bytes(n * size) for n in DATASETS.values())])
+    lines.append(["shards of 1,000", *(f"{n // SHARD:,}" for n in DATASETS.values())])
     index = [_bytes(n * INDEX_DTYPE.itemsize) for n in DATASETS.values()]
-    lines.append(_row(f"index.npy, {INDEX_DTYPE.itemsize} B a record", index))
+    lines.append([f"index.npy, {INDEX_DTYPE.itemsize} B a record", *index])
     return _table("", list(DATASETS), lines)
 
 
 def network() -> str:
     """The time that the bytes take on a link, and the cores that fill it."""
-    size, lines = record_bytes(1, 0), []
+    size, lines = record_bytes(1, 0), list[list[str]]()
     for dataset, images in DATASETS.items():
         for title, each in (("photos in", PHOTO), ("shards out, or one epoch", size)):
             spent = [_time(images * each * 8 / (link * 1e9)) for link in LINKS]
-            lines.append(_row(f"{dataset}: {title}", spent))
+            lines.append([f"{dataset}: {title}", *spent])
     for row in newest("build"):
         rate = (PHOTO + size) / core_seconds(row)["whole"]
         cores = [f"{link * 1e9 / 8 / rate:,.0f}" for link in LINKS]
-        lines.append(_row(f"cores that fill it, building {row['detector'].upper()}", cores))
+        lines.append([f"cores that fill it, building {row['detector'].upper()}", *cores])
     return _table("", [f"{link} Gbit/s" for link in LINKS], lines)
 
 
@@ -130,36 +124,31 @@ def driver() -> str:
         "start: all shards hashed by 16 cores": [_time(n / SHA256 / 16) for n in total],
         "start: all shards read at 10 Gbit/s": [_time(n * 8 / 10e9) for n in total],
     }
-    return _table("", list(DATASETS), [_row(title, cells) for title, cells in rows.items()])
+    return _table("", list(DATASETS), [[title, *cells] for title, cells in rows.items()])
 
 
 def loading() -> str:
     """What one GPU asks of its host, by backbone."""
     (loader,) = newest("loader")
     tar = loader["loader, threads, with maps"]["median"] / loader["cores"]
-    lines_of = [json.loads(line) for line in (RESULTS / "versus.jsonl").read_text().splitlines()]
-    found = {(row["loader"], row["detector"]): row for row in lines_of}
+    found = {(row["loader"], row["detector"]): row for row in kept("versus")}
     ffcv = found["offline, FFCV raw", "fast"]
     raw = ffcv["images_per_s"]["median"] / ffcv["cores"]
-    rows = [json.loads(line) for line in (RESULTS / "meaning.jsonl").read_text().splitlines()]
-    size, lines = record_bytes(1, 0), []
+    rows = kept("meaning")
+    size, lines = record_bytes(1, 0), list[list[str]]()
     for row in {row["recipe"]: row for row in rows}.values():
         rate = row["gpu_images_per_s"]
         cells = [f"{rate:,}", f"{rate / tar:.1f}", f"{rate / raw:.1f}"]
         epochs = [_time(images / rate) for images in DATASETS.values()]
-        lines.append(_row(row["recipe"], [*cells, f"{rate * size * 8 / 1e9:.1f}", *epochs]))
+        lines.append([row["recipe"], *cells, f"{rate * size * 8 / 1e9:.1f}", *epochs])
     heads = ["images/s", "cores, WebDataset", "cores, FFCV raw", "Gbit/s"]
     heads += [f"an epoch of {name}" for name in DATASETS]
     kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
     return _table("one GPU", heads, lines) + f"\nThe GPU's rate is {kinds}.\n"
 
 
-def _row(title: str, cells: list[str]) -> str:
-    return f"| {title} | {' | '.join(cells)} |"
-
-
-def _table(title: str, heads: list[str], lines: list[str]) -> str:
-    return "\n".join([_row(title, heads), "|---|" + "---|" * len(heads), *lines, ""])
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([*table([title, *heads], rows), ""])
 
 
 def _bytes(count: float) -> str:

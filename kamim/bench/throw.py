@@ -1,24 +1,23 @@
-"""What throwing saves: steps of MAE and SimMIM with and without it, in one run, interleaved.
+"""What throwing saves: steps of MAE and SimMIM with and without it, in turn; `make bench-throw`.
 
-In: model sizes. Out: a table and results/throw.jsonl: the time of a step with cells drawn by
-attention and frequency and thrown over that of the published masks, what an attention pass costs,
-and both over a run as AMT published its phases. Run by `make bench-throw`; needs no data.
+The time of a step with cells drawn by attention and frequency and thrown over that of the published
+masks, what an attention pass costs, and both over a run as AMT published its phases. No data.
 """
 
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from kamim.bench.provenance import append, spread
+from kamim.bench.measuring import in_turn
+from kamim.bench.provenance import append, check_checkout, spread
 from preprocess import detector_settings
-from shards import Settings
-from shards.order import Plan
+from shards import Plan, Settings, crop_frames
 from shards.record import packed
-from shards.weighting import crop_frames
 from train.attention import class_attention
 from train.masking import Masking
 from train.models import in_bf16, make_model, normalised
@@ -64,8 +63,10 @@ def made_up(batch: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tuple[
-        Callable[[], None], Callable[[], None]]:  # fmt: skip
+Work = Callable[[], None]
+
+
+def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tuple[Work, Work]:
     """(a training step, an attention pass) of `recipe` on a batch, as training does them."""
     recipe = replace(recipe, batch=len(tensors["frames"]), random_epochs=0)
     torch.manual_seed(0)
@@ -104,33 +105,36 @@ def measure(backbone: str, batch: int, steps: int, repeats: int) -> dict[str, An
     """One row: medians and extremes of ratios within a repeat, and shares of a published run."""
     device = find_device("auto")
     tensors = made_up(batch, device)
-    work: dict[str, Callable[[], None]] = {}
+    works: dict[str, Work] = {}
     for title, throwing, plain in PAIRS:
         of_plain = find_recipe(f"{backbone}_224_{plain}")
-        work[title], _ = step_of(of_plain, tensors, device)
-        work[f"{title} throwing"], work[f"{title} look"] = step_of(
+        works[title], _ = step_of(of_plain, tensors, device)
+        works[f"{title} throwing"], works[f"{title} look"] = step_of(
             find_recipe(f"{backbone}_224_{throwing}"), tensors, device
         )
-    spent: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(WARM + repeats):
-        for name, each in work.items():
-            begin = time.perf_counter()
-            for _ in range(steps):
-                each()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= WARM:
-                spent[name].append(time.perf_counter() - begin)
-    row: dict[str, Any] = {"bench": "throw", "recipe": backbone, "batch": batch, "n": repeats,
-                           "device": device_name(device) or device.type}  # fmt: skip
+
+    def seconds(work: Work) -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    spent = in_turn({name: partial(seconds, work) for name, work in works.items()}, repeats, WARM)
+    facts = {"recipe": backbone, "batch": batch, "device": device_name(device) or device.type}
+    row: dict[str, Any] = {"bench": "throw", "n": repeats, **facts}
     for title, _, _ in PAIRS:
-        whole = spent[title]
-        steps_of = [a / b for a, b in zip(spent[f"{title} throwing"], whole, strict=True)]
-        looks = [a / b for a, b in zip(spent[f"{title} look"], whole, strict=True)]
+        steps_of, looks = (
+            [a / b for a, b in zip(spent[f"{title} {part}"], spent[title], strict=True)]
+            for part in ("throwing", "look")
+        )
         epochs, random, refresh = PHASES[title]
         passes = len(range(random, epochs, refresh))
-        runs = [(random + (epochs - random) * step + passes * look) / epochs
-                for step, look in zip(steps_of, looks, strict=True)]  # fmt: skip
+        runs = [
+            (random + (epochs - random) * step + passes * look) / epochs
+            for step, look in zip(steps_of, looks, strict=True)
+        ]
         row[title] = {"step": spread(steps_of), "look": spread(looks), "run": spread(runs)}
     return row
 
@@ -138,42 +142,50 @@ def measure(backbone: str, batch: int, steps: int, repeats: int) -> dict[str, An
 def costs(names: list[str], batch: int, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
     """CPU milliseconds on one core that a step of each recipe takes, and a look at its attention.
 
-    Medians of interleaved repeats; what other work a machine does changes them least of all times.
+    Medians of repeats in turn; what other work a machine does changes them least of all times.
     """
     torch.set_num_threads(1)
-    tensors = made_up(batch, torch.device("cpu"))
-    work = {name: step_of(find_recipe(name), tensors, torch.device("cpu")) for name in names}
-    spent = {(name, part): list[float]() for name in names for part in ("step", "look")}
-    for _ in range(repeats):
-        for (name, part), times in spent.items():
-            train, look = work[name]
-            begin = time.process_time()
-            (train if part == "step" else look)()
-            times.append(time.process_time() - begin)
-    return {name: {f"{part}_ms": round(1000 * spread(spent[name, part], 6)["median"], 1)
-                   for part in ("step", "look")} for name in names}  # fmt: skip
+    cpu = torch.device("cpu")
+    tensors = made_up(batch, cpu)
+
+    def seconds(work: Work) -> float:
+        begin = time.process_time()
+        work()
+        return time.process_time() - begin
+
+    works: dict[str, Callable[[], float]] = {}
+    for name in names:
+        step, look = step_of(find_recipe(name), tensors, cpu)
+        works |= {f"{name} step": partial(seconds, step), f"{name} look": partial(seconds, look)}
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for key, each in in_turn(works, repeats).items():
+        name, _, part = key.partition(" ")
+        found[name][f"{part}_ms"] = round(1000 * spread(each, 6)["median"], 1)
+    return found
 
 
 def main(backbones: list[str], repeats: int, save: bool) -> None:
     """Measure each backbone, print a table, and append the rows if asked to."""
+    if save:
+        check_checkout()
     cuda = torch.cuda.is_available()
     rows = []
     for name in backbones:
         batch, steps = (CUDA_BATCH, CUDA_STEPS) if cuda else (SIZES.get(name, 8), 1)
-        row = measure(name, batch, steps, repeats)
-        rows.append(row)
+        rows.append(measure(name, batch, steps, repeats))
         for title, _, _ in PAIRS:
-            found = row[title]
-            print(f"{name}, {title}, batch {batch} on {row['device']}: a step with throwing takes "
-                  f"{found['step']['median']:.2f} ({found['step']['min']:.2f} to "
-                  f"{found['step']['max']:.2f}) of one without, an attention pass "
-                  f"{found['look']['median']:.2f} of an epoch, a run of {PHASES[title][0]} epochs "
-                  f"{found['run']['median']:.2f}")  # fmt: skip
+            step, look, run = (rows[-1][title][part] for part in ("step", "look", "run"))
+            print(
+                f"{name}, {title}, batch {batch} on {rows[-1]['device']}: a step with throwing "
+                f"takes {step['median']:.2f} ({step['min']:.2f} to {step['max']:.2f}) of one "
+                f"without, an attention pass {look['median']:.2f} of an epoch, a run of "
+                f"{PHASES[title][0]} epochs {run['median']:.2f}"
+            )
     if save:
         print(append("throw", rows), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--quick"]
-    quick = len(words) < len(sys.argv) - 1
-    main(words or list(SIZES), 1 if quick else REPEATS, save=not quick)
+    names = [word for word in sys.argv[1:] if word != "--quick"]
+    quick = "--quick" in sys.argv[1:]
+    main(names or list(SIZES), 1 if quick else REPEATS, save=not quick)

@@ -1,7 +1,7 @@
-"""Offline against online detection: all loaders on the same images and cores, interleaved.
+"""Offline against online detection: all loaders on the same images and cores, in turn.
 
-In: a source of photographs. Out: rows of images a second with their spread, the chain of factors
-between the published loader and ours, and each loader's share of what no loader can beat.
+Images a second with their spread, the chain of factors between the published loader and ours, and
+each loader's share of what no loader can beat.
 """
 
 import math
@@ -35,19 +35,15 @@ from shards.progress import waiting
 
 DETECTORS = ["fast", "orb", "sift"]
 NOISY = 1.3  # most over least of a decoding ceiling in one run; beyond it, nothing is to be trusted
+FRAMES = "published, from frames"
 # From the published loader to ours, a change at a time: (what changes, faster, slower).
 CHAIN = (
     ("marks by dilation", "published, marks by dilation: fast", "online, published: fast"),
     ("no detection", "online, published: None", "published, marks by dilation: fast"),
-    ("smaller JPEG", "published, from frames: None", "online, published: None"),
-    (
-        "no crop on the CPU",
-        "published, from frames, no crop: None",
-        "published, from frames: None",
-    ),
-    ("threads, simplejpeg, no copies", "offline, WebDataset: fast",
-     "published, from frames, no crop: None"),
-)  # fmt: skip
+    ("smaller JPEG", f"{FRAMES}: None", "online, published: None"),
+    ("no crop on the CPU", f"{FRAMES}, no crop: None", f"{FRAMES}: None"),
+    ("threads, simplejpeg, no copies", "offline, WebDataset: fast", f"{FRAMES}, no crop: None"),
+)
 # What each loader is measured against.
 CEILING = {
     "online, published": "decode only, photographs by Pillow",
@@ -158,8 +154,8 @@ def measure(
     found: dict[str, list[float]] = {name: [] for name in rates}
     for repeat in range(effort.repeats):
         left = (effort.repeats - repeat) * wanted
-        print(f"repeat {repeat + 1} of {effort.repeats}, about {left:.0f} s left",
-              file=sys.stderr, flush=True)  # fmt: skip
+        round_of = f"repeat {repeat + 1} of {effort.repeats}"
+        print(f"{round_of}, about {left:.0f} s left", file=sys.stderr, flush=True)
         for name, rate in rates.items():
             with waiting(f"repeat {repeat + 1}  {name}"):
                 found[name].append(rate(images[name]))
@@ -169,7 +165,7 @@ def measure(
 def rows_of(
     found: dict[str, list[float]], warm: dict[str, float], images: int
 ) -> list[dict[str, Any]]:
-    """One row a loader: rate, share of its ceiling, and times the published loader."""
+    """One row per loader: rate, share of its ceiling, and times the published loader."""
     rows = []
     for name, values in found.items():
         loader, _, detector = name.partition(": ")

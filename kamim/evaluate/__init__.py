@@ -1,4 +1,1 @@
-"""What a pretrained encoder is worth: probes, neighbours and conversions.
-
-In: checkpoints and shards with labels. Out: accuracies with their spread, and encoders for others.
-"""
+"""What a pretrained encoder is worth: probes, neighbours, diagnostics, and exports for others."""

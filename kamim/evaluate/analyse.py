@@ -1,7 +1,4 @@
-"""Several encoders side by side: attention, frequencies, tokens and reconstructions as one page.
-
-In: encoders, a set of shards. Out: analysis.json, PNG plots and one HTML page in a folder.
-"""
+"""Several encoders side by side: attention, frequencies, tokens and reconstructions on one page."""
 
 import html
 import json
@@ -14,9 +11,8 @@ from torch import Tensor
 
 from kamim.evaluate.attention import COLLAPSED, diagnose
 from kamim.evaluate.encoder import Encoder, tokens
-from shards import ShardSet, decode_frame
+from shards import ShardSet, crop_frames, decode_frame
 from shards.progress import waiting
-from shards.weighting import crop_frames
 from train import checkpoint
 from train.masking import block_masks, counts, drawn, races
 from train.models import MEAN, STD, Cells, make_model, normalised
@@ -78,8 +74,8 @@ def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> Cells:
 def analyse(
     encoders: dict[str, Encoder], models: dict[str, Path], records: ShardSet, out: Path, count: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write the page into `out`; returns its figures, and a warning for each encoder whose
-    attention collapsed.
+    """Write analysis.html, its plots and analysis.json into `out`; returns the figures, and a
+    warning for each encoder whose attention collapsed.
 
     `models` are the checkpoints of ours among them, for reconstructions. Swins have no figures of
     attention: their windows see 7 x 7 tokens at most.
@@ -88,8 +84,8 @@ def analyse(
     found: dict[str, Any] = {}
     warnings = []
     for number, (title, encoder) in enumerate(encoders.items(), start=1):
-        place = f"{title} ({number} of {len(encoders)})"
-        with waiting(f"{place}: attention"):
+        which = f"{title} ({number} of {len(encoders)})"
+        with waiting(f"{which}: attention"):
             images = images_of(records, encoder.size, count)
             rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
         found[title] = {"blocks": rows}
@@ -99,9 +95,9 @@ def analyse(
                 f"{COLLAPSED} in every block, so it does not depend on the image"
             )
         if title in models:
-            with waiting(f"{place}: reconstructions"):
+            with waiting(f"{which}: reconstructions"):
                 found[title] |= reconstruction(models[title], images, seed=0)
-        with waiting(f"{place}: t-SNE of tokens"), torch.inference_mode():
+        with waiting(f"{which}: t-SNE of tokens"), torch.inference_mode():
             patches, _ = tokens(encoder, images, encoder.default_block)
             _draw_tokens(patches, out / f"tokens-{number}.png", title)
     (out / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -130,15 +126,18 @@ def _draw_tokens(patches: Tensor, path: Path, title: str) -> None:
 
 
 def _draw_blocks(found: dict[str, Any], path: Path) -> None:
-    """Distance, mutual information and frequency by block, a line an encoder."""
+    """Distance, mutual information and frequency by block, a line per encoder."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    names = {"distance": "attention distance, px", "nmi": "normalised mutual information",
-             "frequency": "log amplitude, highest against lowest frequency"}  # fmt: skip
+    names = {
+        "distance": "attention distance, px",
+        "nmi": "normalised mutual information",
+        "frequency": "log amplitude, highest against lowest frequency",
+    }
     for panel, (key, label) in zip(axes, names.items(), strict=True):
         for title, facts in found.items():
             blocks = [row["block"] for row in facts["blocks"]]
@@ -171,8 +170,8 @@ def _page(found: dict[str, Any], warnings: list[str]) -> str:
     for number, (title, facts) in enumerate(found.items(), start=1):
         parts.append(f"<h2>{html.escape(title)}</h2>")
         if "psnr_masked" in facts:
-            parts.append(f"<p>Masked pixels: PSNR {facts['psnr_masked']:.2f} dB, SSIM "
-                         f"{facts['ssim_masked']:.3f}")  # fmt: skip
+            psnr, ssim = facts["psnr_masked"], facts["ssim_masked"]
+            parts.append(f"<p>Masked pixels: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
         if facts["blocks"]:
             parts.append(
                 "<div class=wide><table><tr>" + "".join(f"<th>{key}" for key in facts["blocks"][0])

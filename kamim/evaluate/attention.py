@@ -1,7 +1,6 @@
 """What attention does, block by block: distance, mutual information, and the frequencies it keeps.
 
-In: a ViT encoder and images. Out: numbers per block, beside those of uniform attention. Measures as
-in Park et al., What Do Self-Supervised Vision Transformers Learn?, arXiv 2305.00729.
+Measures as in Park et al., What Do Self-Supervised Vision Transformers Learn?, arXiv 2305.00729.
 """
 
 from typing import Any
@@ -63,7 +62,7 @@ def high_frequency(tokens: Tensor, side: int) -> float:
 
 
 def diagnose(model: Any, images: Tensor) -> list[dict[str, float]]:
-    """A row a block of a timm ViT: distance, nmi, frequency, and uniform attention's distance."""
+    """A row per block of a timm ViT: distance, nmi, frequency, and uniform attention's distance."""
     patch, prefix = model.patch_embed.patch_size[0], model.num_prefix_tokens
     side = images.shape[-1] // patch
     distances = pixel_distances(side, patch)

@@ -1,6 +1,6 @@
 """The commands of evaluation: `kamim probe`, `finetune`, `analyse`, `export-hf`.
 
-In: what a user typed. Out: a table, a JSON file. torch is imported only when one of them runs.
+torch is imported only when one of them runs, and after the request is checked.
 """
 
 import json
@@ -8,19 +8,25 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kamim.evaluate.words import (
+from kamim.evaluate.checks import (
     CONFIG,
+    check_encoders,
     check_installed,
-    check_labels,
-    check_words,
+    count_classes,
     file_of,
     folder_for,
 )
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kamim.evaluate.encoder import Encoder
+    from shards import ShardSet
 
 app = typer.Typer()
 
@@ -30,15 +36,16 @@ What = Annotated[
         help="A run, checkpoint, exported or Hugging Face file or folder, timm:NAME or random:NAME."
     ),
 ]
-Train = Annotated[Path, typer.Argument(help="Shards to learn on.")]
-Val = Annotated[Path, typer.Argument(help="Shards to test on.")]
+Train = Annotated[str, typer.Argument(help="Shards to learn on: a folder or a URL.")]
+Val = Annotated[str, typer.Argument(help="Shards to test on: a folder or a URL.")]
+Cache = Annotated[Path | None, typer.Option(help="Local folder for copies of shards at a URL.")]
 Block = Annotated[
     int, typer.Option(min=0, help="Features after this block; 0: 8 of 12, a Swin's last stage.")
 ]
 Pooling = Annotated[
     Literal["mean", "cls"], typer.Option(help="Mean of the patch tokens, or the class token.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[
     Path | None,
     typer.Option(help="Folder for what is kept and the result; runs/COMMAND-ENCODER by default."),
@@ -62,6 +69,7 @@ def probe(
     epochs: Annotated[float, typer.Option(min=0, help="Of the head; 0: 30 fast, 100 paper.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Of the paper's protocol.")] = 2048,
     device: Device = "auto",
+    cache: Cache = None,
     out: Out = None,
     json_output: Json = False,
 ) -> None:
@@ -71,22 +79,28 @@ def probe(
     set, no augmentation. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or
     CutMix. Killed, the same command goes on from what is finished.
     """
-    task = _open(encoder, train, val, block, pool, device)
+    task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
     from kamim.evaluate.probe import linear_probe, nearest_neighbours
     from shards.files import alone
 
     folder = out or folder_for("probe", encoder)
     with alone(folder):
-        known, asked = (cached(folder, task.model, records, task.block, pool, task.device)
-                        for records in (task.learn, task.test))  # fmt: skip
+        known, asked = (
+            cached(folder, task.model, records, task.block, pool, task.device)
+            for records in (task.learn, task.test)
+        )
         near = nearest_neighbours(known, asked, task.classes, neighbours)
         row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
         if protocol == "fast":
-            scores = [linear_probe(known, asked, task.classes, seed, round(epochs) or 30,
-                                   device=task.device) for seed in range(seeds)]  # fmt: skip
-            row |= {"top1": [round(s.top1, 4) for s in scores]}
-            row |= {"top5": [round(s.top5, 4) for s in scores], "rates": [s.rate for s in scores]}
+            count = round(epochs) or 30
+            scores = [
+                linear_probe(known, asked, task.classes, seed, count, device=task.device)
+                for seed in range(seeds)
+            ]
+            row["top1"] = [round(score.top1, 4) for score in scores]
+            row["top5"] = [round(score.top5, 4) for score in scores]
+            row["rates"] = [score.rate for score in scores]
         else:
             row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
         _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
@@ -104,6 +118,7 @@ def finetune(
     batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Decides order and augmentation.")] = 0,
     device: Device = "auto",
+    cache: Cache = None,
     out: Out = None,
     json_output: Json = False,
 ) -> None:
@@ -111,7 +126,7 @@ def finetune(
 
     Killed, the same command goes on from the last finished epoch, to the same numbers.
     """
-    task = _open(encoder, train, val, 0, "mean", device)
+    task = _open(encoder, train, val, 0, "mean", device, cache)
     from shards.files import alone
 
     task.block = task.model.blocks
@@ -127,34 +142,46 @@ class _Task:
     """An encoder to evaluate, and on what."""
 
     encoder: str
-    model: Any
-    learn: Any
-    test: Any
+    model: "Encoder"
+    train: str
+    val: str
+    learn: "ShardSet"
+    test: "ShardSet"
     classes: int
     block: int
     pool: Literal["mean", "cls"]
-    device: Any
+    device: "torch.device"
 
     def facts(self) -> dict[str, Any]:
         """What a result stands beside."""
         return {
-            "encoder": self.encoder, "block": self.block, "blocks": self.model.blocks,
-            "pool": self.pool, "train": str(self.learn.folder), "val": str(self.test.folder),
+            "encoder": self.encoder,
+            "block": self.block,
+            "blocks": self.model.blocks,
+            "pool": self.pool,
+            "train": self.train,
+            "val": self.val,
             "samples": [len(self.learn), len(self.test)],
-        }  # fmt: skip
+        }
 
 
 def _open(
-    encoder: str, train: Path, val: Path, block: int, pool: Literal["mean", "cls"], device: str
+    encoder: str,
+    train: str,
+    val: str,
+    block: int,
+    pool: Literal["mean", "cls"],
+    device: str,
+    cache: Path | None,
 ) -> _Task:
-    """The task that a user typed, checked before any work."""
-    check_words([encoder], device)
-    from shards import ShardSet
+    """The task of a command, checked before any work."""
     from shards.progress import waiting
+    from train.request import check_device
 
-    learn, test = ShardSet(train), ShardSet(val)
-    classes = check_labels(learn, test)
-    check_labels(test)
+    check_encoders([encoder])
+    check_device(device)
+    learn, test = _open_sets([train, val], cache)
+    classes = count_classes({train: learn, val: test})
     with waiting(f"loading PyTorch and {encoder}"):
         from kamim.evaluate.encoder import load_encoder
         from train.setup import find_device
@@ -163,7 +190,21 @@ def _open(
         model = load_encoder(encoder, where)
     if block > model.blocks:
         raise UserError(f"--block {block}: {encoder} has {model.blocks}")
-    return _Task(encoder, model, learn, test, classes, block or model.default_block, pool, where)
+    block = block or model.default_block
+    return _Task(encoder, model, train, val, learn, test, classes, block, pool, where)
+
+
+def _open_sets(places: list[str], cache: Path | None) -> "list[ShardSet]":
+    """The sets in folders or at URLs. UserError if `cache` is missing, or is for none of them."""
+    import shards
+    from shards.remote.storage import is_url
+
+    remote = [where for where in places if is_url(where)]
+    if remote and cache is None:
+        raise UserError(f"{remote[0]} needs --cache: a folder on a fast local disk, for copies")
+    if cache is not None and not remote:
+        raise UserError(f"--cache {cache} is for shards at a URL; {places[0]} is a folder")
+    return [shards.open(where, cache=cache if where in remote else None) for where in places]
 
 
 def _supervised(
@@ -213,12 +254,13 @@ def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> No
 @app.command()
 def analyse(
     encoders: Annotated[
-        list[str], typer.Argument(help="Encoders as for probe, then the folder of the shards.")
+        list[str], typer.Argument(help="Encoders as for probe, then the shards: a folder or a URL.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path(
         "runs/analysis"
     ),
     images: Annotated[int, typer.Option(min=2, help="Frames to look at.")] = 32,
+    cache: Cache = None,
     json_output: Json = False,
 ) -> None:
     """Attention, frequencies, tokens and reconstructions of several encoders on one page.
@@ -226,18 +268,15 @@ def analyse(
     Attention distance stands beside that of uniform attention, and a warning where attention has
     collapsed.
     """
-    *names, folder = encoders
+    *names, where = encoders
     if not names:
         raise UserError("name at least one encoder, then the folder of the shards")
-    check_words(names)
-    check_installed(
-        {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
-    )
-    from shards import ShardSet
+    check_encoders(names)
+    check_installed("sklearn", "skimage", "matplotlib")
     from shards.files import alone
     from shards.progress import waiting
 
-    records = ShardSet(folder)
+    (records,) = _open_sets([where], cache)
     with waiting("loading PyTorch and the encoders"):
         import torch
 
@@ -270,7 +309,7 @@ def export_hf(
 
     ViTModel.from_pretrained(TARGET, add_pooling_layer=False) loads it and gives the same features.
     """
-    check_words([encoder])
+    check_encoders([encoder])
     alone = target.suffix == ".safetensors"
     path = target if alone else target / "model.safetensors"
     if target.is_file() or path.exists() or (target / CONFIG).exists():

@@ -1,8 +1,4 @@
-"""A frozen encoder from whatever holds one, and the tokens of any of its blocks.
-
-In: a checkpoint or run of ours, an exported or Hugging Face file, or `timm:NAME`. Out: a timm
-encoder on a device, with the image side it was made for.
-"""
+"""A frozen encoder from whatever holds one, and the tokens of any of its blocks."""
 
 import json
 import urllib.error
@@ -18,8 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kamim.evaluate.checks import CONFIG, HUGGING_FACE, file_of
 from kamim.evaluate.huggingface import is_huggingface, options_of, to_timm
-from kamim.evaluate.words import CONFIG, HUGGING_FACE, file_of
 from shards.errors import UserError
 from train import checkpoint
 from train.export import encoder_state
@@ -169,14 +165,11 @@ def tokens(encoder: Encoder, images: Tensor, block: int) -> tuple[Tensor, Tensor
     """
     model = encoder.model
     last = block == encoder.blocks
+    options = {"indices": [block - 1], "norm": last, "stop_early": True, "intermediates_only": True}
     if hasattr(model, "layers"):
-        (out,) = model.forward_intermediates(
-            images, indices=[block - 1], norm=last, stop_early=True, intermediates_only=True
-        )
+        (out,) = model.forward_intermediates(images, **options)
         patches = out.flatten(2).transpose(1, 2)
         return patches, patches.mean(1)
-    ((patches, prefix),) = model.forward_intermediates(
-        images, indices=[block - 1], norm=last, stop_early=True, intermediates_only=True,
-        output_fmt="NLC", return_prefix_tokens=True,
-    )  # fmt: skip
+    options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
+    ((patches, prefix),) = model.forward_intermediates(images, **options)
     return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)

@@ -1,7 +1,6 @@
-"""Features of every record of a set, computed once: shards and an encoder in, arrays out.
+"""Features of every record of a set, computed once and kept in a file.
 
-In: a set with labels, an encoder, a block. Out: float32 [N, d] with labels, cached in a file that
-is only used again for the very same set, encoder, block and pooling.
+The file is used again only for the very same set, encoder, block and pooling.
 """
 
 import hashlib
@@ -15,11 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kamim.evaluate.encoder import Encoder, tokens
-from shards import ShardSet
+from shards import Plan, ShardSet, crop_frames, to_device
 from shards.errors import UserError
-from shards.order import Plan
 from shards.progress import progress
-from shards.weighting import crop_frames, to_device
 from train.export import write_tensors
 from train.models import normalised
 

@@ -1,7 +1,7 @@
 """Hugging Face's ViT tensors by timm's names and back.
 
-In: a state dict with the layout of ViTForMaskedImageModeling or ViTModel (transformers
-models/vit/modeling_vit.py), as KAMIM's authors published theirs. Out: one for a timm ViT, or back.
+Theirs have the layout of ViTForMaskedImageModeling or ViTModel (transformers
+models/vit/modeling_vit.py), as KAMIM's authors published them.
 """
 
 import re
@@ -14,7 +14,8 @@ from shards.errors import UserError
 
 EPS = 1e-12  # of its LayerNorms; timm's is 1e-6
 HEAD = 64  # channels of an attention head in every published ViT
-# (theirs, ours), for a block; query, key and value are one tensor in timm.
+QKV = ("query", "key", "value")  # one tensor in timm
+# Theirs to ours, of a block.
 BLOCK = {
     "layernorm_before": "norm1",
     "attention.output.dense": "attn.proj",
@@ -100,9 +101,8 @@ def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for number in range(depth):
         theirs, ours = f"encoder.layer.{number}", f"blocks.{number}"
         for kind in ("weight", "bias"):
-            parts = [plain[f"{theirs}.attention.attention.{part}.{kind}"]
-                     for part in ("query", "key", "value")]  # fmt: skip
-            found[f"{ours}.attn.qkv.{kind}"] = torch.cat(parts)
+            parts = (plain[f"{theirs}.attention.attention.{part}.{kind}"] for part in QKV)
+            found[f"{ours}.attn.qkv.{kind}"] = torch.cat(list(parts))
             for name, other in BLOCK.items():
                 found[f"{ours}.{other}.{kind}"] = plain[f"{theirs}.{name}.{kind}"]
     return found
@@ -116,7 +116,7 @@ def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs, ours = f"vit.encoder.layer.{number}", f"blocks.{number}"
         for kind in ("weight", "bias"):
             parts = tensors[f"{ours}.attn.qkv.{kind}"].chunk(3)
-            for part, tensor in zip(("query", "key", "value"), parts, strict=True):
+            for part, tensor in zip(QKV, parts, strict=True):
                 found[f"{theirs}.attention.attention.{part}.{kind}"] = tensor.contiguous()
             for name, other in BLOCK.items():
                 found[f"{theirs}.{name}.{kind}"] = tensors[f"{ours}.{other}.{kind}"]

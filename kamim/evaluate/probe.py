@@ -1,7 +1,4 @@
-"""Linear probe and nearest neighbours on cached features: what frozen features are worth.
-
-In: features and labels of a training and a validation set. Out: accuracies, over several seeds.
-"""
+"""Linear probe and nearest neighbours on cached features: what frozen features are worth."""
 
 from dataclasses import dataclass
 
@@ -49,8 +46,10 @@ def linear_probe(
     for head in heads:
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    groups = [{"params": head.parameters(), "lr": rate, "peak": rate}
-              for head, rate in zip(heads, RATES, strict=True)]  # fmt: skip
+    groups = [
+        {"params": head.parameters(), "lr": rate, "peak": rate}
+        for head, rate in zip(heads, RATES, strict=True)
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     steps = epochs * -(-len(features) // batch)
     step = 0

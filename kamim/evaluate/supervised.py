@@ -1,7 +1,7 @@
 """Training with labels: a head on a frozen encoder (the paper's probe), or all of it.
 
-In: an encoder, labelled shards, a recipe, a seed. Out: a run folder with metrics.jsonl, a
-checkpoint and the accuracies. Killed, it goes on from the checkpoint, to the same numbers.
+A run folder holds metrics.jsonl and a checkpoint per epoch. Killed, a run goes on from there, to
+the same numbers.
 """
 
 import json
@@ -16,19 +16,19 @@ from torchvision.transforms import v2
 
 from kamim.evaluate.encoder import Encoder, tokens
 from kamim.evaluate.features import Pool, whole_frames
-from shards import ShardSet
+from shards import Plan, ShardSet, Windows
 from shards.errors import UserError
-from shards.order import Plan
 from shards.progress import progress
 from shards.rng import Purpose, mix
 from train import checkpoint
 from train.log import METRICS, trim
 from train.models import normalised
 from train.schedule import learning_rate
+from train.setup import WINDOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class LabelRecipe:
     """How to train with labels. The defaults are KAMIM's (For GPUs/utils/config.py): peak, floor
     and start are learning rates; epochs include the warm-up; layer_decay below 1 is SimMIM's.
     """
@@ -49,14 +49,17 @@ class Recipe:
 
 
 # SimMIM: configs/vit_base__800ep/simmim_finetune__vit_base__img224__800ep.yaml.
-RECIPES = {
-    "paper-probe": Recipe(frozen=True),
-    "kamim": Recipe(),
-    "simmim": Recipe(
-        warmup=20, peak=1.25e-3, start=2.5e-7, floor=2.5e-7, layer_decay=0.65, clip=5.0,
-        smoothing=0.1, mixup=0.8,
-    ),
-}  # fmt: skip
+SIMMIM = LabelRecipe(
+    warmup=20,
+    peak=1.25e-3,
+    start=2.5e-7,
+    floor=2.5e-7,
+    layer_decay=0.65,
+    clip=5.0,
+    smoothing=0.1,
+    mixup=0.8,
+)
+RECIPES = {"paper-probe": LabelRecipe(frozen=True), "kamim": LabelRecipe(), "simmim": SIMMIM}
 
 
 class Classifier(nn.Module):
@@ -97,7 +100,7 @@ def _width(encoder: Encoder, block: int) -> int:
         return int(tokens(encoder, blank, block)[0].shape[-1])
 
 
-def parameter_groups(model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(model: Classifier, recipe: LabelRecipe) -> list[dict[str, Any]]:
     """A group a layer: its rate is layer_decay to the power of its distance from the head."""
     layers: dict[int, list[nn.Parameter]] = {}
     depth = model.encoder[0].blocks + 1
@@ -119,7 +122,7 @@ def _layer(name: str, depth: int) -> int:
 
 
 def augmented(
-    frames: Tensor, labels: Tensor, classes: int, recipe: Recipe, seed: int, step: int
+    frames: Tensor, labels: Tensor, classes: int, recipe: LabelRecipe, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
     """A step's images, normalised, and soft labels [b, classes]: TrivialAugmentWide, erasing, then
     MixUp or CutMix. frames: uint8 [b, 3, S, S]. All drawn from (seed, step).
@@ -129,10 +132,17 @@ def augmented(
         trivial, erase = v2.TrivialAugmentWide(), v2.RandomErasing()
         images = normalised(torch.stack([trivial(frame) for frame in frames]).float())
         images = torch.stack([erase(image) for image in images])
-        kinds = [v2.MixUp(alpha=recipe.mixup, num_classes=classes),
-                 v2.CutMix(alpha=recipe.cutmix, num_classes=classes)]  # fmt: skip
-        mixed: tuple[Tensor, Tensor] = v2.RandomChoice(kinds)(images, labels)
+        mixup = v2.MixUp(alpha=recipe.mixup, num_classes=classes)
+        cutmix = v2.CutMix(alpha=recipe.cutmix, num_classes=classes)
+        mixed: tuple[Tensor, Tensor] = v2.RandomChoice([mixup, cutmix])(images, labels)
     return mixed
+
+
+def windows_of(records: ShardSet, seed: int) -> Windows | None:
+    """Of a large set at a URL, WINDOW shards are fetched and shuffled together, as in pretrain."""
+    if records.copies is None or len(records.shards) <= WINDOW:
+        return None
+    return Windows([shard.count for shard in records.shards], WINDOW, seed)
 
 
 def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict[str, float]:
@@ -152,7 +162,7 @@ def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict
 
 def train_supervised(
     model: Classifier,
-    recipe: Recipe,
+    recipe: LabelRecipe,
     learn: ShardSet,
     test: ShardSet,
     out: Path,
@@ -165,7 +175,7 @@ def train_supervised(
     A checkpoint an epoch; raises UserError if `out` holds another run's.
     """
     classes = model.head.out_features
-    plan = Plan(len(learn), min(recipe.batch, len(learn)), seed)
+    plan = Plan(len(learn), min(recipe.batch, len(learn)), seed, windows=windows_of(learn, seed))
     recipe = replace(recipe, batch=plan.batch)
     total, epoch = max(1, plan.steps(recipe.epochs)), max(1, len(learn) // plan.batch)
     warmup = min(round(recipe.warmup * len(learn) / plan.batch), total - 1)

@@ -47,10 +47,10 @@ def upsampled(images: Tensor, size: int) -> Tensor:
 
 
 def features(encoder: Encoder, images: Tensor, block: int, batch: int = 1000) -> Tensor:
-    """Mean patch tokens after `block`, float32 [n, d]."""
+    """Mean patch tokens after `block`, float32 [n, d]; numbers even of a run that diverged."""
     parts = images.split(batch)
     means = [tokens(encoder, upsampled(part, encoder.size), block)[0].mean(1) for part in parts]
-    return torch.cat(means).float()
+    return torch.cat(means).float().nan_to_num()
 
 
 def probe(
@@ -111,8 +111,8 @@ def neighbours(
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the singular values of centred features [n, d], as shares."""
     centred = (features - features.mean(0)).double()
-    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
-    shares = values / values.sum()
+    values = torch.linalg.eigvalsh((centred.T @ centred).cpu()).clamp_min(0).sqrt()
+    shares = values / values.sum().clamp_min(1e-12)
     return float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum()))
 
 

@@ -70,28 +70,13 @@ def kill_group(process):
 
 
 def scheduler(port, **options):
-    return started(
-        "distributed.cli.dask_scheduler",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--no-dashboard",
-        "--no-show",
-        **options,
-    )
+    line = ["--host", "127.0.0.1", "--port", port, "--no-dashboard", "--no-show"]
+    return started("distributed.cli.dask_scheduler", *line, **options)
 
 
 def worker(port, threads=1, **options):
-    return started(
-        "distributed.cli.dask_worker",
-        f"127.0.0.1:{port}",
-        "--nthreads",
-        threads,
-        "--no-nanny",
-        "--no-dashboard",
-        **options,
-    )
+    line = [f"127.0.0.1:{port}", "--nthreads", threads, "--no-nanny", "--no-dashboard"]
+    return started("distributed.cli.dask_worker", *line, **options)
 
 
 def wait_for(port):
@@ -148,7 +133,6 @@ def test_dask_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ray_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
     pytest.importorskip("ray")
     source = open_source(str(small_source))
@@ -163,7 +147,6 @@ def test_ray_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ray_runs_the_task_of_a_killed_worker_again(small_source, calm, tmp_path):
     pytest.importorskip("ray")
     out = tmp_path / "out"
@@ -182,7 +165,6 @@ def test_ray_runs_the_task_of_a_killed_worker_again(small_source, calm, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_dask_cluster_loses_a_worker_and_its_scheduler(small_source, calm, tmp_path):
     """Separate processes; -9 to a worker, then to the scheduler, whose workers leave with it."""
     pytest.importorskip("distributed")
@@ -211,7 +193,6 @@ def test_a_dask_cluster_loses_a_worker_and_its_scheduler(small_source, calm, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path, monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(preprocess.building, "TRIES", 1)
@@ -238,7 +219,6 @@ def test_a_scheduler_gone_for_good_ends_in_one_line(small_source, calm, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
     pytest.importorskip("distributed")
     port, place = free_port(), tmp_path / "bare"
@@ -248,24 +228,14 @@ def test_workers_that_do_not_have_us_are_named(small_source, tmp_path):
     with scheduler(port, cwd=place, env=bare):
         wait_for(port)
         with worker(port, cwd=place, env=bare):
-            done = kamim(
-                "shards",
-                "build",
-                small_source,
-                tmp_path / "out",
-                *SMALL,
-                "--backend",
-                "dask",
-                "--scheduler",
-                f"127.0.0.1:{port}",
-            )
+            cluster = ["--backend", "dask", "--scheduler", f"127.0.0.1:{port}"]
+            done = kamim("shards", "build", small_source, tmp_path / "out", *SMALL, *cluster)
     assert (done.returncode, done.stdout) == (1, "")
     assert "has no module 'preprocess': install kamim" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("token", ["", "0123456789abcdef0123456789abcdef"])
 def test_a_running_ray_cluster_is_joined_by_its_address(
     token, small_source, calm, tmp_path, monkeypatch
@@ -275,27 +245,10 @@ def test_a_running_ray_cluster_is_joined_by_its_address(
     place = tempfile.mkdtemp(prefix="ray")  # tmp_path is too long for its sockets
     port, options = free_port(), ["--num-cpus", 2, "--object-store-memory", 100_000_000]
     options += ["--include-dashboard=false", "--disable-usage-stats", "--temp-dir", place]
-    line = [
-        "shards",
-        "build",
-        small_source,
-        tmp_path / "out",
-        *SMALL,
-        "--backend",
-        "ray",
-        "--scheduler",
-        f"127.0.0.1:{port}",
-    ]
-    with started(
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        "--port",
-        port,
-        *options,
-        env={**SLOW, **auth},
-    ) as head:
+    line = ["shards", "build", small_source, tmp_path / "out", *SMALL]
+    line += ["--backend", "ray", "--scheduler", f"127.0.0.1:{port}"]
+    start = ["start", "--head", "--block", "--port", port, *options]
+    with started("ray.scripts.scripts", *start, env={**SLOW, **auth}) as head:
         wait_for(port)
         for name, value in auth.items():
             monkeypatch.setenv(name, value)
@@ -308,7 +261,6 @@ def test_a_running_ray_cluster_is_joined_by_its_address(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
 def test_ctrl_c_leaves_no_process_behind(backend, small_source, tmp_path):
     if backend != "loky":

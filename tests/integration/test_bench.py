@@ -12,19 +12,24 @@ import pytest
 import simplejpeg
 from conftest import errors
 from PIL import Image
-from test_cli import kamim
+from test_cli import kamim as typed_kamim
 from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
+import kamim.bench.provenance
 from kamim.__main__ import app
-from kamim.bench import ceiling, claim, meaning, plots, versus
+from kamim.bench import ceiling, experiments, meaning, plots, versus
+from kamim.bench.loader import step_seconds
+from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
 from kamim.bench.provenance import provenance
 from kamim.bench.readme import newest
+from kamim.bench.step import training
 from preprocess import build_shards, detector_settings, open_source
-from shards import Settings, ShardSet, decode_frame
-from shards.order import Plan
+from shards import Plan, Settings, ShardSet, UserError, decode_frame, to_device
+from train.recipes import find_recipe
+from train.step import Pace
 
 
 @pytest.mark.parametrize("name", ["fast", "orb", "sift"])
@@ -145,7 +150,7 @@ def test_mistakes_are_one_line():
     ):
         result = CliRunner().invoke(app, ["bench", *arguments])
         assert words in str(result.exception)
-    done = kamim("bench", "--only", "x")
+    done = typed_kamim("bench", "--only", "x")
     assert done.returncode == 2
     assert errors(done) == 1
 
@@ -155,7 +160,7 @@ def test_mistakes_are_one_line():
 def test_quick_needs_no_data_and_three_minutes():
     """In seconds of the processors: other work on them does not make them more."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = kamim("bench", "--quick", "--json", timeout=1100)
+    done = typed_kamim("bench", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
@@ -164,9 +169,9 @@ def test_quick_needs_no_data_and_three_minutes():
 
 
 def test_tables_of_small_experiments_are_those_of_their_results():
-    for path in sorted(claim.FOLDER.glob("*/results.json")):
+    for path in sorted(experiments.FOLDER.glob("*/results.json")):
         text = (path.parent / "README.md").read_text()
-        assert claim.renewed(text, json.loads(path.read_text())) == text
+        assert experiments.renewed(text, json.loads(path.read_text())) == text
 
 
 def test_a_small_experiment_is_gathered_seed_by_seed(tmp_path):
@@ -185,12 +190,12 @@ def test_a_small_experiment_is_gathered_seed_by_seed(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "random" / "probe.json").write_text(json.dumps(probe))
     (tmp_path / "analysis" / "analysis.json").write_text(json.dumps(diagnoses))
-    rows = claim.gather(tmp_path)
+    rows = experiments.gather(tmp_path)
     assert [(row["method"], row["top1"]) for row in rows] == [
         ("small", [0.45, 0.35]),
         ("random", [0.35]),
     ]
-    page = claim.render({"rows": rows, **provenance()})
+    page = experiments.render({"rows": rows, **provenance()})
     assert "| KAMIM, FAST, T 0.25, least weight 1 (published) | 2 | 2 |  | 40.00 ± 7.07 |" in page
 
 
@@ -247,6 +252,52 @@ def test_quick_measures_fast_alone(tmp_path):
     assert versus.prepare_set(source, tmp_path / "all").manifest.detectors == versus.DETECTORS
 
 
+def test_works_are_measured_in_turn_and_the_warm_up_does_not_count():
+    seen = []
+    works = {name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}
+    assert in_turn(works, 2, warm=1) == {"a": [3, 5], "b": [4, 6]}
+    assert seen == list("ababab")
+
+
+def test_figures_are_the_row_and_the_table(capsys):
+    rates, ratios = {"fast": [2.0, 4.0, 3.0]}, {"fast / slow": {"median": 2, "min": 1, "max": 3}}
+    found = figures(rates, ratios)
+    assert found == {"fast": {"median": 3, "min": 2, "max": 4}, **ratios}
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["fast", "3.0", "(2.0", "to", "4.0)"],
+        ["fast", "/", "slow", "2", "(1", "to", "3)"],
+    ]
+
+
+def test_results_outside_a_checkout_are_refused_before_anything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(kamim.bench.provenance, "RESULTS", tmp_path / "none")
+    line = f"results are kept in a checkout of kamim, and there is no {tmp_path / 'none'}; "
+    result = CliRunner().invoke(app, ["bench", "nowhere", "--save"])
+    assert str(result.exception).startswith(line)
+    assert len(str(result.exception).splitlines()) == 1
+    with pytest.raises(UserError, match="results are kept in a checkout"):
+        keep("none", lambda where: pytest.fail("it measured"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_cost_a_step_the_same_everywhere(tmp_path):
+    """Both benchmarks of a weighted step run the same one, with weights and without."""
+    with temporary_set("demo", map_crops=0, frame=96) as records:
+        recipe = replace(find_recipe("small"), batch=4)
+        run = training(recipe, records, torch.device("cpu"))
+        loader = records.loader(Plan(len(records), 4), 0, 3, maps=["fast"])
+        pace = Pace(to_device(loader, torch.device("cpu")), torch.device("cpu"))
+        for weighted in (True, False):
+            spent, waited = run(pace, 1, weighted)
+            assert 0 <= waited < spent
+        seconds = step_seconds(records, 1)
+        assert {name: len(each) for name, each in seconds.items()} == {
+            "weighted": 1,
+            "unweighted": 1,
+        }
+    assert not records.folder.exists()
+
+
 def test_the_time_left_is_said_before_repeats(capsys):
     versus.measure({"a": lambda count: float(count)}, 3, versus.Effort(30, 2))
     lines = capsys.readouterr().err.splitlines()
@@ -254,7 +305,7 @@ def test_the_time_left_is_said_before_repeats(capsys):
 
 
 def test_doctor_speaks_json():
-    done = kamim("doctor", "--json")
+    done = typed_kamim("doctor", "--json")
     assert done.returncode == 0, done.stderr
     parts = {row["part"]: row for row in json.loads(done.stdout)}
     assert parts["Python"]["type"] == ""

@@ -51,7 +51,6 @@ def test_the_same_bytes_for_any_number_of_jobs(small_source, tmp_path):
     assert one == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
-@pytest.mark.timeout(300)
 def test_the_same_bytes_after_20_kills(small_source, tmp_path):
     """SIGKILL to the whole build at random moments, the same command again after each."""
     build_shards(open_source(str(small_source)), tmp_path / "calm", settings(shard_size=2), 1)

@@ -15,10 +15,8 @@ KAMIM = [sys.executable, "-m", "kamim"]
 SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
 
 
-def kamim(*arguments, timeout=100, **options):
-    return subprocess.run(
-        [*KAMIM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
-    )
+def kamim(*arguments, **options):
+    return subprocess.run([*KAMIM, *map(str, arguments)], capture_output=True, text=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +164,7 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
         (["build", "demo", str(tmp_path / "out"), "--crop", "190"], "give 192"),
     ]:
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
         )
         assert words in done.stdout, done.stderr
         assert done.stdout.splitlines()[-1] == "[]"
@@ -174,7 +172,6 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
         [sys.executable, "-c", f"import cv2\n{code}", "build", "--help"],
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert "cv2" in control.stdout.splitlines()[-1]
 
@@ -223,7 +220,7 @@ def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_so
     assert process.returncode == status
     assert "Traceback" not in log
     assert "the same command goes on" in log.splitlines()[-1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert kamim("shards", "verify", out, "--level", "decode").returncode == 0
     assert not list(out.glob("*.tmp"))
@@ -234,40 +231,6 @@ def test_help_says_what_each_option_is():
         done = kamim(*arguments, "--help")
         assert done.returncode == 0
         assert "Usage: kamim" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        ("UserError('give less')", 2, "kamim: give less"),
-        ("BuildError('half is done')", 1, "kamim: half is done"),
-        (
-            "OSError(28, 'No space left on device', '/data')",
-            1,
-            "kamim: No space left on device: /da",
-        ),
-        ("ModuleNotFoundError('No module', name='torch')", 2, "sources: pip install '.[train]'"),
-        ("ValueError('broadcast')", 70, "kamim: a bug of kamim (ValueError: broadcast)"),
-        ("KeyError('x')", 70, "kamim: a bug of kamim (KeyError: 'x')"),
-    ],
-)
-def test_a_request_that_is_wrong_and_a_bug_of_ours_end_differently(error, status, line):
-    code = f"""
-import sys
-from preprocess import BuildError
-from shards.errors import UserError
-import kamim.doctor
-def examine():
-    raise {error}
-kamim.doctor.examine = examine
-from kamim.__main__ import main
-sys.argv = ["kamim", "doctor"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert line in done.stderr.splitlines()[0]
-    assert ("Traceback" in done.stderr) == (status == 70)
 
 
 def test_the_current_folder_lends_no_room(tmp_path):

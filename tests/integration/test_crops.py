@@ -36,15 +36,9 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
         top, left, height, width = oracle.random_box(256, 256, rng)
         flip = FLIPS[number % 4]
         pixels = torch.from_numpy(frame).permute(2, 0, 1).float()
+        box = (top, left, height, width)
         expected = v2.resized_crop(
-            pixels,
-            top,
-            left,
-            height,
-            width,
-            [size, size],
-            InterpolationMode.BILINEAR,
-            antialias=False,
+            pixels, *box, [size, size], InterpolationMode.BILINEAR, antialias=False
         )
         expected = expected.flip(2) if flip[0] else expected
         expected = expected.flip(1) if flip[1] else expected

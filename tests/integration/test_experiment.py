@@ -182,6 +182,6 @@ def test_the_plan_is_what_is_run():
     assert [task.seed for task in main] == sorted(task.seed for task in main)
     assert len(set(wanted)) == len(wanted) == 50 + 3 + 12 + 12
     assert [task.stage for task in wanted] == sorted(
-        (task.stage for task in wanted), key=["main", "collapse", "more", "rate"].index
+        (task.stage for task in wanted), key=keypoints.STAGES.index
     )
     assert np.prod([FULL.steps, FULL.batch]) == 1_024_000

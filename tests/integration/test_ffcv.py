@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -54,7 +55,6 @@ def test_our_layout_is_ffcvs_own(converted):
         assert handler.to_binary()[0].tobytes() == arguments.tobytes()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
 def test_the_same_batches_as_from_webdataset(built, converted, wanted):
     source, copy = ShardSet(built), ShardSet(converted)
@@ -79,7 +79,6 @@ def test_the_same_batches_as_from_webdataset(built, converted, wanted):
             np.testing.assert_array_equal(b.frames[place], expected)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
 def test_the_same_stored_crops_as_from_webdataset(built, converted, wanted):
     plan = Plan(40, 12, seed=3)
@@ -95,7 +94,6 @@ def test_the_same_stored_crops_as_from_webdataset(built, converted, wanted):
             np.testing.assert_array_equal(a.counts[name], b.counts[name])
 
 
-@pytest.mark.timeout(120)
 def test_pretraining_gives_the_same_losses_where_the_frames_are_equal(small_source, tmp_path):
     from test_pretrain import run
 
@@ -109,9 +107,7 @@ def test_pretraining_gives_the_same_losses_where_the_frames_are_equal(small_sour
     assert run(tmp_path / "ffcv", tmp_path / "c", resume=True) == losses
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_number_of_threads_of_torch_is_the_users(threads, converted):
     """FFCV had set it to its own, in the middle of a step: a loss's last bits went with it."""
@@ -153,13 +149,12 @@ from shards.ffcv_loader import FfcvLoader
 from shards.order import Plan
 records = ShardSet(sys.argv[1])
 for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
-    if batch.step == 3:
+    if 3 <= batch.step < 23:
         print("running", flush=True)
         {then}
 """
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", ["interrupt", "terminate", "exception"])
 def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
@@ -174,7 +169,8 @@ def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     )
     assert process.stdout.readline() == "running\n"
     pid = str(process.pid)
-    time.sleep(0.3)
+    for _ in range(19 if how != "exception" else 0):
+        assert process.stdout.readline() == "running\n"
     if how == "interrupt":
         process.send_signal(signal.SIGINT)
     elif how == "terminate":
@@ -186,28 +182,37 @@ def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     assert not [name for name in left if pid in name or not any(each in name for each in others)]
 
 
-@pytest.mark.timeout(120)
 def test_a_truncated_beton_is_one_line(built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
     path = tmp_path / "raw" / layout.BETON
     os.truncate(path, path.stat().st_size // 2)
     done = subprocess.run(
         [sys.executable, "-m", "kamim", "pretrain", str(tmp_path / "raw"), "--recipe", "small"],
-        capture_output=True, text=True, timeout=60, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert errors(done) == 1
     assert "bytes, the manifest says" in done.stderr
 
 
-@pytest.mark.timeout(120)
 def test_a_conversion_killed_at_any_moment_is_done_again(built, tmp_path):
     convert_to_ffcv(built, tmp_path / "calm", "raw")
     command = [sys.executable, "-m", "kamim", "shards", "convert", str(built), "--frames", "raw"]
     command += ["--out", str(tmp_path / "killed")]
+    whole = sum(map(len, contents(tmp_path / "calm").values()))
+
+    def written():
+        with suppress(FileNotFoundError):  # a temporary file may be renamed meanwhile
+            return sum(path.stat().st_size for path in (tmp_path / "killed").glob("*"))
+        return 0
+
     for number in range(6):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.25 + 0.12 * number)
+        while process.poll() is None and written() < number * whole / 6:
+            time.sleep(0.001)
         process.kill()
         process.wait()
     (tmp_path / "killed").mkdir(exist_ok=True)

@@ -139,7 +139,6 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 # One graph.
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["small", "small_mae_kamim", "small_famt", "swin_tiny_bf16"])
 def test_a_step_is_one_graph_that_is_made_once(name):
     """Of crops, weights, forward, loss and backward, over steps whose boxes and masks differ."""

@@ -42,7 +42,6 @@ def write_folder(path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("write", [write_tar, write_folder])
 def test_100_000_inputs_are_planned_in_10_seconds_and_300_mb(write, tmp_path):
     write(tmp_path / "source")

@@ -45,7 +45,6 @@ def test_it_is_as_short_as_it_says():
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 25
 
 
-@pytest.mark.timeout(300)
 def test_from_tars_and_from_a_url(demo, tmp_path):
     ours = losses(demo, tmp_path / "run")
     assert len(ours) == STEPS
@@ -57,7 +56,6 @@ def test_from_tars_and_from_a_url(demo, tmp_path):
         store.kill()
 
 
-@pytest.mark.timeout(300)
 def test_from_ffcv(demo, tmp_path):
     if find_spec("ffcv") is None:  # to import it here would set torch's number of threads
         pytest.skip("FFCV is not installed")

@@ -10,7 +10,6 @@ pytest.importorskip("torch")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_types():
     line = [sys.executable, "-m", "mypy", "shards", "preprocess", "train", "kamim"]
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """What newcomers type, and what each mistake must be answered with; no test by itself.
 
-In: nothing. Out: PREPARE, the commands that make what the mistakes are made with, and MISTAKES.
+PREPARE are the commands that make what the MISTAKES are made with.
 """
 
 from dataclasses import dataclass
@@ -67,8 +67,10 @@ MISTAKES = (
     Mistake("make verify OUT=sets/nowhere", "sets/nowhere.*(make shards|kamim shards build)"),
     Mistake("make pretrain", "SHARDS=folder"),
     Mistake("make pretrain SHARDS=sets/good RECIPE=smal", "smal.*small"),
-    Mistake("make pretrain SHARDS=sets/nowhere RECIPE=small",
-            "sets/nowhere.*(make shards|kamim shards build)"),
+    Mistake(
+        "make pretrain SHARDS=sets/nowhere RECIPE=small",
+        "sets/nowhere.*(make shards|kamim shards build)",
+    ),
     Mistake("make pretrain SHARDS=sets/good RECIPE=small FLAGS='--device gpu'", "gpu.*cpu.*cuda"),
     # kamim shards build: words
     _build("photos sets/new --detector sfit", "sfit.*sift"),
@@ -114,17 +116,26 @@ MISTAKES = (
     _pretrain(f"sets/good {RUN} --out runs/done", "--resume", torch=True),
     _pretrain(f"sets/good {RUN} --out runs/done --resume auto --seed 1", "seed", torch=True),
     _pretrain(f"sets/good {RUN} --out runs/done --resume auto --epochs 2", "--extend", torch=True),
-    Mistake(f"kamim pretrain sets/good {RUN} --out runs/done --resume auto",
-            "finished.*--extend", 0, torch=True),
-    Mistake("ABSENT=torch kamim pretrain sets/good --recipe small --out runs/new",
-            r"torch.*pip install '\.\[train\]'"),
+    Mistake(
+        f"kamim pretrain sets/good {RUN} --out runs/done --resume auto",
+        "finished.*--extend",
+        0,
+        torch=True,
+    ),
+    Mistake(
+        "ABSENT=torch kamim pretrain sets/good --recipe small --out runs/new",
+        r"torch.*pip install '\.\[train\]'",
+    ),
     # what comes after
     _with_model("kamim probe runs/nowhere sets/good sets/good", "runs/nowhere.*timm:NAME"),
     _with_model("kamim probe foreign/notes.txt sets/good sets/good", "notes.txt.*kamim export"),
-    _with_model("kamim probe timm:vit_tiny_patch16_224 sets/good sets/good",
-                "vit_tiny_patch16_224.*(network|reach|answer)"),
-    _with_model("kamim probe random:vit_tinny_patch16_224 sets/good sets/good",
-                "vit_tinny.*vit_tiny"),
+    _with_model(
+        "kamim probe timm:vit_tiny_patch16_224 sets/good sets/good",
+        "vit_tiny_patch16_224.*(network|reach|answer)",
+    ),
+    _with_model(
+        "kamim probe random:vit_tinny_patch16_224 sets/good sets/good", "vit_tinny.*vit_tiny"
+    ),
     _with_model("kamim finetune runs/done sets/good photos", "photos.*kamim shards build"),
     _with_model("kamim analyse sets/good", "encoder"),
     _with_model("kamim export runs/nowhere new.safetensors", "runs/nowhere.*kamim pretrain"),
@@ -133,4 +144,4 @@ MISTAKES = (
     Mistake("kamim bench --only loader", "loader.*loaders"),
     Mistake("kamim trian sets/good", "trian.*--help"),
     Mistake("kamim shards biuld photos sets/new", "biuld.*(build|--help)"),
-)  # fmt: skip
+)

@@ -42,19 +42,31 @@ class Newcomer:
         nobody = "http://127.0.0.1:9"
         own = {k: os.environ[k] for k in ("TMPDIR", "LD_LIBRARY_PATH") if k in os.environ}
         self.env = own | {
-            "ABSENT": ABSENT, "HOME": str(self.home), "KAMIM_DATA": str(self.home),
+            "ABSENT": ABSENT,
+            "HOME": str(self.home),
+            "KAMIM_DATA": str(self.home),
             "PATH": f"{self.folder}/.venv/bin{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": f"{HERE / 'absent'}{os.pathsep}{self.folder}",
-            "HTTP_PROXY": nobody, "HTTPS_PROXY": nobody, "https_proxy": nobody,
-            "PIP_NO_INDEX": "1", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8",
+            "HTTP_PROXY": nobody,
+            "HTTPS_PROXY": nobody,
+            "https_proxy": nobody,
+            "PIP_NO_INDEX": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "LC_ALL": "C.UTF-8",
             "OMP_NUM_THREADS": "2",
-        }  # fmt: skip
+        }
 
     def types(self, command):
         return subprocess.run(
-            command, shell=True, cwd=self.folder, env=self.env, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=1200,
-        )  # fmt: skip
+            command,
+            shell=True,
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=1200,
+        )
 
     def tree(self, without):
         """SHA-256 of all files but those of the environment, caches and the folder `without`."""

@@ -1,7 +1,7 @@
 """Hostile archives, checkpoints, arrays and names: nothing is followed, executed or let out.
 
-In: files that somebody else made. Out: cases; lost means that a canary died, a secret was read,
-a file appeared outside the output folder, a program ran, or the answer was not one plain line.
+Lost means that a canary died, a secret was read, a file appeared outside the output folder, a
+program ran, or the answer was not one plain line.
 """
 
 import io
@@ -62,8 +62,10 @@ def pages(arena: Path, photos: list[bytes], built: Path) -> Case:
     case = Case("archives", "HTML injection into the pages of inspect and analyse")
     found: dict[str, dict[str, Any]] = {}
     evil = "<svg onload=alert(1)>&'\""
-    for title, names, word in (("calm", [f"{n:03d}.jpg" for n in range(len(NAMES))], "calm"),
-                               ("evil", NAMES, evil)):  # fmt: skip
+    for title, names, word in (
+        ("calm", [f"{n:03d}.jpg" for n in range(len(NAMES))], "calm"),
+        ("evil", NAMES, evil),
+    ):
         place = arena / title
         source, out = place / "source", place / word
         for number, name in enumerate(sorted(names, key=os.fsencode)):

@@ -1,6 +1,6 @@
 """Damaged images made from real ones, kind by kind.
 
-In: photographs as JPEG files, a random generator. Out: (file name suffix, bytes) of one bad image.
+Each is (file name suffix, bytes).
 """
 
 import io
@@ -13,13 +13,35 @@ from PIL import Image
 
 Photos = list[bytes]
 Bad = tuple[str, bytes]
-SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif",
-          "PPM": "ppm"}  # fmt: skip
+SUFFIX = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "PPM": "ppm",
+}
 MAGIC = (
-    b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x24\0\0\0WEBPVP8 ", b"GIF89a", b"BM",
-    b"II*\0", b"MM\0*", b"P6\n", b"%!PS-Adobe", b"%PDF-1.4\n", b"PK\x03\x04", b"\x1f\x8b",
-    b"\x7fELF", b"<svg", b"<!doctype html>", b"\0\0\0\x0cjP  ", b"qoif", b"\0" * 16,
-)  # fmt: skip
+    b"\xff\xd8\xff\xe0",
+    b"\x89PNG\r\n\x1a\n",
+    b"RIFF\x24\0\0\0WEBPVP8 ",
+    b"GIF89a",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"P6\n",
+    b"%!PS-Adobe",
+    b"%PDF-1.4\n",
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"\x7fELF",
+    b"<svg",
+    b"<!doctype html>",
+    b"\0\0\0\x0cjP  ",
+    b"qoif",
+    b"\0" * 16,
+)
 
 
 def encoded(rng: random.Random, photos: Photos) -> tuple[str, bytes]:

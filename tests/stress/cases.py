@@ -1,6 +1,6 @@
 """What a section reports: cases with what was tried and what was lost, and their table.
 
-In: trials, one by one. Out: rows for the results file and for docs/reliability.md.
+The rows go into the results file and docs/reliability.md.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kamim.bench.markers import renewed_parts
+from kamim.bench.markdown import renewed_parts
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
@@ -46,9 +46,13 @@ class Case:
     def row(self) -> dict[str, Any]:
         """The case as it stands in the results file."""
         return {
-            "case": self.name, "tried": self.tried, "survived": self.survived,
-            "lost": self.lost, "note": self.note, "losses": self.losses,
-        }  # fmt: skip
+            "case": self.name,
+            "tried": self.tried,
+            "survived": self.survived,
+            "lost": self.lost,
+            "note": self.note,
+            "losses": self.losses,
+        }
 
 
 def table(section: str, rows: list[dict[str, Any]]) -> list[str]:

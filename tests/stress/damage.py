@@ -1,7 +1,7 @@
 """Finished sets damaged at rest: each changed byte, cut, swapped, missing or doubled file is found.
 
-In: small sets in both containers. Out: cases; damage survives as a loss if `verify` calls the set
-sound, if training would begin on it, or if the loader gives anything but ValueError or a batch.
+Damage survives as a loss if `verify` calls the set sound, if training would begin on it, or if the
+loader gives anything but ValueError or a batch.
 """
 
 import random

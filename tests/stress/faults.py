@@ -1,7 +1,7 @@
 """A machine that fails around build, convert, pretrain and probe; then the same command again.
 
-In: the commands that `kills` kills. Out: cases; a fault survives if the command ends by itself, in
-one line and with a status that is 0 only if all was done, and goes on to the undisturbed result.
+A fault survives if the command ends by itself, in one line and with a status that is 0 only if all
+was done, and goes on to the undisturbed result.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Processes that may be killed: forked from one that has imported everything, seconds saved each.
 
-In: a function. Out: its process in a group of its own, its output in a file, and how it ended.
-The forking process must not have computed anything in threads: a fork does not copy them.
+Each is in a group of its own, its output in a file. The forking process must not have computed
+anything in threads: a fork does not copy them.
 """
 
 import ctypes

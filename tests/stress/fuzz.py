@@ -1,7 +1,7 @@
 """A coverage-guided fuzz run on every parser of ours, from seeds that are real files.
 
-In: seconds a target. Out: cases; a run is lost if anything but ValueError or Rejected came out of
-a parser, if it took longer than LIMIT seconds or more than MEMORY MB.
+A run is lost if anything but ValueError or Rejected came out of a parser, if it took longer than
+LIMIT seconds or more than MEMORY MB.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Damaged images through the real build: no crash, no hang, no growth, and a ledger that balances.
 
-In: damaged files among sound ones. Out: cases; an input survives if it is either a record that
-decodes or a line of rejected.jsonl, once, and its sound neighbours are as they would be alone.
+An input survives if it is either a record that decodes or a line of rejected.jsonl, once, and its
+sound neighbours are as they would be alone.
 """
 
 import gc

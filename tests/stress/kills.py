@@ -1,7 +1,7 @@
 """SIGKILL at random moments of each command that takes long; then the same command again.
 
-In: small sets and the smallest model. Out: cases; survived means that what was killed and went on
-ended with the bytes, losses and tensors of what was left in peace.
+Survived means that what was killed and went on ended with the bytes, losses and tensors of what was
+left in peace.
 """
 
 import importlib
@@ -55,9 +55,12 @@ def start(job: Job, out: Path, arena: Path) -> list[Process]:
 def _ranked(job: Job, out: Path, rank: int, port: int) -> None:
     if job.ranks > 1:  # what torchrun sets
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(job.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     kamim(*job.arguments(out))
 
 
@@ -104,8 +107,11 @@ def jobs(arena: Path, seed: int) -> list[Job]:
     """What is killed, and the sets that it works on, made in `arena`."""
     source = make_source(arena / "source", INPUTS, seed)
     other = make_source(arena / "other", 24, seed + 1)
-    for words in (["build", source, arena / "set", *SMALL], ["build", other, arena / "val", *SMALL],
-                  ["convert", arena / "set", "--out", arena / "ffcv"]):  # fmt: skip
+    for words in (
+        ["build", source, arena / "set", *SMALL],
+        ["build", other, arena / "val", *SMALL],
+        ["convert", arena / "set", "--out", arena / "ffcv"],
+    ):
         process = spawn(kamim, "shards", *words, log=arena / "setup.log")
         assert process.wait(LIMIT) == 0, process.text()
     sets = [arena / "set", arena / "val"]

@@ -1,6 +1,6 @@
 """Datasets in layouts of their own, with names and pickles in them that are meant to do harm.
 
-In: sound photographs and a secret one outside. Out: a case; lost as in `stress.sources`.
+A case is lost as in `stress.sources`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What is abused: small sets of real photographs, and how to tell that two outputs are the same.
 
-In: KAMIM_DATA's photographs, or the demo's. Out: sources, flags of small builds, digests.
+The photographs are those of KAMIM_DATA, or the demo's.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Programs dressed as data: pickles in checkpoints, objects in arrays, code in shards.
 
-In: a sound set. Out: cases; each file must be refused in one line with nothing of it run.
+Each file must be refused in one line with nothing of it run.
 """
 
 import io
@@ -67,8 +67,11 @@ def _write_weights(folder: str, canary: str) -> None:
     state = {"version": 1, "step": 1, "run": {"recipe": recipe}, "optimizer": {}}
     torch.save(state | {"model": payload}, place / "whole.pt")
     torch.save(state | {"model": {"encoder.x": payload}}, place / "tensor.bin")
-    torch.save(state | {"model": {}, "run": payload}, place / "facts.pt",
-               _use_new_zipfile_serialization=False)  # fmt: skip
+    torch.save(
+        state | {"model": {}, "run": payload},
+        place / "facts.pt",
+        _use_new_zipfile_serialization=False,
+    )
     (place / "plain.pt").write_bytes(pickle.dumps({"model": payload}))
     (place / "named.safetensors").write_bytes(pickle.dumps(payload))
     (place / "old.bin").write_bytes(pickle.dumps(payload, protocol=0))
@@ -109,9 +112,12 @@ def arrays(arena: Path, built: Path) -> Case:
                 log = arena / "array.log"
                 process = spawn_watched(kamim, *line, log=log, secret=canary, allowed=[arena])
                 status, deeds = process.wait(LIMIT), log.with_suffix(".deeds")
-                flaw = refused(2 if source and status == 0 else status,
-                                "kamim: built" if source and status == 0 else process.text(),
-                                deeds, canary)  # fmt: skip
+                flaw = refused(
+                    2 if source and status == 0 else status,
+                    "kamim: built" if source and status == 0 else process.text(),
+                    deeds,
+                    canary,
+                )
                 case.trial(f"{line[:2]}, {name}: {flaw}" if flaw else "")
     return case
 
@@ -132,8 +138,9 @@ def _spoils(canary: Path) -> dict[str, Callable[[Path], None]]:
             work.mkdir()
             subprocess.run(["tar", "xf", tar, "-C", work], check=True)
             (work / f"000000000.{suffix}").write_bytes(data)
-            subprocess.run(["tar", "cf", tar, "-C", work, "--format=ustar",
-                            *sorted(p.name for p in work.iterdir())], check=True)  # fmt: skip
+            names = sorted(path.name for path in work.iterdir())
+            line = ["tar", "cf", tar, "-C", work, "--format=ustar", *names]
+            subprocess.run(line, check=True)
             shutil.rmtree(work)
             _reseal(folder, {tar.name: tar.read_bytes()})
 

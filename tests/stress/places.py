@@ -1,7 +1,7 @@
 """Places that fail: full and read-only disks, a full /dev/shm, few descriptors, another clock.
 
-In: what shall fail. Out: the calling process alone lives in such a place (a mount namespace of its
-own where it needs one, which takes root); the machine's own disks and clock are never touched.
+The calling process alone lives in such a place (a mount namespace of its own where it needs one,
+which takes root); the machine's own disks and clock are never touched.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Every parser of sources as a function of hostile bytes, for a coverage-guided fuzzer.
 
-In: a folder to write into and bytes. Out: nothing, or ValueError or Rejected, the answers that the
-parsers promise; and seeds for each, which are small files of the layouts that people have.
+A parser returns nothing, or raises ValueError or Rejected, as it promises. The seeds of each are
+small files of the layouts that people have.
 """
 
 import io
@@ -20,8 +20,12 @@ from preprocess import Rejected, decode_image, open_source
 from shards import Manifest, ShardSet
 
 CIFAR = ("train", "test", "meta")  # the files of cifar-100-python
-LISTS = ("train.json", "places365_train_standard.txt", "categories_places365.txt",
-         "LOC_val_solution.csv")  # fmt: skip
+LISTS = (
+    "train.json",
+    "places365_train_standard.txt",
+    "categories_places365.txt",
+    "LOC_val_solution.csv",
+)
 
 
 def packed(parts: list[bytes]) -> bytes:
@@ -104,8 +108,13 @@ def seeds(name: str, built: Path, scratch: Path) -> list[bytes]:
     if name == "archive":
         return [shard, (built.parent / "source.tar").read_bytes()]
     if name == "foreign shard":
-        foreign = {"a/0.jpg": frames[0], "a/0.cls": b"1", "b/1.jpg": frames[1],
-                   "b/1.json": b'{"label": 0}', "b/1.txt": b"a cat"}  # fmt: skip
+        foreign = {
+            "a/0.jpg": frames[0],
+            "a/0.cls": b"1",
+            "b/1.jpg": frames[1],
+            "b/1.json": b'{"label": 0}',
+            "b/1.txt": b"a cat",
+        }
         return [shard, tar_of(foreign)]
     if name == "tar of tars":
         inner = {f"n0144000{n}.tar": tar_of({f"{n}.JPEG": frames[n]}) for n in range(2)}
@@ -116,11 +125,14 @@ def seeds(name: str, built: Path, scratch: Path) -> list[bytes]:
         rows = np.zeros((2, 3072), np.uint8)
         batch = {b"data": rows, b"fine_labels": [0, 99], b"filenames": [b"a.png", b"b.png"]}
         meta = {"fine_label_names": [f"class {n}" for n in range(100)]}
-        return [packed([pickle.dumps(p, version) for p in (batch, batch, meta)])
-                for version in (2, 4)]  # fmt: skip
-    species = {"images": [{"id": 1, "file_name": "data_256/a/1.jpg"}],
-               "annotations": [{"image_id": 1, "category_id": 3}],
-               "categories": [{"id": 3, "supercategory": "x", "name": "a"}]}  # fmt: skip
+        return [
+            packed([pickle.dumps(p, version) for p in (batch, batch, meta)]) for version in (2, 4)
+        ]
+    species = {
+        "images": [{"id": 1, "file_name": "data_256/a/1.jpg"}],
+        "annotations": [{"image_id": 1, "category_id": 3}],
+        "categories": [{"id": 3, "supercategory": "x", "name": "a"}],
+    }
     answers = b"ImageId,PredictionString\nILSVRC2012_val_1,n01440764 1 2 3 4\n"
     return [packed([json.dumps(species).encode(), b"/a/1.jpg 0\n", b"/a 0\n", answers])]
 

@@ -1,7 +1,7 @@
 """Source tars and folders that somebody else made to do harm, through the real build.
 
-In: sound photographs and tricks. Out: cases; lost means that a secret was read, a file appeared
-outside the output folder, a program ran, or a sound photograph was not built.
+Lost means that a secret was read, a file appeared outside the output folder, a program ran, or a
+sound photograph was not built.
 """
 
 import io
@@ -19,11 +19,22 @@ from stress.watch import Around, spawn_watched
 
 COLOUR = (255, 0, 254)  # of the secret picture, and of nothing else
 NAMES = [
-    "<script>alert(1)</script>.jpg", "\"><img src=x onerror=alert(1)>.jpg",
-    "'onmouseover='alert(1).jpg", "<!--.jpg", "new\nline.jpg", "\x1b[2Jclear.jpg",
-    "&lt;b&gt;.jpg", "..jpg", "a\\..\\..\\b.jpg", "%2e%2e%2fx.jpg", "-rf.jpg", "$(touch x).jpg",
-    "\u202egpj.jpg", "\udcff\udcfe.jpg", "x" * 200 + ".jpg",
-]  # fmt: skip
+    "<script>alert(1)</script>.jpg",
+    '"><img src=x onerror=alert(1)>.jpg',
+    "'onmouseover='alert(1).jpg",
+    "<!--.jpg",
+    "new\nline.jpg",
+    "\x1b[2Jclear.jpg",
+    "&lt;b&gt;.jpg",
+    "..jpg",
+    "a\\..\\..\\b.jpg",
+    "%2e%2e%2fx.jpg",
+    "-rf.jpg",
+    "$(touch x).jpg",
+    "\u202egpj.jpg",
+    "\udcff\udcfe.jpg",
+    "x" * 200 + ".jpg",
+]
 
 
 def members(photo: bytes, secret: Path) -> dict[str, list[tarfile.TarInfo]]:
@@ -66,8 +77,9 @@ def sources(arena: Path, photos: list[bytes], secret: Path, kind: str) -> Case:
         place.mkdir()
         if kind == "tar":
             source = place / "source.tar"
-            with tarfile.open(source, "w", format=tarfile.PAX_FORMAT, errors="surrogateescape",
-                              encoding="utf-8") as archive:  # fmt: skip
+            with tarfile.open(
+                source, "w", format=tarfile.PAX_FORMAT, errors="surrogateescape", encoding="utf-8"
+            ) as archive:
                 for number, photo in enumerate(photos):
                     info = tarfile.TarInfo(f"a/{number}.jpg")
                     info.size = len(photo)
@@ -113,8 +125,9 @@ def built(arena: Path, source: object, out: Path, secret: Path, trick: str, soun
     """What went wrong with a build of `source`, which holds at least `sound` sound photographs."""
     around, log = Around(arena), arena / "archive.log"
     flags = [*SMALL, "--jobs", 1, "--max-rejected", 1, "--partial"]
-    process = spawn_watched(kamim, "shards", "build", source, out, *flags,
-                            log=log, secret=secret, allowed=[out])  # fmt: skip
+    process = spawn_watched(
+        kamim, "shards", "build", source, out, *flags, log=log, secret=secret, allowed=[out]
+    )
     status = process.wait(LIMIT)
     if status != 0:
         return f"{trick}: status {status}: {process.text()[-300:]}"

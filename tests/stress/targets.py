@@ -142,9 +142,13 @@ def _claim(
 
 
 TARGETS: dict[str, Target] = {
-    "record": record, "members": members, "manifest": manifest_, "tar": tar, "beton": beton,
+    "record": record,
+    "members": members,
+    "manifest": manifest_,
+    "tar": tar,
+    "beton": beton,
     **source_targets.TARGETS,
-}  # fmt: skip
+}
 
 
 def seeds(name: str, built: Path, scratch: Path) -> list[bytes]:

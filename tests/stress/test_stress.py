@@ -51,8 +51,8 @@ def run_section(section: str, scale: float, seed: int) -> dict[str, Any]:
     sys.stderr.write(process.text())
     if process.wait(0) != 0:
         flaw = f"the section itself ended with {process.status}: {process.text()[-400:]}"
-        found.append({"case": "the section", "tried": 1, "survived": 0, "lost": 1,
-                      "note": "it broke off", "losses": [flaw]})  # fmt: skip
+        counts = {"case": "the section", "tried": 1, "survived": 0, "lost": 1}
+        found.append({**counts, "note": "it broke off", "losses": [flaw]})
     if any(row["lost"] for row in found):
         sys.stderr.write(f"{section}: see {arena}\n")
     else:

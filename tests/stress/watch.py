@@ -1,7 +1,7 @@
 """Whether anything came out of its folder: a process watched from within, and what lies around it.
 
-In: a function and the folders it may write to. Out: a line for each write, start of a program,
-unpickled class or connection beyond them, and for each file around that is not as it was.
+It tells each write, start of a program, unpickled class or connection beyond the folders that a
+function may write to, and each file around that is not as it was.
 """
 
 import os
@@ -13,10 +13,31 @@ from typing import Any
 from stress.forked import Process, spawn
 from stress.material import files
 
-PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate",
-         "os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copyfile")  # fmt: skip
-NEVER = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect",
-         "pickle.find_class", "marshal.loads", "ctypes.dlopen")  # fmt: skip
+PATHS = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+)
+NEVER = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+    "marshal.loads",
+    "ctypes.dlopen",
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 

@@ -93,8 +93,9 @@ def test_orders_differ_and_leave_no_sample_near_its_place():
 
 def test_places_of_an_order_are_evenly_used():
     """Where sample 0 lands over many epochs: chi-square against uniform."""
-    landed = np.array([int(np.flatnonzero(shuffled(16, 7, e, np.arange(16)) == 0)[0])
-                       for e in range(3200)])  # fmt: skip
+    landed = np.array(
+        [int(np.flatnonzero(shuffled(16, 7, e, np.arange(16)) == 0)[0]) for e in range(3200)]
+    )
     counts = np.bincount(landed, minlength=16)
     assert ((counts - 200) ** 2 / 200).sum() < 37.7  # 15 degrees of freedom, p = 0.001
 
@@ -136,10 +137,10 @@ def test_splits_that_do_not_divide_are_refused():
 def test_a_billion_samples_cost_nothing_to_resume_in():
     plan = Plan(1_000_000_007, 2048)
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.process_time()
     epochs, samples = plan.samples(40_000_000)
     plan.boxes(epochs, samples, np.full(2048, 375), np.full(2048, 500))
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
     assert samples.max() < 1_000_000_007
@@ -185,8 +186,9 @@ def test_boxes_are_distributed_as_torchvisions():
     v2 = pytest.importorskip("torchvision.transforms")
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500)
-    theirs = np.array([v2.RandomResizedCrop.get_params(image, [0.67, 1.0], [3 / 4, 4 / 3])
-                       for _ in range(4000)])  # fmt: skip
+    theirs = np.array(
+        [v2.RandomResizedCrop.get_params(image, [0.67, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    )
     size = np.full(4000, 375), np.full(4000, 500)
     boxes, _ = Plan(4000, 1).boxes(np.zeros(4000, int), np.arange(4000), *size)
     ours = boxes * [375, 500, 375, 500]

@@ -13,6 +13,8 @@ MAY_IMPORT = {
     "train": {"shards"},
 }
 ROOMS = {*MAY_IMPORT, "kamim"}
+# shards.build is the one door to the room that writes sets; it is opened when it is used.
+DOORS = {("shards/__init__.py", "preprocess")}
 
 
 def imported(path):
@@ -23,6 +25,21 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield (node.module or "").partition(".")[0]
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
+            yield from named(node.args[0])
+
+
+def called(node):
+    """The last name of what a call calls."""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def named(argument):
+    """The package that an import by a string names; none where a variable holds the name."""
+    if isinstance(argument, ast.JoinedStr) and argument.values:
+        argument = argument.values[0]
+    if isinstance(argument, ast.Constant):
+        yield argument.value.partition(".")[0]
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -30,13 +47,24 @@ def test_rooms_import_only_what_they_may(room):
     files = list((REPOSITORY / room).rglob("*.py"))
     assert len(files) > 10
     for path in files:
-        foreign = set(imported(path)) & (ROOMS - {room}) - MAY_IMPORT[room]
+        here = str(path.relative_to(REPOSITORY))
+        doors = {name for where, name in DOORS if where == here}
+        foreign = set(imported(path)) & (ROOMS - {room}) - MAY_IMPORT[room] - doors
         assert not foreign, f"{path.name} imports {foreign}"
 
 
 def test_the_rule_can_fail(tmp_path):
-    (tmp_path / "x.py").write_text("def f():\n    from train import loop\n")
-    assert set(imported(tmp_path / "x.py")) == {"train"}
+    for line in (
+        "from train import loop",
+        "import train.loop",
+        "importlib.import_module('train.loop')",
+        "import_module(f'train.{name}')",
+        "__import__('train')",
+    ):
+        (tmp_path / "x.py").write_text(f"def f():\n    {line}\n")
+        assert set(imported(tmp_path / "x.py")) == {"train"}
+    for where, name in DOORS:
+        assert name in imported(REPOSITORY / where)
 
 
 @pytest.mark.parametrize("package", ["shards", "preprocess", "kamim"])

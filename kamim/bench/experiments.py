@@ -1,7 +1,7 @@
-"""The papers' claims tried in small: runs of several methods and seeds in, tables out.
+"""Small experiments that try the papers' claims: results.json and tables from folders of runs.
 
-In: folders that docs/results/cifar10/run.sh filled. Out: results.json with provenance, and the
-tables of the README.md beside it between their markers, rendered from results.json.
+`python -m kamim.bench.experiments NAME RUNS...` gathers what docs/results/NAME/README.md says how
+to run, and renders the tables of that page.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kamim.bench.markers import renewed_parts
+from kamim.bench.markdown import line, renewed_parts, table
 from kamim.bench.provenance import provenance
 from train.log import read_metrics
 
@@ -28,7 +28,7 @@ TITLES = {
 
 
 def gather(runs: Path) -> list[dict[str, Any]]:
-    """A row a method: probes and diagnostics of each seed. `runs` holds METHOD-seed-N folders."""
+    """A row per method: probes and diagnostics of each seed. `runs` holds METHOD-seed-N folders."""
     found: dict[str, list[Path]] = {}
     for probe in sorted(runs.glob("*-seed-*/probe/probe.json")):
         found.setdefault(probe.parts[-3].rpartition("-seed-")[0], []).append(probe.parent.parent)
@@ -64,7 +64,7 @@ def _row(method: str, folders: list[Path], by_run: dict[str, Any]) -> dict[str, 
 
 
 def _accuracies(probes: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """One number a pretrained encoder: the mean over its heads."""
+    """One number per pretrained encoder: the mean over its heads."""
     names = ("top1", "top5")
     heads = {name: [round(statistics.mean(p[name]), 4) for p in probes] for name in names}
     return heads | {"knn": [p["knn"] for p in probes]}
@@ -93,35 +93,36 @@ def spread(values: list[float], scale: float = 100, digits: int = 2) -> str:
 def render(results: dict[str, Any]) -> str:
     """The tables and their circumstances, as Markdown."""
     rows, costs = results["rows"], results.get("costs", {})
-    lines = ["| mean ± deviation | seeds | epochs | CPU s | top-1, % | top-5, % | 20-NN, % | "
-             "masked PSNR, dB | mean weight |", "|---|" + "---|" * 8]  # fmt: skip
+    heads = ["mean ± deviation", "seeds", "epochs", "CPU s", "top-1, %", "top-5, %", "20-NN, %"]
+    lines = table([*heads, "masked PSNR, dB", "mean weight"], [])
     for row in rows:
-        accuracies = " | ".join(spread(row[name]) for name in ("top1", "top5", "knn"))
         trained = "steps" in row
-        psnr = spread(row["psnr_masked"], 1) if trained else ""
-        weight = spread(row["mean_weight"], 1) if trained else ""
-        spent = f"{seconds(row, costs):.0f}" if trained and costs else ""
         epochs = f"{row['recipe']['epochs']:g}" if trained else ""
-        lines.append(f"| {TITLES[row['method']]} | {row.get('seeds', 1)} | {epochs} | {spent} | "
-                     f"{accuracies} | {psnr} | {weight} |")  # fmt: skip
+        spent = f"{seconds(row, costs):.0f}" if trained and costs else ""
+        cells = [TITLES[row["method"]], str(row.get("seeds", 1)), epochs, spent]
+        cells += [spread(row[name]) for name in ("top1", "top5", "knn")]
+        cells += [spread(row[n], 1) if trained else "" for n in ("psnr_masked", "mean_weight")]
+        lines.append(line(cells))
     depth = len(rows[0]["blocks"])
     uniform = rows[0]["blocks"][0]["uniform"]
-    lines += ["", f"| attention distance, px (uniform {uniform:.2f}) / mutual information | "
-              + " | ".join(f"block {n}" for n in range(1, depth + 1)) + " |"]  # fmt: skip
-    lines.append("|---|" + "---|" * depth)
+    title = f"attention distance, px (uniform {uniform:.2f}) / mutual information"
+    lines += ["", *table([title, *(f"block {number}" for number in range(1, depth + 1))], [])]
     for row in rows:
-        cells = (f"{block['distance']:.2f} / {block['nmi']:.4f}" for block in row["blocks"])
+        cells = [f"{block['distance']:.2f} / {block['nmi']:.4f}" for block in row["blocks"]]
         epochs = f", {row['recipe']['epochs']:g} epochs" if "recipe" in row else ""
-        lines.append(f"| {TITLES[row['method']]}{epochs} | {' | '.join(cells)} |")
-    machine = f"{results['cores']} cores of an {results['cpu']}, no GPU"
+        lines.append(line([f"{TITLES[row['method']]}{epochs}", *cells]))
     recipe = rows[0]["recipe"]
-    lines += ["", f"CIFAR-10, 50,000 images at {recipe['size']} px, batch {recipe['batch']}; fast "
-              f"probe of block 3 of {depth}, 10,000 test images, 3 heads an encoder; {machine}; "
-              f"torch {results['versions'].get('torch')}; {results['date']}.", ""]  # fmt: skip
+    lines += [
+        "",
+        f"CIFAR-10, 50,000 images at {recipe['size']} px, batch {recipe['batch']}; fast probe of "
+        f"block 3 of {depth}, 10,000 test images, 3 heads an encoder; {results['cores']} cores of "
+        f"an {results['cpu']}, no GPU; torch {results['versions'].get('torch')}; "
+        f"{results['date']}.",
+    ]
     if costs:
-        lines.insert(-1, "CPU s: steps and attention passes of a run, at what each costs on one "
-                         "core, measured apart in turn.")  # fmt: skip
-    return "\n".join(lines)
+        measured = "at what each costs on one core, measured apart in turn."
+        lines.append(f"CPU s: steps and attention passes of a run, {measured}")
+    return "\n".join([*lines, ""])
 
 
 def renewed(text: str, results: dict[str, Any]) -> str:

@@ -1,9 +1,16 @@
-"""Rendered parts of a page: what stands between its markers gives way to new text.
+"""Tables as Markdown, and pages whose rendered parts stand between markers."""
 
-In: a page, the new text of each part by name. Out: the page with those parts and no other changed.
-"""
+from collections.abc import Iterable, Mapping
 
-from collections.abc import Mapping
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table."""
+    heads = list(heads)
+    return [line(heads), "|" + "---|" * len(heads), *map(line, rows)]
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def renewed_parts(text: str, parts: Mapping[str, str]) -> str:
