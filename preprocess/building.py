@@ -26,6 +26,7 @@ from preprocess.detectors import detector_settings
 from preprocess.shard import FACTS, Job, confirm, read_row, write_shard
 from preprocess.source import Source
 from shards import spec
+from shards.card import write_card
 from shards.errors import UserError
 from shards.files import alone, sweep, write_atomically
 from shards.progress import progress, waiting
@@ -235,5 +236,6 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         fidelity={},
     )
     assert ledger.balanced
+    write_card(job.out, manifest)
     spec.write(job.out, manifest)
     return manifest

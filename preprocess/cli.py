@@ -79,6 +79,10 @@ def build(
     bank: Annotated[
         int, Option(help="Crops stored per image, with their exact densities.")
     ] = DEFAULTS.bank,
+    weights: Annotated[
+        str,
+        Option(help="T,w_ps: store loss weights too, of the bank's crops, or of the whole frame."),
+    ] = "",
     grid: Annotated[int, Option(help="Cells per side of a density map.")] = DEFAULTS.grid,
     mark: Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")] = (
         "ring"
@@ -86,6 +90,9 @@ def build(
     detect_on: Annotated[
         Literal["source", "frame"], Option(help="Detect on the source, or on the stored frame.")
     ] = "source",
+    levels: Annotated[
+        int, Option(help="Levels of density: 256, or 16 to repair an upgraded set.")
+    ] = DEFAULTS.levels,
     shard_size: Annotated[
         int, Option(help="Inputs per shard; 0: 1000, fewer for small sources.")
     ] = DEFAULTS.shard_size,
@@ -132,6 +139,8 @@ def build(
             detect_on=detect_on,
             detectors=parsed_detectors(detector, detector_option or []),
             shard_size=shard_size,
+            weights=_weights(weights),
+            levels=levels,
         )
     except UserError as error:  # of a field, as the option is called
         name, _, rule = str(error).partition(" ")
@@ -182,6 +191,17 @@ def build(
     )
     if ledger.rejected:
         _say(f"the rejected inputs and their reasons are in {out / REJECTED}")
+
+
+def _weights(text: str) -> tuple[float, int] | None:
+    """(T, w_ps) of `0.25,8`, or None of nothing. Raises UserError, saying what is meant."""
+    if not text:
+        return None
+    try:
+        temperature, w_ps = text.split(",")
+        return float(temperature), int(w_ps)
+    except ValueError:
+        raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
 
 
 def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
@@ -330,7 +350,8 @@ def fidelity(
         for what, e in errors.items():
             line = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
             print(f"{name + ' ' + what:18s}{line}")
-    parts = ", ".join(f"{part} {sizes[f'{part}_bytes']:,}" for part in ("frame", "maps", "bank"))
+    kinds = ("frame", "maps", "bank", "weights")
+    parts = ", ".join(f"{kind} {sizes[f'{kind}_bytes']:,}" for kind in kinds)
     print(
         f"bytes per image: {parts}; in all {sizes['bytes']:,}, maps and bank add "
         f"{sizes['added']:.1%}"
@@ -375,6 +396,26 @@ def convert(
         _print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
     else:
         print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def upgrade(
+    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
+    out: Annotated[Path, Argument(help="Destination folder for the set in today's format.")],
+    json_output: Json = False,
+) -> None:
+    """Write a set of format version 2 in the format of today, without its source.
+
+    Every file is hashed before, and every record compared after: frames are the same bytes.
+    """
+    from shards.version2 import upgrade_set
+
+    manifest = upgrade_set(folder, out)
+    if json_output:
+        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
+        _print_json({**facts, "records": manifest.count})
+    else:
+        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
 
 
 @app.command()

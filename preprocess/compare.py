@@ -20,7 +20,7 @@ from shards.verification import damaged_files
 
 Facts = dict[str, Any]
 WORK = ".build"
-PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on")
+PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on", "levels")
 
 
 def facts_of(source: Source, settings: Settings) -> Facts:
@@ -180,6 +180,8 @@ def flags_of(settings: Settings, shard_size: int) -> str:
             words.append(f"--{name.replace('_', '-')} {value}")
     if settings.area[0] != default.area[0]:
         words.append(f"--area {settings.area[0]}")
+    if settings.weights is not None:
+        words.append("--weights {},{}".format(*settings.weights))
     if settings.shard_size not in (0, shard_size):
         words.append(f"--shard-size {settings.shard_size}")
     return " ".join(words)

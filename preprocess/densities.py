@@ -15,8 +15,8 @@ from preprocess.detectors import detect
 from preprocess.frequency import frequency_map
 from preprocess.rings import mark
 from shards import Bank, Detector, Settings, decode_frame
-from shards.crops import cell_sums, crop_boxes, visible_sums
-from shards.record import LEVEL
+from shards.crops import cell_sums, crop_boxes, read_crop, visible_sums, weights
+from shards.record import fixed_point
 from shards.rng import Purpose
 from shards.spec import BANK_CELL
 
@@ -39,8 +39,8 @@ class View:
 
 def density_maps(
     rgb: Image, number: int, settings: Settings, size: tuple[int, int] | None = None
-) -> Image:
-    """Maps of input `number` as uint8 [detectors, grid, grid], density = value / 255 in 16 steps.
+) -> dict[str, Image]:
+    """Maps of input `number` by detector, uint8 [grid, grid], density = value / 255.
 
     `rgb` is its pixels, or its frame's, then with the `size` (height, width) of its source.
     """
@@ -51,7 +51,9 @@ def density_maps(
     for row, detector in enumerate(settings.detectors):
         if not detector.has_keypoints:
             density[row] = frequency_map(rgb, detector, settings.grid)
-    return np.rint(np.minimum(density, 1) * (255 // LEVEL)).astype(np.uint8) * np.uint8(LEVEL)
+    most = settings.levels - 1
+    levels = np.rint(np.minimum(density, 1) * most).astype(np.uint8) * np.uint8(255 // most)
+    return dict(zip((detector.name for detector in settings.detectors), levels, strict=True))
 
 
 def _keypoint_densities(
@@ -86,7 +88,7 @@ def _keypoint_densities(
 
 def maps_of(
     rgb: Image | None, frame: bytes, number: int, settings: Settings, size: tuple[int, int]
-) -> Image:
+) -> dict[str, Image]:
     """density_maps from what settings.detect_on names: the source's pixels `rgb`, or its encoded
     `frame` and its `size` (height, width).
     """
@@ -119,14 +121,41 @@ def bank_of(rgb: Image, number: int, settings: Settings) -> Bank:
     side, cells = settings.crop, settings.crop // BANK_CELL
     height, width = rgb.shape[:2]
     boxes, flips = _boxes(Purpose.BANK, number, settings.bank, (height, width), settings)
-    counts = np.empty((settings.bank, len(settings.detectors), cells, cells), np.uint8)
+    shape = (settings.bank, cells, cells)
+    counts = {detector.name: np.empty(shape, np.uint8) for detector in settings.detectors}
     for slot, box in enumerate(boxes):
         crop = squeezed(rgb, View(box, side, side))
         crop = crop[:: -1 if flips[slot, 1] else 1, :: -1 if flips[slot, 0] else 1]
         grey = published_grey(np.ascontiguousarray(crop))
-        for row, detector in enumerate(settings.detectors):
-            counts[slot, row] = crop_counts(detector, grey, settings.mark)
-    return Bank(np.array(boxes, np.uint32), flips.astype(np.uint8), counts)
+        for detector in settings.detectors:
+            counts[detector.name][slot] = crop_counts(detector, grey, settings.mark)
+    return Bank(np.array(boxes, np.int64), flips, counts)
+
+
+def weights_of(
+    maps: dict[str, Image], bank: Bank | None, settings: Settings
+) -> dict[str, NDArray[np.uint16]]:
+    """The loss weights to store, by detector, as settings.weights asks: of each crop of the bank,
+    uint16 [K, c, c], or of the whole frame as a training run reads it off the map, uint16 [c, c].
+    """
+    stored: dict[str, NDArray[np.uint16]] = {}
+    if settings.weights is None:
+        return stored
+    temperature, w_ps = settings.weights
+    cells, part = settings.crop // w_ps, w_ps // BANK_CELL
+    for detector in settings.detectors:
+        name = detector.name
+        if not detector.has_keypoints:
+            continue
+        if bank:
+            pooled = bank.counts[name].reshape(len(bank.boxes), cells, part, cells, part)
+            found = pooled.mean(axis=(2, 4)) / BANK_CELL**2
+        else:
+            whole = (0.0, 0.0, 1.0, 1.0), (False, False)
+            found = read_crop(maps[name], detector, settings, *whole, cells)[None]
+        values = np.stack([fixed_point(weights(density, temperature)) for density in found])
+        stored[name] = values if bank else values[0]
+    return stored
 
 
 def crop_counts(detector: Detector, grey: Image, kind: str) -> Image:

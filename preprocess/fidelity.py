@@ -7,7 +7,6 @@ ignore the image, detection on the crop a little to the side or flipped, and ano
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tarfile import BLOCKSIZE
 
 import cv2
 import joblib
@@ -20,9 +19,11 @@ from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
+from shards.dataset import places_of
 from shards.errors import UserError
 from shards.files import write_atomically
 from shards.progress import progress
+from shards.record import DENSITY, WEIGHTS
 from shards.rng import Purpose
 from shards.spec import BANK_CELL
 
@@ -60,7 +61,7 @@ def measure_fidelity(
     Raises UserError if the source is not that of the set.
     """
     settings = records.manifest.settings
-    if not keypoint_rows(settings):
+    if not keypoint_detectors(settings):
         raise UserError(
             f"{records.folder} has no keypoint maps: there is no detection to compare with"
         )
@@ -88,9 +89,9 @@ def looked_up(records: ShardSet, source: Source, number: int) -> tuple[Record, N
     return record, decode_image(source.read(source.entries[int(record.key)]))
 
 
-def keypoint_rows(settings: Settings) -> list[tuple[int, Detector]]:
-    """(row, detector) of the maps that detection on a crop can be compared with."""
-    return [(row, d) for row, d in enumerate(settings.detectors) if d.has_keypoints]
+def keypoint_detectors(settings: Settings) -> list[Detector]:
+    """Those whose maps detection on a crop can be compared with."""
+    return [detector for detector in settings.detectors if detector.has_keypoints]
 
 
 def detected(pixels: NDArray[np.uint8], detector: Detector, settings: Settings) -> Floats:
@@ -113,10 +114,10 @@ def _densities(
         "torchvision": _torchvision(crop, rgb, side),
     }
     result = {}
-    for row, detector in keypoint_rows(settings):
+    for detector in keypoint_detectors(settings):
         truth = detected(crop.pixels, detector, settings)
         pairs = {
-            "map": (read_crop(record, row, settings, crop), truth),
+            "map": (read_crop(record, detector, settings, crop), truth),
             "uniform": (np.zeros_like(truth), truth),
         }
         for what, pixels in rulers.items():
@@ -125,9 +126,9 @@ def _densities(
                 pairs[what] = found[:, ::-1] if what == "flipped" else found, truth
         if bank:
             slot = seed % len(bank.boxes)
-            box, flips = bank.boxes[slot].tolist(), bank.flips[slot].astype(bool).tolist()
+            box, flips = bank.boxes[slot].tolist(), bank.flips[slot].tolist()
             own = cut(box, flips, rgb, side)
-            stored = bank.counts[slot, row] / FULL
+            stored = bank.counts[detector.name][slot] / FULL
             pairs["bank"] = stored, detected(own.pixels, detector, settings)
         result[detector.name] = {
             what: (_pooled(estimate, part), _pooled(true, part))
@@ -166,12 +167,12 @@ def shifted(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return cut((top, left, tall, wide), crop.flips, rgb, side).pixels
 
 
-def read_crop(record: Record, row: int, settings: Settings, crop: Crop) -> Floats:
-    """What a training run reads off map `row` for `crop`, float64 [c, c]."""
+def read_crop(record: Record, detector: Detector, settings: Settings, crop: Crop) -> Floats:
+    """What a training run reads off the detector's map for `crop`, float64 [c, c]."""
     size = np.array([record.height]), np.array([record.width])
     box = unit_boxes(np.array([crop.box]), *size)[0].tolist()
     cells = settings.crop // BANK_CELL
-    return read_map_of(record.maps[row], row, settings, box, crop.flips, cells)
+    return read_map_of(record.maps[detector.name], detector, settings, box, crop.flips, cells)
 
 
 def _torchvision(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8] | None:
@@ -207,17 +208,21 @@ def _errors(pairs: list[tuple[Floats, Floats]], temperature: float) -> dict[str,
 
 
 def storage(records: ShardSet) -> dict[str, float]:
-    """Mean bytes per image: frame, maps, bank and the whole record with headers and padding, and
-    the share that maps and bank add to a record without them.
+    """Mean bytes an image: frame, arrays by kind and the whole record with headers and padding, and
+    the share that the arrays add to a record without them.
     """
-    index = records.index
-    names = ("frame_bytes", "maps_bytes", "bank_bytes", "bytes")
-    mean = {name: float(index[name].astype(np.float64).mean()) for name in names}
-    member = index["maps_bytes"].astype(np.int64) + index["bank_bytes"]
-    if records.manifest.container == "webdataset":
-        member = BLOCKSIZE + -(-member // BLOCKSIZE) * BLOCKSIZE
-    added = member.sum() / (index["bytes"].astype(np.int64) - member).sum()
-    return {name: round(value) for name, value in mean.items()} | {"added": round(float(added), 4)}
+    mean = {
+        name: float(records.index[name].astype(np.float64).mean())
+        for name in ("frame_bytes", "bytes")
+    }
+    kinds = {"maps_bytes": 0, "bank_bytes": 0, "weights_bytes": 0}
+    for array, _ in records.places.values():
+        kind = {DENSITY: "maps", WEIGHTS: "weights"}.get(array.kind, "bank")
+        kinds[f"{kind}_bytes"] += array.bytes
+    stored = places_of(records.manifest)[1]
+    added = stored / (mean["bytes"] - stored)
+    figures = {"frame_bytes": round(mean["frame_bytes"]), **kinds, "bytes": round(mean["bytes"])}
+    return figures | {"added": round(added, 4)}
 
 
 def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[np.uint8]:
@@ -226,9 +231,9 @@ def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[
     for number in np.linspace(0, len(records) - 1, crops).astype(int).tolist():
         record, rgb = looked_up(records, source, number)
         crop = trial_crop(record, settings, rgb, seed=0)
-        for row, detector in keypoint_rows(settings):
+        for detector in keypoint_detectors(settings):
             truth = detected(crop.pixels, detector, settings)
-            estimate = read_crop(record, row, settings, crop)
+            estimate = read_crop(record, detector, settings, crop)
             tiles = [crop.pixels, _heat(truth), _heat(estimate), _difference(estimate - truth)]
             titles = [f"{detector.name}: {TITLES[0]}", *TITLES[1:]]
             rows.append(np.hstack([_tile(*pair) for pair in zip(tiles, titles, strict=True)]))

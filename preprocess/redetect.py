@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import bank_of, maps_of
+from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.source import Source
 from shards import Record, ShardSet
 from shards.errors import UserError
+from shards.record import equal
 
 
 def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
@@ -52,11 +53,15 @@ def _differences(records: ShardSet, record: Record, source: Source | None) -> li
     problems = [
         f"{named}: the {name} map differs in {np.count_nonzero(stored != new)} of {stored.size} "
         f"cells{note}"
-        for name, stored, new in zip(records.manifest.detectors, record.maps, again, strict=True)
-        if not np.array_equal(stored, new)
+        for name, stored in record.maps.items()
+        if not np.array_equal(stored, new := again[name])
     ]
+    bank = None
     if record.bank is not None:
         assert rgb is not None
-        if not record.bank.equals(bank_of(rgb, number, settings)):
+        bank = bank_of(rgb, number, settings)
+        if not record.bank.equals(bank):
             problems.append(f"{named}: the bank differs")
+    if not equal(record.weights, weights_of(again, bank, settings)):
+        problems.append(f"{named}: the weights differ")
     return problems

@@ -25,7 +25,7 @@ from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
 from preprocess.shard import Job, read_row, rejected_line, row_path
 from preprocess.source import Source
-from shards.dataset import flaws_of_files, sizes_of
+from shards.dataset import flaws_of_files
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
 from shards.progress import progress
@@ -94,7 +94,7 @@ def _changed(path: Path) -> BuildError:
 def _restore_lists(source: Source, out: Path, finished: Manifest) -> None:
     """index.npy from the shards, then rejected.jsonl from the inputs that it lacks."""
     shards = progress("indexing", len(finished.shards), finished.shards, unit="shard", delay=1)
-    rows = [index_of(out / shard.name, *sizes_of(finished)) for shard in shards]
+    rows = [index_of(out / shard.name, finished.settings) for shard in shards]
     index = np.concatenate(rows)
     lists = (finished.index, npy_bytes(index)), (finished.rejected, _rejected(source, index))
     for file, data in lists:

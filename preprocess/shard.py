@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess.decode import Rejected, decode_image
-from preprocess.densities import bank_of, maps_of
+from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.files import write_atomically
@@ -65,8 +65,8 @@ class Written(NamedTuple):
 def library_versions(settings: Settings) -> dict[str, str]:
     """Versions of the libraries that decide the bytes of a record."""
     known = [("opencv", cv2), ("pillow", PIL), ("simplejpeg", simplejpeg)]
-    if not all(detector.has_keypoints for detector in settings.detectors):
-        known.append(("numpy", np))  # its FFT decides the frequency map
+    if settings.weights or not all(d.has_keypoints for d in settings.detectors):
+        known.append(("numpy", np))  # its FFT decides the frequency map, its exp the weights
     return {name: library.__version__ for name, library in known}
 
 
@@ -198,25 +198,22 @@ def describe(
     frame = old[0].frame if old else encode_frame(squeeze(rgb, settings.frame), settings.quality)
     known = _known_maps(old, settings) if old else {}
     missing = tuple(d for d in settings.detectors if d.name not in known)
-    maps = np.empty((len(settings.detectors), settings.grid, settings.grid), np.uint8)
     if missing:
         wanted = replace(settings, detectors=missing)
-        new = maps_of(rgb, frame, index, wanted, (height, width))
-        known |= {d.name: map_ for d, map_ in zip(missing, new, strict=True)}
-    for row, detector in enumerate(settings.detectors):
-        maps[row] = known[detector.name]
+        known |= maps_of(rgb, frame, index, wanted, (height, width))
+    maps = {detector.name: known[detector.name] for detector in settings.detectors}
     bank = bank_of(rgb, index, settings) if settings.bank else None
-    return Record(key_of(index), frame, entry.label, height, width, entry.name, maps, bank)
+    weights = weights_of(maps, bank, settings)
+    return Record(key_of(index), frame, entry.label, height, width, entry.name, maps, bank, weights)
 
 
 def _known_maps(old: tuple[Record, Settings], settings: Settings) -> dict[str, NDArray[np.uint8]]:
     """The maps of `old`, by detector, that a build with `settings` would make again."""
     record, before = old
-    same = ("frame", "quality", "crop", "area", "map_crops", "grid", "mark", "detect_on")
+    same = ("frame", "quality", "crop", "area", "map_crops", "grid", "mark", "detect_on", "levels")
     if any(getattr(before, name) != getattr(settings, name) for name in same):
         return {}
-    pairs = zip(before.detectors, record.maps, strict=True)
-    return {d.name: map_ for d, map_ in pairs if d in settings.detectors}
+    return {d.name: record.maps[d.name] for d in before.detectors if d in settings.detectors}
 
 
 def _old_record(folder: Path, index: int) -> tuple[Record, Settings] | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shards.torchdata import PlanSampler, RecordDataset
     from shards.verification import LEVELS
     from shards.verification import verify_shards as verify
-    from shards.weighting import Crops, WeightedCrops, crop_frames, to_device
+    from shards.weighting import Crops, WeightedCrops, crop_frames, draw_crops, to_device
 
 # Each public name, by the module that has it; `name=theirs` where it is called otherwise there.
 _HOMES = {
@@ -42,7 +42,7 @@ _HOMES = {
     "tar": "ShardWriter",
     "torchdata": "PlanSampler RecordDataset",
     "verification": "LEVELS verify=verify_shards",
-    "weighting": "Crops WeightedCrops crop_frames to_device",
+    "weighting": "Crops WeightedCrops crop_frames draw_crops to_device",
 }
 _WHERE = {
     name: (f"shards.{home}", theirs or name)
@@ -72,6 +72,7 @@ __all__ = [
     "build",
     "crop_frames",
     "decode_frame",
+    "draw_crops",
     "encode_frame",
     "inspect_page",
     "load",

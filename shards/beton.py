@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,70 +19,96 @@ from shards.dataset import ShardSet, flaws_of_files
 from shards.errors import UserError
 from shards.files import LEFT, LOCK, MANIFEST, alone, replacing, sha256_of
 from shards.progress import progress, waiting
-from shards.record import Record, decode_frame, npy_bytes, packed, to_rows
-from shards.spec import EXTRAS, INDEX, REJECTED, File, Manifest
+from shards.record import (
+    COUNTS,
+    DENSITY,
+    WEIGHTS,
+    Array,
+    Record,
+    decode_frame,
+    fields_of,
+    npy_bytes,
+)
+from shards.spec import EXTRAS, INDEX, REJECTED, File, Manifest, Settings
 from shards.tar import INDEX_DTYPE
 
 BETON = "records.beton"
 PAGE = 1 << 23  # bytes, FFCV's default
 JPG, RAW = 0, 1
-ARRAYS = ("maps", "bank")
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")]
 )
 DESCRIPTOR = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 REGION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-TYPES = {"frame": 2, "maps": 4, "bank": 4, "label": 1, "index": 1}  # RGBImage, NDArray, Int
+IMAGES, ARRAYS, NUMBERS = 2, 4, 1  # FFCV's types of RGBImageField, NDArrayField, IntField
+FACTS = ("label", "index", "height", "width")  # integers of a record, behind its arrays
+LONGEST = 16  # bytes of a field's name
+
+
+def field_of(array: Array) -> str:
+    """The name of an array's field: a density whose name is too long for FFCV has the detector's
+    alone.
+    """
+    short = array.kind == DENSITY and len(array.name) > LONGEST
+    return array.detector if short else array.name
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the records of a .beton look like: side of the frames in px, whether they are raw,
-    shape of the packed maps [D, G, G / 2] and of the bank's rows [K, bytes], (0, 0) for none.
+    """What the records of a .beton look like: side of the frames in px, whether they are raw, and
+    their arrays.
     """
 
     side: int
     raw: bool
-    maps: tuple[int, ...]
-    bank: tuple[int, ...]
+    arrays: tuple[Array, ...]
 
     @property
-    def fields(self) -> list[str]:
-        """The fields in their order."""
-        return [name for name in TYPES if name != "bank" or self.bank[0]]
+    def fields(self) -> dict[str, Array | None]:
+        """The fields in their order, with the array that each is.
+
+        Raises UserError if FFCV has no room for a name.
+        """
+        fields: dict[str, Array | None] = {"frame": None}
+        fields |= {field_of(array): array for array in self.arrays}
+        long = [name for name in fields if len(name) > LONGEST]
+        if long or len(fields) != 1 + len(self.arrays):
+            names = ", ".join(long or fields)
+            raise UserError(f"FFCV's fields have different names of {LONGEST} letters, not {names}")
+        return fields | dict.fromkeys(FACTS)
 
     @property
     def row(self) -> np.dtype[np.void]:
         """A metadata row, aligned as FFCV does it: 13 bytes of image, 3 of padding, then 8 each."""
-        numbers = [(name, "<u8" if name in ARRAYS else "<i8") for name in self.fields[1:]]
+        fields = self.fields
+        numbers = ["<u8" if array else "<i8" for array in fields.values()][1:]
         offsets = [0, *(16 + 8 * place for place in range(len(numbers)))]
         return np.dtype(
             {
-                "names": self.fields,
-                "formats": [IMAGE, *(kind for _, kind in numbers)],
+                "names": list(fields),
+                "formats": [IMAGE, *numbers],
                 "offsets": offsets,
                 "itemsize": 16 + 8 * len(numbers),
             }
         )
 
 
-def layout_of(manifest: Manifest) -> Layout:
-    """The layout of the FFCV set that `manifest` describes."""
-    settings = manifest.settings
-    return Layout(settings.frame, settings.quality == 0, settings.maps_shape, settings.bank_shape)
+def layout_of(settings: Settings) -> Layout:
+    """The layout of an FFCV set with `settings`."""
+    return Layout(settings.frame, settings.quality == 0, tuple(fields_of(settings)))
 
 
 def _descriptors(layout: Layout) -> bytes:
-    rows = np.zeros(len(layout.fields), DESCRIPTOR)
-    dtype = json.dumps(np.dtype(np.uint8).descr).encode("ascii")
-    for row, name in zip(rows, layout.fields, strict=True):
-        row["type"] = TYPES[name]
+    fields = layout.fields
+    rows = np.zeros(len(fields), DESCRIPTOR)
+    for row, (name, array) in zip(rows, fields.items(), strict=True):
+        row["type"] = IMAGES if name == "frame" else ARRAYS if array else NUMBERS
         row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
-        if name in ARRAYS:
-            dimensions = layout.maps if name == "maps" else layout.bank
+        if array:
+            dtype = json.dumps(array.dtype.descr).encode("ascii")
             shape = np.zeros(33, "<u8")  # 32 dimensions, then the length of the dtype's text
-            shape[: len(dimensions)], shape[32] = dimensions, len(dtype)
+            shape[: len(array.shape)], shape[32] = array.shape, len(dtype)
             arguments = shape.tobytes() + dtype
             row["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
     return rows.tobytes()
@@ -96,19 +123,18 @@ def tables(index: NDArray[np.void], layout: Layout) -> tuple[bytes, bytes, int]:
     rows = np.zeros(count, layout.row)
     rows["frame"]["mode"] = RAW if layout.raw else JPG
     rows["frame"]["width"] = rows["frame"]["height"] = layout.side
-    rows["label"], rows["index"] = index["label"], np.arange(count)
-    places = {"frame": index["frame"], "maps": index["maps"]}
-    places["bank"] = index["maps"] + index["maps_bytes"]
-    parts = ["frame", *(name for name in ARRAYS if name in layout.fields)]
-    regions = np.zeros((count, len(parts)), REGION)
+    rows["frame"]["pointer"] = index["frame"]
+    rows["index"] = np.arange(count)
+    for name in ("label", "height", "width"):
+        rows[name] = index[name]
+    regions = np.zeros((count, 1 + len(layout.arrays)), REGION)
     regions["sample"] = np.arange(count)[:, None]
-    for column, name in enumerate(parts):
-        if name == "frame":
-            rows["frame"]["pointer"] = places[name]
-        else:
-            rows[name] = places[name]
-        regions["pointer"][:, column] = places[name]
-        regions["size"][:, column] = index[f"{name}_bytes"]
+    regions["pointer"][:, 0], regions["size"][:, 0] = index["frame"], index["frame_bytes"]
+    at = index["arrays"].copy()
+    for column, array in enumerate(layout.arrays, start=1):
+        rows[field_of(array)] = regions["pointer"][:, column] = at
+        regions["size"][:, column] = array.bytes
+        at += np.uint64(array.bytes)
     end = int((regions["pointer"] + regions["size"]).max())
     table = -(-end // PAGE) * PAGE
     header = np.array([(2, len(layout.fields), PAGE, count, table)], HEADER)
@@ -135,17 +161,16 @@ def write_beton(
     with path.open("wb") as file:
         for number, record in enumerate(records):
             frame = decode_frame(record.frame).tobytes() if layout.raw else record.frame
-            maps = packed(record.maps).tobytes()
-            bank = to_rows(record.bank).tobytes() if record.bank else b""
-            size = len(frame) + len(maps) + len(bank)
+            arrays = b"".join(values(record, array).tobytes() for array in layout.arrays)
+            size = len(frame) + len(arrays)
             if size > PAGE:
                 raise UserError(f"record {record.key} has {size} bytes, more than FFCV's page")
             if at // PAGE != (at + size - 1) // PAGE:
                 at = -(-at // PAGE) * PAGE
             file.seek(at)
-            file.write(frame + maps + bank)
-            places = (int(record.key), at, at, at + len(frame), len(frame), len(maps), len(bank))
-            index[number] = (*places, size, record.height, record.width, record.label)
+            file.write(frame + arrays)
+            places = (int(record.key), at, at, at + len(frame), len(frame), size)
+            index[number] = (*places, record.height, record.width, record.label)
             at += size
         before, after, table = tables(index, layout)
         file.seek(table)
@@ -153,6 +178,18 @@ def write_beton(
         file.seek(0)
         file.write(before)
     return index
+
+
+def values(record: Record, array: Array) -> NDArray[Any]:
+    """The values of `array` in a record, of the array's dtype. Raises UserError if it has none."""
+    bank, crops = record.bank, {}
+    if bank:
+        crops = {"boxes": {"bank": bank.boxes}, "flips": {"bank": bank.flips}, COUNTS: bank.counts}
+    parts: dict[str, Any] = {DENSITY: record.maps, WEIGHTS: record.weights, **crops}
+    found = parts.get(array.kind, {}).get(array.detector)
+    if found is None or found.shape != array.shape:
+        raise UserError(f"record {record.key} has no {array.name} of {array.shape}")
+    return np.asarray(found, array.dtype)
 
 
 def check_tables(path: Path, index: NDArray[np.void], layout: Layout) -> str:
@@ -185,7 +222,7 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     raw = frames == "raw"
     facts = {"from": source.manifest.fingerprint, "frames": frames, "container": "ffcv"}
     fingerprint = _manifest.fingerprint(facts)
-    finished = _finished(out, fingerprint)
+    finished = finished_copy(out, fingerprint, {BETON})
     if finished:
         if (out / LOCK).exists():  # killed between the manifest and the tidying up
             (out / LOCK).unlink(missing_ok=True)
@@ -200,7 +237,10 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         with replacing(out / BETON) as temporary:
             numbers = progress("converting", len(source), range(len(source)))
             index = write_beton(
-                temporary, map(source.__getitem__, numbers), len(source), layout_of(manifest)
+                temporary,
+                map(source.__getitem__, numbers),
+                len(source),
+                layout_of(manifest.settings),
             )
             with waiting(f"hashing {BETON}"):
                 size, digest = temporary.stat().st_size, sha256_of(temporary)
@@ -216,10 +256,12 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     return manifest
 
 
-def _finished(out: Path, fingerprint: str) -> Manifest | None:
-    """The finished, whole conversion in `out`, None if one is to be written, else UserError."""
+def finished_copy(out: Path, fingerprint: str, shards: set[str]) -> Manifest | None:
+    """The finished, whole set in `out`, None if one is to be written whose shards are called
+    `shards`, else UserError.
+    """
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder for the FFCV set")
+        raise UserError(f"{out} is a file; name a folder for the new set")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
         manifest = _manifest.load(out)
@@ -227,7 +269,7 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
             raise UserError(f"{out} holds another set; name a new folder")
         flaws = flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected])
         return None if flaws else manifest
-    ours = {BETON, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
+    ours = {*shards, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
     others = {name for name in names if LEFT.sub("", name) not in ours}
     if others:
         raise UserError(f"{out} holds something else ({min(others)}); name a new or empty folder")
@@ -236,15 +278,10 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
 
 def _compare(source: ShardSet, copy: ShardSet, raw: bool) -> None:
     for number in progress("verifying", len(source), range(len(source))):
-        record, twin = source[number], copy[number]
-        same = (
-            np.array_equal(decode_frame(record.frame), decode_frame(twin.frame))
-            if raw
-            else record.frame == twin.frame
-        )
-        facts = ("key", "label", "height", "width")
-        same = same and all(getattr(record, f) == getattr(twin, f) for f in facts)
-        if record.bank and twin.bank:
-            same = same and record.bank.equals(twin.bank)
-        if not same or not np.array_equal(record.maps, twin.maps):
+        record = replace(source[number], source="")  # which has no field
+        twin = copy[number]
+        same = not raw or np.array_equal(decode_frame(record.frame), decode_frame(twin.frame))
+        if raw:
+            twin = replace(twin, frame=record.frame)
+        if not same or not record.equals(twin):
             raise UserError(f"record {record.key} reads back otherwise; the disk may be at fault")

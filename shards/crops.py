@@ -143,18 +143,18 @@ def read_map(
 
 def read_crop(
     density: NDArray[np.uint8],
-    row: int,
+    detector: Detector,
     settings: Settings,
     box: Sequence[float],
     flips: Sequence[bool],
     cells: int,
 ) -> NDArray[np.float64]:
-    """What a training run reads off map `row` for a crop, float64 [cells, cells], as flipped.
+    """What training reads off a detector's map for a crop, float64 [cells, cells], as flipped.
 
     `density` is that map; `box` is (top, left, height, width) in the unit square, `flips` are
     (horizontal, vertical).
     """
-    visible = visible_cells(settings.detectors[row], settings.crop, cells, settings.mark)
+    visible = visible_cells(detector, settings.crop, cells, settings.mark)
     top, left, height, width = box
     read = read_map(density, (top, left, height, width), cells, visible)
     return read[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]

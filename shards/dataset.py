@@ -20,11 +20,22 @@ from shards.errors import UserError
 from shards.files import MANIFEST, check_sha256, check_size, mending
 from shards.order import Plan
 from shards.progress import progress
-from shards.record import Record, from_rows, key_of, npy_bytes, npy_header, unpacked
+from shards.record import (
+    COUNTS,
+    DENSITY,
+    WEIGHTS,
+    Array,
+    Bank,
+    Record,
+    fields_of,
+    key_of,
+    npy_bytes,
+)
 from shards.remote.retry import PATIENCE
 from shards.remote.storage import is_url
 from shards.spec import AREA, INDEX, File, Manifest
 from shards.tar import INDEX_DTYPE, parse_record
+from shards.tar import places_of as places_in_tar
 
 if TYPE_CHECKING:
     from shards.ffcv_loader import FfcvLoader
@@ -92,6 +103,7 @@ class ShardSet:
         self.folder, self.copies = Path(folder), copies
         self.manifest: Manifest = manifest or spec.load(self.folder)
         self.held = copies.hold(self.manifest.index) if copies else None
+        self.places = places_of(self.manifest)[0]
         self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
         self.shards = self.manifest.shards
         self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
@@ -304,25 +316,24 @@ class ShardSet:
         return record
 
     def _of_regions(self, key: str, data: bytes, row: NDArray[np.void]) -> Record:
-        """A record of a .beton: its frame and its maps without names; the index has the rest."""
-        settings = self.manifest.settings
-        shapes = settings.maps_shape, settings.bank_shape
-        size, maps_size, bank_size = (int(row[f"{n}_bytes"]) for n in ("frame", "maps", "bank"))
-        if (maps_size, bank_size) != (prod(shapes[0]), prod(shapes[1])) or (
-            len(data) != size + maps_size + bank_size
-        ):
-            raise ValueError("it is cut short")
-        maps = unpacked(np.frombuffer(data, np.uint8, maps_size, size).reshape(shapes[0]))
+        """A record of a .beton: its frame and arrays without names; the index has the rest."""
+        settings, begin = self.manifest.settings, int(row["arrays"] - row["start"])
+        arrays: dict[str, dict[str, NDArray[Any]]] = {DENSITY: {}, COUNTS: {}, WEIGHTS: {}}
+        arrays |= {"boxes": {}, "flips": {}}
+        for array, at in self.places.values():
+            found = np.frombuffer(data, array.dtype, prod(array.shape), begin + at)
+            arrays[array.kind][array.detector] = found.reshape(array.shape)
         bank = None
-        if bank_size:
-            rows = np.frombuffer(data, np.uint8, offset=size + maps_size)
-            bank = from_rows(rows.reshape(shapes[1]), len(settings.detectors))
-        frame = data[:size]
+        if settings.bank:
+            boxes, flips = arrays["boxes"]["bank"], arrays["flips"]["bank"]
+            bank = Bank(boxes.astype(np.int64), flips.astype(bool), arrays[COUNTS])
+        frame = data[: int(row["frame_bytes"])]
         if settings.quality == 0:
             pixels = np.frombuffer(frame, np.uint8)
             frame = npy_bytes(pixels.reshape(settings.frame, settings.frame, 3))
         label, height, width = (int(row[name]) for name in ("label", "height", "width"))
-        return Record(key, frame, label, height, width, "", maps, bank)
+        maps = arrays[DENSITY]
+        return Record(key, frame, label, height, width, "", maps, bank, arrays[WEIGHTS])
 
 
 class Held:
@@ -338,10 +349,10 @@ class Held:
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     """The set's index, INDEX_DTYPE [records], memory-mapped. Raises UserError if it is wrong.
 
-    Its sha256 is checked first, 60 bytes per record, and that its places lie in their shards: every
+    Its sha256 is checked first, 52 bytes per record, and that its places lie in their shards: every
     later read trusts it.
     """
-    path, sizes = folder / INDEX, sizes_of(manifest)
+    path, (_, arrays) = folder / INDEX, places_of(manifest)
     check_size(path, manifest.index.bytes)
     check_sha256(path, manifest.index.sha256)
     index = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -353,33 +364,37 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         file.seek(index.offset)
         for shard in manifest.shards:
             rows = np.fromfile(file, INDEX_DTYPE, shard.count)
-            if misplaced(rows, shard.bytes, *sizes).any():
+            if misplaced(rows, shard.bytes, arrays).any():
                 raise UserError(
                     f"{path} has a record of {shard.name} that cannot lie in it; {mending(path)}"
                 )
     return index
 
 
-def sizes_of(manifest: Manifest) -> tuple[int, int]:
-    """Bytes of each record's maps and bank, as the index has them."""
-    maps, bank = manifest.settings.maps_shape, manifest.settings.bank_shape
-    if manifest.container == "ffcv":
-        return prod(maps), prod(bank)
-    bank_bytes = len(npy_header(bank)) + prod(bank) if prod(bank) else 0
-    return len(npy_header(maps)) + prod(maps), bank_bytes
+def places_of(manifest: Manifest) -> tuple[dict[str, tuple[Array, int]], int]:
+    """Each array of a record by name, with where its data begin behind the first byte of the
+    record's arrays; and the bytes that its arrays take.
+    """
+    if manifest.container == "webdataset":
+        places, size = places_in_tar(manifest.settings)
+    else:
+        places, size = [], 0
+        for array in fields_of(manifest.settings):
+            places.append((array, size))
+            size += array.bytes
+    return {array.name: (array, at) for array, at in places}, size
 
 
-def misplaced(rows: NDArray[np.void], size: int, maps: int, bank: int) -> NDArray[np.bool_]:
-    """Which rows of an index are of no record in a shard of `size` bytes, whose maps and bank have
-    `maps` and `bank` bytes: whoever reads them would read elsewhere, or divide by zero.
+def misplaced(rows: NDArray[np.void], size: int, arrays: int) -> NDArray[np.bool_]:
+    """Which rows of an index are of no record in a shard of `size` bytes, whose arrays take
+    `arrays` bytes: whoever reads them would read elsewhere, or divide by zero.
     """
     start, end = rows["start"], rows["start"] + rows["bytes"]
     wrong = (start > size) | (end > size) | (rows["height"] == 0) | (rows["width"] == 0)
-    wrong |= (rows["maps_bytes"] != maps) | (rows["bank_bytes"] != bank)
-    for name, length in (("frame", rows["frame_bytes"]), ("maps", np.uint64(maps + bank))):
+    for name, length in (("frame", rows["frame_bytes"]), ("arrays", np.uint64(arrays))):
         place = rows[name]
         wrong |= (place < start) | (place > end) | (length > end - place)
-    return np.asarray(wrong)
+    return np.asarray(wrong | (rows["arrays"] < rows["frame"] + rows["frame_bytes"]))
 
 
 def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:

@@ -13,13 +13,13 @@ from typing import Any
 import joblib
 import numpy as np
 
-from shards.beton import BETON
+from shards.beton import BETON, field_of
 from shards.crops import unit_boxes
 from shards.dataset import ShardSet
 from shards.errors import UserError, install
 from shards.loader import Batch, Part, check_plan, planned
 from shards.order import Plan
-from shards.record import from_rows
+from shards.record import COUNTS, DENSITY, fields_of
 
 
 def _ffcv() -> Any:
@@ -76,16 +76,20 @@ class FfcvLoader:
                 f"{install('ffcv')}"
             ) from None
         check_plan(records, plan, first, last)
-        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
-        self.bank = bank
+        records.find_maps(maps, bank)
+        self.names, self.bank = list(maps), bank
         self.records, self.plan, self.damaged = records, plan, set[int]()
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.size = len(plan.samples(first, 0, rank, ranks)[0])
-        settings = records.manifest.settings
-        self.detectors = len(settings.detectors)
-        arrays = {"maps": [NDArrayDecoder()] if maps and not bank else None}
-        if settings.bank:
-            arrays["bank"] = [NDArrayDecoder()] if bank else None
+        kind = COUNTS if bank else DENSITY
+        wanted = {f"{name}.{kind}" for name in maps}
+        wanted |= {"bank.boxes", "bank.flips"} if bank else set()
+        arrays = fields_of(records.manifest.settings)
+        self.arrays = [array for array in arrays if array.name in wanted]
+        pipelines = {
+            field_of(array): [NDArrayDecoder()] if array.name in wanted else None
+            for array in arrays
+        }
         self.loader = ffcv.loader.Loader(
             str(records.folder / BETON),
             batch_size=self.size,
@@ -93,9 +97,11 @@ class FfcvLoader:
             batches_ahead=prefetch,
             pipelines={
                 "frame": [SimpleRGBImageDecoder()],
-                **arrays,
-                "label": [IntDecoder()],
+                **pipelines,
+                "label": None,
                 "index": [IntDecoder()],
+                "height": None,
+                "width": None,
             },
         )
 
@@ -106,7 +112,7 @@ class FfcvLoader:
         steps = self.last - self.first
         try:
             for _ in range(steps * self.plan.micro_steps):
-                frames, *arrays, _, numbers = self._next(running)
+                frames, *arrays, numbers = self._next(running)
                 part = parts.popleft()
                 assert np.array_equal(numbers.ravel(), part[2])
                 yield self._batch(part, frames, arrays)
@@ -116,17 +122,18 @@ class FfcvLoader:
 
     def _batch(self, part: Part, frames: Any, arrays: list[Any]) -> Batch:
         """FFCV's outputs as a Batch; with the bank, the plan's slot of each sample."""
-        maps = {} if self.bank else {name: arrays[0][:, row] for name, row in self.rows.items()}
-        batch, rows = planned(self.records, self.plan, part, frames, maps, {})
+        found = {array.name: values for array, values in zip(self.arrays, arrays, strict=True)}
         if not self.bank:
-            return batch
-        (bank,), (_, epochs, samples) = arrays, part
-        slots = self.plan.slots(epochs, samples, bank.shape[1])
-        chosen = from_rows(bank[np.arange(len(samples)), slots], self.detectors)
+            maps = {name: found[f"{name}.{DENSITY}"] for name in self.names}
+            return planned(self.records, self.plan, part, frames, maps, {})[0]
+        batch, rows = planned(self.records, self.plan, part, frames, {}, {})
+        _, epochs, samples = part
+        slots = self.plan.slots(epochs, samples, found["bank.boxes"].shape[1])
+        chosen = {name: values[np.arange(len(samples)), slots] for name, values in found.items()}
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        boxes = unit_boxes(chosen.boxes.astype(np.int64), *size)
-        counts = {name: chosen.counts[:, row] for name, row in self.rows.items()}
-        return batch._replace(boxes=boxes, flips=chosen.flips.astype(bool), counts=counts)
+        boxes = unit_boxes(chosen["bank.boxes"].astype(np.int64), *size)
+        counts = {name: chosen[f"{name}.{COUNTS}"] for name in self.names}
+        return batch._replace(boxes=boxes, flips=chosen["bank.flips"].astype(bool), counts=counts)
 
     def _start(self, taken: deque[Part]) -> Any:
         """FFCV's thread, running on the plan's order; what it has taken is noted in `taken`."""

@@ -22,7 +22,7 @@ from shards.errors import UserError
 from shards.order import Plan
 from shards.processes import Processes, Shared
 from shards.reading import Buffers, Layout, Place, Reader
-from shards.record import decode_frame, from_rows, key_of, packed
+from shards.record import COUNTS, DENSITY, decode_frame, key_of
 from shards.remote.prefetch import Prefetch, windows_of
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
@@ -37,10 +37,10 @@ class Batch(NamedTuple):
     """One process's part of a step, or of a micro-step, in arrays that the loader uses again.
 
     step; frames uint8 [b, F, F, 3] RGB, or b JPEG files, uint8 [bytes] each, where the device is to
-    decode them; maps: by detector, uint8 [b, G, G / 2], two cells per byte;
-    labels, samples, epochs int64 [b]; boxes float32 [b, 4] (top, left, height, width in the unit
-    square); flips bool [b, 2] (horizontal, vertical). From the bank instead: boxes and flips are
-    those stored, and counts, by detector, uint8 [b, c, c], are the crops' as flipped.
+    decode them; maps: by detector, uint8 [b, G, G]; labels, samples, epochs int64 [b]; boxes
+    float32 [b, 4] (top, left, height, width in the unit square); flips bool [b, 2] (horizontal,
+    vertical). From the bank instead: boxes and flips are those stored, and counts, by detector,
+    uint8 [b, c, c], are the crops' as flipped.
     """
 
     step: int
@@ -86,17 +86,15 @@ class RecordLoader:
         check_plan(records, plan, first, last)
         self.damaged: set[int] = set()
         self.records, self.plan, self.first, self.last = records, plan, first, last
-        self.rows = dict(zip(maps, records.find_maps(maps), strict=True))
+        records.find_maps(maps)
+        self.names = list(maps)
 
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(thread_name_prefix="reader") as pool:
             for part in self.plan.parts(self.first, self.last):
                 found = list(pool.map(self.records.__getitem__, part[2].tolist()))
                 frames = np.stack(list(pool.map(decode_frame, (r.frame for r in found))))
-                maps = {
-                    name: np.stack([packed(record.maps[row]) for record in found])
-                    for name, row in self.rows.items()
-                }
+                maps = {n: np.stack([record.maps[n] for record in found]) for n in self.names}
                 yield planned(self.records, self.plan, part, frames, maps, {})[0]
 
 
@@ -151,19 +149,18 @@ class Loader:
         self.files = FEW if records.copies else open_files(len(records.shards))
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
-        settings = records.manifest.settings
         size = len(plan.samples(first, 0, rank, ranks)[0])
-        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
-        self.layout = Layout(settings, self.rows, bank, coded)
+        records.find_maps(maps, bank)
+        kind = COUNTS if bank else DENSITY
+        wanted = {name: records.places[f"{name}.{kind}"] for name in maps}
+        self.layout = Layout(records.manifest.settings, wanted, bank, coded)
         self.reader = Reader(self.layout, lru_cache(self.files)(records.hold))
         self.shared = shared
         if shared:
             allocate = shared.allocate
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
-        self.shape = prefetch + 1, size, settings.cells
-        self.buffers = [
-            Buffers(self.layout, size, settings.cells, allocate) for _ in range(prefetch + 1)
-        ]
+        self.shape = prefetch + 1, size
+        self.buffers = [Buffers(self.layout, size, allocate) for _ in range(prefetch + 1)]
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
@@ -233,6 +230,8 @@ class Loader:
         arrays = buffers.frames, buffers.maps, buffers.counts
         batch, rows = planned(self.records, self.plan, next(parts), *arrays)
         places = self._places(batch.samples, rows)
+        if self.layout.bank:
+            buffers.slots[: len(batch.samples)] = self._slots(batch.epochs, batch.samples)
         if self.layout.coded:
             batch = batch._replace(frames=buffers.take_files(places))
         chunks = (places[at : at + CHUNK] for at in range(0, len(places), CHUNK))
@@ -242,7 +241,8 @@ class Loader:
         """Where each of `samples` lies: its place in the batch first."""
         shards = np.searchsorted(self.records.ends, samples, side="right")
         start, size = rows["frame"].astype(np.int64), rows["frame_bytes"].astype(np.int64)
-        gap = rows["maps"].astype(np.int64) - start if self.layout.parts else size
+        behind = self.layout.parts or self.layout.bank
+        gap = rows["arrays"].astype(np.int64) - start if behind else size
         fields = (shards, start, size, gap)
         return list(zip(range(len(samples)), *(each.tolist() for each in fields), strict=True))
 
@@ -256,19 +256,21 @@ class Loader:
         problems = buffers.flaws(slice(len(batch.samples))) | problems
         for place in sorted(problems):
             rows[place] = self._replace(batch, buffers, place, problems[place])
-        return self._choose(batch, rows, buffers) if self.layout.bank_shape[0] else batch
+        return self._choose(batch, rows, buffers) if self.layout.bank else batch
 
     def _choose(self, batch: Batch, rows: NDArray[np.void], buffers: Buffers) -> Batch:
         """The batch with the crops of the bank that the plan shows, and their counts."""
-        count, settings = len(batch.samples), self.records.manifest.settings
-        slots = self.plan.slots(batch.epochs, batch.samples, settings.bank)
-        stored = buffers.bank[np.arange(count), slots]
-        chosen = from_rows(stored, len(settings.detectors))
-        for name, row in self.rows.items():
-            batch.counts[name][:] = chosen.counts[:, row]
+        count = len(batch.samples)
+        chosen = np.arange(count), buffers.slots[:count]
+        for name, stored in buffers.stored.items():
+            batch.counts[name][:] = stored[chosen]
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        boxes = unit_boxes(chosen.boxes.astype(np.int64), *size)
-        return batch._replace(boxes=boxes, flips=chosen.flips.astype(bool))
+        boxes, flips = np.split(buffers.crops[:count], [4], axis=1)
+        return batch._replace(boxes=unit_boxes(boxes, *size), flips=flips != 0)
+
+    def _slots(self, epochs: Ints, samples: Ints) -> Ints:
+        """Which stored crop the plan shows of each sample."""
+        return self.plan.slots(epochs, samples, self.records.manifest.settings.bank)
 
     def _replace(
         self, batch: Batch, buffers: Buffers, place: int, problem: str
@@ -289,6 +291,8 @@ class Loader:
             if isinstance(batch.frames, list):  # it may be longer than the one that it replaces
                 file = np.empty(gap, np.uint8)
                 buffers.targets[place][0], batch.frames[place] = file.data, file[:size]
+            if self.layout.bank:
+                buffers.slots[[place]] = self._slots(batch.epochs[[place]], np.array([number]))
             found = self.reader.read(buffers, [(place, shard, start, size, gap)])
             problem = (buffers.flaws([place]) | found).get(place, "")
             # The plan's box stays: it is a crop of the unit square, of any sample.

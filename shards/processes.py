@@ -71,7 +71,7 @@ class Processes:
         count: int,
         shared: Shared,
         layout: Layout,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int],
         paths: Sequence[Path],
         files: int,
     ) -> None:
@@ -125,9 +125,9 @@ def serve(descriptor: int) -> None:
     """What a process does: answer, until the loader is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loader's
     pipe: Any = Connection(descriptor)
-    memory, layout, (count, size, cells), paths, files = pipe.recv()
+    memory, layout, (count, size), paths, files = pipe.recv()
     shared = Shared(memory)
-    buffers = [Buffers(layout, size, cells, shared.allocate) for _ in range(count)]
+    buffers = [Buffers(layout, size, shared.allocate) for _ in range(count)]
 
     def opened(shard: int) -> Held:
         return Held(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))

@@ -1,4 +1,4 @@
-"""One record as named byte members, and back: frame, label, source's size, maps and bank.
+"""One record as named byte members, and back: frame, label, source's size, densities and bank.
 
 The layout is FORMAT.md; tests/golden holds its bytes.
 """
@@ -6,10 +6,9 @@ The layout is FORMAT.md; tests/golden holds its bytes.
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,33 +16,79 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.spec import BANK_HEAD, LARGEST
+from shards.spec import FIXED_POINT, LARGEST, Settings
 
 KEY_DIGITS = 9
-UINT8 = np.dtype(np.uint8)
-JPEG, RAW = "jpg", "frame.npy"
-LABEL, META, MAPS = "cls", "json", "maps.npy"
-LEVEL = 17  # maps have the 16 densities 0, 17, ... 255 of 255: more would be lost in their error
-BOX = np.dtype([("box", "<u4", 4), ("flips", "u1", 2)])  # BANK_HEAD bytes before a slot's counts
+UINT8, UINT16 = np.dtype(np.uint8), np.dtype("<u2")
+JPEG, RAW, META, LABEL = "jpg", "frame.npy", "json", "cls"
+DENSITY, COUNTS, WEIGHTS = "density", "counts", "weights"
+LARGEST_BOX = 1 << 31  # px of a source's side
+
+
+class Array(NamedTuple):
+    """An array that every record of a set has: whose it is, which, and what its .npy file says."""
+
+    detector: str
+    kind: str  # DENSITY, COUNTS or WEIGHTS
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] = UINT8
+
+    @property
+    def name(self) -> str:
+        """What it is called in stores that have no .npy files."""
+        return f"{self.detector}.{self.kind}"
+
+    @property
+    def header(self) -> bytes:
+        """What stands before the data in its .npy file."""
+        return npy_header(self.shape, self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of the data alone."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def arrays_of(settings: Settings) -> list[Array]:
+    """The arrays of each record of a set with `settings`, in stored order."""
+    grid, cells = (settings.grid,) * 2, (settings.cells,) * 2
+    names = [detector.name for detector in settings.detectors]
+    arrays = [Array(name, DENSITY, grid) for name in names]
+    if settings.bank:
+        arrays += [Array(name, COUNTS, (settings.bank, *cells)) for name in names]
+    if settings.weights:
+        side = settings.crop // settings.weights[1]
+        slots = (settings.bank,) if settings.bank else ()
+        weighed = [detector.name for detector in settings.detectors if detector.has_keypoints]
+        arrays += [Array(name, WEIGHTS, (*slots, side, side), UINT16) for name in weighed]
+    return arrays
+
+
+def fields_of(settings: Settings) -> list[Array]:
+    """As arrays_of, then the bank's boxes and flips, which stand in the metadata of a tar."""
+    if not settings.bank:
+        return arrays_of(settings)
+    boxes = Array("bank", "boxes", (settings.bank, 4), np.dtype("<i4"))
+    return [*arrays_of(settings), boxes, Array("bank", "flips", (settings.bank, 2))]
 
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """K crops of a source. boxes: uint32 [K, 4] (top, left, height, width, source pixels); flips:
-    uint8 [K, 2] (horizontal, vertical), 0 or 1; counts: uint8 [K, D, c, c], marked pixels of each
+    """K crops of a source. boxes: int64 [K, 4] (top, left, height, width, source pixels); flips:
+    bool [K, 2] (horizontal, vertical); counts: by detector, uint8 [K, c, c], marked pixels of each
     BANK_CELL of the crop as flipped, density = count / 64.
     """
 
-    boxes: NDArray[np.uint32]
-    flips: NDArray[np.uint8]
-    counts: NDArray[np.uint8]
+    boxes: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    counts: dict[str, NDArray[np.uint8]]
 
     def equals(self, other: "Bank") -> bool:
         """Whether every number is the same."""
         return (
             np.array_equal(self.boxes, other.boxes)
             and np.array_equal(self.flips, other.flips)
-            and np.array_equal(self.counts, other.counts)
+            and equal(self.counts, other.counts)
         )
 
 
@@ -51,11 +96,11 @@ class Bank:
 class Record:
     """What a shard holds of one source image.
 
-    `frame` is the encoded square frame (a JPEG file or a .npy file), `maps` uint8 [D, G, G] with
-    density = value / 255 in steps of LEVEL, one map per detector in the manifest's order. `label`
-    is -1 for none, `height` and `width` are the source's in pixels, `source` is its name below the
-    source's root.
-    `bank` holds stored crops with their exact counts, if the set has them.
+    `frame` is the encoded square frame (a JPEG file or a .npy file), `maps` the densities by
+    detector, uint8 [G, G] with density = value / 255. `label` is -1 for none, `height` and `width`
+    are the source's in pixels, `source` is its name below the source's root. `bank` holds stored
+    crops with their exact counts, if the set has them; `weights` the loss weights by detector,
+    uint16 [c, c] of the frame or [K, c, c] of the bank's crops, weight = value / 256.
     """
 
     key: str
@@ -64,8 +109,27 @@ class Record:
     height: int
     width: int
     source: str
-    maps: NDArray[np.uint8]
+    maps: dict[str, NDArray[np.uint8]]
     bank: Bank | None = None
+    weights: dict[str, NDArray[np.uint16]] = field(default_factory=dict)
+
+    def equals(self, other: "Record") -> bool:
+        """Whether all of it is the same."""
+        facts = ("key", "frame", "label", "height", "width", "source")
+        banks = (
+            self.bank.equals(other.bank) if self.bank and other.bank else self.bank is other.bank
+        )
+        return (
+            banks
+            and equal(self.maps, other.maps)
+            and equal(self.weights, other.weights)
+            and all(getattr(self, fact) == getattr(other, fact) for fact in facts)
+        )
+
+
+def equal(these: Mapping[str, NDArray[Any]], those: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether the same names have the same arrays, in the same order."""
+    return [*these] == [*those] and all(np.array_equal(a, those[name]) for name, a in these.items())
 
 
 def key_of(index: int) -> str:
@@ -88,76 +152,104 @@ def npy_header(shape: tuple[int, ...], dtype: Any = UINT8) -> bytes:
     return buffer.getvalue()
 
 
-def npy_size(array: NDArray[Any]) -> int:
-    """len(npy_bytes(array))."""
-    return len(npy_header(array.shape, array.dtype)) + array.nbytes
+def npy_array(data: bytes, dtype: np.dtype[Any] = UINT8) -> NDArray[Any]:
+    """The array of a .npy file, which must be of `dtype` and nothing else.
 
-
-def npy_array(data: bytes) -> NDArray[np.uint8]:
-    """The uint8 array of a .npy file; what may follow it is left alone.
-
-    Raises UserError for any other dtype, or for objects.
+    Raises UserError for any other dtype, or for objects, or where bytes follow it.
     """
     try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        stream = io.BytesIO(data)
+        array = np.lib.format.read_array(stream, allow_pickle=False)
     except Exception as error:  # NumPy tokenizes the header: hostile bytes raise anything
         raise UserError(f"the .npy member is damaged: {error}") from None
-    if array.dtype != np.uint8:
-        raise UserError("the .npy member does not hold a uint8 array")
-    return array
+    if array.dtype != dtype:
+        raise UserError(f"the .npy member does not hold a {dtype} array")
+    if stream.read(1):
+        raise UserError("the .npy member does not end with its array")
+    return np.asarray(array)
 
 
 def members(record: Record) -> list[tuple[str, bytes]]:
-    """The members of `record` in stored order: frame, maps with bank, label, metadata."""
+    """The members of `record` in stored order: frame, metadata, arrays, label."""
     frame_suffix = RAW if record.frame.startswith(b"\x93NUMPY") else JPEG
-    bank = npy_bytes(to_rows(record.bank)) if record.bank else b""
-    meta = {"height": record.height, "source": record.source, "width": record.width}
+    meta: dict[str, Any] = {
+        "height": record.height,
+        "source": record.source,
+        "width": record.width,
+    }
+    kinds: list[tuple[str, dict[str, NDArray[Any]]]] = [(DENSITY, record.maps)]
+    if record.bank:
+        meta["boxes"] = record.bank.boxes.tolist()
+        meta["flips"] = record.bank.flips.astype(int).tolist()
+        kinds.append((COUNTS, record.bank.counts))
+    kinds.append((WEIGHTS, record.weights))
     return [
         (frame_suffix, record.frame),
-        (MAPS, npy_bytes(packed(record.maps)) + bank),
-        (LABEL, str(record.label).encode("ascii")),
         (META, json.dumps(meta, sort_keys=True, separators=(",", ":")).encode("ascii")),
+        *(
+            (f"{name}.{kind}.npy", npy_bytes(array))
+            for kind, arrays in kinds
+            for name, array in arrays.items()
+        ),
+        (LABEL, str(record.label).encode("ascii")),
     ]
 
 
 def from_members(key: str, parts: Mapping[str, bytes]) -> Record:
     """The record whose members are `parts` (suffix to bytes). Raises UserError if one is wrong."""
     frames = [suffix for suffix in (JPEG, RAW) if suffix in parts]
-    missing = {LABEL, META, MAPS} - set(parts)
-    if len(frames) != 1 or missing or len(parts) != 4:
+    arrays: dict[str, dict[str, bytes]] = {DENSITY: {}, COUNTS: {}, WEIGHTS: {}}
+    foreign = len(frames) != 1 or not {LABEL, META} <= parts.keys()
+    for suffix in parts.keys() - {JPEG, RAW, LABEL, META}:
+        name, _, kind = suffix.removesuffix(".npy").rpartition(".")
+        foreign |= kind not in arrays or not name or not suffix.endswith(".npy")
+    if foreign:
         raise UserError(
-            f"record {key} has members {sorted(parts)}; the format wants {MAPS}, {LABEL}, {META} "
-            f"and one of {JPEG} or {RAW}"
+            f"record {key} has members {sorted(parts)}; the format wants {META}, {LABEL}, one of "
+            f"{JPEG} or {RAW}, and NAME.{DENSITY}.npy, .{COUNTS}.npy or .{WEIGHTS}.npy"
         )
+    for suffix, data in parts.items():  # in their order
+        name, _, kind = suffix.removesuffix(".npy").rpartition(".")
+        if kind in arrays and name:
+            arrays[kind][name] = data
     try:
         meta: dict[str, Any] = json.loads(parts[META])
         height, width, source = meta["height"], meta["width"], meta["source"]
         label = int(parts[LABEL])
-        halves = npy_array(parts[MAPS])
-        if halves.ndim != 3:
-            raise UserError(f"the maps are {halves.shape}")
-        rest = parts[MAPS][npy_size(halves) :]
-        bank = from_rows(npy_array(rest), len(halves)) if rest else None
-        maps = unpacked(halves)
-    except (ValueError, KeyError, TypeError) as error:
+        maps = {name: npy_array(data) for name, data in arrays[DENSITY].items()}
+        if any(density.ndim != 2 for density in maps.values()):
+            raise UserError("a density is no square")
+        bank = None
+        if arrays[COUNTS] or "boxes" in meta:
+            counts = {name: npy_array(data) for name, data in arrays[COUNTS].items()}
+            bank = Bank(*stored_crops(meta), counts)
+            if not counts or any(a.ndim != 3 or len(a) != len(bank.boxes) for a in counts.values()):
+                raise UserError(f"there are no counts of the {len(bank.boxes)} stored crops")
+        weights = {name: npy_array(data, UINT16) for name, data in arrays[WEIGHTS].items()}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"record {key} does not parse: {error}") from None
     if not (isinstance(height, int) and isinstance(width, int) and isinstance(source, str)):
         raise UserError(f"record {key}: height and width must be integers and source a string")
-    return Record(key, parts[frames[0]], label, height, width, source, maps, bank)
+    return Record(key, parts[frames[0]], label, height, width, source, maps, bank, weights)
 
 
-def packed(maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps [..., G, G] with values in steps of LEVEL as stored: [..., G, G / 2], two cells per
-    byte, the left one in the low half.
+def stored_crops(meta: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Boxes int64 [K, 4] and flips bool [K, 2] of the bank, from a record's metadata.
+
+    Raises ValueError, KeyError, TypeError or OverflowError if they are none.
     """
-    fours = maps // LEVEL
-    return np.asarray(fours[..., ::2] | fours[..., 1::2] << 4, np.uint8)
+    boxes, flips = np.asarray(meta["boxes"]), np.asarray(meta["flips"])
+    whole = boxes.dtype == np.int64 and flips.dtype == np.int64
+    if not whole or boxes.shape != (len(boxes), 4) or flips.shape != (len(boxes), 2):
+        raise ValueError("the bank has no boxes and flips")
+    if not len(boxes) or boxes.min() < 0 or boxes.max() >= LARGEST_BOX or (flips & ~1).any():
+        raise ValueError("the bank has a box or a flip that is none")
+    return boxes, flips.astype(bool)
 
 
-def unpacked(halves: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The maps [..., G, G] of packed ones [..., G, G / 2]."""
-    fours = np.stack([halves & 15, halves >> 4], axis=-1)
-    return fours.reshape(*halves.shape[:-1], 2 * halves.shape[-1]) * np.uint8(LEVEL)
+def fixed_point(weights: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Loss weights, 1 to 255, as they are stored."""
+    return np.rint(weights * FIXED_POINT).astype(UINT16)
 
 
 def encode_frame(rgb: NDArray[np.uint8], quality: int) -> bytes:
@@ -190,26 +282,3 @@ def jpeg_header(data: bytes) -> tuple[int, int, str]:
     except (ValueError, KeyError) as error:  # KeyError: a subsampling it has no name for
         raise UserError(f"the frame is not a JPEG that decodes ({error})") from None
     return height, width, space
-
-
-def to_rows(bank: Bank) -> NDArray[np.uint8]:
-    """`bank` as it is stored: uint8 [K, bytes], a BOX and the counts per slot."""
-    crops = np.zeros(len(bank.boxes), BOX)
-    crops["box"], crops["flips"] = bank.boxes, bank.flips
-    plain = crops.view(np.uint8).reshape(len(crops), BANK_HEAD)
-    return np.concatenate([plain, bank.counts.reshape(len(crops), -1)], axis=1)
-
-
-def from_rows(rows: NDArray[np.uint8], detectors: int) -> Bank:
-    """The bank of uint8 [n, bytes] rows, of one record or of a batch's chosen slots.
-
-    Raises UserError if they are not of that shape for any number of cells.
-    """
-    if rows.ndim != 2 or not len(rows) or rows.shape[1] < BANK_HEAD:
-        raise UserError(f"the bank's rows are {rows.shape}")
-    cells = isqrt((rows.shape[1] - BANK_HEAD) // detectors)
-    if not cells or rows.shape[1] != BANK_HEAD + detectors * cells * cells:
-        raise UserError(f"the bank's rows are {rows.shape}, of no square for {detectors} detectors")
-    crops = np.ascontiguousarray(rows[:, :BANK_HEAD]).view(BOX)[:, 0]
-    counts = rows[:, BANK_HEAD:].reshape(len(rows), detectors, cells, cells)
-    return Bank(crops["box"], crops["flips"], counts)

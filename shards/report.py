@@ -67,10 +67,12 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         f"frames of {cells} x {cells} cells. A weight is exp(density / T) over the frame's "
         "smallest, so the least is 1.</p><div class=plots>",
     ]
-    for row, detector in enumerate(manifest.settings.detectors):
+    for detector in manifest.settings.detectors:
         if not detector.has_keypoints:
             continue
-        found = [weights(read_map(m[row], (0, 0, 1, 1), cells), temperature) for m in measured]
+        found = [
+            weights(read_map(m[detector.name], (0, 0, 1, 1), cells), temperature) for m in measured
+        ]
         parts.append(_histogram(detector.name, np.concatenate([w.ravel() for w in found])))
     parts.append(
         "</div><h2>Frames, densities and weights</h2><p>A density is the share of a cell's pixels "
@@ -107,6 +109,9 @@ def _facts(manifest: Manifest) -> str:
         f"{settings.detect_on}: the whole and {settings.map_crops} random crops, for training "
         f"crops of {settings.crop} px",
         "bank": f"{settings.bank} stored crops per image" if settings.bank else "none",
+        "stored weights": "none"
+        if settings.weights is None
+        else "T {:g}, w_ps {}".format(*settings.weights),
         "fidelity": _fidelity(manifest),
         "detectors": "; ".join(
             f"{d.name} ({', '.join(f'{k} {v}' for k, v in d.options.items())})"
@@ -191,8 +196,8 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
             f"the crop{f', flipped {how}' if how else ''}",
         ),
     ]
-    for row, detector in enumerate(settings.detectors):
-        density, name = record.maps[row], detector.name
+    for detector in settings.detectors:
+        density, name = record.maps[detector.name], detector.name
         lit = frame * (0.25 + 0.75 * cv2.resize(density / 255, frame.shape[:2])[:, :, None])
         end = "1, all of a cell" if detector.has_keypoints else "1, the greatest"
         mean = f"{name}: density of the frame, mean {density.mean() / 255:.3f}"
@@ -200,7 +205,7 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
         parts.append(_figure(lit, f"{name}: the frame lit by it"))
         if not detector.has_keypoints:
             continue
-        read = weights(read_crop(density, row, settings, box, flips, cells), temperature)
+        read = weights(read_crop(density, detector, settings, box, flips, cells), temperature)
         levels = np.rint(255 * (read - 1) / max(float(read.max()) - 1, 1e-9)).astype(np.uint8)
         title = f"{name}: weights of the crop, mean {read.mean():.2f}"
         ends = ("x 1", f"x {read.max():.3g} the least")

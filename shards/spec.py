@@ -6,6 +6,8 @@ FORMAT.md lists its fields.
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,18 +16,21 @@ from typing import Any
 from shards.errors import UserError
 from shards.files import MANIFEST, write_atomically
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "index.npy"
 REJECTED = "rejected.jsonl"
+CARD = "README.md"  # what the set is, for people and for the Hugging Face Hub
 # What else a finished set's folder may hold: pages and pictures that commands write there.
-EXTRAS = frozenset({"inspect.html", "fidelity.png", "README.md"})
+EXTRAS = frozenset({"inspect.html", "fidelity.png", CARD})
 FREQUENCY = "frequency"  # the one map that is not of keypoints
 AREA = (0.67, 1.0)  # of a crop: least and most share of the source, as published
 BANK_CELL = 8  # px of a crop's side that one count of a bank covers; counts are 0 to 64
-BANK_HEAD = 18  # bytes of a stored crop's box and flips
 MARKS = ("ring", "disc", "point")
 DETECT_ON = ("source", "frame")
 LARGEST = 8192  # px of a frame's side; a record that says more asks for gigabytes
+DENSITY_LEVELS = (256, 16)  # densities that a map tells apart; 16 where it comes from version 2
+FIXED_POINT = 256  # a stored weight is value / 256
+NAME = re.compile(r"[a-z0-9_-]{1,40}")  # of a detector: part of the names of files
 # Settings that are numbers, with the least and the most they may be.
 RANGES = (
     ("frame", 16, LARGEST),
@@ -92,8 +97,9 @@ class Settings:
     such a crop shows. map_crops: random crops that a map averages over, beside the whole. bank:
     crops stored per image, with their exact counts. grid: cells per side of a map. mark: what a
     keypoint covers. detect_on: source or frame. detectors: in the order of the maps. shard_size:
-    inputs per shard. Raises UserError if a value is out of its range. docs/decisions.md has the
-    measurements behind the defaults.
+    inputs per shard. weights: (T, w_ps) of the loss weights stored beside the densities, None for
+    none. levels: densities that a map tells apart. Raises UserError if a value is out of its range.
+    docs/decisions.md has the measurements behind the defaults.
     """
 
     frame: int = 256
@@ -107,6 +113,8 @@ class Settings:
     detect_on: str = "source"
     detectors: tuple[Detector, ...] = ()
     shard_size: int = 0
+    weights: tuple[float, int] | None = None
+    levels: int = DENSITY_LEVELS[0]
 
     def __post_init__(self) -> None:
         for name, least, most in RANGES:
@@ -118,8 +126,13 @@ class Settings:
         if self.crop % BANK_CELL:
             nearest = round(self.crop / BANK_CELL) * BANK_CELL
             raise UserError(f"crop {self.crop} is no multiple of {BANK_CELL}; give {nearest}")
-        if self.grid % 2:
-            raise UserError(f"grid {self.grid} is odd; give {self.grid + 1}")
+        if self.levels not in DENSITY_LEVELS:
+            raise UserError(f"levels {self.levels} is unknown; there are 256, and 16 of version 2")
+        for detector in self.detectors:
+            if not NAME.fullmatch(detector.name):
+                raise UserError(f"a detector's name has a-z, 0-9, _ and -, not {detector.name!r}")
+        if self.weights is not None:
+            self._check_weights(*self.weights)
         for name, words in (("mark", MARKS), ("detect_on", DETECT_ON)):
             if getattr(self, name) not in words:
                 raise UserError(f"{name} is {getattr(self, name)!r}; there are {', '.join(words)}")
@@ -135,16 +148,17 @@ class Settings:
         """Cells per side of a stored crop's counts."""
         return self.crop // BANK_CELL
 
-    @property
-    def maps_shape(self) -> tuple[int, int, int]:
-        """Shape of a record's maps as stored, two cells per byte."""
-        return len(self.detectors), self.grid, self.grid // 2
-
-    @property
-    def bank_shape(self) -> tuple[int, int]:
-        """Shape of a record's bank as stored; (0, 0) without one."""
-        row = BANK_HEAD + len(self.detectors) * self.cells**2
-        return (self.bank, row) if self.bank else (0, 0)
+    def _check_weights(self, temperature: float, w_ps: int) -> None:
+        """UserError unless such weights can be read off what is stored, and told in 16 bits."""
+        least = 1 / math.log((1 << 16) / FIXED_POINT - 1)
+        if not least <= temperature < math.inf:
+            raise UserError(
+                f"weights of temperature {temperature:g} reach beyond 255, the most that is "
+                f"stored; give {math.ceil(1000 * least) / 1000} or more"
+            )
+        if w_ps < 1 or self.crop % w_ps or (self.bank and w_ps % BANK_CELL):
+            rule = f"a multiple of {BANK_CELL} that divides" if self.bank else "a divisor of"
+            raise UserError(f"w_ps {w_ps} of the weights: give {rule} the crop of {self.crop} px")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +210,11 @@ def to_json(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: sorted keys, two-space indent, a checksum of the rest."""
     content = asdict(manifest)
     content["checksum"] = fingerprint(content)
+    return as_json(content)
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """`content` as the bytes of a manifest."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
 
 
@@ -236,6 +255,12 @@ def parse(path: Path | str, data: bytes) -> Manifest:
         version = content["format_version"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: it is not the JSON that a build writes") from None
+    if version == 2:
+        folder = str(path).rpartition("/")[0] or "."
+        raise UserError(
+            f"{path} has format version 2, this kamim reads version {FORMAT_VERSION}; convert the "
+            f"set, which needs no source: kamim shards upgrade {folder} NEW"
+        )
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}, this kamim reads version {FORMAT_VERSION}; "
@@ -265,6 +290,7 @@ def _plain(manifest: Manifest) -> bool:
         and all(isinstance(part, dict) for part in parts)
         and isinstance(manifest.classes, list)
         and [type(share) in (int, float) for share in settings.area] == [True, True]
+        and (settings.weights is None or [*map(type, settings.weights)] == [float, int])
     )
 
 
@@ -279,6 +305,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
     try:
         settings = content["settings"]
         settings["area"] = tuple(settings["area"])
+        settings["weights"] = settings["weights"] and tuple(settings["weights"])
         settings["detectors"] = tuple(Detector(**row) for row in settings["detectors"])
         manifest = Manifest(
             **{

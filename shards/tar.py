@@ -21,31 +21,46 @@ from shards.files import replacing
 from shards.record import (
     JPEG,
     KEY_DIGITS,
-    MAPS,
+    META,
     RAW,
+    Array,
     Record,
+    arrays_of,
     from_members,
     members,
-    npy_size,
-    packed,
 )
-from shards.spec import File
+from shards.spec import File, Settings
 
 INDEX_DTYPE = np.dtype(
     [
         ("key", "<u8"),  # number of the input the record was made from
         ("start", "<u8"),  # first byte of the record's first header in its tar
         ("frame", "<u8"),  # first byte of the encoded frame
-        ("maps", "<u8"),  # first byte of the maps' .npy file
+        ("arrays", "<u8"),  # first byte of what follows frame and metadata: the arrays
         ("frame_bytes", "<u4"),
-        ("maps_bytes", "<u4"),
-        ("bank_bytes", "<u4"),  # of the bank, which follows the maps; 0: there is none
         ("bytes", "<u4"),  # of the whole record: headers, members, padding
         ("height", "<u4"),  # of the source, px
         ("width", "<u4"),
         ("label", "<i4"),
     ]
 )
+
+
+def places_of(settings: Settings) -> tuple[list[tuple[Array, int]], int]:
+    """Each array of a record with the first byte of its data, from where the record's arrays begin;
+    and how many bytes of the tar they take.
+    """
+    places, at = [], 0
+    for array in arrays_of(settings):
+        begin = at + tarfile.BLOCKSIZE + len(array.header)
+        places.append((array, begin))
+        at = padded(begin + array.bytes)
+    return places, at
+
+
+def padded(size: int) -> int:
+    """`size` bytes as whole blocks of a tar."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def shard_name(number: int) -> str:
@@ -94,10 +109,8 @@ class ShardWriter:
             at[suffix] = (self.stream.position, len(data))
             self.stream.write(data)
             self.stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        frame, maps = at.get(JPEG) or at[RAW], at[MAPS]
-        maps_bytes = npy_size(packed(record.maps))
-        sizes = (frame[1], maps_bytes, maps[1] - maps_bytes)
-        places = (int(record.key), start, frame[0], maps[0], *sizes)
+        (frame, frame_bytes), meta = at.get(JPEG) or at[RAW], at[META]
+        places = (int(record.key), start, frame, padded(sum(meta)), frame_bytes)
         source = (record.height, record.width, record.label)
         self.rows.append((*places, self.stream.position - start, *source))
 
@@ -144,6 +157,14 @@ _EMPTY = _empty()
 def parse_record(data: bytes) -> Record:
     """The record whose tar headers and members are `data`, as one slice of a shard.
 
+    Raises UserError as members_in does, and if its members are not those of a record.
+    """
+    return from_members(*members_in(data))
+
+
+def members_in(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """(key, members by suffix) of a slice of a shard.
+
     Raises UserError if the slice is not exactly one whole record: a member that is no regular
     file, a foreign or repeated name, a wrong header checksum, or bytes missing.
     """
@@ -165,27 +186,26 @@ def parse_record(data: bytes) -> Record:
             raise UserError(f"member {info.name!r} reaches past the end of its record")
         keys.add(key)
         parts[suffix] = data[begin : begin + info.size]
-        at = begin + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        at = padded(begin + info.size)
     if len(keys) != 1 or at != len(data):
         raise UserError(f"the slice holds parts of the records {sorted(keys)}, not one whole one")
-    return from_members(keys.pop(), parts)
+    return keys.pop(), parts
 
 
-def index_of(path: Path, maps_bytes: int, bank_bytes: int) -> NDArray[np.void]:
-    """The index of the whole shard at `path` as its writer had it, of records whose maps and bank
-    have these bytes.
-    """
-    rows, block = [], tarfile.BLOCKSIZE
+def index_of(path: Path, settings: Settings) -> NDArray[np.void]:
+    """The index of the whole shard at `path`, of a set with `settings`, as its writer had it."""
+    rows, block, of_a_record = [], tarfile.BLOCKSIZE, 3 + len(arrays_of(settings))
     with path.open("rb") as file:
-        for frame, maps, label, meta in zip(*[headers(path)] * 4, strict=True):
+        for frame, meta, *_, label in zip(*[headers(path)] * of_a_record, strict=True):
             small = []
             for _, at, size in (label, meta):
                 file.seek(at + block)
                 small.append(file.read(size))
-            facts, end = json.loads(small[1]), meta[1] + block + -(-meta[2] // block) * block
-            places = (int(frame[0].partition(".")[0]), frame[1], frame[1] + block, maps[1] + block)
-            sizes = (frame[2], maps_bytes, bank_bytes, end - frame[1])
-            rows.append((*places, *sizes, facts["height"], facts["width"], int(small[0])))
+            facts, end = json.loads(small[1]), padded(label[1] + block + label[2])
+            places = (int(frame[0].partition(".")[0]), frame[1], frame[1] + block)
+            arrays = padded(meta[1] + block + meta[2])
+            source = (facts["height"], facts["width"], int(small[0]))
+            rows.append((*places, arrays, frame[2], end - frame[1], *source))
     return np.array(rows, INDEX_DTYPE)
 
 
@@ -207,7 +227,7 @@ def headers(path: Path) -> Iterator[tuple[str, int, int]]:
             except tarfile.TarError as error:
                 raise UserError(f"{path}: no tar header at byte {at}: {error}") from None
             yield info.name, at, info.size
-            at += tarfile.BLOCKSIZE + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            at = padded(at + tarfile.BLOCKSIZE + info.size)
             if info.size < 0 or at > size:
                 raise UserError(f"{path}: member {info.name!r} reaches past the end of the file")
         rest = file.read()

@@ -11,7 +11,7 @@ from shards.crops import unit_boxes
 from shards.dataset import ShardSet
 from shards.loader import check_plan
 from shards.order import Plan
-from shards.record import decode_frame, packed
+from shards.record import decode_frame
 
 
 class RecordDataset(Dataset[dict[str, Any]]):
@@ -27,7 +27,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
     ) -> None:
         check_plan(records, plan)
         self.records, self.plan, self.bank = records, plan, bank
-        self.rows = dict(zip(maps, records.find_maps(maps, bank), strict=True))
+        records.find_maps(maps, bank)
+        self.names = list(maps)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -40,12 +41,12 @@ class RecordDataset(Dataset[dict[str, Any]]):
         maps, counts = {}, {}
         if self.bank and record.bank:
             slot = int(self.plan.slots(epochs, samples, len(record.bank.boxes))[0])
-            boxes = unit_boxes(record.bank.boxes[[slot]].astype(np.int64), *size)
-            flips = record.bank.flips[[slot]].astype(bool)
-            counts = {name: record.bank.counts[slot, row] for name, row in self.rows.items()}
+            boxes = unit_boxes(record.bank.boxes[[slot]], *size)
+            flips = record.bank.flips[[slot]]
+            counts = {name: record.bank.counts[name][slot] for name in self.names}
         else:
             boxes, flips = self.plan.boxes(epochs, samples, *size)
-            maps = {name: packed(record.maps[row]) for name, row in self.rows.items()}
+            maps = {name: record.maps[name] for name in self.names}
         return {
             "frames": torch.from_numpy(np.array(decode_frame(record.frame))),
             "maps": {name: torch.from_numpy(np.array(a)) for name, a in maps.items()},

@@ -5,20 +5,35 @@ every file. decode: every record parses and its frame decodes. Each level includ
 (The fourth, redetect, needs detectors and lives in preprocess.)
 """
 
+from collections import Counter
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import spec as _manifest
-from shards.beton import check_tables, layout_of
+from shards.beton import check_tables, layout_of, values
 from shards.dataset import ShardSet, flaws_of_files, load_index
 from shards.errors import UserError
 from shards.files import check_size
 from shards.progress import progress
-from shards.record import Record, decode_frame, key_of
-from shards.spec import BANK_CELL, INDEX, REJECTED, Manifest, Settings
-from shards.tar import headers
+from shards.record import (
+    COUNTS,
+    DENSITY,
+    JPEG,
+    LABEL,
+    META,
+    RAW,
+    WEIGHTS,
+    Bank,
+    Record,
+    decode_frame,
+    fields_of,
+    key_of,
+)
+from shards.spec import BANK_CELL, FIXED_POINT, INDEX, REJECTED, Manifest, Settings
+from shards.tar import headers, padded, places_of
 
 LEVELS = ("structure", "checksum", "decode")
 
@@ -57,7 +72,7 @@ def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> lis
         try:
             check_size(folder / shard.name, shard.bytes)
             if manifest.container == "webdataset":
-                problems += _against_index(folder / shard.name, rows)
+                problems += _against_index(folder / shard.name, rows, manifest.settings)
             else:
                 problems += _beton_against_index(folder / shard.name, manifest, rows)
         except ValueError as error:
@@ -69,24 +84,34 @@ def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> lis
     return problems
 
 
-def _against_index(path: Path, rows: NDArray[np.void]) -> list[str]:
-    """Whether the tar's headers are those of `rows`: four a record, at the places it says."""
-    found = list(headers(path))
-    if len(found) != 4 * len(rows):
-        return [f"{path} has {len(found)} members, {4 * len(rows)} belong to {len(rows)} records"]
-    for row, four in zip(rows, zip(*[iter(found)] * 4, strict=True), strict=True):
-        frame, maps = four[0], four[1]
-        size = row["maps_bytes"] + row["bank_bytes"]
-        wanted = (row["start"], row["frame"], row["frame_bytes"], row["maps"], size)
-        actual = (frame[1], frame[1] + 512, frame[2], maps[1] + 512, maps[2])
-        key = key_of(int(row["key"]))
-        if wanted != actual or any(name.partition(".")[0] != key for name, _, _ in four):
-            return [f"{path}: record {key} does not lie where {INDEX} says"]
+def _against_index(path: Path, rows: NDArray[np.void], settings: Settings) -> list[str]:
+    """Whether the tar's headers are those of `rows`: each member at the place it says."""
+    found, (places, size) = list(headers(path)), places_of(settings)
+    frame = JPEG if settings.quality else RAW
+    many = 3 + len(places)
+    if len(found) != many * len(rows):
+        return [
+            f"{path} has {len(found)} members, {many * len(rows)} belong to {len(rows)} records"
+        ]
+    for row, these in zip(rows, zip(*[iter(found)] * many, strict=True), strict=True):
+        key, start, arrays = (int(row[name]) for name in ("key", "start", "arrays"))
+        meta = padded(int(row["frame"] + row["frame_bytes"]))
+        wanted = [(frame, start, int(row["frame_bytes"])), (META, meta, these[1][2])]
+        for array, at in places:
+            head, size_of_file = len(array.header), len(array.header) + array.bytes
+            wanted.append((f"{array.name}.npy", arrays + at - head - BLOCKSIZE, size_of_file))
+        wanted.append((LABEL, arrays + size, these[-1][2]))
+        named = [(f"{key_of(key)}.{suffix}", *place) for suffix, *place in wanted]
+        inside = (
+            start + BLOCKSIZE == row["frame"] and padded(sum(these[1][1:])) + BLOCKSIZE == arrays
+        )
+        if not inside or named != list(these):
+            return [f"{path}: record {key_of(key)} does not lie where {INDEX} says"]
     return []
 
 
 def _beton_against_index(path: Path, manifest: Manifest, rows: NDArray[np.void]) -> list[str]:
-    flaw = check_tables(path, rows, layout_of(manifest))
+    flaw = check_tables(path, rows, layout_of(manifest.settings))
     return [flaw] if flaw else []
 
 
@@ -117,32 +142,33 @@ def _decode(folder: Path) -> list[str]:
 
 def _flaw(record: Record, manifest: Manifest) -> str:
     settings = manifest.settings
-    frame, maps = (settings.frame,) * 2 + (3,), (len(settings.detectors),) + (settings.grid,) * 2
+    frame = (settings.frame, settings.frame, 3)
     try:
         shape = decode_frame(record.frame).shape
+        for array in fields_of(settings):
+            values(record, array)
     except ValueError as error:
         return str(error)
     if shape != frame:
         return f"the frame is {shape}, the settings say {frame}"
-    if record.maps.shape != maps:
-        return f"the maps are {record.maps.shape}, the settings say {maps}"
-    flaw = _flaw_of_bank(record, settings)
-    if flaw:
+    whole = Counter(array.kind for array in fields_of(settings))
+    counts = record.bank.counts if record.bank else {}
+    if any(len(found) != whole[kind] for kind, found in
+           ((DENSITY, record.maps), (COUNTS, counts), (WEIGHTS, record.weights))):  # fmt: skip
+        return "it has arrays that the settings do not know"
+    if record.bank and (flaw := _flaw_of_bank(record, record.bank)):
         return flaw
+    if any((found < FIXED_POINT).any() for found in record.weights.values()):
+        return "it has a weight below 1"
     if not -1 <= record.label < max(1, len(manifest.classes)):
         return f"label {record.label} is none of the {len(manifest.classes)} classes"
     return ""
 
 
-def _flaw_of_bank(record: Record, settings: Settings) -> str:
-    bank, cells = record.bank, settings.crop // BANK_CELL
-    if bank is None or not settings.bank:
-        return "" if bank is None and not settings.bank else "bank and settings do not agree"
-    shape = (settings.bank, len(settings.detectors), cells, cells)
-    if bank.counts.shape != shape:
-        return f"the bank is {bank.counts.shape}, the settings say {shape}"
-    top, left, height, width = bank.boxes.astype(np.int64).T
+def _flaw_of_bank(record: Record, bank: Bank) -> str:
+    top, left, height, width = bank.boxes.T
     outside = (top + height > record.height) | (left + width > record.width)
-    if (outside | (height < 1) | (width < 1)).any() or bank.flips.max() > 1:
+    if (outside | (height < 1) | (width < 1)).any():
         return "the bank has a box that is not inside its source"
-    return "the bank counts more than a cell holds" if bank.counts.max() > BANK_CELL**2 else ""
+    most = max(counts.max() for counts in bank.counts.values())
+    return "the bank counts more than a cell holds" if most > BANK_CELL**2 else ""

@@ -20,6 +20,7 @@ from shards.crops import visible_cells
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.loader import Batch
+from shards.order import Plan
 from shards.record import encode_frame
 from shards.spec import BANK_CELL, Detector, Settings
 
@@ -46,8 +47,9 @@ class WeightedCrops(nn.Module):
     """A batch of frames and densities in, its random crops and their loss weights out: Crops.
 
     The batch is what to_device gives of a loader's batches, or what a DataLoader makes of
-    `ShardSet.dataset`: a mapping with frames uint8 [b, F, F, 3], boxes [b, 4], flips bool [b, 2],
-    maps or counts by detector, labels, samples and epochs. The crop of the frame and that of the
+    `ShardSet.dataset`, or of a stock reader's with draw_crops: a mapping with frames uint8
+    [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
+    epochs. The crop of the frame and that of the
     density are one and the same, and the density is read by the detector's edge rule, or from the
     bank's counts where those are given.
 
@@ -110,7 +112,7 @@ class WeightedCrops(nn.Module):
         """The loss weights of a batch's crops alone; a rule needs the `images` of the crops."""
         if self.weights is None:
             return None
-        if self.weights in batch["counts"]:
+        if self.weights in batch.get("counts", {}):
             density = pool_counts(batch["counts"][self.weights], self.cells)
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
@@ -118,6 +120,21 @@ class WeightedCrops(nn.Module):
         if self.rule is not None and images is not None:
             return self.rule(density, images, batch)
         return loss_weights(density, self.temperature, self.normalise)
+
+
+def draw_crops(
+    plan: Plan, epoch: int, samples: Sequence[int], heights: Sequence[int], widths: Sequence[int]
+) -> dict[str, Tensor]:
+    """boxes, flips, samples and epochs of a batch that another reader of the set has read.
+
+    samples: the records' numbers in the set; heights, widths: of their sources, px. Each gets the
+    crop that `plan` shows in that epoch, whatever the order that they are read in.
+    """
+    numbers, tall, wide = (np.asarray(each, np.int64) for each in (samples, heights, widths))
+    epochs = np.full(len(numbers), epoch)
+    boxes, flips = plan.boxes(epochs, numbers, tall, wide)
+    drawn = {"boxes": boxes, "flips": flips, "samples": numbers, "epochs": epochs}
+    return {name: torch.from_numpy(array) for name, array in drawn.items()}
 
 
 def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) -> None:
@@ -172,12 +189,11 @@ def crop_maps(
 ) -> Tensor:
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
-    `maps` is uint8 [b, G, G / 2], packed as in a batch (shards.record.packed). The mean over a part
-    is exact: map cells count by their overlap. `visible` [cells] is the share of its marks that the
+    `maps` is uint8 [b, G, G], density = value / 255. The mean over a part is exact: map cells count
+    by their overlap. `visible` [cells] is the share of its marks that the
     detector finds at each distance from the crop's edge (edge_rule).
     """
-    density = torch.stack([maps & 15, maps >> 4], dim=-1).flatten(-2) / 15
-    return crop_grid(density, boxes, flips, cells, visible)
+    return crop_grid(maps / 255, boxes, flips, cells, visible)
 
 
 def crop_grid(

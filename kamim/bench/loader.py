@@ -36,7 +36,7 @@ class _Frames(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self.records[number]
         frame = simplejpeg.decode_jpeg(record.frame, "RGB")
-        return torch.from_numpy(frame), torch.from_numpy(record.maps)
+        return torch.from_numpy(frame), torch.from_numpy(np.array(record.maps["fast"]))
 
 
 def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:

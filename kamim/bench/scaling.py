@@ -9,15 +9,13 @@ from kamim.bench.markdown import renewed_parts, table
 from kamim.bench.readme import REPOSITORY, kept, newest
 from preprocess.detectors import detector_settings
 from shards import Settings
-from shards.spec import BANK_CELL, BANK_HEAD
-from shards.tar import INDEX_DTYPE
+from shards.tar import INDEX_DTYPE, places_of
 
 PAGE = REPOSITORY / "docs" / "scaling.md"
 DATASETS = {"ImageNet-22K": 14_200_000, "LAION-400M": 400_000_000}
 SHARD = 1000  # inputs; what build chooses from 64,000 inputs on
-# Means over the 800 ImageNet photos, bytes. The record is with one detector and four crops.
-PHOTO, FRAME, RECORD = 109_820, 21_770, 29_197
-NPY_HEADER = 128
+# Means over the 800 ImageNet photos, bytes; a record is of frame, label, metadata and headers.
+PHOTO, RECORD = 109_820, 24_589
 # Of a listed input, a manifest's row as text, a File, and a record in a shard's .build row; and
 # seconds to hash one input's listing. CPython 3.11; a test holds sizes to the objects themselves.
 ENTRY, MANIFEST_ROW, FILE, BUILD_ROW, LISTING_HASH = 282, 170, 315, 81, 1.8e-6
@@ -29,12 +27,9 @@ CORES = (16, 256, 4096)
 
 def record_bytes(detectors: int, bank: int) -> int:
     """Bytes of a record in its tar: frame, maps, bank, and headers as in the 800 photos."""
-    settings = Settings(detectors=(detector_settings("fast"),), shard_size=SHARD)
-    a_map, cells = settings.grid**2 // 2, settings.crop // BANK_CELL
-    slots = NPY_HEADER + 4 * (BANK_HEAD + cells * cells)
-    around = RECORD - FRAME - NPY_HEADER - a_map - slots  # tar headers, padding, label, JSON
-    stored = NPY_HEADER + bank * (BANK_HEAD + detectors * cells * cells) if bank else 0
-    return FRAME + NPY_HEADER + detectors * a_map + stored + around
+    names = ("fast", "orb", "sift")[:detectors]
+    chosen = Settings(detectors=tuple(map(detector_settings, names)), bank=bank)
+    return RECORD + places_of(chosen)[1]
 
 
 def core_seconds(row: dict[str, Any]) -> dict[str, float]:

@@ -60,7 +60,7 @@ def pack(photos: Path, cifar: Path, out: Path, train: int, test: int) -> list[Pa
     every = [records[number] for number in range(len(records))]
     files = {
         "frames": joined([np.frombuffer(each.frame, np.uint8) for each in every]),
-        "maps": np.stack([each.maps for each in every]),
+        "maps": np.stack([np.stack([*each.maps.values()]) for each in every]),
         "detectors": np.array(records.manifest.detectors),
         "sizes": np.array([(each.height, each.width) for each in every]),
         "sources": np.array([each.source for each in every]),

@@ -20,6 +20,7 @@ from shards.errors import UserError
 from shards.files import MANIFEST
 from shards.record import decode_frame, key_of
 from shards.remote.storage import is_url
+from shards.tar import padded
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -40,15 +41,13 @@ def list_shards(where: str, split: str) -> Source | None:
 
 
 def _names(records: ShardSet) -> Iterator[str]:
-    """What each record's JSON calls its source: two blocks after the maps, behind the label."""
+    """What each record's JSON, between its frame and its arrays, calls its source."""
     first = 0
     for shard, end in zip(records.shards, records.ends.tolist(), strict=True):
         with open(os.path.join(records.folder, shard.name), "rb") as file:
             for row in records.index[first:end]:
-                maps = int(row["maps"]) + int(row["maps_bytes"]) + int(row["bank_bytes"])
-                start = maps + -maps % BLOCK + 2 * BLOCK
-                stop = int(row["start"]) + int(row["bytes"])
-                data = os.pread(file.fileno(), stop - start, start)
+                start = padded(int(row["frame"]) + int(row["frame_bytes"]))
+                data = os.pread(file.fileno(), int(row["arrays"]) - start, start)
                 try:
                     head = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
                     yield str(json.loads(data[BLOCK : BLOCK + head.size])["source"])

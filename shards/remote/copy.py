@@ -19,7 +19,7 @@ from shards.progress import progress
 from shards.remote import storage as remote
 from shards.remote.retry import retried
 from shards.remote.storage import is_url
-from shards.spec import File, Manifest
+from shards.spec import CARD, File, Manifest
 
 MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its manifest
 
@@ -70,6 +70,9 @@ def _copy_files(source: str, target: str, manifest: Manifest, data: bytes, jobs:
     wrong = next((file.name for file in files if sizes.get(file.name) != file.bytes), None)
     if wrong:
         raise OSError(f"{target}/{wrong} was written and has another size now; copy again")
+    card = _read(source, CARD)
+    if card is not None:
+        _write(target, CARD, card)
     _write(target, MANIFEST, data)
     _remove(target, MARK)
     return copied
@@ -87,6 +90,7 @@ def _check_target(target: str, data: bytes, mark: bytes, files: dict[str, int]) 
             del sizes[name]
             _remove(target, name)
     others = sizes.keys() - files.keys() - {MANIFEST, MARK}
+    others -= {CARD} if begun is not None else set()
     if finished is None and (others or (sizes and begun is None)):
         some = min(others or sizes)
         raise UserError(f"{target} holds something else ({some}); name a new or empty place")

@@ -35,7 +35,7 @@ def test_records_are_what_the_sources_say(small_source, tmp_path):
         record = records[number]
         assert record.source.startswith(f"class{record.label}/")
         assert (record.height, record.width) == (80, 96)
-        assert record.maps.shape == (1, 16, 16)
+        assert {n: m.shape for n, m in record.maps.items()} == {"fast": (16, 16)}
         assert shards.decode_frame(record.frame).shape == (64, 64, 3)
     assert len({records[n].source for n in range(40)}) == 40
     with pytest.raises(IndexError):
@@ -47,7 +47,7 @@ def test_the_same_bytes_for_any_number_of_jobs(small_source, tmp_path):
     for jobs in (1, 2, 3):
         build_shards(source, tmp_path / str(jobs), settings(detectors=THREE), jobs)
     one = contents(tmp_path / "1")
-    assert len(one) == 10 + 3
+    assert len(one) == 10 + 4
     assert one == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
@@ -238,7 +238,7 @@ def test_raw_frames_and_detection_on_frames(small_source, tmp_path):
     assert preprocess.redetect_maps(records, None) == []
     rgb = shards.decode_frame(records[3].frame)
     again = preprocess.density_maps(rgb, 3, chosen, (records[3].height, records[3].width))
-    np.testing.assert_array_equal(records[3].maps, again)
+    np.testing.assert_array_equal(records[3].maps["fast"], again["fast"])
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):
     }.items():
         build_shards(source, tmp_path / name, chosen, 1)
         records = ShardSet(tmp_path / name)
-        means.append(np.mean([records[n].maps.mean() for n in range(len(records))]))
+        means.append(np.mean([records[n].maps["fast"].mean() for n in range(len(records))]))
     ring, disc, point, few = means
     assert disc > ring > point > 0
     assert 0 < few < ring
@@ -494,7 +494,10 @@ def test_from_python_it_gives_the_bytes_of_the_command(small_source, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"grid": 47}, "grid 47 is odd; give 48"),
+        ({"grid": 1}, "grid 1 is out of range; give 2 to 254"),
+        ({"levels": 17}, "levels 17 is unknown; there are 256"),
+        ({"weights": (0.1, 8)}, "reach beyond 255, the most that is stored; give 0.181 or more"),
+        ({"weights": (0.25, 7)}, "w_ps 7 of the weights: give a divisor of the crop of 192 px"),
         ({"crop": 100}, "crop 100 is no multiple of 8; give 96"),
         ({"quality": 101}, "quality 101 is out of range; give 0 to 100"),
         ({"mark": "star"}, "mark is 'star'; there are ring, disc, point"),

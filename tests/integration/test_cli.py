@@ -37,7 +37,7 @@ def kamim(*arguments, **options):
         (["--map-crops", "-1"], "--map-crops -1 is out of range; give 0 to 64"),
         (["--bank", "256"], "--bank 256 is out of range; give 0 to 255"),
         (["--grid", "0"], "--grid 0"),
-        (["--grid", "47"], "--grid 47 is odd; give 48"),
+        (["--weights", "8"], "--weights 8 is not T,w_ps"),
         (["--jobs", "-1"], "--jobs -1"),
         (["--jobs", "two"], "--jobs 'two'"),
         (["--jobs=two"], "--jobs 'two'"),

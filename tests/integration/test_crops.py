@@ -15,7 +15,6 @@ from preprocess.shard import squeeze
 from shards import Settings
 from shards.crops import read_map, visible, visible_cells, weights
 from shards.order import Plan
-from shards.record import packed
 from shards.weighting import crop_frames, crop_maps, loss_weights, pool_counts
 
 FLIPS = [(False, False), (True, False), (False, True), (True, True)]
@@ -49,12 +48,10 @@ def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
 
 def test_map_readings_equal_a_plain_integral(demo_images):
     chosen = Settings(detectors=(detector_settings("sift"),), shard_size=1)
-    maps = np.concatenate([density_maps(i, 0, chosen) for i in demo_images[::40]])
+    maps = np.stack([density_maps(i, 0, chosen)["sift"] for i in demo_images[::40]])
     boxes, flips = boxes_of(len(maps))
     share = visible_cells(chosen.detectors[0], 192, 24)
-    ours = crop_maps(
-        torch.from_numpy(packed(maps)), boxes, flips, 24, torch.from_numpy(share).float()
-    )
+    ours = crop_maps(torch.from_numpy(maps), boxes, flips, 24, torch.from_numpy(share).float())
     for density, box, flip, mine in zip(maps, boxes, flips, ours, strict=True):
         plain = read_map(density, tuple(box.tolist()), 24, share)
         plain = plain[:, ::-1] if flip[0] else plain
@@ -72,7 +69,7 @@ def test_a_marked_pixel_and_a_marked_cell_stay_together(row, column, number, fli
     boxes, _ = boxes_of(1, seed=number)
     flips = torch.tensor([flip])
     pixels = crop_frames(torch.from_numpy(frame), boxes, flips, 192)[0, 0] / 255
-    cells = crop_maps(torch.from_numpy(packed(density)), boxes, flips, 48)[0]
+    cells = crop_maps(torch.from_numpy(density), boxes, flips, 48)[0]
     top, left, height, width = boxes[0].tolist()
     inside = [
         top * 52 < row + 0.4 and row + 0.6 < (top + height) * 52,
@@ -91,7 +88,7 @@ def test_a_marked_pixel_and_a_marked_cell_stay_together(row, column, number, fli
 
 def test_flips_of_a_crop_are_crops_flipped():
     frames = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
-    maps = torch.randint(0, 256, (1, 20, 10), dtype=torch.uint8)
+    maps = torch.randint(0, 256, (1, 20, 20), dtype=torch.uint8)
     boxes, _ = boxes_of(1)
     plain = torch.tensor([[False, False]])
     for flip in FLIPS:
@@ -105,7 +102,7 @@ def test_flips_of_a_crop_are_crops_flipped():
 
 
 def test_a_full_map_is_full_everywhere_but_for_what_a_detector_misses_at_the_edge():
-    maps = torch.full((5, 52, 26), 255, dtype=torch.uint8)
+    maps = torch.full((5, 52, 52), 255, dtype=torch.uint8)
     boxes, flips = boxes_of(5)
     torch.testing.assert_close(crop_maps(maps, boxes, flips, 24), torch.ones(5, 24, 24))
     for name in ("fast", "orb", "sift"):

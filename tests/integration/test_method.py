@@ -257,8 +257,6 @@ def test_a_marked_corner_is_where_the_crop_shows_it(flips):
 
 
 def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
-    from shards.record import packed
-
     recipe = replace(find_recipe("small_famt"), options=SMALL, batch=1)
     chooser = masking(recipe)
     attention = np.zeros((4, 6, 6), np.uint8)
@@ -269,7 +267,7 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     whole = {
         "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
         "flips": torch.zeros(1, 2).bool(),
-        "maps": {"frequency": torch.from_numpy(packed(frequency))},
+        "maps": {"frequency": torch.from_numpy(frequency)},
         "samples": torch.tensor([0]),
     }
     found = chooser.weights(whole).view(3, 3)
@@ -277,7 +275,7 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     torch.testing.assert_close(found, expected)
     by_density = masking(replace(recipe, sample_by="fast"))
     fast = np.full((1, 54, 54), 255, np.uint8)
-    maps = {"fast": torch.from_numpy(packed(fast))}
+    maps = {"fast": torch.from_numpy(fast)}
     edge = by_density.weights(whole | {"maps": maps})
     assert edge[0, 4].item() == pytest.approx(1)
     assert edge[0, 4] > edge[0, 1] > edge[0, 0]

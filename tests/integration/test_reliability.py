@@ -288,10 +288,11 @@ def reseal(folder, index):
         ("start", 1 << 63),
         ("frame", 0),
         ("frame_bytes", 1 << 31),
-        ("maps", 1 << 40),
+        ("arrays", 1 << 40),
+        ("arrays", 3),
         ("height", 0),
-        ("maps_bytes", 7),
-        ("bank_bytes", 0),
+        ("frame_bytes", 20_000),
+        ("bytes", 700),
         ("bytes", (1 << 32) - 1),
     ],
 )
@@ -335,16 +336,28 @@ def test_a_file_that_cannot_be_read_is_a_line_of_damage(built):
     assert "rejected.jsonl cannot be read" in line
 
 
-def test_a_changed_bank_of_sound_hashes_is_no_crash(built):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"boxes":[[', b'"boxes":{{{'),
+        (b'"boxes":[[', b'"bones":[['),
+        (b'"flips":[[', b'"flips":["'),
+        (b'"flips":[[0,', b'"flips":[[[,'),
+        (b"\x93NUMPY", b"\x93BUMPY"),
+    ],
+)
+def test_a_changed_bank_of_sound_hashes_is_no_crash(old, new, built):
     records = ShardSet(built)
-    row = records.index[0]
+    row, (_, at) = records.index[0], records.places["fast.counts"]
     shard = built / records.shards[0].name
-    data = bytearray(shard.read_bytes())
-    at = int(row["maps"] + row["maps_bytes"])
-    data[at : at + 4] = b"\0\0\0\0"
-    shard.write_bytes(data)
+    data = shard.read_bytes()
+    begin, end = int(row["frame"] + row["frame_bytes"]), int(row["arrays"]) + at
+    part = bytearray(data[begin:end])
+    where = part.rindex(old) if old in part else part.rindex(old[:10])
+    part[where : where + len(new)] = new
+    shard.write_bytes(data[:begin] + bytes(part) + data[end:])
     loader = Loader(ShardSet(built), Plan(len(records), 8, 0), 0, 5, maps=["fast"], bank=True)
-    with pytest.raises(ValueError, match="bank that is not as the manifest says"):
+    with pytest.raises(ValueError, match="that is not as the manifest says"):
         list(loader)
 
 

@@ -148,7 +148,7 @@ def _spoils(canary: Path) -> dict[str, Callable[[Path], None]]:
 
     return {
         "objects in index.npy": index,
-        "objects in maps.npy": member("maps.npy", program),
+        "objects in a density": member("fast.density.npy", program),
         "objects in frame.npy": member("frame.npy", program),
         "a pickle for a label": member("cls", pickle.dumps(Payload(canary))),
         ".pyd": member("pyd", pickle.dumps(Payload(canary))),

@@ -37,7 +37,7 @@ with _instrumented():
     from shards.files import MANIFEST
     from shards.loader import Loader
     from shards.order import Plan
-    from shards.record import JPEG, LABEL, MAPS, META, RAW, from_members
+    from shards.record import JPEG, LABEL, META, RAW, from_members
     from shards.spec import INDEX, REJECTED
     from shards.tar import INDEX_DTYPE, parse_record
     from shards.verification import verify_shards
@@ -45,7 +45,7 @@ with _instrumented():
     from stress.source_targets import packed, unpacked
 
 ROW = INDEX_DTYPE.itemsize
-SUFFIXES = (JPEG, MAPS, LABEL, META, RAW)
+SUFFIXES = (JPEG, META, "fast.density.npy", LABEL, RAW)
 Target = Callable[[Path, Manifest, bytes], None]
 
 
@@ -92,7 +92,9 @@ def tar(folder: Path, manifest: Manifest, data: bytes) -> None:
     for bank in (False, True):
         order = Plan(len(records), 2, in_order=True)
         try:
-            for _ in Loader(records, order, 0, order.steps(), bank=bank, workers=1, prefetch=1):
+            names = records.manifest.detectors
+            options = {"maps": names, "bank": bank, "workers": 1, "prefetch": 1}
+            for _ in Loader(records, order, 0, order.steps(), **options):
                 pass
         except ValueError:
             pass
@@ -109,7 +111,7 @@ def beton(folder: Path, manifest: Manifest, data: bytes) -> None:
             file.write(part)
     made = _claim(folder, replace(manifest, container="ffcv"), rows, None, BETON)
     records = ShardSet(folder)
-    check_tables(path, records.index, layout_of(made))
+    check_tables(path, records.index, layout_of(made.settings))
     for number in range(len(records)):
         decode_frame(records[number].frame)
 

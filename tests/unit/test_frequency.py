@@ -51,8 +51,8 @@ def test_maps_beside_it_stay_and_bytes_do_not_depend_on_jobs(small_source, tmp_p
     assert contents(tmp_path / "both") == contents(tmp_path / "again")
     build_shards(source, tmp_path / "fast", settings(), 1)
     both, fast = shards.ShardSet(tmp_path / "both"), shards.ShardSet(tmp_path / "fast")
-    assert all(np.array_equal(both[n].maps[0], fast[n].maps[0]) for n in range(len(fast)))
-    assert np.median([len(np.unique(both[n].maps[1])) for n in range(len(fast))]) > 6
+    assert all(np.array_equal(both[n].maps["fast"], fast[n].maps["fast"]) for n in range(len(fast)))
+    assert np.median([len(np.unique(both[n].maps["frequency"])) for n in range(len(fast))]) > 6
     options = both.manifest.settings.detectors[1].options
     assert options == {"cutoff": 7.0, "scale": 120.0}
     assert "numpy" in both.manifest.versions
@@ -84,8 +84,8 @@ def test_it_sees_to_the_edge_and_lies_as_densities_lie():
     assert (visible_cells(FREQUENCY, 192, 24, "point") == 1).all()
     image = np.zeros((80, 96, 3), np.uint8)
     image[:40, 48:] = 255
-    maps = density_maps(image, 0, settings(detectors=(FREQUENCY,), grid=16))
-    assert maps[0, :6, 10:].mean() > maps[0, 10:, :6].mean()
+    maps = density_maps(image, 0, settings(detectors=(FREQUENCY,), grid=16))["frequency"]
+    assert maps[:6, 10:].mean() > maps[10:, :6].mean()
 
 
 def test_what_it_cannot_do_is_one_line(small_source, tmp_path):

@@ -11,7 +11,6 @@ from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame, inspect_page
 from shards.crops import visible_cells
 from shards.order import Plan
-from shards.record import packed
 from shards.report import crop_picture
 
 EVIL = "<script>alert('x')<&>\".jpg"
@@ -74,9 +73,9 @@ def test_the_crop_and_its_weights_are_those_of_training(records):
         f"<div class=box style='top:{top:.2f}%;left:{left:.2f}%;height:{tall:.2f}%;"
         f"width:{wide:.2f}%'>"
     ) in page
-    for row, detector in enumerate(chosen.detectors):
+    for detector in chosen.detectors:
         visible = torch.from_numpy(visible_cells(detector, 96, cells, "ring")).float()
-        maps = torch.from_numpy(packed(record.maps[None, row]))
+        maps = torch.from_numpy(record.maps[detector.name][None])
         read = loss_weights(crop_maps(maps, *place, cells, visible), 0.25)[0]
         assert f"{detector.name}: weights of the crop, mean {read.mean():.2f}" in page
         assert f"x {read.max():.3g} the least" in page

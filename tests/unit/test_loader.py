@@ -21,7 +21,6 @@ from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.loader import Loader, open_files
 from shards.order import Plan
-from shards.record import unpacked
 from shards.spec import to_json, write_file
 from shards.tar import INDEX_DTYPE
 
@@ -41,8 +40,6 @@ def test_batches_are_the_plans_records(records, workers, wanted):
     loader = Loader(records, plan, 1, 9, maps=wanted, workers=workers)
     batches = copied(loader)
     assert [batch.step for batch in batches] == list(range(1, 9))
-    names = records.manifest.detectors
-    rows = {name: names.index(name) for name in wanted}
     for batch in batches:
         epochs, samples = plan.samples(batch.step)
         np.testing.assert_array_equal(batch.samples, samples)
@@ -52,9 +49,8 @@ def test_batches_are_the_plans_records(records, workers, wanted):
             # Two builds of libjpeg-turbo; both decode exactly.
             np.testing.assert_array_equal(batch.frames[place], decode_frame(record.frame))
             assert list(batch.maps) == wanted
-            for name, row in rows.items():
-                found = unpacked(batch.maps[name][place])
-                np.testing.assert_array_equal(found, record.maps[row])
+            for name in wanted:
+                np.testing.assert_array_equal(batch.maps[name][place], record.maps[name])
             assert batch.labels[place] == record.label
         size = np.full(len(samples), 80), np.full(len(samples), 96)
         boxes, flips = plan.boxes(epochs, samples, *size)
@@ -65,20 +61,18 @@ def test_batches_are_the_plans_records(records, workers, wanted):
 @pytest.mark.parametrize("wanted", [["fast", "orb", "sift"], ["sift", "fast"], []])
 def test_from_the_bank_come_its_crops_and_counts(records, wanted):
     plan = Plan(40, 12, seed=3)
-    names = records.manifest.detectors
-    rows = {name: names.index(name) for name in wanted}
     shown = np.zeros((40, 3), int)
     for batch in copied(Loader(records, plan, 0, 30, maps=wanted, bank=True)):
         slots = plan.slots(batch.epochs, batch.samples, 3)
         assert (batch.maps, list(batch.counts)) == ({}, wanted)
         for place, (number, slot) in enumerate(zip(batch.samples, slots, strict=True)):
             record = records[int(number)]
-            for name, row in rows.items():
-                counts = record.bank.counts[slot, row]
+            for name in wanted:
+                counts = record.bank.counts[name][slot]
                 np.testing.assert_array_equal(batch.counts[name][place], counts)
             box = record.bank.boxes[slot] / np.tile([record.height, record.width], 2)
             np.testing.assert_allclose(batch.boxes[place], box, rtol=1e-6)
-            np.testing.assert_array_equal(batch.flips[place], record.bank.flips[slot] == 1)
+            np.testing.assert_array_equal(batch.flips[place], record.bank.flips[slot])
             shown[number, slot] += 1
     assert (shown == 3).all()  # nine epochs, each slot in turn
 
@@ -174,8 +168,7 @@ def test_raw_frames(small_source, tmp_path, wanted):
         record = records[number]
         np.testing.assert_array_equal(batch.frames[place], decode_frame(record.frame))
         for name in wanted:
-            row = record.maps[records.manifest.detectors.index(name)]
-            np.testing.assert_array_equal(unpacked(batch.maps[name][place]), row)
+            np.testing.assert_array_equal(batch.maps[name][place], record.maps[name])
     path, row = records.locate(int(batch.samples[3]))
     with path.open("r+b") as file:
         file.seek(int(row["frame"]))
@@ -185,9 +178,9 @@ def test_raw_frames(small_source, tmp_path, wanted):
 
 
 @pytest.mark.parametrize("quality", [90, 0])
-@pytest.mark.parametrize(("field", "value"), [("maps", 0), ("frame_bytes", 1 << 20)])
+@pytest.mark.parametrize(("field", "value"), [("arrays", 0), ("frame_bytes", 1 << 20)])
 def test_an_index_that_says_what_cannot_be_is_told(small_source, tmp_path, quality, field, value):
-    """A frame that would end beyond its maps, or begin behind them, is not read from elsewhere."""
+    """A frame that would end beyond its arrays or begin behind them is not read elsewhere."""
     chosen = settings(quality=quality)
     build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
     records = ShardSet(tmp_path / "set")
@@ -270,7 +263,7 @@ def test_no_thread_or_file_is_left_behind(records):
 
 
 def test_memory_is_the_prefetch_whatever_the_length(records):
-    batch_bytes = 20 * (64 * 64 * 3 + 16 * 8 * 3 + 128)  # frames, maps, the maps' header
+    batch_bytes = 20 * (64 * 64 * 3 + 16 * 16 * 3 + 3 * 128)  # frames, maps, their headers
     peaks = []
     for steps in (600, 1500):  # either is more than the plan looks ahead
         names = records.manifest.detectors
@@ -280,7 +273,7 @@ def test_memory_is_the_prefetch_whatever_the_length(records):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         held = sum(
-            sum(a.nbytes for a in (b.frames, b.heads, b.bank, *b.maps.values(), *b.counts.values()))
+            sum(a.nbytes for a in (b.frames, b.heads, *b.maps.values(), *b.counts.values()))
             for b in loader.buffers
         )
         assert held == 4 * batch_bytes
@@ -292,7 +285,7 @@ def damage(records, number, place, data):
     """Overwrite bytes of a record and sign the set again, so that only decoding can tell."""
     path, row = records.locate(number)
     content = bytearray(path.read_bytes())
-    at = int(row[place])
+    at = int(row["arrays"]) + 512 if place == "arrays" else int(row[place])
     content[at : at + len(data)] = data
     file = write_file(path, bytes(content), 4)
     shards = [file if s.name == file.name else s for s in records.manifest.shards]
@@ -302,7 +295,7 @@ def damage(records, number, place, data):
     return path.name
 
 
-@pytest.mark.parametrize("place", ["frame", "maps"])
+@pytest.mark.parametrize("place", ["frame", "arrays"])
 def test_a_damaged_record_is_named_or_skipped_and_counted(records, place):
     name = damage(records, 17, place, b"\0" * 60)
     damaged = ShardSet(records.folder)
@@ -331,13 +324,11 @@ def test_what_does_not_fit_is_refused_before_the_first_batch(records):
 
 def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     """1,281 shards of 1,000 records: open, plan and give the first indices; a subprocess's peak."""
-    from shards.dataset import sizes_of
     from shards.record import npy_bytes
 
     index = np.zeros(1_281_000, INDEX_DTYPE)
     index["key"] = np.arange(len(index))
     index["height"], index["width"], index["bytes"] = 375, 500, 1 << 16
-    index["maps_bytes"], index["bank_bytes"] = sizes_of(records.manifest)
     folder = tmp_path / "large"
     folder.mkdir()
     shard = replace(records.manifest.shards[0], count=1000, bytes=1 << 16)

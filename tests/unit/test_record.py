@@ -2,48 +2,57 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from conftest import settings as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import Bank, Record, ShardWriter
-from shards.record import (
-    decode_frame,
-    encode_frame,
-    from_members,
-    from_rows,
-    members,
-    npy_bytes,
-    packed,
-    to_rows,
-    unpacked,
-)
-from shards.tar import _header, parse_record
+import preprocess
+from shards import Bank, Detector, Record, Settings, ShardSet, ShardWriter
+from shards.record import decode_frame, encode_frame, from_members, members, npy_bytes
+from shards.tar import _header, members_in, parse_record, places_of
+from shards.version2 import record_of
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "two-records.tar"
-MAPS = (np.arange(2 * 4 * 4, dtype=np.uint8) * 7 % 16 * 17).reshape(2, 4, 4)
+GOLDEN_2 = REPOSITORY / "tests" / "golden" / "two-records-v2.tar"
+LEVELS = (np.arange(2 * 4 * 4, dtype=np.uint8) * 7 % 16 * 17).reshape(2, 4, 4)
+COUNTS = (np.arange(3 * 2 * 6 * 6, dtype=np.uint32) ** 2 % 65).astype(np.uint8).reshape(3, 2, 6, 6)
+NAMES = ("fast", "orb")
+MAPS = dict(zip(NAMES, LEVELS, strict=True))
 BANK = Bank(
-    np.array([[0, 1, 300, 400], [2, 3, 301, 402], [70, 5, 290, 395]], np.uint32),
-    np.array([[0, 0], [1, 0], [1, 1]], np.uint8),
-    (np.arange(3 * 2 * 6 * 6, dtype=np.uint32) ** 2 % 65).astype(np.uint8).reshape(3, 2, 6, 6),
+    np.array([[0, 1, 300, 400], [2, 3, 301, 402], [70, 5, 290, 395]]),
+    np.array([[0, 0], [1, 0], [1, 1]], bool),
+    {name: COUNTS[:, row] for row, name in enumerate(NAMES)},
 )
+WEIGHTS = {"orb": (np.arange(3 * 2 * 2, dtype=np.uint16) * 1000 + 256).reshape(3, 2, 2)}
 RECORDS = [
     Record(
         "000000007", b"\xff\xd8 not a picture \xff\xd9", 3, 375, 500, "a/ünï 'x'.jpg", MAPS, BANK
     ),
-    Record("000000009", b"\x93NUMPY not an array", -1, 1, 2**31, "b\udcff.png", MAPS[:, ::-1]),
+    Record(
+        "000000009",
+        b"\x93NUMPY not an array",
+        -1,
+        1,
+        2**31,
+        "b\udcff.png",
+        {name: levels[::-1] for name, levels in MAPS.items()},
+    ),
 ]
+THIRD = replace(
+    RECORDS[0],
+    key="1000000000",
+    maps={n: m + np.uint8(1) for n, m in MAPS.items()},
+    weights=WEIGHTS,
+)
 
 
-def same(a: Record, b: Record) -> bool:
-    names = ("key", "frame", "label", "height", "width", "source")
-    banks = a.bank.equals(b.bank) if a.bank and b.bank else a.bank is b.bank
-    maps = np.array_equal(a.maps, b.maps)
-    return banks and maps and all(getattr(a, n) == getattr(b, n) for n in names)
+FIRST, SECOND = 7168, 8192  # bytes of the golden records
 
 
 def write(path: Path, records: list[Record]) -> ShardWriter:
@@ -56,25 +65,42 @@ def write(path: Path, records: list[Record]) -> ShardWriter:
 def test_golden_bytes(tmp_path):
     """To change the format: raise FORMAT_VERSION, say so in FORMAT.md and CHANGELOG.md, then
     replace the golden file by the one this test wrote."""
-    writer = write(tmp_path / "two.tar", RECORDS)
+    writer = write(tmp_path / "two.tar", [RECORDS[0], THIRD])
     assert (tmp_path / "two.tar").read_bytes() == GOLDEN.read_bytes()
     assert writer.file.bytes == GOLDEN.stat().st_size
-    assert writer.index["start"].tolist() == [0, 4608]
+    assert writer.index["start"].tolist() == [0, FIRST]
+
+
+def test_golden_bytes_of_version_2_are_the_same_records():
+    data = GOLDEN_2.read_bytes()
+    for record, (begin, end) in zip(RECORDS, [(0, 4608), (4608, 8704)], strict=True):
+        assert record_of(*members_in(data[begin:end]), list(NAMES)).equals(record)
 
 
 def test_records_come_back_by_the_index(tmp_path):
-    writer = write(tmp_path / "two.tar", RECORDS)
-    data = (tmp_path / "two.tar").read_bytes()
-    for row, record in zip(writer.index, RECORDS, strict=True):
-        assert same(parse_record(data[row["start"] : row["start"] + row["bytes"]]), record)
+    writer = write(tmp_path / "three.tar", [*RECORDS, THIRD])
+    data = (tmp_path / "three.tar").read_bytes()
+    for row, record in zip(writer.index, [*RECORDS, THIRD], strict=True):
+        assert parse_record(data[row["start"] : row["start"] + row["bytes"]]).equals(record)
         assert data[row["frame"] : row["frame"] + row["frame_bytes"]] == record.frame
-        bank = int(row["maps"] + row["maps_bytes"])
-        assert data[row["maps"] : bank] == npy_bytes(packed(record.maps))
-        stored = data[bank : bank + int(row["bank_bytes"])]
-        assert stored == (npy_bytes(to_rows(record.bank)) if record.bank else b"")
+        known = Settings(
+            crop=48,
+            grid=4,
+            bank=len(record.bank.boxes) if record.bank else 0,
+            detectors=tuple(Detector(name, {}) for name in NAMES),
+        )
+        for array, at in places_of(known)[0]:
+            begin = int(row["arrays"]) + at
+            found = {"density": record.maps, "counts": record.bank and record.bank.counts}
+            expected = npy_bytes(found[array.kind][array.detector])
+            assert data[begin - len(array.header) : begin + array.bytes] == expected
 
 
-@given(st.integers(0, 10**15), st.sampled_from(["jpg", "maps.npy", "json"]), st.integers(0, 2**31))
+@given(
+    st.integers(0, 10**15),
+    st.sampled_from(["jpg", "fast.density.npy", "json"]),
+    st.integers(0, 2**31),
+)
 def test_headers_are_tarfiles_own(key, suffix, size):
     info = tarfile.TarInfo(f"{key:09d}.{suffix}")
     info.size, info.mode = size, 0o644
@@ -97,51 +123,80 @@ def test_a_tar_depends_on_its_records_alone(tmp_path):
     st.integers(0, 2**32 - 1),
 )
 def test_any_record_survives(frame, label, source, depth, grid, seed):
-    halves = np.random.default_rng(seed).integers(0, 256, (depth, 2 * grid, grid), dtype=np.uint8)
-    maps = unpacked(halves)
-    np.testing.assert_array_equal(packed(maps), halves)
+    shape = (depth, grid, grid)
+    levels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    maps = {f"d{row}": each for row, each in enumerate(levels)}
     record = Record("123456789", frame, label, 5, 6, source, maps)
-    assert same(from_members(record.key, dict(members(record))), record)
+    assert from_members(record.key, dict(members(record))).equals(record)
 
 
 @settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 28), st.integers(0, 2**32 - 1))
 def test_any_bank_survives(slots, detectors, cells, seed):
     rng = np.random.default_rng(seed)
+    names = [f"d{number}" for number in range(detectors)]
     bank = Bank(
-        rng.integers(0, 2**32, (slots, 4)).astype(np.uint32),
-        rng.integers(0, 2, (slots, 2)).astype(np.uint8),
-        rng.integers(0, 65, (slots, detectors, cells, cells)).astype(np.uint8),
+        rng.integers(0, 2**31, (slots, 4)),
+        rng.integers(0, 2, (slots, 2)).astype(bool),
+        {name: rng.integers(0, 65, (slots, cells, cells), dtype=np.uint8) for name in names},
     )
-    rows = to_rows(bank)
-    assert rows.shape == (slots, 18 + detectors * cells**2)
-    assert from_rows(rows, detectors).equals(bank)
+    maps = {name: np.zeros((2, 2), np.uint8) for name in names}
+    record = Record("123456789", b"", 0, 5, 6, "", maps, bank)
+    assert from_members(record.key, dict(members(record))).equals(record)
 
 
-def test_rows_of_a_bank_that_are_of_no_square_are_refused():
-    rows = to_rows(BANK)
-    for wrong in (rows[:0], rows[:, :17], rows[:, :-1], rows[0]):
-        with pytest.raises(ValueError, match="the bank's rows are"):
-            from_rows(wrong, 2)
-    parts = dict(members(RECORDS[0]))
-    for cut in (1, 40, 200, 300):
+@pytest.mark.parametrize(
+    "meta",
+    [
+        b'{"boxes":[[0,0,1]],"flips":[[0,0]],"height":1,"source":"","width":1}',
+        b'{"boxes":[[0,0,1,1.5]],"flips":[[0,0]],"height":1,"source":"","width":1}',
+        b'{"boxes":[[0,0,1,"1"]],"flips":[[0,0]],"height":1,"source":"","width":1}',
+        b'{"boxes":[[0,0,1,99999999999999999999]],"flips":[[0,0]],"height":1,"source":"","width":1}',
+        b'{"boxes":[[0,-1,1,1]],"flips":[[0,0]],"height":1,"source":"","width":1}',
+        b'{"boxes":[[0,0,1,1]],"flips":[[0,2]],"height":1,"source":"","width":1}',
+        b'{"boxes":[[0,0,1,1]],"flips":[[0,0]],"height":1,"source":"","width":1}',  # not 3
+        b'{"boxes":[],"flips":[],"height":1,"source":"","width":1}',
+        b'{"height":1,"source":"","width":1}',
+        b"[" * 100_000,
+    ],
+)
+def test_boxes_of_a_bank_that_are_none_are_refused(meta):
+    with pytest.raises(ValueError, match="does not parse"):
+        from_members("000000007", dict(members(RECORDS[0])) | {"json": meta})
+
+
+@pytest.mark.parametrize("suffix", ["fast.density.npy", "orb.counts.npy", "orb.weights.npy"])
+def test_arrays_that_are_cut_or_of_another_type_are_refused(suffix):
+    parts = dict(members(THIRD))
+    for data in (
+        parts[suffix][:-1],
+        parts[suffix][:40],
+        parts[suffix] + b"x",
+        npy_bytes(np.zeros((3, 2, 2), np.float32)),
+    ):
         with pytest.raises(ValueError, match="does not parse"):
-            from_members("000000007", parts | {"maps.npy": parts["maps.npy"][:-cut]})
+            from_members("1000000000", parts | {suffix: data})
 
 
-def test_stock_numpy_reads_maps_and_bank():
-    stream = io.BytesIO(dict(members(RECORDS[0]))["maps.npy"])
-    maps, rows = np.load(stream), np.load(stream)
-    np.testing.assert_array_equal(unpacked(maps), MAPS)
-    assert from_rows(rows, 2).equals(BANK)
+def test_stock_numpy_reads_each_array_alone():
+    parts = dict(members(THIRD))
+    for kind, arrays in (("density", THIRD.maps), ("counts", BANK.counts), ("weights", WEIGHTS)):
+        for name, array in arrays.items():
+            loaded = np.load(io.BytesIO(parts[f"{name}.{kind}.npy"]))
+            np.testing.assert_array_equal(loaded, array)
+            assert loaded.dtype == array.dtype
 
 
 def test_what_is_not_one_whole_record_is_refused():
     data = GOLDEN.read_bytes()
-    parse_record(data[:4608])
+    parse_record(data[:FIRST])
+    label_of_the_next = data[FIRST + SECOND - 1024 : FIRST + SECOND]
     with pytest.raises(ValueError, match="not one whole"):
-        parse_record(data[:5632])
-    for begin, end in [(512, 4608), (0, 4607), (0, 1024), (0, 3584), (1024, 4608)]:
+        parse_record(data[: FIRST - 1024] + label_of_the_next)
+    with pytest.raises(ValueError, match=r"member '1000000000\.jpg'"):
+        parse_record(data[: FIRST + 1024])
+    cuts = [(512, FIRST), (0, FIRST - 1), (0, 1024), (0, FIRST - 1024), (1024, FIRST)]
+    for begin, end in cuts:
         with pytest.raises(ValueError, match=r"record|header|member"):
             parse_record(data[begin:end])
 
@@ -174,7 +229,7 @@ def test_hostile_members_are_refused(name, kind):
 def test_pickles_in_npy_members_are_not_loaded():
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    parts = dict(members(RECORDS[0])) | {"maps.npy": buffer.getvalue()}
+    parts = dict(members(RECORDS[0])) | {"fast.density.npy": buffer.getvalue()}
     with pytest.raises(ValueError, match="does not parse"):
         from_members("000000007", parts)
 
@@ -194,3 +249,32 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
         writer.add(RECORDS[0])
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quality", [90, 0])
+def test_a_reader_of_thirty_lines_written_from_the_page_reads_all_of_it(
+    quality, small_source, tmp_path
+):
+    import plain_reader
+
+    detectors = tuple(preprocess.detector_settings(name) for name in ("fast", "orb"))
+    chosen = small(detectors=detectors, bank=3, weights=(0.25, 16), quality=quality)
+    preprocess.build_shards(preprocess.open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    found = list(plain_reader.records(tmp_path / "set"))
+    assert len(Path(plain_reader.__file__).read_text().splitlines()) <= 30
+    ours = ShardSet(tmp_path / "set")
+    assert len(found) == len(ours) == 40
+    kinds = ("density", "counts", "weights")
+    arrays = [f"{name}.{kind}.npy" for kind in kinds for name in ("fast", "orb")]
+    frame = "jpg" if quality else "frame.npy"
+    for number, (suffixes, theirs) in enumerate(found):
+        record = ours[number]
+        assert suffixes == [frame, "json", *arrays, "cls"]
+        for name in ("frame", "label", "height", "width", "source"):
+            assert theirs[name] == getattr(record, name)
+        bank = Bank(np.array(theirs["boxes"]), np.array(theirs["flips"], bool), record.bank.counts)
+        assert bank.equals(record.bank)
+        for kind, mine in zip(kinds, (record.maps, bank.counts, record.weights), strict=True):
+            for name, array in mine.items():
+                np.testing.assert_array_equal(theirs[f"{name}.{kind}"], array)
+                assert theirs[f"{name}.{kind}"].dtype == array.dtype
