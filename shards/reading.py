@@ -24,7 +24,7 @@ Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 # the arrays behind it.
 Place = tuple[int, int, int, int, int]
 # Measured: 2.3 us where json.loads takes 6.3; it stops before the padding.
-READ_JSON = make_scanner(json.JSONDecoder())
+READ_JSON = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]
 
 
 class Layout:
