@@ -27,7 +27,8 @@ import typer
 
 import kamim.bench.cli
 import kamim.evaluate.cli
-import preprocess.forms_cli
+import preprocess.cli
+import preprocess.forms_cli  # adds its commands to those of cli
 import train.cli
 from preprocess import BuildError
 from shards.errors import UserError, install
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-app.add_typer(preprocess.forms_cli.app, name="shards")
+app.add_typer(preprocess.cli.app, name="shards")
 app.add_typer(train.cli.app)
 app.add_typer(kamim.evaluate.cli.app)
 app.add_typer(kamim.bench.cli.app)

@@ -1,4 +1,4 @@
-"""`kamim shards convert`, `upgrade` and `copy`: a finished set in another container, format, place."""
+"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format, place."""
 
 from pathlib import Path
 from typing import Annotated, Literal
