@@ -28,6 +28,7 @@ import typer
 import kamim.bench.cli
 import kamim.evaluate.cli
 import preprocess.cli
+import preprocess.maps_cli
 import train.cli
 from preprocess import BuildError
 from shards.errors import UserError, install
@@ -40,6 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(preprocess.cli.app, name="shards")
+app.add_typer(preprocess.maps_cli.app, name="maps")
 app.add_typer(train.cli.app)
 app.add_typer(kamim.evaluate.cli.app)
 app.add_typer(kamim.bench.cli.app)
