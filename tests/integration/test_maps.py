@@ -387,3 +387,26 @@ def test_odd_names(tmp_path, small_source):
         assert records[number].source == entry.name
         records.density(entry.name, "fast")
     assert verify_shards(tmp_path / "out", "decode") == []
+
+
+def test_a_set_as_large_as_a_bench_measures(tmp_path):
+    """The bench of docs/results/bench/maps.jsonl in small: it measures what it says."""
+    from kamim.bench.maps import synthetic
+
+    for row in synthetic(images=12_000, lookups=500):
+        assert 0.035 < row["GB on disk"] < 0.04
+        assert row["look-ups per second of processor time"]["min"] > 0
+        assert row["lookups"] == 500 * 7 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_imagenet_is_within_its_bounds():
+    """4 GB on disk, 200 MB resident, opened in 2 s, 100,000 look-ups per second of a core."""
+    from kamim.bench.maps import synthetic
+
+    for row in synthetic():
+        assert row["GB on disk"] <= 4
+        assert row["resident MB after them"] <= 200
+        assert row["open and first look-up, s"] < 2
+        assert row["look-ups per second of processor time"]["median"] >= 100_000
