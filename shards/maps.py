@@ -5,7 +5,7 @@ resident stays small however much of the set was asked for.
 """
 
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -100,6 +100,7 @@ class Maps:
     def __init__(self, records: "ShardSet") -> None:
         self.records, self.names = records, Names(records.folder, records.manifest)
         settings = records.manifest.settings
+        self.inputs = memoryview(records.index["key"])  # NumPy would copy the column to search it
         self.grid, self.cells = settings.grid, settings.grid**2
         counts = [shard.count for shard in records.shards]
         self.ends = records.ends.tolist()
@@ -139,9 +140,8 @@ class Maps:
 
     def _of_input(self, key: int) -> int:
         """The record of input number `key` of the listing."""
-        keys = self.records.index["key"]
-        number = int(np.searchsorted(keys, key))
-        if key < 0 or number == len(keys) or keys[number] != key:
+        number = bisect_left(self.inputs, key)
+        if number == len(self.inputs) or self.inputs[number] != key:
             inputs = self.records.manifest.ledger.inputs
             raise UserError(
                 f"{self.records.folder} has no density of input {key}: it was rejected, or there "

@@ -86,8 +86,9 @@ def measure(folder: Path, lookups: int) -> dict[str, Any]:
     """What a process that opens the set and looks densities up at random finds."""
     begin = time.perf_counter()
     records = shards.open(folder)
-    records.density(0, "fast")
-    opened, images = time.perf_counter() - begin, len(records)
+    images = len(records)
+    records.density(name_of(0, images), "fast")
+    opened = time.perf_counter() - begin
     one_by_one, batched, waited = [], [], []
     for seed in range(REPEATS):
         rng = random.Random(seed)
