@@ -100,7 +100,7 @@ class Maps:
     def __init__(self, records: "ShardSet") -> None:
         self.records, self.names = records, Names(records.folder, records.manifest)
         settings = records.manifest.settings
-        self.inputs = memoryview(records.index["key"])  # NumPy would copy the column to search it
+        self.inputs = records.index["key"]
         self.grid, self.cells = settings.grid, settings.grid**2
         counts = [shard.count for shard in records.shards]
         self.ends = records.ends.tolist()
@@ -140,7 +140,7 @@ class Maps:
 
     def _of_input(self, key: int) -> int:
         """The record of input number `key` of the listing."""
-        number = bisect_left(self.inputs, key)
+        number = bisect_left(self.inputs, key)  # NumPy's would copy the column to search it
         if number == len(self.inputs) or self.inputs[number] != key:
             inputs = self.records.manifest.ledger.inputs
             raise UserError(
