@@ -11,76 +11,46 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 import preprocess
 import shards
 from preprocess import BuildError
 from preprocess.detectors import parsed_detectors
+from preprocess.options import (
+    DEFAULTS,
+    Area,
+    Built,
+    Cell,
+    Crop,
+    DetectorOptions,
+    Detectors,
+    Engine,
+    Folder,
+    From,
+    Grid,
+    Jobs,
+    Json,
+    MapCrops,
+    Mark,
+    MaxRejected,
+    OnError,
+    Out,
+    Partial,
+    Repair,
+    Reuse,
+    Scheduler,
+    ShardSize,
+    Split,
+    Temperature,
+)
 from shards.errors import UserError
 from shards.files import mending, write_atomically
 from shards.progress import waiting
 from shards.spec import REJECTED, Settings
 
-# The names of datasets.py and executors.py, which need libraries (tested).
-_PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
-DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards")
-Backend = Literal["loky", "dask", "ray"]
-DEFAULTS = Settings()
-
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 Number = TypeVar("Number", int, float)
-Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
-Jobs = Annotated[int, Option(help="Processes; 0: one per core.")]
-Folder = Annotated[Path, Argument(help="Folder of a finished set of shards.")]
-Built = Annotated[
-    str,
-    Argument(
-        help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
-        f"NAME:PATH: {', '.join(DATASETS)}."
-    ),
-]
-Out = Annotated[Path, Argument(help="Destination folder: new, or an unfinished set.")]
-Detectors = Annotated[
-    str,
-    Option(
-        help="Detectors, separated by commas: fast, orb, sift. frequency is a map of low "
-        "frequencies by FFT, without keypoints, for FAMT's masks."
-    ),
-]
-DetectorOptions = Annotated[
-    list[str] | None,
-    Option(help="OpenCV option of a detector, as fast.threshold=20. Repeatable."),
-]
-Crop = Annotated[int, Option(help="Side of the training crops that densities are for, px.")]
-Area = Annotated[float, Option(help="Least share of the source that such a crop shows.")]
-MapCrops = Annotated[
-    int, Option(help="Random crops per image that its map averages, beside the whole image.")
-]
-Grid = Annotated[int, Option(help="Cells per side of a density map.")]
-Mark = Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")]
-ShardSize = Annotated[int, Option(help="Inputs per shard; 0: 1000, fewer for small sources.")]
-Engine = Annotated[Backend, Option(help="What runs the processes.")]
-Scheduler = Annotated[
-    str, Option(help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT.")
-]
-OnError = Annotated[
-    Literal["quarantine", "fail"], Option(help="A bad input is listed, or stops the build.")
-]
-MaxRejected = Annotated[
-    float, Option(help="Share of rejected inputs above which the exit status is 1.")
-]
-Reuse = Annotated[
-    Path | None, Option(help="Finished set of this source whose frames and equal maps are copied.")
-]
-Repair = Annotated[
-    bool, Option("--repair", help="Hash a finished set and rebuild its damaged files.")
-]
-Partial = Annotated[bool, Option("--partial", help="Accept a named dataset that is incomplete.")]
-From = Annotated[str | None, Option(help="The source of the set; the demo's needs none.")]
-Split = Annotated[str, Option(help="Split of a named dataset; the training split by default.")]
-Temperature = Annotated[float, Option(help="T of the weights.")]
-Cell = Annotated[int, Option(help="Side of a weight cell of a crop, px.")]
 
 
 @app.command()
@@ -174,8 +144,8 @@ def run_build(
 ) -> None:
     """Build or repair as asked, and say what came of it; `how` are build_shards' arguments."""
     jobs, _, max_rejected, reuse, backend, scheduler = how
-    _within("--jobs", jobs, 0)
-    _within("--max-rejected", max_rejected, 0, 1)
+    within("--jobs", jobs, 0)
+    within("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
         raise UserError("--repair builds from the source itself; leave --reuse out")
     from preprocess import compare, detectors, executors
@@ -207,7 +177,7 @@ def run_build(
     ledger = manifest.ledger
     if json_output:
         facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        _print_json({**facts, **asdict(ledger)})
+        print_json({**facts, **asdict(ledger)})
         return
     rejected = "".join(f", {n} {reason}" for reason, n in ledger.rejected.items())
     print(
@@ -272,7 +242,7 @@ def verify(
     structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
     decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
     """
-    _within("--samples", samples, 1)
+    within("--samples", samples, 1)
     if not folder.exists():
         raise UserError(
             f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
@@ -288,7 +258,7 @@ def verify(
         listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, samples)
     if json_output:
-        _print_json({"folder": str(folder), "level": level, "problems": problems})
+        print_json({"folder": str(folder), "level": level, "problems": problems})
     else:
         sound = f"{folder}: {{}} records are sound at level {level}"
         lines = problems[:20] or [sound.format(shards.load(folder).count)]
@@ -326,11 +296,11 @@ def inspect(
     """Write one HTML page: frames, densities, a crop with its weights, histograms, the ledger."""
     records = shards.ShardSet(folder)
     with waiting("drawing the page"):
-        text = shards.inspect_page(records, temperature, w_ps, _within("--samples", samples, 1))
+        text = shards.inspect_page(records, temperature, w_ps, within("--samples", samples, 1))
     path = page or folder / "inspect.html"
     write_atomically(path, text.encode("utf-8"))
     if json_output:
-        _print_json({"folder": str(folder), "page": str(path), "records": len(records)})
+        print_json({"folder": str(folder), "page": str(path), "records": len(records)})
     else:
         print(path)
 
@@ -355,8 +325,8 @@ def fidelity(
     """
     records = shards.ShardSet(folder)
     listed = _source_of(records, source, split)
-    _within("--samples", samples, 1)
-    _within("--temperature", temperature, 0.001, 1000)
+    within("--samples", samples, 1)
+    within("--temperature", temperature, 0.001, 1000)
     found = preprocess.measure_fidelity(records, listed, samples, temperature, w_ps, seed, jobs)
     sizes = preprocess.storage(records)
     headline = {
@@ -369,7 +339,7 @@ def fidelity(
     with waiting("drawing examples"):
         preprocess.write_picture(picture, preprocess.draw_fidelity(records, listed))
     if json_output:
-        _print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
+        print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
         return
     print(f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
     for name, errors in found.items():
@@ -396,76 +366,7 @@ def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "pr
         return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
 
 
-@app.command()
-def convert(
-    folder: Folder,
-    to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
-    out: Annotated[
-        Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
-    ] = None,
-    frames: Annotated[
-        Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store pixels.")
-    ] = "jpeg",
-    json_output: Json = False,
-) -> None:
-    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
-
-    Needs no FFCV; training on the result does.
-    """
-    from shards.beton import convert_to_ffcv
-
-    suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
-    target = out or folder.with_name(folder.name + suffix)
-    manifest = convert_to_ffcv(folder, target, frames)
-    if json_output:
-        facts = {"out": str(target), "fingerprint": manifest.fingerprint}
-        _print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
-    else:
-        print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
-
-
-@app.command()
-def upgrade(
-    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
-    out: Annotated[Path, Argument(help="Destination folder for the set in today's format.")],
-    json_output: Json = False,
-) -> None:
-    """Write a set of format version 2 in the format of today, without its source.
-
-    Every file is hashed before, and every record compared after: frames are the same bytes.
-    """
-    from shards.version2 import upgrade_set
-
-    manifest = upgrade_set(folder, out)
-    if json_output:
-        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        _print_json({**facts, "records": manifest.count})
-    else:
-        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
-
-
-@app.command()
-def copy(
-    source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
-    target: Annotated[str, Argument(help="Destination folder or URL.")],
-    jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
-    json_output: Json = False,
-) -> None:
-    """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
-
-    Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
-    same command copies only what is missing.
-    """
-    from shards.remote.copy import copy_set
-
-    manifest, copied = copy_set(source, target, _within("--jobs", jobs, 1))
-    if json_output:
-        _print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
-    else:
-        print(f"{target}: {manifest.count} records, {copied} files copied")
-
-
-def _within(option: str, value: Number, least: float, most: float = math.inf) -> Number:
+def within(option: str, value: Number, least: float, most: float = math.inf) -> Number:
     """`value`, or UserError if it is not a number from `least` to `most`."""
     if not least <= value <= most:
         give = f"at least {least}" if most == math.inf else f"{least} to {most}"
@@ -473,7 +374,7 @@ def _within(option: str, value: Number, least: float, most: float = math.inf) ->
     return value
 
 
-def _print_json(result: dict[str, Any]) -> None:
+def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2, sort_keys=True))
 
 

@@ -2,7 +2,9 @@
 
 import typer
 
-from preprocess.cli import (
+from preprocess.cli import run_build, settings_of
+from preprocess.detectors import parsed_detectors
+from preprocess.options import (
     DEFAULTS,
     Area,
     Built,
@@ -24,10 +26,7 @@ from preprocess.cli import (
     Scheduler,
     ShardSize,
     Split,
-    run_build,
-    settings_of,
 )
-from preprocess.detectors import parsed_detectors
 
 app = typer.Typer(help="Build densities without frames.", no_args_is_help=True)
 
