@@ -30,7 +30,7 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,7 @@ help:  ## Show this list.
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
+	@echo 'make maps                                  the same words: densities without frames'
 	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
@@ -139,6 +140,9 @@ bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training take
 
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
+
+bench-maps: $(VENV)/core  ## Measure look-ups by name in densities of 1.28 million images.
+	$(BIN)/python -m kamim.bench.maps
 
 bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
 	$(BIN)/python -m kamim.bench.throw $(RECIPES)

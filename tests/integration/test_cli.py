@@ -177,10 +177,10 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
 
 
 def test_help_names_every_dataset_and_backend():
-    from preprocess import cli, datasets, executors
+    from preprocess import datasets, executors, options
 
-    assert datasets.NAMES == cli.DATASETS
-    assert get_args(cli.Backend) == executors.BACKENDS
+    assert datasets.NAMES == options.DATASETS
+    assert get_args(options.Backend) == executors.BACKENDS
 
 
 def test_too_many_rejected_is_status_1(small_source, tmp_path):
