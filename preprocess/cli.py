@@ -49,6 +49,8 @@ from shards.files import mending, write_atomically
 from shards.progress import waiting
 from shards.spec import REJECTED, Settings
 
+DOORS = "kamim shards build", "kamim maps build"  # of frames with densities, of these alone
+
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 Number = TypeVar("Number", int, float)
 
@@ -173,7 +175,8 @@ def run_build(
         words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
         size = shard_size_for(len(listed.entries), settings.frame > 0)
         words += f"{compare.flags_of(settings, size)} "
-        raise type(error)(str(error).replace(" SOURCE ", words)) from None
+        text = str(error).replace(" SOURCE ", words)
+        raise type(error)(text if settings.frame else text.replace(*DOORS)) from None
     ledger = manifest.ledger
     if json_output:
         facts = {"out": str(out), "fingerprint": manifest.fingerprint}

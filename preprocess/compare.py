@@ -178,7 +178,7 @@ def flags_of(settings: Settings, shard_size: int) -> str:
         for option, value in detector.options.items():
             if value != KNOWN[detector.name].get(option):
                 words.append(f"--detector-option {detector.name}.{option}={value}")
-    for name in PLAIN:
+    for name in PLAIN if settings.frame else PLAIN[2:]:  # kamim maps build has no frame, no quality
         value = getattr(settings, name)
         if value != getattr(default, name):
             words.append(f"--{name.replace('_', '-')} {value}")

@@ -306,9 +306,10 @@ class ShardSet:
         for name in names:
             if name not in known:
                 both = ",".join([*known, name])
+                door = "maps" if self.manifest.container == "maps" else "shards"
                 raise UserError(
                     f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "
-                    f"kamim shards build SOURCE NEW --detector {both} --reuse {self.folder}"
+                    f"kamim {door} build SOURCE NEW --detector {both} --reuse {self.folder}"
                 )
         return [known.index(name) for name in names]
 

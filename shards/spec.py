@@ -157,8 +157,8 @@ class Settings:
         odd += ["detect_on"] if self.frame == 0 and self.detect_on != "source" else []
         if odd:
             raise UserError(
-                f"frame 0 stores densities alone, and {odd[0]} is {getattr(self, odd[0])!r}: give "
-                "quality 0, no bank, no weights, and detect on the source"
+                f"frame 0 stores densities alone, and {odd[0]} is {getattr(self, odd[0])!r}: build "
+                "them by `kamim maps build`, with quality 0, no bank, no weights, of the source"
             )
 
     def _check_weights(self, temperature: float, w_ps: int) -> None:

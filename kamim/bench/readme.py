@@ -240,9 +240,9 @@ def render_maps() -> str:
         )
     last = rows[-1]
     note = (
-        f"A synthetic set; names at random, {last['lookups']:,} of them; look-ups per second of one "
-        "core's processor time, medians of 7, with the files in the page cache. Resident is all of "
-        f"the process. One core of an {last['cpu']}; {last['date']}."
+        f"A synthetic set, {last['lookups']:,} names at random; look-ups per second of one core's "
+        "processor time, medians of 7, with the files in the page cache. Resident is all of the "
+        f"process. One core of an {last['cpu']}; {last['date']}."
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -29,7 +29,11 @@ def kamim(*arguments, **options):
         (["--detector-option", "fast.threshold=many"], "'many' is no int"),
         (["--detector-option", "orb.nfeatures=9"], "not DETECTOR.OPTION=VALUE"),
         (["--detector", "sift", "--detector-option", "sift.sigma=nan"], "finite"),
-        (["--frame", "0"], "--frame 0 is out of range"),
+        (
+            ["--frame", "0"],
+            "--frame 0 stores densities alone, and quality is 90: build them by `kamim maps",
+        ),
+        (["--frame", "8"], "--frame 8 is out of range"),
         (["--quality", "101"], "--quality 101 is out of range; give 0 to 100"),
         (["--crop", "190"], "--crop 190 is no multiple of 8; give 192"),
         (["--crop", "8"], "--crop 8 is out of range; give 32 to 1024"),

@@ -264,6 +264,23 @@ def test_what_needs_frames_is_refused(wrong, words):
         settings(**{"frame": 0, "quality": 0, **wrong})
 
 
+def test_what_it_says_to_type_can_be_typed(small_source, tmp_path):
+    out, small = tmp_path / "out", ["--crop", 64, "--map-crops", 1, "--grid", 16]
+    assert kamim("maps", "build", small_source, out, *small).returncode == 0
+    whole = contents(out)
+    (out / "names.jsonl").write_bytes(b"")
+    done = kamim("maps", "build", small_source, out, *small)
+    words = done.stderr.strip().rpartition("type: ")[2].split()
+    assert words[:3] == ["kamim", "maps", "build"]
+    assert kamim(*words[1:]).returncode == 0
+    assert contents(out) == whole
+    done = kamim("maps", "build", small_source, out, *small, "--detector", "fast,orb")
+    words = done.stderr.strip().rpartition("new folder: ")[2].split()
+    assert words[:3] == ["kamim", "maps", "build"]
+    assert kamim(*words[1:]).returncode == 0
+    assert shards.open(f"{out}-orb").manifest.detectors == ["fast", "orb"]
+
+
 def test_from_python(small_source, tmp_path):
     chosen = {"crop": 64, "map_crops": 1, "grid": 16}
     shards.build(str(small_source), tmp_path / "out", ("fast", "orb"), frame=0, **chosen)
