@@ -76,8 +76,10 @@ class Names:
             check_size(folder / file.name, file.bytes)
             check_sha256(folder / file.name, file.sha256)
         keys = np.load(folder / KEYS, mmap_mode="r", allow_pickle=False)
-        if keys.dtype != np.uint64 or keys.ndim != 2 or len(keys) != 3:
-            raise UserError(f"{folder / KEYS} is damaged: {keys.dtype} {keys.shape}")
+        whole = keys.dtype == np.uint64 and keys.ndim == 2 and len(keys) == 3 and keys.size
+        most = manifest.count, manifest.names[0].bytes  # of a record, of a place in the text
+        if not whole or any(keys[n + 1].max() >= most[n] for n in (0, 1)):
+            raise UserError(f"{folder / KEYS} is damaged: it is no list of {manifest.count} names")
         self.folder, self.count = folder, manifest.count
         self.hashes, self.numbers, self.starts = (memoryview(row) for row in keys)
         self.keys, self.by_key = keys, manifest.source["kind"] == TAR
@@ -97,7 +99,7 @@ class Names:
             if self.text[start : start + len(line)] == line or self._is_key(start, name):
                 found.append(self.numbers[at])
             at += 1
-        if len(found) != 1 or found[0] >= self.count:
+        if len(found) != 1:
             raise UserError(self._why(name, found))
         return int(found[0])
 
@@ -109,7 +111,7 @@ class Names:
         return str(json.loads(self.text[start : self.text.find(b"\n", start)]))
 
     def _why(self, name: str, found: list[int]) -> str:
-        if found and max(found) < self.count:
+        if found:
             return (
                 f"{len(found)} images of {self.folder} are called {name!r}: give the whole name "
                 "with its tar's, or the number of the input"

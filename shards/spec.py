@@ -343,7 +343,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
         whole = to_json(manifest) == data and _plain(manifest)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise damaged from None
-    if not whole:
+    if not whole or (manifest.container == "maps") != (manifest.settings.frame == 0):
         raise damaged
     for file in manifest.files:
         if Path(file.name).name != file.name or file.name in {"", ".", ".."}:

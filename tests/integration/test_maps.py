@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from preprocess.repair import repair_shards
 from shards import ShardSet
 from shards.beton import convert_to_ffcv
 from shards.names import Names, lists_of, webdataset_key
+from shards.record import npy_bytes
 from shards.verification import verify_shards
 
 TWO = tuple(preprocess.detector_settings(name) for name in ("fast", "orb"))
@@ -369,6 +371,19 @@ def test_colliding_hashes_give_each_its_own(made, monkeypatch):
     assert [found.find(name) for name in every] == list(range(40))
     with pytest.raises(shards.UserError, match="no density"):
         found.find("class0/xxx.jpg")
+
+
+@pytest.mark.parametrize("row", [1, 2])
+def test_keys_that_lead_elsewhere_are_refused(row, made):
+    """Forged, with a manifest that fits them."""
+    keys = np.load(made / "keys.npy")
+    keys[row, 3] = 1 << 63
+    manifest = shards.load(made)
+    file = shards.spec.write_file(made / "keys.npy", npy_bytes(keys), manifest.names[1].count)
+    shards.spec.write(made, replace(manifest, names=[manifest.names[0], file]))
+    with pytest.raises(shards.UserError, match=r"keys.npy is damaged: it is no list of 40 names"):
+        shards.open(made).density(0, "fast")
+    assert any("keys.npy is damaged" in line for line in verify_shards(made, "structure"))
 
 
 @pytest.mark.parametrize(
