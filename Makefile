@@ -16,7 +16,7 @@ comma := ,
 # Shards of your images are named after where they lie, those of a dataset after the dataset.
 NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
 ifeq ($(OUT),)
-override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))
+override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))$(if $(filter maps,$(MAKECMDGOALS)),-maps)
 endif
 # Other datasets than the demo lie at DATA, or are looked for where people keep them.
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
@@ -30,7 +30,7 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,7 @@ help:  ## Show this list.
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
+	@echo 'make maps                                  the same words: densities without frames'
 	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume ..."]'
 
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
@@ -61,6 +62,9 @@ words:
 shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
 	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
+
+maps: words $(VENV)/core $(NEEDS)  ## Build densities without frames, read by the images' names: as shards.
+	@$(BIN)/kamim maps build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 
 verify: $(VENV)/core  ## Check shards: OUT.
 	@$(BIN)/kamim shards verify "$(OUT)"
@@ -136,6 +140,9 @@ bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training take
 
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
+
+bench-maps: $(VENV)/core  ## Measure look-ups by name in densities of 1.28 million images.
+	$(BIN)/python -m kamim.bench.maps
 
 bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
 	$(BIN)/python -m kamim.bench.throw $(RECIPES)

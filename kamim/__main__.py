@@ -29,6 +29,7 @@ import kamim.bench.cli
 import kamim.evaluate.cli
 import preprocess.cli
 import preprocess.forms_cli  # adds its commands to those of cli
+import preprocess.maps_cli
 import train.cli
 from preprocess import BuildError
 from shards.errors import UserError, install
@@ -41,6 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(preprocess.cli.app, name="shards")
+app.add_typer(preprocess.maps_cli.app, name="maps")
 app.add_typer(train.cli.app)
 app.add_typer(kamim.evaluate.cli.app)
 app.add_typer(kamim.bench.cli.app)

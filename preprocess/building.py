@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -17,6 +17,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess import executors as backends
@@ -29,6 +30,7 @@ from shards import spec
 from shards.card import write_card
 from shards.errors import UserError
 from shards.files import alone, sweep, write_atomically
+from shards.names import write_names
 from shards.progress import progress, waiting
 from shards.record import npy_bytes
 from shards.spec import INDEX, REJECTED, File, Ledger, Manifest, Settings, fingerprint
@@ -38,14 +40,16 @@ TRIES = 5  # connections to a lost engine without a shard in between
 PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 
 
-def shard_size_for(inputs: int) -> int:
-    """Inputs per shard: 1000, fewer for small sources, so that about 64 shards share out evenly."""
-    return min(1000, max(16, inputs // 64))
+def shard_size_for(inputs: int, frames: bool = True) -> int:
+    """Inputs per shard: 1000, or 10,000 without frames; fewer for small sources, so that about 64
+    shards share out evenly.
+    """
+    return min(1000 if frames else 10_000, max(16, inputs // 64))
 
 
 def sized(settings: Settings, source: Source) -> Settings:
     """`settings` with a shard size for `source`, if they leave it open."""
-    size = settings.shard_size or shard_size_for(len(source.entries))
+    size = settings.shard_size or shard_size_for(len(source.entries), settings.frame > 0)
     return replace(settings, shard_size=size)
 
 
@@ -68,8 +72,8 @@ def build(
 
     source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH; split and
     partial as open_source. detectors: by name, with OpenCV's defaults. settings: fields of
-    shards.Settings. The rest as build_shards, whose errors are raised; UserError also for a setting
-    that there is not, or that is out of its range.
+    shards.Settings; frame=0 stores densities alone. The rest as build_shards, whose errors are
+    raised; UserError also for a setting that there is not, or that is out of its range.
     """
     known = {field.name for field in fields(Settings)} - {"detectors"}
     for name in settings.keys() - known:
@@ -84,6 +88,8 @@ def build(
         raise UserError(f"on_error is {on_error!r}; there are quarantine and fail")
     if not 0 <= max_rejected <= 1:
         raise UserError(f"max_rejected {max_rejected} is out of range; give 0 to 1")
+    if settings.get("frame") == 0:
+        settings.setdefault("quality", 0)
     chosen = Settings(detectors=tuple(map(detector_settings, detectors)), **settings)
     listed, old = open_source(source, split, partial), Path(reuse) if reuse else None
     return build_shards(
@@ -205,6 +211,16 @@ def write_missing(
                 results.close()
 
 
+def names_in(source: Source, index: NDArray[np.void]) -> list[str]:
+    """The name of each record of an `index`, as its source has it."""
+    return [source.entries[key].name for key in index["key"].tolist()]
+
+
+def index_in(row: Mapping[str, Any]) -> NDArray[np.void]:
+    """The index of a shard, from its row."""
+    return np.array([tuple(each) for each in row["index"]], INDEX_DTYPE)
+
+
 def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
     """Join the rows into index, list of rejected inputs and manifest, in that order."""
     size, inputs = job.settings.shard_size, len(source.entries)
@@ -213,7 +229,7 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         row = read_row(job.work, job.out, number)
         assert row is not None, f"shard {number} was published without a row"
         files.append(File(**row["file"]))
-        indexes.append(np.array([tuple(r) for r in row["index"]], INDEX_DTYPE))
+        indexes.append(index_in(row))
         for line in row["rejected"]:
             reasons[line["reason"]] = reasons.get(line["reason"], 0) + 1
             rejected.append(json.dumps(line, sort_keys=True) + "\n")
@@ -221,9 +237,12 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
     if len(index) == 0:
         raise BuildError(f"all {inputs} inputs were rejected: {reasons}; nothing was published")
     ledger, lines = Ledger(inputs, len(index), reasons), "".join(rejected).encode("ascii")
+    names = []
+    if job.settings.frame == 0:
+        names = write_names(job.out, names_in(source, index), source.kind)
     manifest = Manifest(
         format_version=spec.FORMAT_VERSION,
-        container="webdataset",
+        container="webdataset" if job.settings.frame else "maps",
         settings=job.settings,
         source=facts["source"],
         classes=source.classes,
@@ -234,6 +253,7 @@ def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
         index=spec.write_file(job.out / INDEX, npy_bytes(index), len(index)),
         rejected=spec.write_file(job.out / REJECTED, lines, len(rejected)),
         fidelity={},
+        names=names,
     )
     assert ledger.balanced
     write_card(job.out, manifest)

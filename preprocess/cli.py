@@ -11,71 +11,66 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 import preprocess
 import shards
 from preprocess import BuildError
 from preprocess.detectors import parsed_detectors
+from preprocess.options import (
+    DEFAULTS,
+    Area,
+    Built,
+    Cell,
+    Crop,
+    DetectorOptions,
+    Detectors,
+    Engine,
+    Folder,
+    From,
+    Grid,
+    Jobs,
+    Json,
+    MapCrops,
+    Mark,
+    MaxRejected,
+    OnError,
+    Out,
+    Partial,
+    Repair,
+    Reuse,
+    Scheduler,
+    ShardSize,
+    Split,
+    Temperature,
+)
 from shards.errors import UserError
 from shards.files import mending, write_atomically
 from shards.progress import waiting
 from shards.spec import REJECTED, Settings
 
-# The names of datasets.py and executors.py, which need libraries (tested).
-_PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
-DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards")
-Backend = Literal["loky", "dask", "ray"]
-DEFAULTS = Settings()
+DOORS = "kamim shards build", "kamim maps build"  # of frames with densities, of these alone
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 Number = TypeVar("Number", int, float)
-Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
-Jobs = Annotated[int, Option(help="Processes; 0: one per core.")]
-Folder = Annotated[Path, Argument(help="Folder of a finished set of shards.")]
-From = Annotated[str | None, Option(help="The source of the set; the demo's needs none.")]
-Split = Annotated[str, Option(help="Split of a named dataset; the training split by default.")]
-Temperature = Annotated[float, Option(help="T of the weights.")]
-Cell = Annotated[int, Option(help="Side of a weight cell of a crop, px.")]
 
 
 @app.command()
 def build(
-    source: Annotated[
-        str,
-        Argument(
-            help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
-            f"NAME:PATH: {', '.join(DATASETS)}."
-        ),
-    ],
-    out: Annotated[Path, Argument(help="Destination folder: new, or an unfinished set.")],
+    source: Built,
+    out: Out,
     split: Split = "",
-    detector: Annotated[
-        str,
-        Option(
-            help="Detectors, separated by commas: fast, orb, sift. frequency is a map of low "
-            "frequencies by FFT, without keypoints, for FAMT's masks."
-        ),
-    ] = "fast",
-    detector_option: Annotated[
-        list[str] | None,
-        Option(help="OpenCV option of a detector, as fast.threshold=20. Repeatable."),
-    ] = None,
+    detector: Detectors = "fast",
+    detector_option: DetectorOptions = None,
     frame: Annotated[
         int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
     ] = DEFAULTS.frame,
     quality: Annotated[
         int, Option(help="JPEG quality of frames, 1 to 100; 0: raw pixels.")
     ] = DEFAULTS.quality,
-    crop: Annotated[
-        int, Option(help="Side of the training crops that densities are for, px.")
-    ] = DEFAULTS.crop,
-    area: Annotated[
-        float, Option(help="Least share of the source that such a crop shows.")
-    ] = DEFAULTS.area[0],
-    map_crops: Annotated[
-        int, Option(help="Random crops per image that its map averages, beside the whole image.")
-    ] = DEFAULTS.map_crops,
+    crop: Crop = DEFAULTS.crop,
+    area: Area = DEFAULTS.area[0],
+    map_crops: MapCrops = DEFAULTS.map_crops,
     bank: Annotated[
         int, Option(help="Crops stored per image, with their exact densities.")
     ] = DEFAULTS.bank,
@@ -83,40 +78,23 @@ def build(
         str,
         Option(help="T,w_ps: store loss weights too, of the bank's crops, or of the whole frame."),
     ] = "",
-    grid: Annotated[int, Option(help="Cells per side of a density map.")] = DEFAULTS.grid,
-    mark: Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")] = (
-        "ring"
-    ),
+    grid: Grid = DEFAULTS.grid,
+    mark: Mark = "ring",
     detect_on: Annotated[
         Literal["source", "frame"], Option(help="Detect on the source, or on the stored frame.")
     ] = "source",
     levels: Annotated[
         int, Option(help="Levels of density: 256, or 16 to repair an upgraded set.")
     ] = DEFAULTS.levels,
-    shard_size: Annotated[
-        int, Option(help="Inputs per shard; 0: 1000, fewer for small sources.")
-    ] = DEFAULTS.shard_size,
+    shard_size: ShardSize = DEFAULTS.shard_size,
     jobs: Jobs = 0,
-    backend: Annotated[Backend, Option(help="What runs the processes.")] = "loky",
-    scheduler: Annotated[
-        str, Option(help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT.")
-    ] = "",
-    on_error: Annotated[
-        Literal["quarantine", "fail"], Option(help="A bad input is listed, or stops the build.")
-    ] = "quarantine",
-    max_rejected: Annotated[
-        float, Option(help="Share of rejected inputs above which the exit status is 1.")
-    ] = 0.01,
-    reuse: Annotated[
-        Path | None,
-        Option(help="Finished set of this source whose frames and equal maps are copied."),
-    ] = None,
-    repair: Annotated[
-        bool, Option("--repair", help="Hash a finished set and rebuild its damaged files.")
-    ] = False,
-    partial: Annotated[
-        bool, Option("--partial", help="Accept a named dataset that is incomplete.")
-    ] = False,
+    backend: Engine = "loky",
+    scheduler: Scheduler = "",
+    on_error: OnError = "quarantine",
+    max_rejected: MaxRejected = 0.01,
+    reuse: Reuse = None,
+    repair: Repair = False,
+    partial: Partial = False,
     json_output: Json = False,
 ) -> None:
     """Write frames and keypoint densities of every image of SOURCE into shards under OUT.
@@ -126,27 +104,48 @@ def build(
     settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
     loaders do.
     """
+    settings = settings_of(
+        frame=frame,
+        quality=quality,
+        crop=crop,
+        area=(area, DEFAULTS.area[1]),
+        map_crops=map_crops,
+        bank=bank,
+        grid=grid,
+        mark=mark,
+        detect_on=detect_on,
+        detectors=parsed_detectors(detector, detector_option or []),
+        shard_size=shard_size,
+        weights=_weights(weights),
+        levels=levels,
+    )
+    how = jobs, on_error, max_rejected, reuse, backend, scheduler
+    run_build(source, split, partial, out, settings, how, repair, json_output)
+
+
+def settings_of(**options: Any) -> Settings:
+    """Settings from options. Raises UserError, calling a field as its option is called."""
     try:
-        settings = Settings(
-            frame=frame,
-            quality=quality,
-            crop=crop,
-            area=(area, DEFAULTS.area[1]),
-            map_crops=map_crops,
-            bank=bank,
-            grid=grid,
-            mark=mark,
-            detect_on=detect_on,
-            detectors=parsed_detectors(detector, detector_option or []),
-            shard_size=shard_size,
-            weights=_weights(weights),
-            levels=levels,
-        )
-    except UserError as error:  # of a field, as the option is called
+        return Settings(**options)
+    except UserError as error:
         name, _, rule = str(error).partition(" ")
         if name not in {field.name for field in fields(Settings)}:
             raise
         raise UserError(f"--{name.replace('_', '-')} {rule}") from None
+
+
+def run_build(
+    source: str,
+    split: str,
+    partial: bool,
+    out: Path,
+    settings: Settings,
+    how: tuple[int, str, float, Path | None, str, str],
+    repair: bool,
+    json_output: bool,
+) -> None:
+    """Build or repair as asked, and say what came of it; `how` are build_shards' arguments."""
+    jobs, _, max_rejected, reuse, backend, scheduler = how
     within("--jobs", jobs, 0)
     within("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
@@ -168,16 +167,16 @@ def build(
             more = f" and {len(mended) - 5} more" if len(mended) > 5 else ""
             names = ", ".join(mended[:5])
             _say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
-        manifest = preprocess.build_shards(
-            listed, out, settings, jobs, on_error, max_rejected, reuse, backend, scheduler
-        )
+        manifest = preprocess.build_shards(listed, out, settings, *how)
     except (UserError, BuildError) as error:
         if " SOURCE " not in str(error):
             raise
         # What it says to type can be typed.
         words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
-        words += f"{compare.flags_of(settings, shard_size_for(len(listed.entries)))} "
-        raise type(error)(str(error).replace(" SOURCE ", words)) from None
+        size = shard_size_for(len(listed.entries), settings.frame > 0)
+        words += f"{compare.flags_of(settings, size)} "
+        text = str(error).replace(" SOURCE ", words)
+        raise type(error)(text if settings.frame else text.replace(*DOORS)) from None
     ledger = manifest.ledger
     if json_output:
         facts = {"out": str(out), "fingerprint": manifest.fingerprint}
@@ -209,7 +208,7 @@ def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
     import joblib
 
     least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
-    if settings.frame < least:
+    if 0 < settings.frame < least:
         _say(
             f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
             f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
@@ -256,7 +255,7 @@ def verify(
     deep = redetect and not problems  # then no file is damaged
     if deep:
         records = shards.ShardSet(folder)
-        if records.manifest.container != "webdataset":
+        if records.manifest.container == "ffcv":
             raise UserError(f"{folder} holds no source names; redetect the set it was made from")
         demo = records.manifest.source["kind"] == "demo"
         listed = _source_of(records, source, split) if source or demo else None
@@ -279,7 +278,7 @@ def _mend(folder: Path, problems: list[str]) -> str:
         finished = shards.load(folder)
     except UserError:  # which is the problem, and says itself what to do
         return ""
-    for file in [*finished.shards, finished.index, finished.rejected]:
+    for file in finished.files:
         path = folder / file.name
         if any(line.startswith(str(path)) for line in problems):
             return f", first in {file.name}; {mending(path)}"

@@ -50,7 +50,7 @@ def check_folder(out: Path, facts: Facts) -> Manifest | None:
         finished = load(out)
         there = facts_of_set(finished)
         compare(out, there, facts, reuse_hint(out, there, facts))
-        if finished.container != "webdataset":
+        if finished.container == "ffcv":
             raise UserError(f"{out} is an FFCV set, and complete; name a new folder for shards")
         check_files(out, finished)
         return finished
@@ -115,7 +115,9 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
 
 def check_manifest_is_not_lost(out: Path) -> None:
     """UserError if `out` holds shards of a set whose manifest is gone."""
-    if not (out / MANIFEST).exists() and any((out / n).exists() for n in (INDEX, shard_name(0))):
+    if not (out / MANIFEST).exists() and any(
+        (out / name).exists() for name in (INDEX, shard_name(0), "shard-000000.npy")
+    ):
         raise UserError(
             f"{out} has shards but no {MANIFEST}, without which nobody knows what they hold; "
             "restore that file, or build into a new folder"
@@ -123,14 +125,16 @@ def check_manifest_is_not_lost(out: Path) -> None:
 
 
 def _frames(facts: Facts) -> Facts:
-    """The part of `facts` that frames depend on, beside the versions."""
+    """The part of `facts` that frames depend on, beside the versions; none if there are none."""
+    if facts["settings"]["frame"] == 0:
+        return {}
     return {name: facts["settings"][name] for name in ("frame", "quality")}
 
 
 def check_reuse(reuse: Path, facts: Facts) -> None:
     """UserError unless the set in `reuse` is sound and has the frames that `facts` ask for."""
     finished = load(reuse)
-    if finished.container != "webdataset":
+    if finished.container == "ffcv":
         raise UserError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
     versions = {name: facts["versions"].get(name, v) for name, v in finished.versions.items()}
     asked = {**facts, "settings": _frames(facts), "versions": versions}
@@ -142,7 +146,7 @@ def check_reuse(reuse: Path, facts: Facts) -> None:
 
 def check_files(out: Path, finished: Manifest) -> None:
     """BuildError unless each file of the finished set is there, with its size."""
-    for file in [*finished.shards, finished.index, finished.rejected]:
+    for file in finished.files:
         try:
             check_size(out / file.name, file.bytes)
         except UserError as error:
@@ -174,7 +178,7 @@ def flags_of(settings: Settings, shard_size: int) -> str:
         for option, value in detector.options.items():
             if value != KNOWN[detector.name].get(option):
                 words.append(f"--detector-option {detector.name}.{option}={value}")
-    for name in PLAIN:
+    for name in PLAIN if settings.frame else PLAIN[2:]:  # kamim maps build has no frame, no quality
         value = getattr(settings, name)
         if value != getattr(default, name):
             words.append(f"--{name.replace('_', '-')} {value}")

@@ -220,7 +220,8 @@ def storage(records: ShardSet) -> dict[str, float]:
         kind = {DENSITY: "maps", WEIGHTS: "weights"}.get(array.kind, "bank")
         kinds[f"{kind}_bytes"] += array.bytes
     stored = places_of(records.manifest)[1]
-    added = stored / (mean["bytes"] - stored)
+    bare = records.manifest.settings.frame == 0  # there is nothing that they are added to
+    added = 0.0 if bare else stored / (mean["bytes"] - stored)
     figures = {"frame_bytes": round(mean["frame_bytes"]), **kinds, "bytes": round(mean["bytes"])}
     return figures | {"added": round(added, 4)}
 

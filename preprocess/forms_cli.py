@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from preprocess.cli import Folder, Json, app, print_json, within
+from preprocess.cli import app, print_json, within
+from preprocess.options import Folder, Json
 
 
 @app.command()

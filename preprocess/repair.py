@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess.building import claim, shard_size_for, sized, write_missing
+from preprocess.building import claim, index_in, names_in, shard_size_for, sized, write_missing
 from preprocess.compare import (
     check_manifest_is_not_lost,
     compare,
@@ -28,6 +28,7 @@ from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
 from shards.index import flaws_of_files
+from shards.names import lists_of
 from shards.progress import progress
 from shards.record import npy_bytes
 from shards.spec import File, Manifest, Settings, load, sha256_of_bytes
@@ -55,21 +56,23 @@ def repair_shards(
     check_manifest_is_not_lost(out)
     settings = sized(settings, source)
     finished, facts = load(out), facts_of(source, settings)
-    if finished.container != "webdataset":
+    if finished.container == "ffcv":
         raise UserError(f"{out} is an FFCV set; remove it and convert the set it was made from")
-    flags = flags_of(finished.settings, shard_size_for(len(source.entries)))
+    size = shard_size_for(len(source.entries), settings.frame > 0)
+    flags = flags_of(finished.settings, size)
     compare(out, facts_of_set(finished), facts, f"give those of the set to repair it: {flags}")
     with claim(source, settings, out, facts) as job:
-        files = [*finished.shards, finished.index, finished.rejected]
+        files = finished.files
         flaws = flaws_of_files(out, files)
         job = replace(job, out=job.work)
-        numbers = [n for n, shard in enumerate(finished.shards) if shard.name in flaws]
+        every = finished.container == "maps" and finished.index.name in flaws  # only rows have it
+        numbers = [n for n, shard in enumerate(finished.shards) if every or shard.name in flaws]
         write_missing(source, job, numbers, backend, scheduler, jobs, "repairing")
         for number in numbers:
             _put(job, number, out / finished.shards[number].name, finished.shards[number])
         sync(out)
-        if flaws.keys() & {finished.index.name, finished.rejected.name}:
-            _restore_lists(source, out, finished)
+        if flaws.keys() - {shard.name for shard in finished.shards}:
+            _restore_lists(source, job, out, finished, numbers if every else [])
     return [file.name for file in files if file.name in flaws]
 
 
@@ -91,12 +94,22 @@ def _changed(path: Path) -> BuildError:
     )
 
 
-def _restore_lists(source: Source, out: Path, finished: Manifest) -> None:
-    """index.npy from the shards, then rejected.jsonl from the inputs that it lacks."""
-    shards = progress("indexing", len(finished.shards), finished.shards, unit="shard", delay=1)
-    rows = [index_of(out / shard.name, finished.settings) for shard in shards]
-    index = np.concatenate(rows)
-    lists = (finished.index, npy_bytes(index)), (finished.rejected, _rejected(source, index))
+def _restore_lists(
+    source: Source, job: Job, out: Path, finished: Manifest, built: list[int]
+) -> None:
+    """index.npy from the shards, or the rows of those `built`, rejected.jsonl from the inputs that
+    it lacks, and the names, if the set has them, from the source.
+    """
+    if built:
+        index = np.concatenate([index_in(read_row(job.work, out, n) or {}) for n in built])
+    elif finished.container == "maps":
+        index = np.load(out / finished.index.name, allow_pickle=False)
+    else:
+        shards = progress("indexing", len(finished.shards), finished.shards, unit="shard", delay=1)
+        index = np.concatenate([index_of(out / shard.name, finished.settings) for shard in shards])
+    lists = [(finished.index, npy_bytes(index)), (finished.rejected, _rejected(source, index))]
+    if finished.names:
+        lists += zip(finished.names, lists_of(names_in(source, index), source.kind), strict=True)
     for file, data in lists:
         if sha256_of_bytes(data) != file.sha256:
             raise _changed(out / file.name)

@@ -28,6 +28,7 @@ from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
 from shards.files import write_atomically
+from shards.maps import MapsWriter
 from shards.record import key_of
 from shards.spec import FORMAT_VERSION, fingerprint
 from shards.tar import shard_name
@@ -88,7 +89,8 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     first = number * job.settings.shard_size
     rejected, unread = [], -1
-    with ShardWriter(job.out / shard_name(number)) as writer:
+    path = job.out / shard_name(number, job.settings)
+    with ShardWriter(path) if job.settings.frame else MapsWriter(path, job.settings) as writer:
         for index, (entry, read) in enumerate(job.source.read_in_order(entries), start=first):
             try:
                 rgb = decode_image(read())
@@ -142,7 +144,7 @@ def confirm(job: Job, written: Written, entries: Sequence[Entry]) -> None:
 
     The shard is there, with its size, and inputs that could not be read there cannot be read here.
     """
-    path, begin = job.out / shard_name(written.number), time.monotonic()
+    path, begin = job.out / shard_name(written.number, job.settings), time.monotonic()
     while (size := _size(path)) != written.bytes or not row_path(job.work, written.number).exists():
         if time.monotonic() - begin > PATIENCE_SECONDS:
             raise BuildError(
@@ -177,7 +179,7 @@ def read_row(work: Path, out: Path, number: int) -> dict[str, Any] | None:
     """The row of shard `number` if that shard was published whole, else None."""
     try:
         row: dict[str, Any] = json.loads(row_path(work, number).read_bytes())
-        whole = (out / shard_name(number)).stat().st_size == row["file"]["bytes"]
+        whole = (out / row["file"]["name"]).stat().st_size == row["file"]["bytes"]
     except (FileNotFoundError, ValueError):
         return None
     return row if whole else None
@@ -195,7 +197,9 @@ def describe(
     Frame and maps of the `old` record are taken over where its settings give the same.
     """
     height, width = rgb.shape[:2]
-    frame = old[0].frame if old else encode_frame(squeeze(rgb, settings.frame), settings.quality)
+    frame = old[0].frame if old and settings.frame else b""
+    if settings.frame and not old:
+        frame = encode_frame(squeeze(rgb, settings.frame), settings.quality)
     known = _known_maps(old, settings) if old else {}
     missing = tuple(d for d in settings.detectors if d.name not in known)
     if missing:
@@ -210,7 +214,8 @@ def describe(
 def _known_maps(old: tuple[Record, Settings], settings: Settings) -> dict[str, NDArray[np.uint8]]:
     """The maps of `old`, by detector, that a build with `settings` would make again."""
     record, before = old
-    same = ("frame", "quality", "crop", "area", "map_crops", "grid", "mark", "detect_on", "levels")
+    same = ["crop", "area", "map_crops", "grid", "mark", "detect_on", "levels"]
+    same += ["frame", "quality"] if settings.detect_on == "frame" else []
     if any(getattr(before, name) != getattr(settings, name) for name in same):
         return {}
     return {d.name: record.maps[d.name] for d in before.detectors if d in settings.detectors}

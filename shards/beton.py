@@ -217,7 +217,8 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     source = ShardSet(folder)
     settings = source.manifest.settings
     if source.manifest.container != "webdataset":
-        raise UserError(f"{folder} is an FFCV set already; convert WebDataset shards")
+        what = "holds no frames" if settings.frame == 0 else "is an FFCV set already"
+        raise UserError(f"{folder} {what}; convert WebDataset shards")
     if frames == "jpeg" and settings.quality == 0:
         raise UserError(f"{folder} holds raw frames; convert it with --frames raw")
     raw = frames == "raw"

@@ -57,6 +57,28 @@ shards.open("FOLDER").batches(size={crop}, weights="{detector}")  # random crops
 """
 
 
+BARE = """---
+size_categories:
+- {size}
+tags:
+- image
+- kamim
+---
+# Keypoint densities without frames
+
+Densities of {count:,} images that stay where they are, in {shards:,} .npy files of uint8
+[images, {detectors}, {grid}, {grid}], density = value / 255, one behind the other for {names}.
+names.jsonl has the images' names in their order, index.npy sizes and labels, keys.npy where a name
+is. Format version {version}; manifest.json has all settings, versions and checksums.
+
+```python
+import shards
+
+shards.open("FOLDER").density("NAME", "{detector}")  # uint8 [{grid}, {grid}]
+```
+"""
+
+
 def write_card(folder: Path, manifest: Manifest) -> None:
     """Write the card of a set into `folder`, unless there is a README.md of somebody's."""
     if not (folder / CARD).exists():
@@ -64,10 +86,22 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 
 def card(manifest: Manifest) -> str:
-    """The card of a WebDataset set, ASCII."""
+    """The card of a WebDataset set, or of one without frames, ASCII."""
     settings = manifest.settings
+    size = next((word for n, word in SIZES.items() if manifest.count < n), "n>1B")
+    if settings.frame == 0:
+        return BARE.format(
+            size=size,
+            count=manifest.count,
+            shards=len(manifest.shards),
+            detectors=len(settings.detectors),
+            grid=settings.grid,
+            names=", ".join(manifest.detectors),
+            version=manifest.format_version,
+            detector=manifest.detectors[0],
+        )
     return TEXT.format(
-        size=next((word for n, word in SIZES.items() if manifest.count < n), "n>1B"),
+        size=size,
         count=manifest.count,
         classes=len(manifest.classes),
         shards=len(manifest.shards),

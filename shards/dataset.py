@@ -5,6 +5,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +37,7 @@ from shards.tar import parse_record
 if TYPE_CHECKING:
     from shards.ffcv_loader import FfcvLoader
     from shards.loader import Loader, RecordLoader
+    from shards.maps import Maps
     from shards.remote.cache import Copies
     from shards.torchdata import RecordDataset
     from shards.weighting import Crops
@@ -74,8 +77,8 @@ def open_set(
         raise UserError(f"{error}: no finished set of shards, or the wrong place") from None
     if manifest.container != "webdataset":
         raise UserError(
-            f"{store.url} is an FFCV set, which is read from local files only; copy it to a local "
-            "folder, or use the WebDataset shards"
+            f"{store.url} is no set of WebDataset shards, and is read from local files only; copy "
+            "it to a local folder"
         )
     copies = Copies(store, manifest, Path(cache), cache_limit, checksum)
     return ShardSet(copies.folder, manifest, copies)
@@ -188,6 +191,7 @@ class ShardSet:
         JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
         processes: workers are processes, which take less of this one's interpreter lock.
         """
+        self._check_frames()
         last = plan.steps() if last is None else last
         if decode == "gpu":
             from shards.weighting import check_decoding, find_device
@@ -254,7 +258,42 @@ class ShardSet:
         """
         from shards.torchdata import RecordDataset
 
+        self._check_frames()
         return RecordDataset(self, plan, maps, bank)
+
+    def density(self, name: str | int, detector: str) -> NDArray[np.uint8]:
+        """The density of one source, uint8 [G, G], density = value / 255, of a set without frames.
+
+        name: the source's own, below the root that the set was built from; of a member of a tar
+        also its WebDataset key; or the number of the input in the listing, from 0, as of a Parquet
+        file's rows or an FFCV file's samples. From any process or thread. Raises UserError if there
+        is no such density, or more than one of that name.
+        """
+        return self.maps.density(name, detector)
+
+    def densities(self, names: Sequence[str | int], detector: str) -> NDArray[np.uint8]:
+        """As `density`, of several sources, uint8 [len(names), G, G]."""
+        return self.maps.densities(names, detector)
+
+    @cached_property
+    def maps(self) -> "Maps":
+        """The densities of a set without frames, opened when they are first asked for."""
+        from shards.maps import Maps
+
+        return Maps(self)
+
+    def _check_frames(self) -> None:
+        """UserError if there are none."""
+        if self.manifest.container == "maps":
+            raise UserError(
+                f"{self.folder} holds densities without frames: load images as you do, and read "
+                "each one's by `density`; shards with frames come from kamim shards build"
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.manifest.container == "maps":  # its files are opened anew, not copied
+            return ShardSet, (self.folder,)
+        return super().__reduce_ex__(protocol)
 
     def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
         """Rows of the detectors `names` among the set's maps. Raises UserError if one is absent."""
@@ -267,9 +306,10 @@ class ShardSet:
         for name in names:
             if name not in known:
                 both = ",".join([*known, name])
+                door = "maps" if self.manifest.container == "maps" else "shards"
                 raise UserError(
                     f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "
-                    f"kamim shards build SOURCE NEW --detector {both} --reuse {self.folder}"
+                    f"kamim {door} build SOURCE NEW --detector {both} --reuse {self.folder}"
                 )
         return [known.index(name) for name in names]
 
@@ -301,8 +341,10 @@ class ShardSet:
         data = os.pread(held.descriptor, int(row["bytes"]), int(row["start"]))
         key = key_of(int(row["key"]))
         try:
-            if self.manifest.container == "ffcv":
-                return self._of_regions(key, data, row)
+            if self.manifest.container != "webdataset":
+                record = self._of_regions(key, data, row)
+                named = self.manifest.container == "maps"
+                return replace(record, source=self.maps.names[number]) if named else record
             record = parse_record(data)
             if record.key != key:
                 raise ValueError(f"it is record {record.key} by its name")
@@ -311,7 +353,7 @@ class ShardSet:
         return record
 
     def _of_regions(self, key: str, data: bytes, row: NDArray[np.void]) -> Record:
-        """A record of a .beton: its frame and arrays without names; the index has the rest."""
+        """A record of what is no tar: frame and arrays without names; the index has the rest."""
         settings, begin = self.manifest.settings, int(row["arrays"] - row["start"])
         arrays: dict[str, dict[str, NDArray[Any]]] = {DENSITY: {}, COUNTS: {}, WEIGHTS: {}}
         arrays |= {"boxes": {}, "flips": {}}
@@ -323,7 +365,7 @@ class ShardSet:
             boxes, flips = arrays["boxes"]["bank"], arrays["flips"]["bank"]
             bank = Bank(boxes.astype(np.int64), flips.astype(bool), arrays[COUNTS])
         frame = data[: int(row["frame_bytes"])]
-        if settings.quality == 0:
+        if settings.frame and settings.quality == 0:
             pixels = np.frombuffer(frame, np.uint8)
             frame = npy_bytes(pixels.reshape(settings.frame, settings.frame, 3))
         label, height, width = (int(row[name]) for name in ("label", "height", "width"))

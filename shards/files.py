@@ -134,4 +134,5 @@ def mending(path: Path) -> str:
         return f"convert it again: kamim shards convert FOLDER --out {folder}"
     if not (folder / MANIFEST).exists():  # a copy under way, or a cache of a store's shards
         return "restore it where it came from"
-    return f"restore it, or type: kamim shards build SOURCE {folder} --repair"
+    door = "maps" if any(folder.glob("shard-*.npy")) else "shards"
+    return f"restore it, or type: kamim {door} build SOURCE {folder} --repair"

@@ -42,6 +42,9 @@ box-shadow:0 0 0 99rem #0006,inset 0 0 0 1px #000}}
 .density{{grid-column-start:1}}}}"""
 
 
+BLANK = np.full((216, 216, 3), 255, np.uint8)  # where a set has no frames
+
+
 def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int) -> str:
     """The page as HTML text. `samples` records, spread evenly, are shown, each with the crop that a
     run of seed 0 makes of it in its first epoch; the weights of up to 512 make the histograms, each
@@ -104,7 +107,7 @@ def _facts(manifest: Manifest) -> str:
         "records": f"{manifest.count:,} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB, "
         f"{size / max(1, manifest.count):,.0f} bytes per record",
         "classes": f"{len(manifest.classes):,}",
-        "frame": f"{settings.frame} px, {frame}",
+        "frame": f"{settings.frame} px, {frame}" if settings.frame else "none",
         "maps": f"{settings.grid} x {settings.grid}, {settings.mark} marks detected on the "
         f"{settings.detect_on}: the whole and {settings.map_crops} random crops, for training "
         f"crops of {settings.crop} px",
@@ -186,7 +189,7 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
     size = np.array([record.height]), np.array([record.width])
     boxes, turned = plan.boxes(first, np.array([number]), *size)
     box, flips = boxes[0].tolist(), turned[0].tolist()
-    frame = decode_frame(record.frame)
+    frame = decode_frame(record.frame) if record.frame else BLANK
     how = " and ".join(w for w, on in zip(("left-right", "upside down"), flips, strict=True) if on)
     parts = [
         _heading(record, manifest),

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,14 @@ class Detector:
 class Settings:
     """All that decides the bytes of a record, beside the inputs and the library versions.
 
-    frame: side of the stored square, px. quality: JPEG 1 to 100, or 0 for raw pixels. crop: side
-    of the training crops that densities are for, px; area: least and most share of the source that
-    such a crop shows. map_crops: random crops that a map averages over, beside the whole. bank:
-    crops stored per image, with their exact counts. grid: cells per side of a map. mark: what a
-    keypoint covers. detect_on: source or frame. detectors: in the order of the maps. shard_size:
-    inputs per shard. weights: (T, w_ps) of the loss weights stored beside the densities, None for
-    none. levels: densities that a map tells apart. Raises UserError if a value is out of its range.
+    frame: side of the stored square, px, or 0: densities without frames. quality: JPEG 1 to 100, or
+    0 for raw pixels. crop: side of the training crops that densities are for, px; area: least and
+    most share of the source that such a crop shows. map_crops: random crops that a map averages
+    over, beside the whole. bank: crops stored per image, with their exact counts. grid: cells per
+    side of a map. mark: what a keypoint covers. detect_on: source or frame. detectors: in the order
+    of the maps. shard_size: inputs per shard. weights: (T, w_ps) of the loss weights stored beside
+    the densities, None for none. levels: densities that a map tells apart. Raises UserError if a
+    value is out of its range.
     docs/decisions.md has the measurements behind the defaults.
     """
 
@@ -119,10 +120,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least, most in RANGES:
             value = getattr(self, name)
-            if not least <= value <= most:
+            if not least <= value <= most and not (name == "frame" and value == 0):
                 raise UserError(f"{name} {value} is out of range; give {least} to {most}")
         if not 0.01 <= self.area[0] <= self.area[1] <= 1:
             raise UserError(f"area {self.area[0]} is out of range; give 0.01 to 1")
+        self._check_bare()
         if self.crop % BANK_CELL:
             nearest = round(self.crop / BANK_CELL) * BANK_CELL
             raise UserError(f"crop {self.crop} is no multiple of {BANK_CELL}; give {nearest}")
@@ -148,6 +150,17 @@ class Settings:
         """Cells per side of a stored crop's counts."""
         return self.crop // BANK_CELL
 
+    def _check_bare(self) -> None:
+        """UserError if there are no frames, and something that is made or kept with them."""
+        kept = ("quality", "bank", "weights")
+        odd = [name for name in kept if self.frame == 0 and getattr(self, name)]
+        odd += ["detect_on"] if self.frame == 0 and self.detect_on != "source" else []
+        if odd:
+            raise UserError(
+                f"frame 0 stores densities alone, and {odd[0]} is {getattr(self, odd[0])!r}: build "
+                "them by `kamim maps build`, with quality 0, no bank, no weights, of the source"
+            )
+
     def _check_weights(self, temperature: float, w_ps: int) -> None:
         """UserError unless such weights can be read off what is stored, and told in 16 bits."""
         least = 1 / math.log((1 << 16) / FIXED_POINT - 1)
@@ -166,7 +179,7 @@ class Manifest:
     """manifest.json as an object; see FORMAT.md for each field."""
 
     format_version: int
-    container: str  # webdataset or ffcv
+    container: str  # webdataset, ffcv, or maps: densities without frames
     settings: Settings
     source: dict[str, Any]  # kind, inputs, ignored, sha256 of the listing
     classes: list[str]
@@ -177,11 +190,17 @@ class Manifest:
     index: File
     rejected: File
     fidelity: dict[str, Any]  # what `kamim shards fidelity` last measured; empty until then
+    names: list[File] = field(default_factory=list)  # of a set that is read by name
 
     @property
     def count(self) -> int:
         """Records in all shards."""
         return self.ledger.written
+
+    @property
+    def files(self) -> list[File]:
+        """All files of the set, its shards first."""
+        return [*self.shards, self.index, self.rejected, *self.names]
 
     @property
     def detectors(self) -> list[str]:
@@ -209,6 +228,8 @@ def sha256_of_bytes(data: bytes) -> str:
 def to_json(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: sorted keys, two-space indent, a checksum of the rest."""
     content = asdict(manifest)
+    if not manifest.names:
+        del content["names"]
     content["checksum"] = fingerprint(content)
     return as_json(content)
 
@@ -272,10 +293,10 @@ def parse(path: Path | str, data: bytes) -> Manifest:
 def _plain(manifest: Manifest) -> bool:
     """Whether names are text and counts whole numbers from 0, as a hostile file's may not be."""
     settings, ledger = manifest.settings, manifest.ledger
-    files = [*manifest.shards, manifest.index, manifest.rejected]
+    files = manifest.files
     counts = [n for file in files for n in (file.count, file.bytes)]
     counts += [ledger.inputs, ledger.written, *ledger.rejected.values()]
-    sides = [getattr(settings, field.name) for field in fields(Settings) if field.type is int]
+    sides = [getattr(settings, each.name) for each in fields(Settings) if each.type is int]
     sides.remove(settings.shard_size)
     texts = [text for file in files for text in (file.name, file.sha256)]
     texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
@@ -300,7 +321,8 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
         "anew in another folder"
     )
     content.pop("checksum", None)
-    if set(content) != {field.name for field in fields(Manifest)}:
+    content.setdefault("names", [])
+    if set(content) != {each.name for each in fields(Manifest)}:
         raise damaged
     try:
         settings = content["settings"]
@@ -315,14 +337,15 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
                 "shards": [File(**row) for row in content["shards"]],
                 "index": File(**content["index"]),
                 "rejected": File(**content["rejected"]),
+                "names": [File(**row) for row in content["names"]],
             }
         )
         whole = to_json(manifest) == data and _plain(manifest)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise damaged from None
-    if not whole:
+    if not whole or (manifest.container == "maps") != (manifest.settings.frame == 0):
         raise damaged
-    for file in [*manifest.shards, manifest.index, manifest.rejected]:
+    for file in manifest.files:
         if Path(file.name).name != file.name or file.name in {"", ".", ".."}:
             raise UserError(f"{path} names the file {file.name!r}; names may hold no folder")
     if not manifest.ledger.balanced or manifest.count != sum(s.count for s in manifest.shards):

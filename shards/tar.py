@@ -63,9 +63,10 @@ def padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def shard_name(number: int) -> str:
-    """The file name of shard `number`."""
-    return f"shard-{number:06d}.tar"
+def shard_name(number: int, settings: Settings | None = None) -> str:
+    """The file name of shard `number`, which is no tar if `settings` have no frames."""
+    bare = settings is not None and settings.frame == 0
+    return f"shard-{number:06d}.{'npy' if bare else 'tar'}"
 
 
 class _Hashed:

@@ -5,6 +5,7 @@ every file. decode: every record parses and its frame decodes. Each level includ
 (The fourth, redetect, needs detectors and lives in preprocess.)
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -18,6 +19,8 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import check_size
 from shards.index import flaws_of_files, load_index
+from shards.maps import flaw_of_block
+from shards.names import Names
 from shards.progress import progress
 from shards.record import (
     COUNTS,
@@ -36,6 +39,7 @@ from shards.record import (
 from shards.spec import BANK_CELL, FIXED_POINT, INDEX, REJECTED, Manifest, Settings
 from shards.tar import headers, padded, places_of
 
+SHARD = re.compile(r".*\.tar|shard-.*\.npy")
 LEVELS = ("structure", "checksum", "decode")
 
 
@@ -61,7 +65,7 @@ def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> lis
     problems = []
     listed = {shard.name for shard in manifest.shards}
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(".tmp") or (path.suffix == ".tar" and path.name not in listed):
+        if path.name.endswith(".tmp") or (SHARD.fullmatch(path.name) and path.name not in listed):
             problems.append(f"{path} is not in the manifest; move it out of the folder")
     keys = index["key"].astype(np.int64)
     if (np.diff(keys) <= 0).any():
@@ -74,11 +78,16 @@ def _structure(folder: Path, manifest: Manifest, index: NDArray[np.void]) -> lis
             check_size(folder / shard.name, shard.bytes)
             if manifest.container == "webdataset":
                 problems += _against_index(folder / shard.name, rows, manifest.settings)
+            elif manifest.container == "maps":
+                flaw = flaw_of_block(folder / shard.name, rows, manifest.settings)
+                problems += [flaw] if flaw else []
             else:
                 problems += _beton_against_index(folder / shard.name, manifest, rows)
         except ValueError as error:
             problems.append(str(error))
     try:
+        if manifest.container == "maps":
+            Names(folder, manifest)
         check_size(folder / REJECTED, manifest.rejected.bytes)
     except ValueError as error:
         problems.append(str(error))
@@ -122,7 +131,7 @@ def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
     Of several processes, each can check its `part` of `parts`. The index is left out: it is
     checked whenever it is loaded.
     """
-    files = [*manifest.shards, manifest.rejected][part::parts]
+    files = [*manifest.shards, manifest.rejected, *manifest.names][part::parts]
     return list(flaws_of_files(folder, files).values())
 
 
@@ -145,7 +154,7 @@ def _flaw(record: Record, manifest: Manifest) -> str:
     settings = manifest.settings
     frame = (settings.frame, settings.frame, 3)
     try:
-        shape = decode_frame(record.frame).shape
+        shape = decode_frame(record.frame).shape if settings.frame else frame
         for array in fields_of(settings):
             values(record, array)
     except ValueError as error:

@@ -70,6 +70,11 @@ def check_folder(folder: str) -> None:
             f"there is no folder {folder} of shards; build it with `kamim shards build`{near}"
         )
     manifest = load(path)
+    if manifest.container == "maps":
+        raise UserError(
+            f"{folder} holds densities without frames; build shards of frames by `kamim shards "
+            "build`, or read the densities by name in a trainer of your own"
+        )
     if manifest.container != "webdataset" and find_spec("ffcv") is None:
         raise UserError(
             f"{folder} is an FFCV set, and FFCV is not installed; {install('ffcv')}; or train on "

@@ -225,6 +225,28 @@ def render_throw() -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def render_maps() -> str:
+    """What a set without frames of ImageNet-1K's size costs, as Markdown."""
+    rows = list({row["kind"]: row for row in kept("maps")}.values())
+    heads = ["GB on disk", "MB resident", "s to open", "look-ups / s", "in batches of 256"]
+    lines = table([f"{rows[0]['images']:,} images, one detector", *heads], [])
+    rate = "look-ups per second of processor time"
+    for row in rows:
+        cells = [row["GB on disk"], row["resident MB after them"], row["open and first look-up, s"]]
+        rates = [row[name]["median"] for name in (rate, f"{rate}, batches of 256")]
+        names = {"folder": "paths of a folder", "tar": "members of a tar, and their keys"}
+        lines.append(
+            line([names[row["kind"]], *(f"{c:g}" for c in cells), *(f"{r:,.0f}" for r in rates)])
+        )
+    last = rows[-1]
+    note = (
+        f"A synthetic set, {last['lookups']:,} names at random; look-ups per second of one core's "
+        "processor time, medians of 7, with the files in the page cache. Resident is all of the "
+        f"process. One core of an {last['cpu']}; {last['date']}."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
 PAGES = {
     "README.md": {"versus": render_versus},
     "docs/benchmarks.md": {
@@ -234,6 +256,7 @@ PAGES = {
         "ceiling": render_ceiling,
     },
     "docs/fidelity.md": {"fidelity": render_fidelity},
+    "docs/maps.md": {"maps": render_maps},
     "docs/masking.md": {"throw": render_throw},
     "docs/gpu.md": gpu_page.PARTS,
 }

@@ -30,6 +30,10 @@ def list_shards(where: str, split: str) -> Source | None:
     if is_url(where):
         raise UserError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
     records = _opened(where)
+    if records.manifest.container == "maps":
+        raise UserError(
+            f"{where} holds densities without frames, and no images; name a source of them"
+        )
     names = _names(records) if records.manifest.container == "webdataset" else None
     entries = []
     # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.

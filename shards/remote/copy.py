@@ -51,7 +51,7 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
 
 def _copy_files(source: str, target: str, manifest: Manifest, data: bytes, jobs: int) -> int:
     """Copy what `target` lacks, and `data`, the manifest, when all of it is there."""
-    files = [*manifest.shards, manifest.index, manifest.rejected]
+    files = manifest.files
     mark = hashlib.sha256(data).hexdigest().encode("ascii")
     there = _check_target(target, data, mark, {file.name: file.bytes for file in files})
     if there is None:

@@ -29,7 +29,11 @@ def kamim(*arguments, **options):
         (["--detector-option", "fast.threshold=many"], "'many' is no int"),
         (["--detector-option", "orb.nfeatures=9"], "not DETECTOR.OPTION=VALUE"),
         (["--detector", "sift", "--detector-option", "sift.sigma=nan"], "finite"),
-        (["--frame", "0"], "--frame 0 is out of range"),
+        (
+            ["--frame", "0"],
+            "--frame 0 stores densities alone, and quality is 90: build them by `kamim maps",
+        ),
+        (["--frame", "8"], "--frame 8 is out of range"),
         (["--quality", "101"], "--quality 101 is out of range; give 0 to 100"),
         (["--crop", "190"], "--crop 190 is no multiple of 8; give 192"),
         (["--crop", "8"], "--crop 8 is out of range; give 32 to 1024"),
@@ -177,10 +181,10 @@ def test_words_are_checked_before_any_library_is_there(tmp_path):
 
 
 def test_help_names_every_dataset_and_backend():
-    from preprocess import cli, datasets, executors
+    from preprocess import datasets, executors, options
 
-    assert datasets.NAMES == cli.DATASETS
-    assert get_args(cli.Backend) == executors.BACKENDS
+    assert datasets.NAMES == options.DATASETS
+    assert get_args(options.Backend) == executors.BACKENDS
 
 
 def test_too_many_rejected_is_status_1(small_source, tmp_path):

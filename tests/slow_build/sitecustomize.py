@@ -3,14 +3,17 @@
 import os
 import time
 
+import shards.maps
 import shards.tar
 
-_add = shards.tar.ShardWriter.add
+
+def _slowed(add):
+    def slow(self, record):
+        time.sleep(float(os.environ.get("SLOW_SECONDS", "0.02")))
+        add(self, record)
+
+    return slow
 
 
-def _slow(self, record):
-    time.sleep(float(os.environ.get("SLOW_SECONDS", "0.02")))
-    _add(self, record)
-
-
-shards.tar.ShardWriter.add = _slow
+for writer in (shards.tar.ShardWriter, shards.maps.MapsWriter):
+    writer.add = _slowed(writer.add)

@@ -1,0 +1,79 @@
+"""`kamim maps`: densities of a data set that stays as it is, without frames."""
+
+import typer
+
+from preprocess.cli import run_build, settings_of
+from preprocess.detectors import parsed_detectors
+from preprocess.options import (
+    DEFAULTS,
+    Area,
+    Built,
+    Crop,
+    DetectorOptions,
+    Detectors,
+    Engine,
+    Grid,
+    Jobs,
+    Json,
+    MapCrops,
+    Mark,
+    MaxRejected,
+    OnError,
+    Out,
+    Partial,
+    Repair,
+    Reuse,
+    Scheduler,
+    ShardSize,
+    Split,
+)
+
+app = typer.Typer(help="Build densities without frames.", no_args_is_help=True)
+
+
+@app.callback()
+def _maps() -> None:
+    """Build densities without frames."""
+
+
+@app.command()
+def build(
+    source: Built,
+    out: Out,
+    split: Split = "",
+    detector: Detectors = "fast",
+    detector_option: DetectorOptions = None,
+    crop: Crop = DEFAULTS.crop,
+    area: Area = DEFAULTS.area[0],
+    map_crops: MapCrops = DEFAULTS.map_crops,
+    grid: Grid = DEFAULTS.grid,
+    mark: Mark = "ring",
+    shard_size: ShardSize = DEFAULTS.shard_size,
+    jobs: Jobs = 0,
+    backend: Engine = "loky",
+    scheduler: Scheduler = "",
+    on_error: OnError = "quarantine",
+    max_rejected: MaxRejected = 0.01,
+    reuse: Reuse = None,
+    repair: Repair = False,
+    partial: Partial = False,
+    json_output: Json = False,
+) -> None:
+    """Write keypoint densities alone of every image of SOURCE under OUT, to be read by its name.
+
+    As `kamim shards build` in all else, and of the same maps. `kamim shards verify`, `inspect`,
+    `fidelity` and `copy` work on the result; in Python, `shards.open(OUT).density(NAME, DETECTOR)`.
+    """
+    settings = settings_of(
+        frame=0,
+        quality=0,
+        crop=crop,
+        area=(area, DEFAULTS.area[1]),
+        map_crops=map_crops,
+        grid=grid,
+        mark=mark,
+        detectors=parsed_detectors(detector, detector_option or []),
+        shard_size=shard_size,
+    )
+    how = jobs, on_error, max_rejected, reuse, backend, scheduler
+    run_build(source, split, partial, out, settings, how, repair, json_output)

@@ -1,0 +1,103 @@
+"""The examples of densities beside a data set as it is: each lowers its loss, by the right maps."""
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+torch = pytest.importorskip("torch")
+
+import shards
+from preprocess import build_shards, detector_settings, open_source
+
+STEPS = 12
+
+
+def maps_of(where, out):
+    chosen = shards.Settings(
+        frame=0, quality=0, detectors=(detector_settings("fast"),), shard_size=64, crop=96
+    )
+    build_shards(open_source(str(where)), out, chosen)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(demo_images, tmp_path_factory):
+    """A folder of two classes."""
+    root = tmp_path_factory.mktemp("maps") / "images"
+    for number, image in enumerate(demo_images):
+        path = root / f"c{number % 2}" / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), cv2.resize(image, (160, 128))[:, :, ::-1])
+    return root
+
+
+def ran(name, *arguments):
+    line = [sys.executable, REPOSITORY / "examples" / f"{name}.py", *arguments, STEPS]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line) for line in done.stdout.splitlines()]
+    assert len(losses) == STEPS
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+@pytest.mark.timeout(300)
+def test_an_image_folder(images, tmp_path):
+    ran("maps_imagefolder", images, maps_of(images, tmp_path / "maps"))
+
+
+@pytest.mark.timeout(300)
+def test_a_webdataset_by_key(images, tmp_path):
+    pytest.importorskip("webdataset")
+    (tmp_path / "tars").mkdir()
+    for place, class_ in enumerate(("c0", "c1")):
+        with tarfile.open(tmp_path / "tars" / f"{place:03d}.tar", "w") as tar:
+            for path in sorted((images / class_).iterdir()):
+                tar.add(path, path.name)
+    out = maps_of(f"webdataset:{tmp_path / 'tars'}", tmp_path / "maps")
+    ran("maps_webdataset", tmp_path / "tars", out)
+
+
+class Squares:
+    """The images in the order of the listing, squeezed, with their numbers."""
+
+    def __init__(self, root):
+        self.paths = [root / entry.name for entry in open_source(str(root)).entries]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        image = cv2.imread(str(self.paths[number]))[:, :, ::-1]
+        return np.ascontiguousarray(cv2.resize(image, (128, 128))), number
+
+
+@pytest.mark.timeout(300)
+def test_a_beton_by_index(images, tmp_path):
+    if importlib.util.find_spec("ffcv") is None:
+        pytest.skip("ffcv is not installed")
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    kinds = {"image": RGBImageField(), "index": IntField()}
+    DatasetWriter(str(tmp_path / "x.beton"), kinds, num_workers=1).from_indexed_dataset(
+        Squares(images)
+    )
+    out = maps_of(images, tmp_path / "maps")
+    ran("maps_ffcv", tmp_path / "x.beton", out)
+    found = importlib.util.spec_from_file_location(
+        "maps_ffcv", REPOSITORY / "examples/maps_ffcv.py"
+    )
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    maps = shards.open(out)
+    batch = next(module.batches(str(tmp_path / "x.beton"), maps, shards.Plan(len(maps), batch=64)))
+    names = [entry.name for entry in open_source(str(images)).entries]
+    by_name = maps.densities([names[n] for n in batch["labels"].tolist()], "fast")
+    np.testing.assert_array_equal(batch["maps"]["fast"].numpy(), by_name)
+    assert batch["samples"].tolist() == batch["labels"].tolist()
