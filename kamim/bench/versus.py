@@ -142,6 +142,7 @@ def measure(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Images a second of every loader, `effort.repeats` times, in turn; and of a warm-up before."""
     cv2.setNumThreads(1)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     warm, images, wanted = {}, {}, 0.0
     for name, rate in rates.items():
@@ -159,6 +160,7 @@ def measure(
         for name, rate in rates.items():
             with waiting(f"repeat {repeat + 1}  {name}"):
                 found[name].append(rate(images[name]))
+    torch.set_num_threads(threads)
     return found, warm
 
 

@@ -169,7 +169,7 @@ def test_quick_needs_no_data_and_three_minutes():
 
 
 def test_tables_of_small_experiments_are_those_of_their_results():
-    for path in sorted(experiments.FOLDER.glob("*/results.json")):
+    for path in sorted(experiments.FOLDER.glob("cifar10*/results.json")):
         text = (path.parent / "README.md").read_text()
         assert experiments.renewed(text, json.loads(path.read_text())) == text
 

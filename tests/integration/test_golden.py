@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 from preprocess import build_shards, detector_settings, open_source
 from shards import Settings
@@ -22,6 +22,7 @@ from train.request import Run
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "losses.json"
 METHODS = ("small", "small_simmim", "small_mae", "small_famt")
+THREADS = 2  # of torch: sums are in their order
 STEPS, BATCH = 20, 64  # four epochs: attention is looked at after the first
 
 
@@ -30,6 +31,7 @@ def losses(shards: Path, recipe: str, out: Path) -> list[float]:
     from dataclasses import replace
 
     chosen = replace(find_recipe(recipe), batch=BATCH)
+    torch.set_num_threads(THREADS)
     pretrain(Run(shards=shards, out=out, recipe=chosen, detector="fast", device="cpu", steps=STEPS))
     return [row["loss"] for row in read_metrics(out)]
 
@@ -51,8 +53,14 @@ def demo(tmp_path_factory):
 @pytest.mark.parametrize("recipe", METHODS)
 def test_losses_are_the_golden_ones(recipe, demo, tmp_path):
     golden = json.loads(GOLDEN.read_text())
-    # Other processors and versions of torch sum in another order.
-    assert losses(demo, recipe, tmp_path / recipe) == pytest.approx(golden[recipe], rel=1e-4)
+    before = torch.get_num_threads()
+    try:
+        found = losses(demo, recipe, tmp_path / recipe)
+    finally:
+        torch.set_num_threads(before)
+    # Other processors and versions of torch sum in another order, which training makes more of.
+    assert found[:10] == pytest.approx(golden[recipe][:10], rel=1e-4)
+    assert found[10:] == pytest.approx(golden[recipe][10:], rel=2e-3)
 
 
 if __name__ == "__main__":

@@ -249,9 +249,9 @@ def test_damaged_shards_are_refused_before_the_first_step(shards, tmp_path):
         run(shards, tmp_path / "out")
     text = (shards / "manifest.json").read_text()
     (shards / "manifest.json").write_text(
-        text.replace('"format_version": 2', '"format_version": 1')
+        text.replace('"format_version": 3', '"format_version": 1')
     )
-    with pytest.raises(ValueError, match="format version 1, this kamim reads version 2"):
+    with pytest.raises(ValueError, match="format version 1, this kamim reads version 3"):
         run(shards, tmp_path / "out")
 
 

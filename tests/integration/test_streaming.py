@@ -289,7 +289,10 @@ def test_what_cannot_be_read_is_one_clear_line(http, folder, tmp_path, monkeypat
     ):
         shards.open("gs://bucket/set", cache=tmp_path / "cache")
     ffcv = signed(folder, tmp_path / "ffcv", container="ffcv")
-    with pytest.raises(ValueError, match="FFCV set, which is read from local files only; copy it"):
+    with pytest.raises(
+        ValueError,
+        match="is no set of WebDataset shards, and is read from local files only; copy it",
+    ):
         shards.open(f"file://{ffcv}", cache=tmp_path / "cache")
     records = shards.open(http.url, cache=tmp_path / "cache", cache_limit=200_000)
     with pytest.raises(ValueError, match=r"too small: a window of 8 .*--window [1-7]$"):
