@@ -16,7 +16,8 @@ from typer import Argument, Option
 import preprocess
 import shards
 from preprocess import BuildError
-from preprocess.detectors import parsed_detectors
+from preprocess.detectors import DEFAULTS as OPENCV
+from preprocess.detectors import check_detector, parsed_detectors
 from shards.errors import UserError
 from shards.files import mending, write_atomically
 from shards.progress import waiting
@@ -53,13 +54,18 @@ def build(
     detector: Annotated[
         str,
         Option(
-            help="Detectors, separated by commas: fast, orb, sift. frequency is a map of low "
-            "frequencies by FFT, without keypoints, for FAMT's masks."
+            help=f"Detectors, separated by commas: OpenCV's {', '.join(OPENCV)}; your own as "
+            "MODULE:FUNCTION or NAME=MODULE:FUNCTION. frequency is a map of low frequencies by "
+            "FFT, without keypoints, for FAMT's masks."
         ),
     ] = "fast",
     detector_option: Annotated[
         list[str] | None,
-        Option(help="OpenCV option of a detector, as fast.threshold=20. Repeatable."),
+        Option(help="Option of a detector, as fast.threshold=20. Repeatable."),
+    ] = None,
+    edge_rule: Annotated[
+        list[Path] | None,
+        Option(help="File that kamim shards edge-rule wrote for a detector. Repeatable."),
     ] = None,
     frame: Annotated[
         int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
@@ -126,6 +132,12 @@ def build(
     settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
     loaders do.
     """
+    detectors = parsed_detectors(detector, detector_option or [])
+    if edge_rule:
+        from preprocess.edges import with_edge
+
+        for path in edge_rule:
+            detectors = with_edge(detectors, path)
     try:
         settings = Settings(
             frame=frame,
@@ -137,7 +149,7 @@ def build(
             grid=grid,
             mark=mark,
             detect_on=detect_on,
-            detectors=parsed_detectors(detector, detector_option or []),
+            detectors=detectors,
             shard_size=shard_size,
             weights=_weights(weights),
             levels=levels,
@@ -151,14 +163,14 @@ def build(
     _within("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
         raise UserError("--repair builds from the source itself; leave --reuse out")
-    from preprocess import compare, detectors, executors
+    from preprocess import compare, executors
     from preprocess.building import shard_size_for
     from preprocess.repair import repair_shards
 
     for each in settings.detectors:
-        detectors.check_detector(each)
+        check_detector(each)
     executors.check(backend, scheduler)  # listing a large source takes a while
-    _warn(settings, jobs, scheduler)
+    _warn(settings, jobs, scheduler, source)
     with waiting(f"listing {source}"):
         listed = preprocess.open_source(source, split, partial)
     _say_what_is_listed(listed)
@@ -204,9 +216,19 @@ def _weights(text: str) -> tuple[float, int] | None:
         raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
 
 
-def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
+def _warn(settings: Settings, jobs: int, scheduler: str, source: str) -> None:
     """Say what will work less well than it seems."""
     import joblib
+
+    from shards.crops import RINGS
+
+    for each in settings.detectors:
+        if each.has_keypoints and each.name not in RINGS and not each.edge:
+            call = f"{each.name}={each.plugin.function}" if each.plugin else each.name
+            _say(
+                f"{each.name} has no edge rule: its map is read as if it found as much near a "
+                f"crop's edge; measure one by kamim shards edge-rule {call} {shlex.quote(source)}"
+            )
 
     least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
     if settings.frame < least:
@@ -227,6 +249,51 @@ def _say_what_is_listed(listed: "preprocess.Source") -> None:
     unlabelled = sum(entry.label < 0 for entry in listed.entries)
     if unlabelled:
         _say(f"{unlabelled} of {len(listed.entries)} images have no label")
+
+
+@app.command("edge-rule")
+def measure_rule(
+    detector: Annotated[str, Argument(help="One detector, as in build.")],
+    source: Annotated[str, Argument(help="Images to measure on, as in build: 800 are plenty.")],
+    split: Split = "",
+    detector_option: Annotated[
+        list[str] | None, Option(help="Option of the detector, as in build. Repeatable.")
+    ] = None,
+    mark: Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")] = (
+        "ring"
+    ),
+    samples: Annotated[int, Option(help="Images to measure on.")] = 800,
+    out: Annotated[
+        Path | None, Option(help="File to write; DETECTOR.edge.json by default.")
+    ] = None,
+    jobs: Jobs = 0,
+    json_output: Json = False,
+) -> None:
+    """Measure how much of its density a detector finds near a crop's edge, for build --edge-rule.
+
+    Density of detection on a 192-px window of each image, by distance from the window's edge, over
+    that of detection on the 320-px image that it was cut from.
+    """
+    chosen = parsed_detectors(detector, detector_option or [])
+    if len(chosen) > 1 or not chosen[0].has_keypoints:
+        raise UserError(f"edge-rule measures one detector of points or maps, not {detector}")
+    _within("--samples", samples, 1)
+    check_detector(chosen[0])
+    from preprocess.edges import measure_edge, write_edge
+    from preprocess.shard import library_versions
+
+    with waiting(f"listing {source}"):
+        listed = preprocess.open_source(source, split, partial=True)
+    rule = measure_edge(listed, chosen[0], mark, samples, jobs)
+    measured = replace(chosen[0], edge=rule)
+    path = out or Path(f"{measured.name}.edge.json")
+    write_edge(path, measured, library_versions(Settings(detectors=(measured,), mark=mark)))
+    if json_output:
+        _print_json({"file": str(path), **asdict(rule)})
+        return
+    for at, share in zip(rule.at, rule.share, strict=True):
+        print(f"{at:4g} px {share:6.3f}")
+    _say(f"of {rule.photos} images; use it: kamim shards build ... --edge-rule {path}")
 
 
 @app.command()
