@@ -25,7 +25,7 @@ from shards.spec import Detector, Edge, as_json, detector_of, fingerprint, plain
 
 WHOLE, WINDOW = 320, 192  # px
 REACH = 64  # px from the edge that are measured; all of the density is found beyond
-FULL = 0.995  # share from which on a rule ends
+FULL = 0.99  # share from which on a rule ends
 LEAST = 20  # photos
 
 Floats = NDArray[np.float64]

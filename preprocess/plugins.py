@@ -130,7 +130,7 @@ def _imported(function: str, sha256: str) -> Callable[..., Any]:
     chosen = getattr(home, name, None)
     if not callable(chosen):
         raise UserError(f"{module} has no function {name!r}")
-    return chosen  # type: ignore[no-any-return]
+    return chosen
 
 
 def _version_of(module: str) -> str:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Job:
     fingerprint: str  # of the FACTS in `work`: who does not see them works elsewhere
     reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
     fail: bool = False  # stop at the first input that is rejected
+    modules: tuple[str, ...] = ()  # folders where the driver finds plug-ins
 
 
 class Written(NamedTuple):
@@ -83,6 +85,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     not see the driver's folders or has other libraries.
     """
     _check_here(job)
+    sys.path.extend(folder for folder in job.modules if folder not in sys.path)
     cv2.setNumThreads(1)  # jobs are the parallelism; nested threads only fight
     in_main_thread = threading.current_thread() is threading.main_thread()
     if multiprocessing.current_process().name != "MainProcess" and in_main_thread:
@@ -194,7 +197,8 @@ def describe(
 ) -> Record:
     """The record of input number `index`, `entry`, with pixels `rgb` (uint8 RGB [H, W, 3]).
 
-    Raises Rejected if a plug-in fails on it. Frame and maps of the `old` record are taken over where its settings give the same.
+    Frame and maps of the `old` record are taken over where its settings give the same. Raises
+    Rejected if a plug-in fails on the image.
     """
     height, width = rgb.shape[:2]
     frame = old[0].frame if old else encode_frame(squeeze(rgb, settings.frame), settings.quality)
