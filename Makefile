@@ -148,7 +148,6 @@ experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=ke
 	  $(KEYPOINTS)/shards --detector fast,orb,sift --frame 352 --map-crops 8 && \
 	  $(BIN)/python -m kamim.experiment pack $(KEYPOINTS)/shards "$(DATA)/cifar10" $(KEYPOINTS); fi
 	$(BIN)/python -m kamim.experiment run --data $(KEYPOINTS) $(FLAGS)
-	$(BIN)/python -m kamim.experiment page
 
 bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DATA.
 	$(BIN)/python -m kamim.bench.build "$(if $(DATA),$(DATA),demo)"

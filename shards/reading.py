@@ -64,8 +64,8 @@ class Buffers:
 
     frames: uint8 [size, F, F, 3], none where they stay files; maps: by detector, uint8
     [size, G, G]; heads: what stood before arrays in the file. Of a bank: slots, uint8 [size], those
-    that are shown; crops: float64 [size, 6], their box in source pixels and flips; stored: by detector,
-    uint8 [size, K, c, c], the counts of all; counts: uint8 [size, c, c], of those shown.
+    that are shown; crops: float64 [size, 6], their box in source pixels and flips; stored: by
+    detector, uint8 [size, K, c, c], the counts of all; counts: uint8 [size, c, c], of those shown.
     """
 
     def __init__(self, layout: Layout, size: int, allocate: Allocate) -> None:

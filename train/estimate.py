@@ -1,6 +1,8 @@
 """What a run says before its first step: what it is, where it goes on, and what it will cost."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shards import Plan, ShardSet
+from shards.errors import UserError
 from train.models import Cells, in_bf16
 from train.progress import say
 from train.request import Run
@@ -53,7 +56,9 @@ def largest_part(
     return max(1, min(MOST_PART, int(room / (MARGIN * memory.image))))
 
 
-def memory_of(model: nn.Module, cells: Cells, size: int, device: torch.device) -> Memory:
+def memory_of(
+    model: nn.Module, cells: Cells | tuple[()], size: int, device: torch.device
+) -> Memory:
     """What training takes, from what one and two images leave for their backward pass; `cells` are
     of one.
 
@@ -65,7 +70,9 @@ def memory_of(model: nn.Module, cells: Cells, size: int, device: torch.device) -
     return Memory(PER_PARAMETER * parameters + 2 * one - two, two - one)
 
 
-def _kept(model: nn.Module, cells: Cells, size: int, count: int, device: torch.device) -> int:
+def _kept(
+    model: nn.Module, cells: Cells | tuple[()], size: int, count: int, device: torch.device
+) -> int:
     """Bytes that `count` images leave for their backward pass, beside the weights."""
     image = torch.zeros(count, 3, size, size, device=device)
     cells_of_all = [torch.cat([each] * count) for each in cells if each is not None]
@@ -110,6 +117,18 @@ def memory_lines(needed: float, part: int, device: torch.device) -> list[str]:
         f"warning: training needs about {needed / 1e9:.1f} GB and {name} has {free / 1e9:.1f} GB "
         f"free; {smaller}"
     ]
+
+
+@contextmanager
+def memory_told(part: int) -> Iterator[None]:
+    """What to type when `part` images at once were too many for the GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the GPU's memory is full with {part} images at once; --micro-batch "
+            f"{max(1, part // 2)} takes less"
+        ) from None
 
 
 def time_lines(seconds: float, micro_steps: int, steps: int, device: torch.device) -> list[str]:

@@ -20,7 +20,15 @@ from shards.rng import Purpose, mix
 from train import checkpoint
 from train.cuda import peak_flops, pin_attention
 from train.distributed import Stop, agree, connect, gathered, this_process, together
-from train.estimate import describe, largest_part, memory_lines, memory_of, say_where, time_lines
+from train.estimate import (
+    describe,
+    largest_part,
+    memory_lines,
+    memory_of,
+    memory_told,
+    say_where,
+    time_lines,
+)
 from train.log import Log, Window
 from train.masking import Masking
 from train.models import in_bf16, make_model, model_flops
@@ -120,6 +128,7 @@ def pretrain(run: Run) -> None:
         Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
         checkpoint.Saver(run.out / "checkpoints", run.save_minutes, device) as saver,
         progress.running(),
+        memory_told(part),
     ):
         for step in range(first, last):
             progress.begin(step)

@@ -46,8 +46,7 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
     if recipe.method == "mae":
         decoder, narrow = recipe.decoder, recipe.bf16_residual
         return MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
-    narrow, cell = recipe.bf16_residual, recipe.cell
-    model = SimMIM(recipe.model, recipe.size, recipe.options, narrow, cell)
+    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual, recipe.cell)
     if recipe.throw_ratio:
         check_tokens(model.encoder, recipe.model)
     return model
@@ -56,10 +55,9 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
 class SimMIM(nn.Module):
     """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
 
-    `name` is a timm model name, `size` the image side in px, a multiple of `cell`, the side of a
-    mask cell; `options` go to timm.create_model. `narrow`: patches are embedded and decoded by
-    matrix products, and tokens between blocks are as wide as autocast has them: less to move,
-    other rounding.
+    `name` is a timm model name, `size` the image side in px, a multiple of `cell`, a mask cell's;
+    `options` go to timm.create_model. `narrow`: patches are embedded and decoded by products, and
+    tokens between blocks are as wide as autocast has them: less to move, other rounding.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class SimMIM(nn.Module):
         self.encoder: Any = encoder
         self.mask_token = nn.Parameter(torch.zeros(embed))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = nn.Sequential(
+        self.decoder: Any = nn.Sequential(
             nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size=1),
             nn.PixelShuffle(self.stride),
         )
@@ -270,10 +268,7 @@ class MAE(nn.Module):
 def make_encoder(
     name: str, size: int, options: Mapping[str, Any] | None = None, cell: int = CELL
 ) -> Any:
-    """The timm model `name` without a head at `size` px, to be masked in cells of `cell` px.
-
-    Raises UserError if it cannot serve.
-    """
+    """The timm model `name` without a head at `size` px. UserError if it cannot serve `cell`s."""
     if size % (CELL if "swin" in name else cell):
         raise UserError(f"crop size {size} is no multiple of the mask cell, {cell} px; use 192")
     if name not in timm.list_models():

@@ -2,8 +2,8 @@
 
 Decoding a JPEG, or reading a raw frame, is replaced by a sleep of SLEEP, which takes neither a core
 nor the interpreter lock. What is left is the loader's own work, and the rate at which more threads
-no longer help is its ceiling, however many cores a machine has. The set is a stand-in: an index of
-IMAGENET records over links to one shard, so that plan, index and open files are as many as there.
+no longer help is its ceiling, however many cores a machine has. The set is a stand-in: the records
+at hand again and again, so that plan, index and open files are as many as ImageNet's.
 """
 
 import os
@@ -17,41 +17,41 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import joblib
 import numpy as np
 import simplejpeg
 
 from kamim.bench.provenance import append, spread
 from preprocess import build_shards, detector_settings, open_source
+from preprocess.building import shard_size_for
 from shards import Settings, ShardSet, processes
-from shards.files import MANIFEST
 from shards.order import Plan
 from shards.reading import Buffers
-from shards.record import npy_bytes
-from shards.spec import to_json, write_file
 
 IMAGENET, SHARD = 1_281_167, 1000
 SLEEP = 250e-6  # seconds, in place of a decode
-THREADS, PROCESSES = (1, 4, 16, 32, 64), (4, 16)
+THREADS, PROCESSES = (1, 4, 16, 32, 64), (4, 8, 16)  # a process wants a core, even to sleep on
 BATCH, SECONDS, REPEATS = 256, 2.0, 3
+FOR_GOOD = ExitStack()
 
 
-def enlarged(records: ShardSet, folder: Path, count: int = IMAGENET) -> ShardSet:
-    """A set of `count` records: those of the first shard of `records`, over and over."""
-    first = records.shards[0]
-    files = []
+def as_many(records: ShardSet, count: int = IMAGENET) -> ShardSet:
+    """`records` again and again, as a set of `count` in shards of SHARD: the plan, finding a sample
+    and the files that are open cost what they do there, whatever set is at hand.
+    """
+    many, manifest = ShardSet(records.folder), records.manifest
+    firsts = records.ends - [shard.count for shard in records.shards]
+    full = np.flatnonzero(firsts < records.ends).tolist()
+    files, rows = [], []
     for number, begin in enumerate(range(0, count, SHARD)):
-        name = f"shard-{number:06d}.tar"
-        (folder / name).symlink_to(records.folder.absolute() / first.name)
-        files.append(replace(first, name=name, count=min(SHARD, count - begin)))
-    rows = np.concatenate(
-        [np.resize(np.array(records.index[: first.count]), file.count) for file in files]
-    )
-    rows["key"] = np.arange(count)
-    index = write_file(folder / records.manifest.index.name, npy_bytes(rows), count)
-    ledger = replace(records.manifest.ledger, inputs=count, written=count, rejected={})
-    manifest = replace(records.manifest, shards=files, index=index, ledger=ledger)
-    (folder / MANIFEST).write_bytes(to_json(manifest))
-    return ShardSet(folder)
+        at = full[number % len(full)]
+        files.append(replace(records.shards[at], count=min(SHARD, count - begin)))
+        rows.append(np.resize(records.index[firsts[at] : records.ends[at]], files[-1].count))
+    ledger = replace(manifest.ledger, written=count)
+    many.shards, many.index = files, np.concatenate(rows)
+    many.manifest = replace(manifest, ledger=ledger, shards=files)
+    many.ends = np.cumsum([file.count for file in files], dtype=np.int64)
+    return many
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
 
 def begin_replaced(decode: float | None, read: float | None) -> None:
     """As `replaced`, for good, in a process of the loader."""
-    replaced(decode, read).__enter__()
+    FOR_GOOD.enter_context(replaced(decode, read))
 
 
 def rate(
@@ -134,12 +134,11 @@ def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any
     row: dict[str, Any] = {"bench": "ceiling", "images": IMAGENET, "n": REPEATS, "batch": BATCH}
     row["samples of 2,048, ms"] = round(samples_ms(), 2)
     for kind, quality, what in (("JPEG", 90, "decode"), ("raw", 0, "read")):
-        one = len(source.entries)  # shard
-        settings = Settings(detectors=detectors, shard_size=one, quality=quality)
+        size = shard_size_for(len(source.entries))
+        settings = Settings(detectors=detectors, shard_size=size, quality=quality)
         build_shards(source, folder / kind, settings, 1)
-        (folder / f"{kind}-large").mkdir()
         small = ShardSet(folder / kind)
-        records = enlarged(small, folder / f"{kind}-large")
+        records = as_many(small)
         if what == "decode":
             row["decode, us"] = round(min(decode_seconds(small) for _ in range(9)) * 1e6)
         with replaced(**{what: 0.0}):
@@ -149,7 +148,7 @@ def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any
             for threads in THREADS:
                 found = [found for found, _ in _rates(records, threads, seconds)]
                 row[f"{kind}, images/s by {threads} threads"] = spread(found, 0)
-            for count in PROCESSES:
+            for count in PROCESSES if max(PROCESSES) <= joblib.cpu_count() else ():
                 found = [found for found, _ in _rates(records, count, seconds, True)]
                 row[f"{kind}, images/s by {count} processes"] = spread(found, 0)
     own_work = row["JPEG, own work per sample, us"]["median"]

@@ -14,13 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 
 from kamim.bench.gpu_page import rows_of
@@ -103,20 +102,6 @@ def driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return found.stdout.split("\n")[0].strip()
-
-
-def as_many(records: ShardSet, count: int) -> ShardSet:
-    """`records` again and again, as a set of at least `count`: planning and finding a sample of
-    ImageNet costs what it does there, whatever set is at hand.
-    """
-    times = -(-count // len(records))
-    many, manifest = ShardSet(records.folder), records.manifest
-    ledger = replace(manifest.ledger, written=times * len(records))
-    many.shards = manifest.shards * times
-    many.manifest = replace(manifest, ledger=ledger, shards=many.shards)
-    many.index = np.tile(records.index, times)
-    many.ends = np.cumsum([shard.count for shard in many.shards], dtype=np.int64)
-    return many
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import joblib
 
-from kamim.bench.gpu import Bench, Case, as_many
+from kamim.bench.ceiling import as_many
+from kamim.bench.gpu import Bench, Case
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import spread
 from shards import Plan, ShardSet

@@ -18,7 +18,8 @@ import joblib
 import torch
 from torch import nn
 
-from kamim.bench.gpu import Bench, Case, as_many
+from kamim.bench.ceiling import as_many
+from kamim.bench.gpu import Bench, Case
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import ratio, spread
 from shards import Batch, Plan, ShardSet, to_device

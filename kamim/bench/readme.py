@@ -174,7 +174,7 @@ def render_meaning() -> str:
         "",
         f"An estimate, not a measurement: the rates of {rows[0]['cores']} cores times {times} "
         f"({delivered} images/s), and a GPU's rate that is {kinds}. WebDataset stops at {most}, "
-        "what one process gives however many cores it has (the table below). Raw frames are left "
+        "what one process gives however many cores it has (the table above). Raw frames are left "
         "out: two cores say nothing of what sixteen copy from one memory.",
     ]
     return "\n".join([*lines, ""])
@@ -183,13 +183,14 @@ def render_meaning() -> str:
 def render_ceiling() -> str:
     """What one process reads where decoding costs no core, as Markdown."""
     (row,) = newest("ceiling")
-    pattern = re.compile(r"(JPEG|raw), images/s by (\d+) threads")
-    rates = {m.groups(): row[name]["median"] for name in row if (m := pattern.fullmatch(name))}
-    threads = sorted({int(count) for _, count in rates})
-    lines = [f"| images/s of one process, by threads | {' | '.join(map(str, threads))} |"]
-    lines.append("|---|" + "---|" * len(threads))
+    pattern = re.compile(r"JPEG, images/s by (\d+ \w+)")
+    workers = [found[1] for name in row if (found := pattern.fullmatch(name))]
+    workers.sort(key=lambda words: (words.endswith("processes"), int(words.split()[0])))
+    lines = [f"| images/s of one loader | {' | '.join(workers)} |"]
+    lines.append("|---|" + "---|" * len(workers))
     for kind, what in (("JPEG", "decoding"), ("raw", "reading")):
-        cells = " | ".join(f"{rates[kind, str(count)]:,.0f}" for count in threads)
+        rates = [row[f"{kind}, images/s by {words}"]["median"] for words in workers]
+        cells = " | ".join(f"{rate:,.0f}" for rate in rates)
         lines.append(f"| {kind} frames, {what} a sleep of 250 us | {cells} |")
     own, share = row["JPEG, own work per sample, us"]["median"], row["JPEG, own work / decode"]
     lines += [

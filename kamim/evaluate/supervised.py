@@ -21,10 +21,12 @@ from shards.errors import UserError
 from shards.progress import progress
 from shards.rng import Purpose, mix
 from train import checkpoint
+from train.estimate import largest_part, memory_of
 from train.log import METRICS, trim
-from train.models import normalised
+from train.models import in_bf16, normalised
 from train.schedule import learning_rate
 from train.setup import WINDOW
+from train.step import compiled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,10 +171,12 @@ def train_supervised(
     seed: int,
     device: torch.device,
     facts: dict[str, Any],
+    micro_batch: int = 0,
 ) -> dict[str, float]:
     """Train `model` on `learn`, test it on `test`, or finish that; returns the accuracies.
 
-    A checkpoint an epoch; raises UserError if `out` holds another run's.
+    A checkpoint an epoch; raises UserError if `out` holds another run's. micro_batch: most images
+    in a forward pass; 0: a step's on a CPU, on CUDA as many as free memory allows.
     """
     classes = model.head.out_features
     plan = Plan(len(learn), min(recipe.batch, len(learn)), seed, windows=windows_of(learn, seed))
@@ -188,20 +192,29 @@ def train_supervised(
     }
     first = _restore(out, facts, model, optimizer, device)
     model.train()
+    cuda, part = device.type == "cuda", micro_batch or plan.batch
+    if cuda and not micro_batch:
+        part = largest_part(0, 0, device, memory_of(model, (), model.encoder[0].size, device))
+    forward = compiled(model) if cuda else model
     stream = whole_frames(learn, plan, first, total, model.encoder[0].size, device)
     done = first * plan.batch
     with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
         for step, (frames, labels) in enumerate(stream, start=first):
             pixels = frames.round().to(torch.uint8)
             images, soft = augmented(pixels, labels, classes, recipe, seed, step)
+            torch.manual_seed(int(mix(Purpose.LAYERS, seed, step)) >> 1)
             rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), soft, label_smoothing=recipe.smoothing)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = torch.zeros((), device=device)
+            for some, wanted in zip(images.split(part), soft.split(part), strict=True):
+                with in_bf16(device):
+                    logits = forward(some)
+                error = F.cross_entropy(logits.float(), wanted, label_smoothing=recipe.smoothing)
+                error = error * (len(some) / plan.batch)
+                error.backward()
+                loss += error.detach()
             if recipe.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()

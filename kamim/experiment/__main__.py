@@ -72,8 +72,9 @@ def run(
     tiny: Tiny = False,
     plain: Plain = False,
 ) -> None:
-    """Do all runs that runs.jsonl does not have yet."""
+    """Do all runs that runs.jsonl does not have yet, and write the page."""
     from kamim.experiment.keypoints import check_same, todo, work
+    from kamim.experiment.page import write
 
     began, where = time.time(), device_of(device)
     if not steps and not tiny and (out / CHECK).is_file():
@@ -93,6 +94,7 @@ def run(
             worker.start()
         for worker in workers:
             worker.join()
+    write(out)
     left = len(list(todo(size, out)))
     print(f"{out}/runs.jsonl: {left} runs are left; {time.time() - began:.0f} s")
     raise typer.Exit(1 if left or any(worker.exitcode for worker in workers) else 0)

@@ -161,6 +161,8 @@ def tables(rows: Sequence[Row]) -> str:
         table(("method", "top-1, points", "pairs", "mean (95 % interval)", "verdict"), found)
     )
     parts += ["\n".join(f"- {line}" for method in METHODS for line in able(rows, method))]
+    if found:
+        parts.append("![Top-1 of each arm, a line a seed](top1.png)")
     head = ("method", "weights", "seeds", *FIGURES)
     stages = {"main": MAIN, "more": MORE, "rate": ("uniform", "fast")}
     for stage, arms in stages.items():
@@ -171,6 +173,8 @@ def tables(rows: Sequence[Row]) -> str:
         made = table(head, [line for line in lines if line])
         parts.append(title + made if made else "")
     parts.append(early(rows))
+    if found:
+        parts.append("![Attention by block](attention.png)")
     parts.append(collapse(rows))
     parts.append(tuning(rows))
     parts.append(made_on(rows))

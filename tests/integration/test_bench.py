@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import resource
 from dataclasses import replace
 
 import numpy as np
 import oracle
 import pytest
+import simplejpeg
 from conftest import errors
 from PIL import Image
 from test_cli import kamim as typed_kamim
@@ -17,11 +19,12 @@ torch = pytest.importorskip("torch")
 
 import kamim.bench.provenance
 from kamim.__main__ import app
-from kamim.bench import experiments, meaning, plots, versus
+from kamim.bench import ceiling, experiments, meaning, plots, versus
 from kamim.bench.loader import step_seconds
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
 from kamim.bench.provenance import provenance
+from kamim.bench.readme import newest
 from kamim.bench.step import training
 from preprocess import build_shards, detector_settings, open_source
 from shards import Plan, Settings, ShardSet, UserError, decode_frame, to_device
@@ -109,6 +112,29 @@ def test_what_it_means_is_computed_from_the_rates():
         "WebDataset": round(hours / 2500, 1),
     }
     assert all("computed" in row["gpu_is"] for row in rows if row is not base)
+
+
+def test_the_ceiling_is_of_the_loader_and_not_of_decoding(small_source, tmp_path):
+    """Stand-ins are there for as long as they are asked for, in processes of the loader too."""
+    chosen = Settings(detectors=(detector_settings("fast"),), shard_size=20)
+    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
+    many = ceiling.as_many(ShardSet(tmp_path / "set"), 3000)
+    real = simplejpeg.decode_jpeg, os.preadv
+    with ceiling.replaced(decode=0.0):
+        assert simplejpeg.decode_jpeg is not real[0]
+        assert min(ceiling.rate(many, 2, 0.1)) > 0
+        assert min(ceiling.rate(many, 2, 0.1, processes=True)) > 0
+    with ceiling.replaced(decode=0.0, read=1e-5):
+        assert os.preadv is not real[1]
+        assert min(ceiling.rate(many, 2, 0.1)) > 0
+    assert (simplejpeg.decode_jpeg, os.preadv) == real
+    assert ceiling.samples_ms(5000, 100) > 0
+
+
+def test_what_cores_are_multiplied_up_to_was_measured():
+    (row,) = newest("ceiling")
+    rates = [row[f"JPEG, images/s by {count} threads"]["median"] for count in (16, 32, 64)]
+    assert max(rates) == pytest.approx(meaning.ONE_PROCESS, rel=0.01)
 
 
 def test_pictures_are_drawn(tmp_path):

@@ -212,7 +212,7 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     assert "label 4 is none of its 4 classes" in done.stderr
 
 
-def supervised(labelled, out, epochs, frozen=True, **changes):
+def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
     """A short run on the forty, a checkpoint an epoch."""
     encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def supervised(labelled, out, epochs, frozen=True, **changes):
     recipe = LabelRecipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
     records = ShardSet(labelled)
     facts = {"encoder": "x"}
-    train_supervised(model, recipe, records, records, out, 0, CPU, facts)
+    train_supervised(model, recipe, records, records, out, 0, CPU, facts, micro_batch)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -246,6 +246,16 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
     start = load_encoder("random:vit_tiny_patch16_224", CPU, 96).model.state_dict()
     same = all(torch.equal(whole[f"trunk.{name}"], start[name]) for name in start)
     assert same == frozen
+
+
+def test_a_step_in_parts_has_the_loss_of_a_whole_one(labelled, tmp_path):
+    """Ten images in parts of four, four and two: each image counts alike."""
+    rows = {}
+    for part in (0, 4):
+        supervised(labelled, tmp_path / str(part), 1, False, micro_batch=part)
+        rows[part] = (tmp_path / str(part) / "metrics.jsonl").read_text()
+    whole, parts = (json.loads(text)["loss"] for text in rows.values())
+    assert parts == pytest.approx(whole, rel=1e-3)
 
 
 def test_layer_decay_and_augmentation(labelled):

@@ -67,7 +67,7 @@ def test_a_killed_experiment_goes_on_where_it_was(data, tmp_path):
     wanted = [*tune(TINY), *tasks(TINY, dict.fromkeys(TINY.methods, 1e-3))]
     assert sorted(map(key, rows)) == sorted(key(keypoints.asdict(task)) for task in wanted)
     assert all(row["finite"] and len(row["looks"][-1]["attention"]) == 3 for row in rows)
-    page.write(out)
+
     text = (out / "README.md").read_text()
     assert "Tuning, with uniform weights" in text
     facts = json.loads((out / "results.json").read_text())["provenance"]

@@ -10,7 +10,7 @@ from test_cli import kamim
 
 torch = pytest.importorskip("torch")
 
-from kamim.bench import gpu, gpu_loader, gpu_page, gpu_steps
+from kamim.bench import ceiling, gpu, gpu_loader, gpu_page, gpu_steps
 from shards import ShardSet
 from shards.order import Plan
 from train.recipes import find_recipe
@@ -104,13 +104,15 @@ def test_a_run_is_killed_and_goes_on_with_the_same_losses(bench, tmp_path):
 
 def test_a_set_is_as_large_as_it_is_asked_to_be(bench):
     records = bench.records
-    many = gpu.as_many(records, 1000)
-    assert len(many) == 1000
-    assert many.shard_of(999) == len(many.shards) - 1
-    assert len(many[999].frame) == len(records[39].frame)
-    loader = many.loader(Plan(1000, 200), 0, 5, maps=["fast"])
+    many = ceiling.as_many(records, 2500)
+    assert len(many) == 2500
+    assert [shard.count for shard in many.shards] == [1000, 1000, 500]
+    assert many.shard_of(2499) == 2
+    first, each = records.shards[0].count, records.shards[1].count
+    assert many[1999].frame == records[first + 999 % each].frame
+    loader = many.loader(Plan(2500, 500), 0, 5, maps=["fast"])
     seen = [number for batch in loader for number in batch.samples.tolist()]
-    assert sorted(seen) == list(range(1000))
+    assert sorted(seen) == list(range(2500))
     assert len(ShardSet(records.folder)) == len(records) == 40
 
 

@@ -19,7 +19,7 @@ import preprocess
 import train.cuda
 from train import checkpoint
 from train.cuda import PEAK_FLOPS, peak_flops, warn_of_what_is_missing
-from train.estimate import MOST_PART, Memory, largest_part, memory_of
+from train.estimate import MOST_PART, Memory, largest_part, memory_of, memory_told
 from train.masking import ATTENTION, Masking
 from train.models import make_model
 from train.recipes import find_recipe, recipe_names
@@ -30,7 +30,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 SWIN = {"embed_dim": 24, "depths": (2, 2, 2, 2)}
 FEW = ("small", "small_simmim", "small_mae_kamim", "small_amt", "small_mae_famt", "small_famt_bf16",
-       "swin_tiny", "swin_tiny_bf16", "vit_tiny_mae_kamim_bf16")  # fmt: skip
+       "small:permuted", "small:contrast", "swin_tiny", "swin_tiny_bf16",
+       "vit_tiny_mae_kamim_bf16")  # fmt: skip
 REST = [name for name in recipe_names() if name not in FEW]
 
 
@@ -65,9 +66,10 @@ def batch_of(images, size):
 
 
 def reduced(name):
-    """The recipe with a model of few and narrow layers, and of few images."""
+    """The recipe `name`, or name:weights, with few and narrow layers, and of few images."""
+    name, _, weights = name.partition(":")
     options = SWIN if name.startswith("swin") else SMALL
-    recipe = replace(find_recipe(name), options=options, batch=4)
+    recipe = replace(find_recipe(name), options=options, batch=4, weights=weights or "detector")
     return replace(recipe, decoder=(32, 1, 2)) if recipe.method == "mae" else recipe
 
 
@@ -139,7 +141,9 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 # One graph.
 
 
-@pytest.mark.parametrize("name", ["small", "small_mae_kamim", "small_famt", "swin_tiny_bf16"])
+@pytest.mark.parametrize(
+    "name", ["small", "small:permuted", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
+)
 def test_a_step_is_one_graph_that_is_made_once(name):
     """Of crops, weights, forward, loss and backward, over steps whose boxes and masks differ."""
     recipe = reduced(name)
@@ -318,6 +322,11 @@ def test_micro_batches_fill_a_card_unless_it_is_said_how_large_they_are(monkeypa
     assert largest_part(64, 1e9, CUDA, base) == 64
     assert largest_part(0, 1e9, CUDA) == 256  # to the last bit, whatever is free
     assert largest_part(0, 1e6, CPU, base) == 256
+
+
+def test_a_full_card_is_told_with_what_to_type():
+    with pytest.raises(ValueError, match="--micro-batch 128 takes less"), memory_told(256):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_a_run_of_attention_is_measured_as_it_begins():

@@ -107,6 +107,19 @@ def bytes_of(cache):
     return total
 
 
+def test_processes_read_what_the_loader_holds_of_the_cache(http, folder, tmp_path):
+    """Fetched and kept by the loader, opened by its processes, below a limit that evicts."""
+    local, cache = ShardSet(folder), tmp_path / "cache"
+    largest = max(shard.bytes for shard in local.shards)
+    limit = 8 * largest + local.manifest.index.bytes
+    records = shards.open(http.url, cache=cache, cache_limit=limit)
+    plan = plan_of(local)
+    theirs = records.loader(plan, 0, 25, workers=2, processes=True)
+    for a, b in zip(local.loader(plan, 0, 25), theirs, strict=True):
+        assert equal(a, b)
+    assert bytes_of(cache) <= limit
+
+
 @pytest.mark.parametrize(("room", "fetches"), [(8, 84), (13, 50)])
 def test_batches_are_those_of_the_local_set_and_the_limit_is_kept(
     room, fetches, http, folder, tmp_path
