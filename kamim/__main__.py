@@ -28,6 +28,7 @@ import typer
 import kamim.bench.cli
 import kamim.evaluate.cli
 import preprocess.cli
+import preprocess.forms_cli  # adds its commands to those of cli
 import train.cli
 from preprocess import BuildError
 from shards.errors import UserError, install

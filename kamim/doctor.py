@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable
 
 from shards.errors import install
+from train.request import compiler_missing
 
 Row = tuple[str, str, str]
 # What is called what, the module, and when it is needed; what to type is said by install.
@@ -36,6 +37,7 @@ def examine() -> list[Row]:
     return [
         *rows,
         _checked("CUDA", _cuda),
+        _compiling(),
         _opencv(),
         _checked("Detectors", _detectors),
         _checked("FFCV", _ffcv),
@@ -67,6 +69,11 @@ def _cuda() -> tuple[str, str]:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})", ""
     return "no device; training runs on the CPU", "install an NVIDIA driver, if there is a GPU"
+
+
+def _compiling() -> Row:
+    hint = compiler_missing()
+    return "compiling on CUDA", "missing" if hint else "C compiler and Python.h", hint
 
 
 def _opencv() -> Row:

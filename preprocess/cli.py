@@ -159,8 +159,8 @@ def build(
         if name not in {field.name for field in fields(Settings)}:
             raise
         raise UserError(f"--{name.replace('_', '-')} {rule}") from None
-    _within("--jobs", jobs, 0)
-    _within("--max-rejected", max_rejected, 0, 1)
+    within("--jobs", jobs, 0)
+    within("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
         raise UserError("--repair builds from the source itself; leave --reuse out")
     from preprocess import compare, executors
@@ -193,7 +193,7 @@ def build(
     ledger = manifest.ledger
     if json_output:
         facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        _print_json({**facts, **asdict(ledger)})
+        print_json({**facts, **asdict(ledger)})
         return
     rejected = "".join(f", {n} {reason}" for reason, n in ledger.rejected.items())
     print(
@@ -277,7 +277,7 @@ def measure_rule(
     chosen = parsed_detectors(detector, detector_option or [])
     if len(chosen) > 1 or not chosen[0].has_keypoints:
         raise UserError(f"edge-rule measures one detector of points or maps, not {detector}")
-    _within("--samples", samples, 1)
+    within("--samples", samples, 1)
     check_detector(chosen[0])
     from preprocess.edges import measure_edge, write_edge
     from preprocess.shard import library_versions
@@ -289,7 +289,7 @@ def measure_rule(
     path = out or Path(f"{measured.name}.edge.json")
     write_edge(path, measured, library_versions(Settings(detectors=(measured,), mark=mark)))
     if json_output:
-        _print_json({"file": str(path), **asdict(rule)})
+        print_json({"file": str(path), **asdict(rule)})
         return
     for at, share in zip(rule.at, rule.share, strict=True):
         print(f"{at:4g} px {share:6.3f}")
@@ -313,7 +313,7 @@ def verify(
     structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
     decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
     """
-    _within("--samples", samples, 1)
+    within("--samples", samples, 1)
     if not folder.exists():
         raise UserError(
             f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
@@ -329,7 +329,7 @@ def verify(
         listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, samples)
     if json_output:
-        _print_json({"folder": str(folder), "level": level, "problems": problems})
+        print_json({"folder": str(folder), "level": level, "problems": problems})
     else:
         sound = f"{folder}: {{}} records are sound at level {level}"
         lines = problems[:20] or [sound.format(shards.load(folder).count)]
@@ -367,11 +367,11 @@ def inspect(
     """Write one HTML page: frames, densities, a crop with its weights, histograms, the ledger."""
     records = shards.ShardSet(folder)
     with waiting("drawing the page"):
-        text = shards.inspect_page(records, temperature, w_ps, _within("--samples", samples, 1))
+        text = shards.inspect_page(records, temperature, w_ps, within("--samples", samples, 1))
     path = page or folder / "inspect.html"
     write_atomically(path, text.encode("utf-8"))
     if json_output:
-        _print_json({"folder": str(folder), "page": str(path), "records": len(records)})
+        print_json({"folder": str(folder), "page": str(path), "records": len(records)})
     else:
         print(path)
 
@@ -396,8 +396,8 @@ def fidelity(
     """
     records = shards.ShardSet(folder)
     listed = _source_of(records, source, split)
-    _within("--samples", samples, 1)
-    _within("--temperature", temperature, 0.001, 1000)
+    within("--samples", samples, 1)
+    within("--temperature", temperature, 0.001, 1000)
     found = preprocess.measure_fidelity(records, listed, samples, temperature, w_ps, seed, jobs)
     sizes = preprocess.storage(records)
     headline = {
@@ -410,7 +410,7 @@ def fidelity(
     with waiting("drawing examples"):
         preprocess.write_picture(picture, preprocess.draw_fidelity(records, listed))
     if json_output:
-        _print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
+        print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
         return
     print(f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
     for name, errors in found.items():
@@ -437,76 +437,7 @@ def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "pr
         return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
 
 
-@app.command()
-def convert(
-    folder: Folder,
-    to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
-    out: Annotated[
-        Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
-    ] = None,
-    frames: Annotated[
-        Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store pixels.")
-    ] = "jpeg",
-    json_output: Json = False,
-) -> None:
-    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
-
-    Needs no FFCV; training on the result does.
-    """
-    from shards.beton import convert_to_ffcv
-
-    suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
-    target = out or folder.with_name(folder.name + suffix)
-    manifest = convert_to_ffcv(folder, target, frames)
-    if json_output:
-        facts = {"out": str(target), "fingerprint": manifest.fingerprint}
-        _print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
-    else:
-        print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
-
-
-@app.command()
-def upgrade(
-    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
-    out: Annotated[Path, Argument(help="Destination folder for the set in today's format.")],
-    json_output: Json = False,
-) -> None:
-    """Write a set of format version 2 in the format of today, without its source.
-
-    Every file is hashed before, and every record compared after: frames are the same bytes.
-    """
-    from shards.version2 import upgrade_set
-
-    manifest = upgrade_set(folder, out)
-    if json_output:
-        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        _print_json({**facts, "records": manifest.count})
-    else:
-        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
-
-
-@app.command()
-def copy(
-    source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
-    target: Annotated[str, Argument(help="Destination folder or URL.")],
-    jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
-    json_output: Json = False,
-) -> None:
-    """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
-
-    Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
-    same command copies only what is missing.
-    """
-    from shards.remote.copy import copy_set
-
-    manifest, copied = copy_set(source, target, _within("--jobs", jobs, 1))
-    if json_output:
-        _print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
-    else:
-        print(f"{target}: {manifest.count} records, {copied} files copied")
-
-
-def _within(option: str, value: Number, least: float, most: float = math.inf) -> Number:
+def within(option: str, value: Number, least: float, most: float = math.inf) -> Number:
     """`value`, or UserError if it is not a number from `least` to `most`."""
     if not least <= value <= most:
         give = f"at least {least}" if most == math.inf else f"{least} to {most}"
@@ -514,7 +445,7 @@ def _within(option: str, value: Number, least: float, most: float = math.inf) ->
     return value
 
 
-def _print_json(result: dict[str, Any]) -> None:
+def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2, sort_keys=True))
 
 

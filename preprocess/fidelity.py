@@ -19,9 +19,9 @@ from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
-from shards.dataset import places_of
 from shards.errors import UserError
 from shards.files import write_atomically
+from shards.index import places_of
 from shards.progress import progress
 from shards.record import DENSITY, WEIGHTS
 from shards.rng import Purpose

@@ -25,9 +25,9 @@ from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
 from preprocess.shard import Job, read_row, rejected_line, row_path
 from preprocess.source import Source
-from shards.dataset import flaws_of_files
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
+from shards.index import flaws_of_files
 from shards.progress import progress
 from shards.record import npy_bytes
 from shards.spec import File, Manifest, Settings, load, sha256_of_bytes

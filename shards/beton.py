@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import spec as _manifest
-from shards.dataset import ShardSet, flaws_of_files
+from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import LEFT, LOCK, MANIFEST, alone, replacing, sha256_of
+from shards.index import flaws_of_files
 from shards.progress import progress, waiting
 from shards.record import (
     COUNTS,

@@ -266,7 +266,7 @@ class Loader:
             batch.counts[name][:] = stored[chosen]
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         boxes, flips = np.split(buffers.crops[:count], [4], axis=1)
-        return batch._replace(boxes=unit_boxes(boxes, *size), flips=flips != 0)
+        return batch._replace(boxes=unit_boxes(boxes.astype(np.int64), *size), flips=flips != 0)
 
     def _slots(self, epochs: Ints, samples: Ints) -> Ints:
         """Which stored crop the plan shows of each sample."""

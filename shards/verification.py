@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from shards import spec as _manifest
 from shards.beton import check_tables, layout_of, values
-from shards.dataset import ShardSet, flaws_of_files, load_index
+from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import check_size
+from shards.index import flaws_of_files, load_index
 from shards.progress import progress
 from shards.record import (
     COUNTS,

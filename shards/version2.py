@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from shards import spec
 from shards.beton import finished_copy
 from shards.card import write_card
-from shards.dataset import ShardSet, flaws_of_files
+from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import LOCK, MANIFEST, alone
+from shards.index import flaws_of_files
 from shards.progress import progress
 from shards.record import Bank, Record, from_members, key_of, npy_bytes
 from shards.spec import INDEX, REJECTED, File, Manifest

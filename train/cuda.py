@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from train.progress import say
+from train.request import compiler_missing
 
 # Dense bfloat16 FLOP/s by words of a card's name, as NVIDIA's data sheets have them; the first line
 # whose words are all there counts.
@@ -44,12 +45,14 @@ def peak_flops(name: str) -> float | None:
     return next((peak for card, peak in PEAK_FLOPS.items() if set(card.split()) <= words), None)
 
 
-def warn_of_what_is_missing(device: torch.device) -> None:
+def warn_of_what_is_missing(device: torch.device, compiles: bool = True) -> None:
     """Say it if training on `device` is not what one would expect of the machine."""
     if device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
             say(f"warning: {name} has no bfloat16, which training computes in: it is emulated")
+        if compiles and compiler_missing():
+            say(f"warning: training is not compiled, and slow; type: {compiler_missing()}")
     elif any(Path("/dev").glob("nvidia[0-9]*")) and not torch.cuda.is_available():
         say(
             f"warning: there is an NVIDIA device, and torch sees no CUDA: its driver may be older "

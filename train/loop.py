@@ -34,7 +34,7 @@ from train.masking import Masking
 from train.models import in_bf16, make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
 from train.progress import Progress, busy, say
-from train.request import Run
+from train.request import Run, compiler_missing
 from train.schedule import learning_rate
 from train.setup import (
     Data,
@@ -96,7 +96,7 @@ def pretrain(run: Run) -> None:
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
     alone: nn.Module = Step(model, crops)
     parallel: Any = in_parallel(alone) if ranks > 1 else alone
-    compiles = run.compile and device.type == "cuda"
+    compiles = device.type == "cuda" and run.compile and not compiler_missing()
     micro = compiled(parallel) if compiles else parallel
     peak = peak_flops(device_name(device))
     if writes:

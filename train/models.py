@@ -98,9 +98,9 @@ class SimMIM(nn.Module):
         if not self.narrow:
             pixels: Tensor = self.decoder(features)
             return pixels
-        widen, arrange = self.decoder
+        widen: Any = self.decoder[0]
         by_place = F.linear(features.permute(0, 2, 3, 1), widen.weight.flatten(1), widen.bias)
-        out: Tensor = arrange(by_place.permute(0, 3, 1, 2))
+        out: Tensor = self.decoder[1](by_place.permute(0, 3, 1, 2))
         return out
 
     def _vit(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """What a user asks of `kamim pretrain`, checked before torch is imported: that takes seconds."""
 
+import os
 import re
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,3 +81,11 @@ def check_wandb(project: str) -> None:
     """UserError if a `project` is named and the package is not there."""
     if project and find_spec("wandb") is None:
         raise UserError("--wandb needs the package; type: pip install wandb")
+
+
+def compiler_missing() -> str:
+    """What to type where torch.compile cannot build its launchers: they are C, for this Python."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    packages = [name for name, there in (("gcc", compiler), ("python3-dev", headers)) if not there]
+    return f"apt-get install {' '.join(packages)}" if packages else ""

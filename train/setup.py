@@ -60,7 +60,7 @@ def start_device(run: Run) -> torch.device:
     device = find_device(run.device)
     if run.deterministic and device.type == "cuda":
         make_deterministic()
-    warn_of_what_is_missing(device)
+    warn_of_what_is_missing(device, run.compile)
     return device
 
 

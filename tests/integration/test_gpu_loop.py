@@ -23,6 +23,7 @@ from train.estimate import MOST_PART, Memory, largest_part, memory_of, memory_to
 from train.masking import ATTENTION, Masking
 from train.models import make_model
 from train.recipes import find_recipe, recipe_names
+from train.request import compiler_missing
 from train.setup import find_device, make_optimizer, weighted_crops
 from train.step import Pace, Step, in_parallel
 
@@ -460,6 +461,22 @@ def test_a_card_that_torch_does_not_see_is_told_of(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old card")
     warn_of_what_is_missing(CUDA)
     assert "Old card has no bfloat16" in capsys.readouterr().err
+
+
+def test_what_compiling_needs_is_told_with_what_to_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("train.request.shutil.which", lambda name: "/usr/bin/gcc")
+    monkeypatch.setattr("train.request.sysconfig.get_path", lambda name: str(tmp_path))
+    assert compiler_missing() == "apt-get install python3-dev"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    warn_of_what_is_missing(CUDA, compiles=False)
+    assert capsys.readouterr().err == ""
+    warn_of_what_is_missing(CUDA)
+    assert "not compiled, and slow; type: apt-get install python3-dev" in capsys.readouterr().err
+    (tmp_path / "Python.h").touch()
+    assert compiler_missing() == ""
+    monkeypatch.setattr("train.request.shutil.which", lambda name: None)
+    assert compiler_missing() == "apt-get install gcc"
 
 
 # Several processes.

@@ -20,7 +20,7 @@ import timm
 from safetensors.torch import load_file
 
 from shards.files import alone
-from train import checkpoint
+from train import checkpoint, setup
 from train.export import export
 from train.log import read_metrics
 from train.loop import pretrain
@@ -154,6 +154,11 @@ def test_a_run_that_another_process_trains_is_left_to_it(shards, tmp_path):
     assert not (out / "metrics.jsonl").exists()
 
 
+def test_a_loader_of_processes_gives_the_same_losses(shards, tmp_path):
+    threads = run(shards, tmp_path / "threads", steps=4)
+    assert run(shards, tmp_path / "processes", steps=4, workers=2, processes=True) == threads
+
+
 def test_accumulation_gives_the_gradients_of_one_large_batch(shards, tmp_path):
     whole = run(shards, tmp_path / "whole")
     parts = run(shards, tmp_path / "parts", recipe=replace(TINY, micro_batch=2))
@@ -275,7 +280,7 @@ def test_a_bank_of_other_crops_is_refused(changes, words, shards, tmp_path):
         run(shards, tmp_path / "out", recipe=replace(TINY, **changes), bank=True)
 
 
-def test_a_run_goes_on_only_as_itself(shards, tmp_path):
+def test_a_run_goes_on_only_as_itself(shards, tmp_path, monkeypatch):
     run(shards, tmp_path / "out", steps=4)
     with pytest.raises(ValueError, match=r"holds a run already \(to step 4\).*--resume, or"):
         run(shards, tmp_path / "out")
@@ -285,6 +290,9 @@ def test_a_run_goes_on_only_as_itself(shards, tmp_path):
         run(shards, tmp_path / "out", seed=1, resume=True)
     with pytest.raises(ValueError, match=r"window was 0, is 3"):
         run(shards, tmp_path / "out", window=3, resume=True)
+    monkeypatch.setattr(setup, "check_decoding", lambda *_: None)  # as on a GPU
+    with pytest.raises(ValueError, match=r"decode was cpu, is gpu"):
+        run(shards, tmp_path / "out", decode="gpu", resume=True)
 
 
 class Evil:

@@ -1,0 +1,77 @@
+"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format, place."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from preprocess.cli import Folder, Json, app, print_json, within
+
+
+@app.command()
+def convert(
+    folder: Folder,
+    to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
+    out: Annotated[
+        Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
+    ] = None,
+    frames: Annotated[
+        Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store pixels.")
+    ] = "jpeg",
+    json_output: Json = False,
+) -> None:
+    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
+
+    Needs no FFCV; training on the result does.
+    """
+    from shards.beton import convert_to_ffcv
+
+    suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
+    target = out or folder.with_name(folder.name + suffix)
+    manifest = convert_to_ffcv(folder, target, frames)
+    if json_output:
+        facts = {"out": str(target), "fingerprint": manifest.fingerprint}
+        print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
+    else:
+        print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def upgrade(
+    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
+    out: Annotated[Path, Argument(help="Destination folder for the set in today's format.")],
+    json_output: Json = False,
+) -> None:
+    """Write a set of format version 2 in the format of today, without its source.
+
+    Every file is hashed before, and every record compared after: frames are the same bytes.
+    """
+    from shards.version2 import upgrade_set
+
+    manifest = upgrade_set(folder, out)
+    if json_output:
+        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
+        print_json({**facts, "records": manifest.count})
+    else:
+        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
+
+
+@app.command()
+def copy(
+    source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
+    target: Annotated[str, Argument(help="Destination folder or URL.")],
+    jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
+    json_output: Json = False,
+) -> None:
+    """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
+
+    Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
+    same command copies only what is missing.
+    """
+    from shards.remote.copy import copy_set
+
+    manifest, copied = copy_set(source, target, within("--jobs", jobs, 1))
+    if json_output:
+        print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
+    else:
+        print(f"{target}: {manifest.count} records, {copied} files copied")

@@ -1,0 +1,90 @@
+"""Where records and their arrays lie: a set's index, loaded and checked, and its files, hashed."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+from shards.files import check_sha256, check_size, mending
+from shards.progress import progress
+from shards.record import Array, fields_of
+from shards.spec import INDEX, File, Manifest
+from shards.tar import INDEX_DTYPE
+from shards.tar import places_of as places_in_tar
+
+
+def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
+    """The set's index, INDEX_DTYPE [records], memory-mapped. Raises UserError if it is wrong.
+
+    Its sha256 is checked first, 52 bytes per record, and that its places lie in their shards: every
+    later read trusts it.
+    """
+    path, (_, arrays) = folder / INDEX, places_of(manifest)
+    check_size(path, manifest.index.bytes)
+    check_sha256(path, manifest.index.sha256)
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
+        raise UserError(
+            f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
+        )
+    with path.open("rb") as file:  # not through the map, which would keep all of it in memory
+        file.seek(index.offset)
+        for shard in manifest.shards:
+            rows = np.fromfile(file, INDEX_DTYPE, shard.count)
+            if misplaced(rows, shard.bytes, arrays).any():
+                raise UserError(
+                    f"{path} has a record of {shard.name} that cannot lie in it; {mending(path)}"
+                )
+    return index
+
+
+def places_of(manifest: Manifest) -> tuple[dict[str, tuple[Array, int]], int]:
+    """Each array of a record by name, with where its data begin behind the first byte of the
+    record's arrays; and the bytes that its arrays take.
+    """
+    if manifest.container == "webdataset":
+        places, size = places_in_tar(manifest.settings)
+    else:
+        places, size = [], 0
+        for array in fields_of(manifest.settings):
+            places.append((array, size))
+            size += array.bytes
+    return {array.name: (array, at) for array, at in places}, size
+
+
+def misplaced(rows: NDArray[np.void], size: int, arrays: int) -> NDArray[np.bool_]:
+    """Which rows of an index are of no record in a shard of `size` bytes, whose arrays take
+    `arrays` bytes: whoever reads them would read elsewhere, or divide by zero.
+    """
+    start, end = rows["start"], rows["start"] + rows["bytes"]
+    wrong = (start > size) | (end > size) | (rows["height"] == 0) | (rows["width"] == 0)
+    for name, length in (("frame", rows["frame_bytes"]), ("arrays", np.uint64(arrays))):
+        place = rows[name]
+        wrong |= (place < start) | (place > end) | (length > end - place)
+    return np.asarray(wrong | (rows["arrays"] < rows["frame"] + rows["frame_bytes"]))
+
+
+def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:
+    """What is wrong with each of `files` whose bytes are not as written, by name."""
+    flaws = {}
+    with (
+        ThreadPoolExecutor(joblib.cpu_count()) as pool,
+        progress("hashing", sum(file.bytes for file in files), unit="B", delay=1) as bar,
+    ):
+        found = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
+        for file, flaw in zip(files, found, strict=True):
+            bar.update(file.bytes)
+            if flaw:
+                flaws[file.name] = flaw
+    return flaws
+
+
+def _flaw_of_file(path: Path, sha256: str) -> str:
+    try:
+        check_sha256(path, sha256)
+    except ValueError as error:
+        return str(error)
+    return ""
