@@ -36,7 +36,7 @@ help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
-	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,sift,frequency'
+	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'

@@ -28,7 +28,8 @@ import typer
 import kamim.bench.cli
 import kamim.evaluate.cli
 import preprocess.cli
-import preprocess.forms_cli  # adds its commands to those of cli
+import preprocess.edges_cli
+import preprocess.forms_cli  # these two add their commands to those of cli
 import preprocess.maps_cli
 import train.cli
 from preprocess import BuildError

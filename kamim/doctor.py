@@ -34,7 +34,14 @@ def examine() -> list[Row]:
     """Every part in turn; the third column is empty where nothing is missing."""
     rows = [("Python", platform.python_version(), "")]
     rows += [_package(part, module) for part, module in PACKAGES.items()]
-    return [*rows, _checked("CUDA", _cuda), _compiling(), _opencv(), _checked("FFCV", _ffcv)]
+    return [
+        *rows,
+        _checked("CUDA", _cuda),
+        _compiling(),
+        _opencv(),
+        _checked("Detectors", _detectors),
+        _checked("FFCV", _ffcv),
+    ]
 
 
 def _package(part: str, module: str) -> Row:
@@ -87,6 +94,16 @@ def _opencv() -> Row:
     hint = f"type: pip uninstall -y {' '.join(wheels)} opencv-python-headless && "
     hint += "pip install opencv-python-headless"
     return "OpenCV", f"{state}, and {', '.join(wheels)} in the same cv2 folder", hint
+
+
+def _detectors() -> tuple[str, str]:
+    import cv2
+
+    from preprocess.detectors import CREATE
+
+    there = [name for name, made_by in CREATE.items() if hasattr(cv2, f"{made_by}_create")]
+    lacking = ", ".join(name for name in CREATE if name not in there)
+    return ", ".join(there) + (f"; only OpenCV 4 has {lacking}" if lacking else ""), ""
 
 
 def _installed(distribution: str) -> bool:

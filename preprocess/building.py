@@ -5,6 +5,7 @@ restart does only what is missing, and the manifest, written last, says that all
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -158,6 +159,9 @@ def claim(
         write_atomically(work / FACTS, json.dumps(facts).encode("ascii"))
         bare = replace(source, entries=[], classes=[])
         folders = out.resolve(), work.resolve()
+        if any(detector.plugin for detector in settings.detectors):
+            # An engine's processes may be older than what this one has come to know.
+            options["modules"] = (*sys.path, os.getcwd())
         yield Job(settings, bare, *folders, fingerprint(facts), **options)
         sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it

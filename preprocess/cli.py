@@ -16,7 +16,7 @@ from typer import Option
 import preprocess
 import shards
 from preprocess import BuildError
-from preprocess.detectors import parsed_detectors
+from preprocess.detectors import check_detector
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -25,6 +25,7 @@ from preprocess.options import (
     Crop,
     DetectorOptions,
     Detectors,
+    EdgeRules,
     Engine,
     Folder,
     From,
@@ -43,6 +44,7 @@ from preprocess.options import (
     ShardSize,
     Split,
     Temperature,
+    detectors_of,
 )
 from shards.errors import UserError
 from shards.files import mending, write_atomically
@@ -62,6 +64,7 @@ def build(
     split: Split = "",
     detector: Detectors = "fast",
     detector_option: DetectorOptions = None,
+    edge_rule: EdgeRules = None,
     frame: Annotated[
         int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
     ] = DEFAULTS.frame,
@@ -114,7 +117,7 @@ def build(
         grid=grid,
         mark=mark,
         detect_on=detect_on,
-        detectors=parsed_detectors(detector, detector_option or []),
+        detectors=detectors_of(detector, detector_option, edge_rule),
         shard_size=shard_size,
         weights=_weights(weights),
         levels=levels,
@@ -150,14 +153,14 @@ def run_build(
     within("--max-rejected", max_rejected, 0, 1)
     if repair and reuse:
         raise UserError("--repair builds from the source itself; leave --reuse out")
-    from preprocess import compare, detectors, executors
+    from preprocess import compare, executors
     from preprocess.building import shard_size_for
     from preprocess.repair import repair_shards
 
     for each in settings.detectors:
-        detectors.check_detector(each)
+        check_detector(each)
     executors.check(backend, scheduler)  # listing a large source takes a while
-    _warn(settings, jobs, scheduler)
+    _warn(settings, jobs, scheduler, source)
     with waiting(f"listing {source}"):
         listed = preprocess.open_source(source, split, partial)
     _say_what_is_listed(listed)
@@ -166,7 +169,7 @@ def run_build(
             mended = repair_shards(listed, out, settings, jobs, backend, scheduler)
             more = f" and {len(mended) - 5} more" if len(mended) > 5 else ""
             names = ", ".join(mended[:5])
-            _say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
+            say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
         manifest = preprocess.build_shards(listed, out, settings, *how)
     except (UserError, BuildError) as error:
         if " SOURCE " not in str(error):
@@ -189,7 +192,7 @@ def run_build(
         f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )
     if ledger.rejected:
-        _say(f"the rejected inputs and their reasons are in {out / REJECTED}")
+        say(f"the rejected inputs and their reasons are in {out / REJECTED}")
 
 
 def _weights(text: str) -> tuple[float, int] | None:
@@ -203,29 +206,39 @@ def _weights(text: str) -> tuple[float, int] | None:
         raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
 
 
-def _warn(settings: Settings, jobs: int, scheduler: str) -> None:
+def _warn(settings: Settings, jobs: int, scheduler: str, source: str) -> None:
     """Say what will work less well than it seems."""
     import joblib
 
+    from shards.crops import RINGS
+
+    for each in settings.detectors:
+        if each.has_keypoints and each.name not in RINGS and not each.edge:
+            call = f"{each.name}={each.plugin.function}" if each.plugin else each.name
+            say(
+                f"{each.name} has no edge rule: its map is read as if it found as much near a "
+                f"crop's edge; measure one by kamim shards edge-rule {call} {shlex.quote(source)}"
+            )
+
     least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
     if 0 < settings.frame < least:
-        _say(
+        say(
             f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
             f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
         )
     if jobs > joblib.cpu_count() and not scheduler:
         cores = joblib.cpu_count()
-        _say(f"--jobs {jobs} on {cores} cores is not faster than --jobs {cores}, and needs memory")
+        say(f"--jobs {jobs} on {cores} cores is not faster than --jobs {cores}, and needs memory")
 
 
 def _say_what_is_listed(listed: "preprocess.Source") -> None:
     if listed.ignored:
-        _say(f"{listed.ignored} files are not named as images and were ignored")
+        say(f"{listed.ignored} files are not named as images and were ignored")
     if listed.sets:
-        _say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
+        say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
     unlabelled = sum(entry.label < 0 for entry in listed.entries)
     if unlabelled:
-        _say(f"{unlabelled} of {len(listed.entries)} images have no label")
+        say(f"{unlabelled} of {len(listed.entries)} images have no label")
 
 
 @app.command()
@@ -355,7 +368,7 @@ def fidelity(
         f"bytes per image: {parts}; in all {sizes['bytes']:,}, maps and bank add "
         f"{sizes['added']:.1%}"
     )
-    _say(f"examples: {picture}")
+    say(f"examples: {picture}")
 
 
 def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "preprocess.Source":
@@ -381,5 +394,5 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2, sort_keys=True))
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr)

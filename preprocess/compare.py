@@ -3,7 +3,7 @@ says what to type.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, check_size
 from shards.progress import waiting
-from shards.spec import EXTRAS, FORMAT_VERSION, INDEX, Manifest, Settings, load
+from shards.spec import EXTRAS, FORMAT_VERSION, INDEX, Manifest, Plugin, Settings, fingerprint, load
+from shards.spec import plain as as_plain
 from shards.tar import shard_name
 from shards.verification import damaged_files
 
 Facts = dict[str, Any]
 WORK = ".build"
+PLUGIN = tuple(field.name for field in fields(Plugin))
 PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detect_on", "levels")
 
 
@@ -37,7 +39,7 @@ def facts_of_set(finished: Manifest) -> Facts:
 
 
 def _facts(version: int, settings: Settings, source: Facts, versions: Facts) -> Facts:
-    plain: Facts = json.loads(json.dumps(asdict(settings)))  # as it will be read back
+    plain: Facts = json.loads(json.dumps(as_plain(settings)))  # as it will be read back
     return {"format_version": version, "settings": plain, "source": source, "versions": versions}
 
 
@@ -97,7 +99,7 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
     if there == here:
         return []
     if name == "settings.detectors":
-        before, now = ({d["name"]: d["options"] for d in side} for side in (there, here))
+        before, now = ({d["name"]: _facts_of_detector(d) for d in side} for side in (there, here))
         if list(before) != list(now):
             return [f"{name} is {','.join(before)} there, {','.join(now)} here"]
         return [
@@ -111,6 +113,12 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
     if name == "settings.area":
         there, here = there[0], here[0]
     return [f"{name} is {there} there, {here} here"]
+
+
+def _facts_of_detector(row: Facts) -> Facts:
+    """Options, plug-in and edge rule of a detector, each as one line can say it."""
+    edge = row.get("edge") and f"of {row['edge']['photos']} photos, {fingerprint(row['edge'])[:8]}"
+    return {**row["options"], "edge": edge} | row.get("plugin", dict.fromkeys(PLUGIN))
 
 
 def check_manifest_is_not_lost(out: Path) -> None:
@@ -173,11 +181,18 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     unasked; `shard_size` is what it chooses by itself.
     """
     default = Settings()
-    words = [f"--detector {','.join(detector.name for detector in settings.detectors)}"]
+    called = [
+        f"{each.name}={each.plugin.function}" if each.plugin else each.name
+        for each in settings.detectors
+    ]
+    words = [f"--detector {','.join(called)}"]
     for detector in settings.detectors:
+        usual = {} if detector.plugin else KNOWN[detector.name]
         for option, value in detector.options.items():
-            if value != KNOWN[detector.name].get(option):
+            if value != usual.get(option):
                 words.append(f"--detector-option {detector.name}.{option}={value}")
+        if detector.edge:
+            words.append(f"--edge-rule {detector.name}.edge.json")
     for name in PLAIN if settings.frame else PLAIN[2:]:  # kamim maps build has no frame, no quality
         value = getattr(settings, name)
         if value != getattr(default, name):

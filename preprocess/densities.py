@@ -72,13 +72,14 @@ def _keypoint_densities(
     for planned in map_views(number, size or (height, width), settings):
         view = _on(planned, size, (height, width)) if size else planned
         top, left, tall, wide = view.box
-        grey = published_grey(squeezed(rgb, view))
+        pixels = squeezed(rgb, view)
+        grey = published_grey(pixels)
         y = np.clip((edges * height - top) * (view.rows / tall), 0, view.rows)
         x = np.clip((edges * width - left) * (view.columns / wide), 0, view.columns)
         cell = height * view.rows / (grid * tall), width * view.columns / (grid * wide)  # px
         for row, detector in enumerate(detectors):
-            keypoints = detect(detector, grey, settings.crop)
-            bitmap = mark(keypoints, view.rows, view.columns, settings.mark)
+            shown = pixels if detector.plugin else grey
+            bitmap = covered(detector, shown, settings.mark, settings.crop)
             marked[row] += cell_sums(cv2.integral(bitmap), y, x) / (cell[0] * cell[1])
             down = visible_sums(detector, view.rows, y, settings.mark) / cell[0]
             across = visible_sums(detector, view.columns, x, settings.mark) / cell[1]
@@ -126,9 +127,11 @@ def bank_of(rgb: Image, number: int, settings: Settings) -> Bank:
     for slot, box in enumerate(boxes):
         crop = squeezed(rgb, View(box, side, side))
         crop = crop[:: -1 if flips[slot, 1] else 1, :: -1 if flips[slot, 0] else 1]
-        grey = published_grey(np.ascontiguousarray(crop))
+        crop = np.ascontiguousarray(crop)
+        grey = published_grey(crop)
         for detector in settings.detectors:
-            counts[detector.name][slot] = crop_counts(detector, grey, settings.mark)
+            shown = crop if detector.plugin else grey
+            counts[detector.name][slot] = crop_counts(detector, shown, settings.mark)
     return Bank(np.array(boxes, np.int64), flips, counts)
 
 
@@ -158,13 +161,32 @@ def weights_of(
     return stored
 
 
-def crop_counts(detector: Detector, grey: Image, kind: str) -> Image:
-    """Marked pixels of each BANK_CELL of a square crop, uint8 [cells, cells], from its grey."""
-    side = len(grey)
-    bitmap = mark(detect(detector, grey, side), side, side, kind)
+def covered(
+    detector: Detector, pixels: Image, kind: str, crop: int
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """What `detector` finds in a view as [H, W]: uint8 0 or 1 of marks, or a plug-in's map, float32
+    0 to 1. `pixels` are the view's grey, or RGB for a plug-in; crop: as detect.
+    """
+    rows, columns = pixels.shape[:2]
+    found = detect(detector, pixels, crop)
+    if found.shape[1] == 2:
+        return mark(found, rows, columns, kind)
+    shrinking = found.shape[0] > rows or found.shape[1] > columns
+    method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(found, (columns, rows), interpolation=method), np.float32)
+
+
+def crop_counts(detector: Detector, pixels: Image, kind: str) -> Image:
+    """Marked pixels of each BANK_CELL of a square crop, uint8 [cells, cells], from its grey, or
+    from RGB for a plug-in; a map's mean, to the nearest 64th, counts as as many.
+    """
+    side = len(pixels)
+    bitmap = covered(detector, pixels, kind, side)
     cells = side // BANK_CELL
-    counts = bitmap.reshape(cells, BANK_CELL, cells, BANK_CELL).sum(axis=(1, 3), dtype=np.uint8)
-    return np.asarray(counts)
+    parts = bitmap.reshape(cells, BANK_CELL, cells, BANK_CELL)
+    if bitmap.dtype == np.uint8:
+        return np.asarray(parts.sum(axis=(1, 3), dtype=np.uint8))
+    return np.rint(parts.sum(axis=(1, 3), dtype=np.float64)).astype(np.uint8)
 
 
 def published_grey(rgb: Image) -> Image:

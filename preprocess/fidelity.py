@@ -13,7 +13,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocess.decode import decode_image
+from preprocess.decode import Rejected, decode_image
 from preprocess.densities import View, crop_counts, published_grey, squeezed
 from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
@@ -96,7 +96,11 @@ def keypoint_detectors(settings: Settings) -> list[Detector]:
 
 def detected(pixels: NDArray[np.uint8], detector: Detector, settings: Settings) -> Floats:
     """The published densities of a crop, float64 [c, c]."""
-    return crop_counts(detector, published_grey(pixels), settings.mark) / FULL
+    shown = pixels if detector.plugin else published_grey(pixels)
+    try:
+        return crop_counts(detector, shown, settings.mark) / FULL
+    except Rejected as error:
+        raise UserError(f"{error.reason} on a crop: {error.detail}") from None
 
 
 def _densities(

@@ -3,7 +3,6 @@
 import typer
 
 from preprocess.cli import run_build, settings_of
-from preprocess.detectors import parsed_detectors
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -11,6 +10,7 @@ from preprocess.options import (
     Crop,
     DetectorOptions,
     Detectors,
+    EdgeRules,
     Engine,
     Grid,
     Jobs,
@@ -26,6 +26,7 @@ from preprocess.options import (
     Scheduler,
     ShardSize,
     Split,
+    detectors_of,
 )
 
 app = typer.Typer(help="Build densities without frames.", no_args_is_help=True)
@@ -43,6 +44,7 @@ def build(
     split: Split = "",
     detector: Detectors = "fast",
     detector_option: DetectorOptions = None,
+    edge_rule: EdgeRules = None,
     crop: Crop = DEFAULTS.crop,
     area: Area = DEFAULTS.area[0],
     map_crops: MapCrops = DEFAULTS.map_crops,
@@ -72,7 +74,7 @@ def build(
         map_crops=map_crops,
         grid=grid,
         mark=mark,
-        detectors=parsed_detectors(detector, detector_option or []),
+        detectors=detectors_of(detector, detector_option, edge_rule),
         shard_size=shard_size,
     )
     how = jobs, on_error, max_rejected, reuse, backend, scheduler

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from shards.spec import Settings
+from preprocess.detectors import DEFAULTS as OPENCV
+from preprocess.detectors import parsed_detectors
+from shards.spec import Detector, Settings
 
 # The names of datasets.py and executors.py, which need libraries (tested).
 _PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
@@ -27,13 +29,18 @@ Out = Annotated[Path, Argument(help="Destination folder: new, or an unfinished s
 Detectors = Annotated[
     str,
     Option(
-        help="Detectors, separated by commas: fast, orb, sift. frequency is a map of low "
-        "frequencies by FFT, without keypoints, for FAMT's masks."
+        help=f"Detectors, separated by commas: OpenCV's {', '.join(OPENCV)}; your own as "
+        "MODULE:FUNCTION or NAME=MODULE:FUNCTION. frequency is a map of low frequencies by "
+        "FFT, without keypoints, for FAMT's masks."
     ),
 ]
 DetectorOptions = Annotated[
     list[str] | None,
-    Option(help="OpenCV option of a detector, as fast.threshold=20. Repeatable."),
+    Option(help="Option of a detector, as fast.threshold=20. Repeatable."),
+]
+EdgeRules = Annotated[
+    list[Path] | None,
+    Option(help="File that kamim shards edge-rule wrote for a detector. Repeatable."),
 ]
 Crop = Annotated[int, Option(help="Side of the training crops that densities are for, px.")]
 Area = Annotated[float, Option(help="Least share of the source that such a crop shows.")]
@@ -64,3 +71,15 @@ From = Annotated[str | None, Option(help="The source of the set; the demo's need
 Split = Annotated[str, Option(help="Split of a named dataset; the training split by default.")]
 Temperature = Annotated[float, Option(help="T of the weights.")]
 Cell = Annotated[int, Option(help="Side of a weight cell of a crop, px.")]
+
+
+def detectors_of(
+    names: str, options: list[str] | None, edge_rules: list[Path] | None
+) -> tuple[Detector, ...]:
+    """Detectors as the command names them, with their options and measured edge rules."""
+    detectors = parsed_detectors(names, options or [])
+    for path in edge_rules or []:
+        from preprocess.edges import with_edge
+
+        detectors = with_edge(detectors, path)
+    return detectors

@@ -46,22 +46,22 @@ def _differences(records: ShardSet, record: Record, source: Source | None) -> li
             rgb = decode_image(source.read(entry))
         except Rejected as error:
             return [f"record {record.key}: {record.source!r} is now {error.reason}"]
-    again = maps_of(rgb, record.frame, number, settings, (record.height, record.width))
+    named = f"record {record.key} ({record.source!r})"
+    try:
+        again = maps_of(rgb, record.frame, number, settings, (record.height, record.width))
+        bank = bank_of(rgb, number, settings) if rgb is not None and settings.bank else None
+    except Rejected as error:
+        return [f"{named}: {error.reason} now, {error.detail}"]
     built_with = records.manifest.versions["opencv"]
     note = "" if built_with == cv2.__version__ else f" (OpenCV {built_with}, {cv2.__version__} now)"
-    named = f"record {record.key} ({record.source!r})"
     problems = [
         f"{named}: the {name} map differs in {np.count_nonzero(stored != new)} of {stored.size} "
         f"cells{note}"
         for name, stored in record.maps.items()
         if not np.array_equal(stored, new := again[name])
     ]
-    bank = None
-    if record.bank is not None:
-        assert rgb is not None
-        bank = bank_of(rgb, number, settings)
-        if not record.bank.equals(bank):
-            problems.append(f"{named}: the bank differs")
+    if record.bank is not None and not (bank and record.bank.equals(bank)):
+        problems.append(f"{named}: the bank differs")
     if not equal(record.weights, weights_of(again, bank, settings)):
         problems.append(f"{named}: the weights differ")
     return problems

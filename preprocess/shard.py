@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Job:
     fingerprint: str  # of the FACTS in `work`: who does not see them works elsewhere
     reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
     fail: bool = False  # stop at the first input that is rejected
+    modules: tuple[str, ...] = ()  # folders where the driver finds plug-ins
 
 
 class Written(NamedTuple):
@@ -66,8 +68,9 @@ class Written(NamedTuple):
 def library_versions(settings: Settings) -> dict[str, str]:
     """Versions of the libraries that decide the bytes of a record."""
     known = [("opencv", cv2), ("pillow", PIL), ("simplejpeg", simplejpeg)]
-    if settings.weights or not all(d.has_keypoints for d in settings.detectors):
-        known.append(("numpy", np))  # its FFT decides the frequency map, its exp the weights
+    if settings.weights or not all(d.has_keypoints and not d.plugin for d in settings.detectors):
+        # Its FFT decides the frequency map, its exp the weights; a plug-in uses who knows what.
+        known.append(("numpy", np))
     return {name: library.__version__ for name, library in known}
 
 
@@ -83,6 +86,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     not see the driver's folders or has other libraries.
     """
     _check_here(job)
+    sys.path.extend(folder for folder in job.modules if folder not in sys.path)
     cv2.setNumThreads(1)  # jobs are the parallelism; nested threads only fight
     in_main_thread = threading.current_thread() is threading.main_thread()
     if multiprocessing.current_process().name != "MainProcess" and in_main_thread:
@@ -94,6 +98,8 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
         for index, (entry, read) in enumerate(job.source.read_in_order(entries), start=first):
             try:
                 rgb = decode_image(read())
+                old = _old_record(job.reuse, index) if job.reuse else None
+                record = describe(rgb, index, entry, job.settings, old)
             except Rejected as error:
                 if job.fail:
                     raise BuildError(
@@ -104,8 +110,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
                 if unread < 0 and error.reason in UNREAD:
                     unread = index - first
                 continue
-            old = _old_record(job.reuse, index) if job.reuse else None
-            writer.add(describe(rgb, index, entry, job.settings, old))
+            writer.add(record)
     row = {"file": asdict(writer.file), "index": writer.index.tolist(), "rejected": rejected}
     # A row that a power cut damages or loses only means that its shard is built again.
     write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"), durable=False)
@@ -194,7 +199,8 @@ def describe(
 ) -> Record:
     """The record of input number `index`, `entry`, with pixels `rgb` (uint8 RGB [H, W, 3]).
 
-    Frame and maps of the `old` record are taken over where its settings give the same.
+    Frame and maps of the `old` record are taken over where its settings give the same. Raises
+    Rejected if a plug-in fails on the image.
     """
     height, width = rgb.shape[:2]
     frame = old[0].frame if old and settings.frame else b""

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.rng import uniform
-from shards.spec import AREA, Detector, Settings
+from shards.spec import AREA, Detector, Edge, Plugin, Settings
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+EdgeKey = tuple[tuple[float, ...], tuple[float, ...]]
 
 TRIES = 10  # torchvision's RandomResizedCrop
 # The published crop, beside AREA: ratio in source pixels, probability of either flip.
@@ -87,10 +88,12 @@ def visible(detector: Detector, side: int, mark: str = "ring") -> Floats:
 
     Both directions multiply: a pixel's share is that of its row times that of its column.
     """
-    if not detector.has_keypoints:
-        return np.ones(side)
     pixels = np.arange(side)
     distance = np.minimum(pixels, side - 1 - pixels).astype(np.float64)
+    if detector.edge:
+        return np.interp(distance, detector.edge.at, detector.edge.share)
+    if detector.plugin or detector.name not in RINGS:  # not measured, or knows no edge
+        return np.ones(side)
     if detector.name == "orb":  # the margin is an option of its own
         distance += ORB_MARGIN - float(detector.options["edgeThreshold"])
     if mark == "point":
@@ -102,14 +105,19 @@ def visible(detector: Detector, side: int, mark: str = "ring") -> Floats:
 def visible_sums(detector: Detector, side: int, at: Floats, mark: str = "ring") -> Floats:
     """Sums of `visible` between neighbouring `at` (px), which may cut pixels."""
     margin = float(detector.options["edgeThreshold"]) if detector.name == "orb" else 0.0
-    sums = np.interp(at, *_running(detector.name, margin, side, mark))
+    edge = detector.edge and (tuple(detector.edge.at), tuple(detector.edge.share))
+    sums = np.interp(at, *_running(detector.name, margin, side, mark, edge, not detector.plugin))
     return np.asarray(sums[1:] - sums[:-1])
 
 
 @lru_cache(maxsize=1024)
-def _running(name: str, margin: float, side: int, mark: str) -> tuple[Floats, Floats]:
+def _running(
+    name: str, margin: float, side: int, mark: str, edge: EdgeKey | None, ours: bool
+) -> tuple[Floats, Floats]:
     """Pixel edges and the sums of `visible` up to them; the same few sides come again and again."""
-    sight = visible(Detector(name, {"edgeThreshold": margin}), side, mark)
+    rule = edge and Edge([*edge[0]], [*edge[1]], mark, 0)
+    plugin = None if ours else Plugin("", "", "")
+    sight = visible(Detector(name, {"edgeThreshold": margin}, plugin, rule), side, mark)
     return np.arange(side + 1.0), np.concatenate([[0.0], np.cumsum(sight)])
 
 

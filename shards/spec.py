@@ -15,6 +15,7 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.files import MANIFEST, write_atomically
+from shards.holding import holds_its_types
 
 FORMAT_VERSION = 3
 INDEX = "index.npy"
@@ -73,18 +74,44 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
+class Plugin:
+    """A person's own detector: `module:function`, its version ("" if it has none), and the sha256
+    (hex) of the file that it stands in.
+    """
+
+    function: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A measured edge rule: the `share` of its density that a detector finds `at` each distance
+    from the edge, px, linear in between; for one kind of mark, over so many photos.
+    """
+
+    at: list[float]
+    share: list[float]
+    mark: str
+    photos: int
+
+
+@dataclass(frozen=True, slots=True)
 class Detector:
     """A map's detector and every option it was made with, by OpenCV's own option names.
 
-    `frequency` is a map without keypoints: it has no marks, no edge that hides them, no bank.
+    `plugin` is a function of somebody's own, `edge` its measured edge rule. `frequency` is a map
+    without keypoints: it has no marks, no edge that hides them, no bank.
     """
 
     name: str
     options: dict[str, int | float | bool]
+    plugin: Plugin | None = None
+    edge: Edge | None = None
 
     @property
     def has_keypoints(self) -> bool:
-        """Whether its map is a density of keypoint marks."""
+        """Whether its density is found on each view and crop: of keypoint marks, or a plug-in's."""
         return self.name != FREQUENCY
 
 
@@ -133,6 +160,11 @@ class Settings:
         for detector in self.detectors:
             if not NAME.fullmatch(detector.name):
                 raise UserError(f"a detector's name has a-z, 0-9, _ and -, not {detector.name!r}")
+            if detector.edge and detector.edge.mark != self.mark:
+                raise UserError(
+                    f"mark is {self.mark!r}, and the edge rule of {detector.name} was measured for "
+                    f"{detector.edge.mark!r}: measure it again with --mark {self.mark}"
+                )
         if self.weights is not None:
             self._check_weights(*self.weights)
         for name, words in (("mark", MARKS), ("detect_on", DETECT_ON)):
@@ -225,9 +257,15 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def plain(part: Manifest | Settings | Detector) -> dict[str, Any]:
+    """`part` as it stands in JSON: a detector without plug-in or edge rule does not name them."""
+    absent = {"plugin": None, "edge": None}.items()
+    return asdict(part, dict_factory=lambda pairs: dict(p for p in pairs if p not in absent))
+
+
 def to_json(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: sorted keys, two-space indent, a checksum of the rest."""
-    content = asdict(manifest)
+    content = plain(manifest)
     if not manifest.names:
         del content["names"]
     content["checksum"] = fingerprint(content)
@@ -290,29 +328,11 @@ def parse(path: Path | str, data: bytes) -> Manifest:
     return _parse(path, data, content)
 
 
-def _plain(manifest: Manifest) -> bool:
-    """Whether names are text and counts whole numbers from 0, as a hostile file's may not be."""
-    settings, ledger = manifest.settings, manifest.ledger
-    files = manifest.files
-    counts = [n for file in files for n in (file.count, file.bytes)]
-    counts += [ledger.inputs, ledger.written, *ledger.rejected.values()]
-    sides = [getattr(settings, each.name) for each in fields(Settings) if each.type is int]
-    sides.remove(settings.shard_size)
-    texts = [text for file in files for text in (file.name, file.sha256)]
-    texts += [manifest.container, manifest.fingerprint, settings.mark, settings.detect_on]
-    texts += [*manifest.classes, *manifest.detectors]
-    parts: list[object] = [manifest.source, manifest.versions, manifest.fidelity, ledger.rejected]
-    parts += [detector.options for detector in settings.detectors]
-    counts += [*sides, settings.shard_size]
-    return (
-        all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
-        and max(sides) <= 1 << 16  # so that no product of them overflows
-        and all(isinstance(text, str) for text in texts)
-        and all(isinstance(part, dict) for part in parts)
-        and isinstance(manifest.classes, list)
-        and [type(share) in (int, float) for share in settings.area] == [True, True]
-        and (settings.weights is None or [*map(type, settings.weights)] == [float, int])
-    )
+def detector_of(row: dict[str, Any]) -> Detector:
+    """The detector that plain() gave. Raises TypeError or KeyError if it is none."""
+    plugin = {"plugin": Plugin(**row["plugin"])} if "plugin" in row else {}
+    edge = {"edge": Edge(**row["edge"])} if "edge" in row else {}
+    return Detector(**{**row, **plugin, **edge})
 
 
 def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
@@ -328,7 +348,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
         settings = content["settings"]
         settings["area"] = tuple(settings["area"])
         settings["weights"] = settings["weights"] and tuple(settings["weights"])
-        settings["detectors"] = tuple(Detector(**row) for row in settings["detectors"])
+        settings["detectors"] = tuple(map(detector_of, settings["detectors"]))
         manifest = Manifest(
             **{
                 **content,
@@ -340,7 +360,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
                 "names": [File(**row) for row in content["names"]],
             }
         )
-        whole = to_json(manifest) == data and _plain(manifest)
+        whole = to_json(manifest) == data and holds_its_types(manifest)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise damaged from None
     if not whole or (manifest.container == "maps") != (manifest.settings.frame == 0):

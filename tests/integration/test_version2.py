@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ import shards
 from preprocess import build_shards, detector_settings, open_source, redetect_maps
 from preprocess.shard import library_versions
 from shards.files import LOCK
-from shards.spec import fingerprint, load, parse, to_json
+from shards.spec import fingerprint, load, parse, plain, to_json
 from shards.verification import verify_shards
 from shards.version2 import read_manifest, upgrade_set
 
@@ -58,7 +58,7 @@ def test_an_upgrade_is_what_a_build_with_16_levels_writes(old, tmp_path):
     # Files are told apart by their times, which these have anew.
     assert replace(made, source=kept.source, fingerprint=kept.fingerprint) == kept
     assert {**built, "manifest.json": b""} == {**new, "manifest.json": b""}
-    facts = {"format_version": 3, "settings": asdict(chosen)}
+    facts = {"format_version": 3, "settings": plain(chosen)}
     facts |= {"source": kept.source, "versions": kept.versions}
     assert kept.fingerprint == fingerprint(json.loads(json.dumps(facts)))
 

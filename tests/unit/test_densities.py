@@ -14,7 +14,7 @@ from preprocess.densities import (
     map_views,
     published_grey,
 )
-from preprocess.detectors import DEFAULTS, detect, detector_settings
+from preprocess.detectors import detect, detector_settings
 from shards import Settings
 from shards.crops import cell_sums, read_map, visible_cells, weights
 
@@ -43,7 +43,7 @@ def budgeted_orb(crop):
     return make
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", oracle.DETECTORS)
 def test_maps_equal_the_definition(name, demo_images):
     chosen = Settings(detectors=(detector_settings(name),), shard_size=1, grid=20, map_crops=2)
     makes = {"orb": budgeted_orb(192)}
@@ -85,7 +85,7 @@ def test_an_image_of_texture_everywhere_is_dense_up_to_its_edges():
     assert density[0].mean() > 0.9 * density[20:28].mean()
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", oracle.DETECTORS)
 def test_the_bank_is_the_published_recipe_on_its_crops(name, photos):
     """Counts equal on 200 photos for every detector: cut, resize, flip, detect, draw, count."""
     chosen = Settings(detectors=(detector_settings(name),), shard_size=1, bank=1)
@@ -115,7 +115,7 @@ def test_fast_finds_the_same_on_a_flipped_crop(demo_images):
             assert np.array_equal(crop_counts(fast, turned, "ring"), np.flip(counts, axis))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", oracle.DETECTORS)
 def test_grey_is_what_the_published_detectors_see(name, demo_images):
     """The published code hands RGB to OpenCV, which weighs it as BGR."""
     crop = oracle.resized(demo_images[5], 192)

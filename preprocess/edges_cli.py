@@ -1,0 +1,56 @@
+"""`kamim shards edge-rule`: what a detector finds near a crop's edge, measured."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+import preprocess
+from preprocess.cli import app, print_json, say, within
+from preprocess.detectors import check_detector, parsed_detectors
+from preprocess.options import DetectorOptions, Jobs, Json, Mark, Split
+from shards import Settings
+from shards.errors import UserError
+from shards.progress import waiting
+
+
+@app.command("edge-rule")
+def measure_rule(
+    detector: Annotated[str, Argument(help="One detector, as in build.")],
+    source: Annotated[str, Argument(help="Images to measure on, as in build: 800 are plenty.")],
+    split: Split = "",
+    detector_option: DetectorOptions = None,
+    mark: Mark = "ring",
+    samples: Annotated[int, Option(help="Images to measure on.")] = 800,
+    out: Annotated[
+        Path | None, Option(help="File to write; DETECTOR.edge.json by default.")
+    ] = None,
+    jobs: Jobs = 0,
+    json_output: Json = False,
+) -> None:
+    """Measure how much of its density a detector finds near a crop's edge, for build --edge-rule.
+
+    Density of detection on a 192-px window of each image, by distance from the window's edge, over
+    that of detection on the 320-px image that it was cut from.
+    """
+    chosen = parsed_detectors(detector, detector_option or [])
+    if len(chosen) > 1 or not chosen[0].has_keypoints:
+        raise UserError(f"edge-rule measures one detector of points or maps, not {detector}")
+    within("--samples", samples, 1)
+    check_detector(chosen[0])
+    from preprocess.edges import measure_edge, write_edge
+    from preprocess.shard import library_versions
+
+    with waiting(f"listing {source}"):
+        listed = preprocess.open_source(source, split, partial=True)
+    rule = measure_edge(listed, chosen[0], mark, samples, jobs)
+    measured = replace(chosen[0], edge=rule)
+    path = out or Path(f"{measured.name}.edge.json")
+    write_edge(path, measured, library_versions(Settings(detectors=(measured,), mark=mark)))
+    if json_output:
+        print_json({"file": str(path), **asdict(rule)})
+        return
+    for at, share in zip(rule.at, rule.share, strict=True):
+        print(f"{at:4g} px {share:6.3f}")
+    say(f"of {rule.photos} images; use it: kamim shards build ... --edge-rule {path}")
