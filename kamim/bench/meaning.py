@@ -9,10 +9,10 @@ from train.models import SimMIM, model_flops
 from train.recipes import find_recipe
 
 IMAGENET, EPOCHS, CORES = 1_281_167, 100, 16
-# What one process of our loader can give by the newest line of docs/results/bench/ceiling.jsonl,
-# JPEG: a test holds it to that. Cores are multiplied up to it and no further.
-ONE_PROCESS = 30_848
-PEAK, SHARE = 989e12, 0.5  # bf16 FLOP/s of one H200 or H100, and the share of it assumed
+# What one process of our loader gave of JPEG frames on 16 cores, by docs/results/bench/gpu.jsonl: a
+# test holds it to that. Cores are multiplied up to it and no further.
+ONE_PROCESS = 20_313
+PEAK, SHARE = 989e12, 0.15  # bf16 FLOP/s of one H200 or H100, and the share assumed of Swin
 BACKBONES = ("vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base")
 WAYS = {
     "published": "online, published: fast",

@@ -174,8 +174,8 @@ def render_meaning() -> str:
         "",
         f"An estimate, not a measurement: the rates of {rows[0]['cores']} cores times {times} "
         f"({delivered} images/s), and a GPU's rate that is {kinds}. WebDataset stops at {most}, "
-        "what one process gives however many cores it has (the table above). Raw frames are left "
-        "out: two cores say nothing of what sixteen copy from one memory.",
+        "what one process gave on 16 cores (gpu.md). Raw frames are left out: two cores say "
+        "nothing of what sixteen copy from one memory.",
     ]
     return "\n".join([*lines, ""])
 

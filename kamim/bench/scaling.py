@@ -129,9 +129,9 @@ def loading() -> str:
     found = {(row["loader"], row["detector"]): row for row in kept("versus")}
     ffcv = found["offline, FFCV raw", "fast"]
     raw = ffcv["images_per_s"]["median"] / ffcv["cores"]
-    rows = kept("meaning")
+    rows = list({row["recipe"]: row for row in kept("meaning")}.values())
     size, lines = record_bytes(1, 0), list[list[str]]()
-    for row in {row["recipe"]: row for row in rows}.values():
+    for row in rows:
         rate = row["gpu_images_per_s"]
         cells = [f"{rate:,}", f"{rate / tar:.1f}", f"{rate / raw:.1f}"]
         epochs = [_time(images / rate) for images in DATASETS.values()]
