@@ -163,8 +163,10 @@ def _flaw(record: Record, manifest: Manifest) -> str:
         return f"the frame is {shape}, the settings say {frame}"
     whole = Counter(array.kind for array in fields_of(settings))
     counts = record.bank.counts if record.bank else {}
-    if any(len(found) != whole[kind] for kind, found in
-           ((DENSITY, record.maps), (COUNTS, counts), (WEIGHTS, record.weights))):  # fmt: skip
+    if any(
+        len(found) != whole[kind]
+        for kind, found in ((DENSITY, record.maps), (COUNTS, counts), (WEIGHTS, record.weights))
+    ):
         return "it has arrays that the settings do not know"
     if record.bank and (flaw := _flaw_of_bank(record, record.bank)):
         return flaw

@@ -1,7 +1,7 @@
 """The first ten minutes on a GPU in one command, `kamim bench --gpu`: what it can do, what we use.
 
-In: photographs, or finished shards. Out: a JSON line a case, written as soon as it is measured, in
-docs/results/bench/gpu.jsonl. Cases that are there already, of the same GPU, are left out, so that
+Photographs or finished shards give a JSON line per case in docs/results/bench/gpu.jsonl, written as
+soon as it is measured. Cases that are there already, of the same GPU, are left out, so that
 the command goes on where it was cut off. docs/gpu.md is rendered from the lines.
 """
 
@@ -90,8 +90,13 @@ class Bench:
         """What each line says of its circumstances."""
         cuda = self.device.type == "cuda"
         gpu = torch.cuda.get_device_name(self.device) if cuda else ""
-        return {"gpu": gpu, "driver": driver(), "cuda": torch.version.cuda,
-                "cudnn": torch.backends.cudnn.version(), **provenance()}  # fmt: skip
+        return {
+            "gpu": gpu,
+            "driver": driver(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **provenance(),
+        }
 
 
 def driver() -> str:
@@ -161,8 +166,9 @@ def say(line: str) -> None:
 def plain(row: dict[str, Any]) -> str:
     """A row's figures for a person to follow: medians alone."""
     shown = {k: v for k, v in row.items() if k not in {"bench", "part", "case", "n", "kernels"}}
-    middle = {k: v["median"] if isinstance(v, dict) and "median" in v else v
-              for k, v in shown.items()}  # fmt: skip
+    middle = {
+        k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in shown.items()
+    }
     return "  ".join(f"{key} {value}" for key, value in middle.items())
 
 

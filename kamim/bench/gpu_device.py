@@ -1,6 +1,6 @@
 """What the device can do, whatever the model: bytes, products, attention, JPEGs.
 
-In: the device of a Bench. Out: cases of `kamim bench --gpu`, the ceilings that steps are held to.
+These are the ceilings that steps are held to.
 """
 
 import statistics
@@ -38,16 +38,24 @@ def ceilings(bench: Bench) -> Iterator[Case]:
         return rates(bench, work, host.numel() / 1e9, "gb_per_s")
 
     def product(m: int, n: int, k: int) -> dict[str, Any]:
-        a, b = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16)
-                for shape in ((m, k), (k, n)))  # fmt: skip
+        a, b = (
+            torch.randn(shape, device=bench.device, dtype=torch.bfloat16)
+            for shape in ((m, k), (k, n))
+        )
         return rates(bench, lambda: a @ b, 2 * m * n * k / 1e12, "tflop_per_s")
 
     yield Case("ceilings", "copy on the device", copy)
     yield Case("ceilings", "host to device, pinned", partial(across, True))
     yield Case("ceilings", "device to host, pinned", partial(across, False))
     rows = 256 * 145  # tokens of 256 images of a ViT at 192 px
-    for m, n, k in ((8192, 8192, 8192), (rows, 2304, 768), (rows, 768, 768), (rows, 3072, 768),
-                    (rows, 768, 3072), (768, 3072, rows)):  # fmt: skip
+    for m, n, k in (
+        (8192, 8192, 8192),
+        (rows, 2304, 768),
+        (rows, 768, 768),
+        (rows, 3072, 768),
+        (rows, 768, 3072),
+        (768, 3072, rows),
+    ):
         yield Case("ceilings", f"bf16 {m} x {n} x {k}", partial(product, m, n, k))
 
 
@@ -114,10 +122,14 @@ def decode(bench: Bench) -> Iterator[Case]:
         for frame in frames:
             simplejpeg.decode_jpeg(frame, "RGB")
         alone = batch / (time.perf_counter() - begin)
-        return {**row, "batch": batch, "largest_difference": int(apart.max()),
-                "mean_difference": round(float(apart.mean()), 4),
-                "share_of_equal_pixels": round(float((apart == 0).mean()), 4),
-                "one_thread_of_simplejpeg": round(alone, 1)}  # fmt: skip
+        return {
+            **row,
+            "batch": batch,
+            "largest_difference": int(apart.max()),
+            "mean_difference": round(float(apart.mean()), 4),
+            "share_of_equal_pixels": round(float((apart == 0).mean()), 4),
+            "one_thread_of_simplejpeg": round(alone, 1),
+        }
 
     for batch in (64, 256, 1024):
         yield Case("decode", f"nvJPEG, {batch} at once", partial(measure, batch))

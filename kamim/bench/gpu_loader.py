@@ -1,7 +1,7 @@
 """The loader alone on the GPU's machine, by its threads, as if the set were as large as ImageNet.
 
-In: the set of a Bench. Out: cases of `kamim bench --gpu`: images a second into buffers, from which
-one process feeds its GPU, of each container and kind of frame.
+Images per second into the buffers from which one process feeds its GPU, of each container and kind
+of frame.
 """
 
 import time
@@ -76,5 +76,10 @@ def _measure(bench: Bench, opened: Callable[[], ShardSet], threads: int) -> dict
         found.append(batches * BATCH / spent)
         busy.append((time.process_time() - cpu) / spent)
     stream.close()  # type: ignore[attr-defined]
-    return {"n": bench.repeats, "threads": threads, "records": len(records),
-            "images_per_s": spread(found, 1), "cores_busy": spread(busy, 2)}  # fmt: skip
+    return {
+        "n": bench.repeats,
+        "threads": threads,
+        "records": len(records),
+        "images_per_s": spread(found, 1),
+        "cores_busy": spread(busy, 2),
+    }

@@ -61,8 +61,9 @@ def middle(row: Row, key: str, form: str = ",.0f") -> str:
     return f"{value['median'] if isinstance(value, dict) else value:{form}}"
 
 
-def of_part(rows: dict[tuple[str, str], Row], part: str, first: tuple[str, ...] = ()) -> list[
-        tuple[str, Row]]:  # fmt: skip
+def of_part(
+    rows: dict[tuple[str, str], Row], part: str, first: tuple[str, ...] = ()
+) -> list[tuple[str, Row]]:
     """(case, row) of a part: those of `first`, measured or not, and the others."""
     others = [case for name, case in rows if name == part and case not in first]
     return [(case, rows.get((part, case), {})) for case in [*first, *others]]
@@ -86,13 +87,23 @@ def render_attention() -> str:
     """Milliseconds of each backend."""
 
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("256 images, 12 heads of 64", "forward, ms", "forward and backward, ms",
-                     "TFLOP/s", "relative error")  # fmt: skip
+        lines = head(
+            "256 images, 12 heads of 64",
+            "forward, ms",
+            "forward and backward, ms",
+            "TFLOP/s",
+            "relative error",
+        )
         for case, row in of_part(rows, "attention"):
-            lines.append(line(case, middle(row, "forward_ms", ".2f"),
-                              middle(row, "forward_backward_ms", ".2f"),
-                              middle(row, "tflop_per_s"),
-                              middle(row, "relative_error", "g")))  # fmt: skip
+            lines.append(
+                line(
+                    case,
+                    middle(row, "forward_ms", ".2f"),
+                    middle(row, "forward_backward_ms", ".2f"),
+                    middle(row, "tflop_per_s"),
+                    middle(row, "relative_error", "g"),
+                )
+            )
         return lines
 
     return render("attention", table)
@@ -102,22 +113,43 @@ def render_steps() -> str:
     """Rates of steps on one batch."""
 
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("step on one batch", "micro-batch", "images/s", "MFU", "peak memory",
-                     "per image", "micro-step, ms", "host, ms", "waits",
-                     "graphs, breaks, recompiles")  # fmt: skip
+        lines = head(
+            "step on one batch",
+            "micro-batch",
+            "images/s",
+            "MFU",
+            "peak memory",
+            "per image",
+            "micro-step, ms",
+            "host, ms",
+            "waits",
+            "graphs, breaks, recompiles",
+        )
         for case, row in of_part(rows, "step", RECIPES):
-            counted = ", ".join(str(row[k]) for k in ("graphs", "graph_breaks", "recompiles")
-                                if k in row)  # fmt: skip
-            lines.append(line(case, middle(row, "micro_batch", "d"), middle(row, "images_per_s"),
-                              middle(row, "mfu", ".1%"), gigabytes(row),
-                              f"{middle(row, 'peak_mb_per_image', '.1f')} MB" if row else NOTHING,
-                              middle(row, "micro_step_ms", ".1f"), middle(row, "host_ms", ".1f"),
-                              middle(row, "synchronisations_of_a_step", "d"),
-                              counted or NOTHING))  # fmt: skip
+            counted = ", ".join(
+                str(row[k]) for k in ("graphs", "graph_breaks", "recompiles") if k in row
+            )
+            lines.append(
+                line(
+                    case,
+                    middle(row, "micro_batch", "d"),
+                    middle(row, "images_per_s"),
+                    middle(row, "mfu", ".1%"),
+                    gigabytes(row),
+                    f"{middle(row, 'peak_mb_per_image', '.1f')} MB" if row else NOTHING,
+                    middle(row, "micro_step_ms", ".1f"),
+                    middle(row, "host_ms", ".1f"),
+                    middle(row, "synchronisations_of_a_step", "d"),
+                    counted or NOTHING,
+                )
+            )
         for case, row in of_part(rows, "weights"):
             ratio = row["weighted_over_unweighted"]
-            lines += ["", f"{case}: a weighted step takes {ratio['median']:.3f} of the time of one "
-                      f"without weights ({ratio['min']:.3f} to {ratio['max']:.3f})."]  # fmt: skip
+            lines += [
+                "",
+                f"{case}: a weighted step takes {ratio['median']:.3f} of the time of one "
+                f"without weights ({ratio['min']:.3f} to {ratio['max']:.3f}).",
+            ]
         return lines
 
     return render("step", table)
@@ -135,8 +167,9 @@ def render_kernels() -> str:
         for case, row in of_part(rows, "kernels", RECIPES):
             whole, kinds = row.get("device_ms"), row.get("device_ms_by_kind", {})
             shares = [f"{kinds.get(kind, 0) / whole:.0%}" if whole else NOTHING for kind in KINDS]
-            lines.append(line(case, middle(row, "device_ms", ".1f"), middle(row, "launches", "d"),
-                              *shares))  # fmt: skip
+            lines.append(
+                line(case, middle(row, "device_ms", ".1f"), middle(row, "launches", "d"), *shares)
+            )
         return lines
 
     return render("kernels", table)
@@ -146,15 +179,26 @@ def render_end_to_end() -> str:
     """Rates of steps from shards, and what they come to for ImageNet."""
 
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("steps from JPEG shards", "images/s", "of synthetic", "waiting",
-                     f"hours of {EPOCHS} epochs of ImageNet-1K (an estimate)")  # fmt: skip
+        lines = head(
+            "steps from JPEG shards",
+            "images/s",
+            "of synthetic",
+            "waiting",
+            f"hours of {EPOCHS} epochs of ImageNet-1K (an estimate)",
+        )
         for case, row in of_part(rows, "end to end", RECIPES):
             hours = NOTHING
             if row:
                 hours = f"{EPOCHS * IMAGENET / row['images_per_s']['median'] / 3600:.1f}"
-            lines.append(line(case, middle(row, "images_per_s"),
-                              middle(row, "end_to_end_over_synthetic", ".3f"),
-                              middle(row, "waiting", ".1%"), hours))  # fmt: skip
+            lines.append(
+                line(
+                    case,
+                    middle(row, "images_per_s"),
+                    middle(row, "end_to_end_over_synthetic", ".3f"),
+                    middle(row, "waiting", ".1%"),
+                    hours,
+                )
+            )
         return lines
 
     return render("end to end", table)
@@ -171,8 +215,12 @@ def render_loader() -> str:
         lines = head("loader alone, images/s by threads", *map(str, threads))
         for kind, found in by_kind.items():
             missing = next((r["missing"] for r in found.values() if "missing" in r), NOTHING)
-            lines.append(line(kind, *(middle(found[n], "images_per_s") if n in found else missing
-                                      for n in threads)))  # fmt: skip
+            lines.append(
+                line(
+                    kind,
+                    *(middle(found[n], "images_per_s") if n in found else missing for n in threads),
+                )
+            )
         return lines
 
     return render("loader", table)
@@ -182,13 +230,23 @@ def render_decode() -> str:
     """Rates of nvJPEG, and its pixels."""
 
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("JPEG frames decoded on the GPU", "images/s", "largest difference, of 255",
-                     "mean difference", "one thread of simplejpeg, images/s")  # fmt: skip
+        lines = head(
+            "JPEG frames decoded on the GPU",
+            "images/s",
+            "largest difference, of 255",
+            "mean difference",
+            "one thread of simplejpeg, images/s",
+        )
         for case, row in of_part(rows, "decode"):
-            lines.append(line(case, middle(row, "images_per_s"),
-                              middle(row, "largest_difference", "d"),
-                              middle(row, "mean_difference", ".3f"),
-                              middle(row, "one_thread_of_simplejpeg")))  # fmt: skip
+            lines.append(
+                line(
+                    case,
+                    middle(row, "images_per_s"),
+                    middle(row, "largest_difference", "d"),
+                    middle(row, "mean_difference", ".3f"),
+                    middle(row, "one_thread_of_simplejpeg"),
+                )
+            )
         return lines
 
     return render("decode", table)
@@ -200,9 +258,15 @@ def render_methods() -> str:
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
         lines = head("step of other methods", "micro-batch", "images/s", "GFLOP per image", "MFU")
         for case, row in of_part(rows, "methods"):
-            lines.append(line(case, middle(row, "micro_batch", "d"), middle(row, "images_per_s"),
-                              middle(row, "gflop_per_image", ".1f"),
-                              middle(row, "mfu", ".1%")))  # fmt: skip
+            lines.append(
+                line(
+                    case,
+                    middle(row, "micro_batch", "d"),
+                    middle(row, "images_per_s"),
+                    middle(row, "gflop_per_image", ".1f"),
+                    middle(row, "mfu", ".1%"),
+                )
+            )
         return lines
 
     return render("methods", table)
@@ -212,8 +276,12 @@ def render_deterministic() -> str:
     """Killed and resumed against unbroken, and what determinism costs."""
 
     def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("killed and resumed against unbroken", "losses equal",
-                     "largest relative difference", "first step that differs")  # fmt: skip
+        lines = head(
+            "killed and resumed against unbroken",
+            "losses equal",
+            "largest relative difference",
+            "first step that differs",
+        )
         steps: list[str] = []
         for case, row in of_part(rows, "deterministic"):
             if "equal" not in row:
@@ -221,9 +289,14 @@ def render_deterministic() -> str:
                 of = f", of {middle(plain, 'images_per_s')} without" if plain else ""
                 steps += ["", f"Steps of {case} with --deterministic: {rate:,.0f} images/s{of}."]
                 continue
-            lines.append(line(f"{case}, {row['steps']} steps", "yes" if row["equal"] else "no",
-                              middle(row, "largest_relative_difference", ".2g"),
-                              str(row["first_step_that_differs"] or "none")))  # fmt: skip
+            lines.append(
+                line(
+                    f"{case}, {row['steps']} steps",
+                    "yes" if row["equal"] else "no",
+                    middle(row, "largest_relative_difference", ".2g"),
+                    str(row["first_step_that_differs"] or "none"),
+                )
+            )
         return [*lines, *steps]
 
     return render("deterministic", table)

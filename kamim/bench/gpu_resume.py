@@ -1,7 +1,6 @@
 """Determinism on the GPU: what it costs, and whether a run that is killed goes on as it would have.
 
-In: the set of a Bench. Out: cases of `kamim bench --gpu`. Runs are `kamim pretrain` in processes of
-their own, one of them ended by SIGKILL.
+Runs are `kamim pretrain` in processes of their own, one of them ended by SIGKILL.
 """
 
 import json
@@ -56,10 +55,16 @@ def _measure(bench: Bench, flags: list[str]) -> dict[str, Any]:
     if len(one) != steps or len(two) != steps or after >= steps:
         raise RuntimeError(f"{len(one)} and {len(two)} losses of {steps}; killed after {after}")
     apart = [abs(a - b) / abs(a) for a, b in zip(one, two, strict=True)]
-    return {"n": 1, "batch": batch_of(bench), "steps": steps, "losses_when_killed": after,
-            "equal": one == two, "largest_relative_difference": max(apart),
-            "first_step_that_differs": next((n + 1 for n, d in enumerate(apart) if d), None),
-            "last_loss": one[-1]}  # fmt: skip
+    return {
+        "n": 1,
+        "batch": batch_of(bench),
+        "steps": steps,
+        "losses_when_killed": after,
+        "equal": one == two,
+        "largest_relative_difference": max(apart),
+        "first_step_that_differs": next((n + 1 for n, d in enumerate(apart) if d), None),
+        "last_loss": one[-1],
+    }
 
 
 def batch_of(bench: Bench) -> int:
@@ -70,10 +75,19 @@ def batch_of(bench: Bench) -> int:
 def _begin(bench: Bench, out: Path, flags: list[str]) -> subprocess.Popen[str]:
     """`kamim pretrain` into `out`, in a process of its own; what it says goes into out.log."""
     batch, steps = batch_of(bench), bench.steps
-    numbers = {"recipe": bench.killed, "batch": batch, "micro-batch": MICRO_BATCH, "steps": steps,
-               "epochs": 2 * steps * batch / len(bench.records), "save-every": max(1, steps // 4),
-               "log-every": 1, "detector": bench.records.manifest.detectors[0],
-               "device": bench.device.type, "check": "size", "out": out}  # fmt: skip
+    numbers = {
+        "recipe": bench.killed,
+        "batch": batch,
+        "micro-batch": MICRO_BATCH,
+        "steps": steps,
+        "epochs": 2 * steps * batch / len(bench.records),
+        "save-every": max(1, steps // 4),
+        "log-every": 1,
+        "detector": bench.records.manifest.detectors[0],
+        "device": bench.device.type,
+        "check": "size",
+        "out": out,
+    }
     words = [f"--{name}={value}" for name, value in numbers.items()]
     command = [sys.executable, "-m", "kamim", "pretrain", str(bench.records.folder), *words, *flags]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])

@@ -1,7 +1,6 @@
 """Training steps on the GPU, as the trainer does them: rates, memory, launches, kernels.
 
-In: the set and the device of a Bench. Out: cases of `kamim bench --gpu`. `Training` is the one
-place here that knows how train/ makes a step.
+`Training` is the one place here that knows how train/ makes a step.
 """
 
 import copy
@@ -213,18 +212,26 @@ def step(measured: Measured) -> dict[str, Any]:
     bench, training = measured.bench, measured.training
     rates: list[float] = [measured.rate(measured.still)[0] for _ in range(bench.repeats)]
     rate, recipe = statistics.median(rates), training.recipe
-    row: dict[str, Any] = {"n": bench.repeats, "batch": recipe.batch,
-           "micro_batch": training.part, "images_per_s": spread(rates, 1),
-           "gflop_per_image": round(training.flops / 1e9, 2),
-           "first_step_s": round(measured.first_step_s, 1), "kernel": training.kernel}  # fmt: skip
+    row: dict[str, Any] = {
+        "n": bench.repeats,
+        "batch": recipe.batch,
+        "micro_batch": training.part,
+        "images_per_s": spread(rates, 1),
+        "gflop_per_image": round(training.flops / 1e9, 2),
+        "first_step_s": round(measured.first_step_s, 1),
+        "kernel": training.kernel,
+    }
     peak = peak_flops(device_name(bench.device))
     row |= {"mfu": round(rate * training.flops / peak, 4)} if peak else {}
     if measured.cuda:
         row |= memory(measured) | times(measured)
         row |= {"synchronisations_of_a_step": synchronisations(measured)}
         broken = sum(torch._dynamo.utils.counters["graph_break"].values())
-        row |= {"graphs": measured.graphs, "graph_breaks": broken,
-                "recompiles": graphs() - measured.graphs}  # fmt: skip
+        row |= {
+            "graphs": measured.graphs,
+            "graph_breaks": broken,
+            "recompiles": graphs() - measured.graphs,
+        }
     return row
 
 
@@ -236,9 +243,12 @@ def weighing(measured: Measured) -> dict[str, Any]:
     for _ in range(bench.repeats):
         weighted.append(measured.rate(measured.still)[0])
         plain.append(measured.rate(measured.still, training.plain)[0])
-    return {"n": bench.repeats, "images_per_s": spread(weighted, 1),
-            "images_per_s_unweighted": spread(plain, 1),
-            "weighted_over_unweighted": ratio(plain, weighted)}  # fmt: skip
+    return {
+        "n": bench.repeats,
+        "images_per_s": spread(weighted, 1),
+        "images_per_s_unweighted": spread(plain, 1),
+        "weighted_over_unweighted": ratio(plain, weighted),
+    }
 
 
 def end_to_end(measured: Measured) -> dict[str, Any]:
@@ -255,10 +265,15 @@ def end_to_end(measured: Measured) -> dict[str, Any]:
         ends.append(rate)
         waits.append(wait)
     source.close()
-    return {"n": bench.repeats, "batch": training.recipe.batch, "micro_batch": training.part,
-            "threads": joblib.cpu_count(), "images_per_s": spread(ends, 1),
-            "end_to_end_over_synthetic": ratio(ends, stills),
-            "waiting": spread(waits, 4)}  # fmt: skip
+    return {
+        "n": bench.repeats,
+        "batch": training.recipe.batch,
+        "micro_batch": training.part,
+        "threads": joblib.cpu_count(),
+        "images_per_s": spread(ends, 1),
+        "end_to_end_over_synthetic": ratio(ends, stills),
+        "waiting": spread(waits, 4),
+    }
 
 
 def graphs() -> int:
@@ -276,8 +291,11 @@ def memory(measured: Measured) -> dict[str, Any]:
     training.step(measured.still)
     synchronize(measured.device)
     peak = torch.cuda.max_memory_allocated()
-    return {"peak_gb": round(peak / 1e9, 2), "resident_gb": round(before / 1e9, 2),
-            "peak_mb_per_image": round((peak - before) / 1e6 / training.part, 2)}  # fmt: skip
+    return {
+        "peak_gb": round(peak / 1e9, 2),
+        "resident_gb": round(before / 1e9, 2),
+        "peak_mb_per_image": round((peak - before) / 1e6 / training.part, 2),
+    }
 
 
 def times(measured: Measured) -> dict[str, Any]:
@@ -302,8 +320,11 @@ def times(measured: Measured) -> dict[str, Any]:
         training.optimizer.step()
         synchronize(measured.device)
         updates.append((time.perf_counter() - begin) * 1e3)
-    return {"host_ms": spread(list(host)), "micro_step_ms": spread(list(whole)),
-            "update_ms": spread(updates)}  # fmt: skip
+    return {
+        "host_ms": spread(list(host)),
+        "micro_step_ms": spread(list(whole)),
+        "update_ms": spread(updates),
+    }
 
 
 def kernels(measured: Measured) -> dict[str, Any]:
@@ -315,15 +336,23 @@ def kernels(measured: Measured) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         training.micro_step(0, noise, tensors, training.micro)
         synchronize(measured.device)
-    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in trace.key_averages()
-            if e.self_device_time_total]  # fmt: skip
+    rows = [
+        (e.self_device_time_total / 1e3, e.count, e.key)
+        for e in trace.key_averages()
+        if e.self_device_time_total
+    ]
     kinds: dict[str, float] = {}
     for ms, _, name in rows:
         kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "eager")
         kinds[kind] = round(kinds.get(kind, 0.0) + ms, 3)
     longest = [[round(ms, 3), count, name[:100]] for ms, count, name in sorted(rows)[:-16:-1]]
-    return {"n": 1, "device_ms": round(sum(ms for ms, _, _ in rows), 3), "device_ms_by_kind": kinds,
-            "launches": sum(count for _, count, _ in rows), "kernels": longest}  # fmt: skip
+    return {
+        "n": 1,
+        "device_ms": round(sum(ms for ms, _, _ in rows), 3),
+        "device_ms_by_kind": kinds,
+        "launches": sum(count for _, count, _ in rows),
+        "kernels": longest,
+    }
 
 
 def synchronisations(measured: Measured) -> int:

@@ -45,12 +45,7 @@ SAME, ALIKE = 20, 0.02  # steps in which losses of graphs and of plain steps mus
 LEAST, MOST = 1000, 4000  # steps of a main run, whatever fits
 # Does attention collapse? The published 8e-4 by the root of 256 / 2048.
 COLLAPSE = ("uniform", "times26", "kamim")
-LARGE: dict[str, Any] = {
-    "model": "vit_base_patch16_224",
-    "steps": 1000,
-    "batch": 256,
-    "rate": 2.8e-4,
-}
+LARGE: dict[str, Any] = dict(model="vit_base_patch16_224", steps=1000, batch=256, rate=2.8e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +68,19 @@ class Size:
 
 FULL = Size("vit_tiny_patch16_224", {}, (128, 4, 4), 2000, 512)
 TINY = Size(
-    "vit_tiny_patch16_224", {"embed_dim": 32, "depth": 3, "num_heads": 2}, (32, 1, 2), 12, 8,
-    (0,), (1.0,), (1e-3,), ("uniform", "fast"), METHODS, 40, False,
-)  # fmt: skip
+    "vit_tiny_patch16_224",
+    {"embed_dim": 32, "depth": 3, "num_heads": 2},
+    (32, 1, 2),
+    12,
+    8,
+    (0,),
+    (1.0,),
+    (1e-3,),
+    ("uniform", "fast"),
+    METHODS,
+    40,
+    False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +157,17 @@ def recipe_of(task: Task, size: Size) -> Recipe:
     base = find_recipe("vit_tiny_mae" if task.method == "mae" else "vit_tiny_simmim")
     options = size.options if task.model == size.model else {}
     return replace(
-        base, model=task.model, options=options, size=96, cell=16, batch=task.batch,
-        area=(0.08, 0.3), vertical=0.0, temperature=0.25, decoder=size.decoder,
-    )  # fmt: skip
+        base,
+        model=task.model,
+        options=options,
+        size=96,
+        cell=16,
+        batch=task.batch,
+        area=(0.08, 0.3),
+        vertical=0.0,
+        temperature=0.25,
+        decoder=size.decoder,
+    )
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -82,10 +82,17 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
                 continue
             mean, low, high = interval(values)
             found.append(
-                {"method": method, "arm": arm, "minus": other, "pairs": len(values),
-                 "mean": round(mean, 3), "low": round(low, 3), "high": round(high, 3),
-                 "verdict": verdict(len(values), low, high)}
-            )  # fmt: skip
+                {
+                    "method": method,
+                    "arm": arm,
+                    "minus": other,
+                    "pairs": len(values),
+                    "mean": round(mean, 3),
+                    "low": round(low, 3),
+                    "high": round(high, 3),
+                    "verdict": verdict(len(values), low, high),
+                }
+            )
     return found
 
 
@@ -153,10 +160,15 @@ def tables(rows: Sequence[Row]) -> str:
     """All tables, with what was run on what, as Markdown."""
     parts = []
     found = [
-        [TITLES[v["method"]], f"FAST - {TITLES.get(v['minus'], v['minus'])}",
-         str(v["pairs"]), f"{v['mean']:+.2f} ({v['low']:+.2f} to {v['high']:+.2f})", v["verdict"]]
+        [
+            TITLES[v["method"]],
+            f"FAST - {TITLES.get(v['minus'], v['minus'])}",
+            str(v["pairs"]),
+            f"{v['mean']:+.2f} ({v['low']:+.2f} to {v['high']:+.2f})",
+            v["verdict"],
+        ]
         for v in verdicts(rows)
-    ]  # fmt: skip
+    ]
     parts.append(
         table(("method", "top-1, points", "pairs", "mean (95 % interval)", "verdict"), found)
     )

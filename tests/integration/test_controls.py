@@ -95,8 +95,16 @@ def test_a_run_weighs_by_its_control_in_cells_of_16_px(built, tmp_path):
     small = replace(find_recipe("small"), batch=8, cell=16, weights="contrast", normalise="batch")
     for name in ("contrast", "detector"):
         recipe = replace(small, weights=name)
-        pretrain(Run(shards=built, out=tmp_path / name, recipe=recipe, detector="fast", steps=2,
-                     device="cpu"))  # fmt: skip
+        pretrain(
+            Run(
+                shards=built,
+                out=tmp_path / name,
+                recipe=recipe,
+                detector="fast",
+                steps=2,
+                device="cpu",
+            )
+        )
     rows = {name: read_metrics(tmp_path / name) for name in ("contrast", "detector")}
     for each in rows.values():
         assert np.allclose([row["mean_weight"] for row in each], 1, atol=1e-5)
@@ -104,13 +112,28 @@ def test_a_run_weighs_by_its_control_in_cells_of_16_px(built, tmp_path):
 
 
 def test_fields_of_a_recipe_are_set_by_words():
-    words = ["cell=16", "weights=contrast", "normalise=batch", "area=0.08,0.3", "temperature=none",
-             "decay_all=false", 'options={"depth": 4}', "peak=1e-3"]  # fmt: skip
+    words = [
+        "cell=16",
+        "weights=contrast",
+        "normalise=batch",
+        "area=0.08,0.3",
+        "temperature=none",
+        "decay_all=false",
+        'options={"depth": 4}',
+        "peak=1e-3",
+    ]
     found = changed(find_recipe("small"), words)
     assert found == replace(
-        find_recipe("small"), cell=16, weights="contrast", normalise="batch", area=(0.08, 0.3),
-        temperature=None, decay_all=False, options={"depth": 4}, peak=1e-3,
-    )  # fmt: skip
+        find_recipe("small"),
+        cell=16,
+        weights="contrast",
+        normalise="batch",
+        area=(0.08, 0.3),
+        temperature=None,
+        decay_all=False,
+        options={"depth": 4},
+        peak=1e-3,
+    )
 
 
 @pytest.mark.parametrize(

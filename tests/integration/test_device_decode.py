@@ -33,8 +33,9 @@ def records(small_source, tmp_path):
 def test_files_come_with_all_that_belongs_to_them(records):
     plan = Plan(40, 12, seed=3)
     decoded = copied(Loader(records, plan, 0, 9, maps=["fast"]))
-    for pixels, batch in zip(decoded, Loader(records, plan, 0, 9, maps=["fast"], coded=True),
-                             strict=True):  # fmt: skip
+    for pixels, batch in zip(
+        decoded, Loader(records, plan, 0, 9, maps=["fast"], coded=True), strict=True
+    ):
         for number, file in zip(batch.samples.tolist(), batch.frames, strict=True):
             assert file.tobytes() == records[number].frame
         for field in ("step", "maps", "labels", "samples", "epochs", "boxes", "flips"):

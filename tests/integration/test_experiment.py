@@ -140,11 +140,26 @@ def test_probes_find_what_is_there_and_no_more():
 def row(method, arm, seed, top1, **changes):
     """A made-up main run."""
     attention = [{"block": 1, "distance": 40.0, "uniform": 49.0, "nmi": 0.2}]
-    look = {"step": 100, "top1": top1, "knn": 0.3, "retrieval": 0.1, "rank": 9.0, "held_loss": 1.0,
-            "held_loss_fast": 0.9 if arm == "fast" else 1.1, "attention": attention}  # fmt: skip
+    look = {
+        "step": 100,
+        "top1": top1,
+        "knn": 0.3,
+        "retrieval": 0.1,
+        "rank": 9.0,
+        "held_loss": 1.0,
+        "held_loss_fast": 0.9 if arm == "fast" else 1.1,
+        "attention": attention,
+    }
     untrained = [look | {"step": 0, "top1": 0.2}] if arm == "uniform" else []
-    return {"stage": "main", "method": method, "arm": arm, "seed": seed, "finite": True,
-            "looks": [*untrained, look], **changes}  # fmt: skip
+    return {
+        "stage": "main",
+        "method": method,
+        "arm": arm,
+        "seed": seed,
+        "finite": True,
+        "looks": [*untrained, look],
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(

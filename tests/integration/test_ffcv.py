@@ -51,9 +51,18 @@ def test_our_layout_is_ffcvs_own(converted):
         ]
     reader = Reader(str(converted / layout.BETON))
     assert reader.field_names == [
-        "frame", "fast.density", "orb.density", "fast.counts", "orb.counts", "bank.boxes",
-        "bank.flips", "label", "index", "height", "width",
-    ]  # fmt: skip
+        "frame",
+        "fast.density",
+        "orb.density",
+        "fast.counts",
+        "orb.counts",
+        "bank.boxes",
+        "bank.flips",
+        "label",
+        "index",
+        "height",
+        "width",
+    ]
     assert reader.handlers["orb.density"].shape == (16, 16)
     descriptors = reader.field_descriptors["arguments"]
     for handler, arguments in zip(handlers, descriptors, strict=True):

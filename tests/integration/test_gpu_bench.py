@@ -126,17 +126,35 @@ def test_the_page_has_what_was_measured_and_says_what_was_not(tmp_path, monkeypa
     monkeypatch.setattr(gpu_page, "RESULTS", tmp_path)
     for render in gpu_page.PARTS.values():
         assert render() == "Not measured yet: `make bench-gpu`.\n"
-    origin = {"bench": "gpu", "gpu": "A100", "driver": "1", "cuda": "13.0", "cores": 8, "cpu": "C",
-              "versions": {"torch": "2.11.0"}, "date": "2026-11-26", "n": 5}  # fmt: skip
+    origin = {
+        "bench": "gpu",
+        "gpu": "A100",
+        "driver": "1",
+        "cuda": "13.0",
+        "cores": 8,
+        "cpu": "C",
+        "versions": {"torch": "2.11.0"},
+        "date": "2026-11-26",
+        "n": 5,
+    }
     rates = {"median": 2000.0, "min": 1.0, "max": 3.0}
     rows = [
         {"part": "end to end", "case": "vit_base", "images_per_s": rates | {"median": 5.0}},
-        {"part": "end to end", "case": "vit_base", "images_per_s": rates,
-         "end_to_end_over_synthetic": {"median": 0.98}, "waiting": {"median": 0.01}},
+        {
+            "part": "end to end",
+            "case": "vit_base",
+            "images_per_s": rates,
+            "end_to_end_over_synthetic": {"median": 0.98},
+            "waiting": {"median": 0.01},
+        },
         {"part": "loader", "case": "FFCV", "n": 0, "missing": "FFCV is not installed"},
-        {"part": "loader", "case": "WebDataset JPEG, 2 threads", "threads": 2,
-         "images_per_s": rates},
-    ]  # fmt: skip
+        {
+            "part": "loader",
+            "case": "WebDataset JPEG, 2 threads",
+            "threads": 2,
+            "images_per_s": rates,
+        },
+    ]
     lines = [json.dumps(origin | row) for row in [*rows, rows[0] | {"gpu": ""}]]
     (tmp_path / "gpu.jsonl").write_text("\n".join(lines) + "\n")
     page = gpu_page.render_end_to_end()

@@ -30,9 +30,19 @@ from train.step import Pace, Step, in_parallel
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 SWIN = {"embed_dim": 24, "depths": (2, 2, 2, 2)}
-FEW = ("small", "small_simmim", "small_mae_kamim", "small_amt", "small_mae_famt", "small_famt_bf16",
-       "small:permuted", "small:contrast", "swin_tiny", "swin_tiny_bf16",
-       "vit_tiny_mae_kamim_bf16")  # fmt: skip
+FEW = (
+    "small",
+    "small_simmim",
+    "small_mae_kamim",
+    "small_amt",
+    "small_mae_famt",
+    "small_famt_bf16",
+    "small:permuted",
+    "small:contrast",
+    "swin_tiny",
+    "swin_tiny_bf16",
+    "vit_tiny_mae_kamim_bf16",
+)
 REST = [name for name in recipe_names() if name not in FEW]
 
 
@@ -40,8 +50,11 @@ class Facts:
     """What crops and masking ask of a set."""
 
     detectors = ("fast", "frequency")
-    settings = settings(crop=96, grid=54, detectors=tuple(
-        preprocess.detector_settings(name) for name in ("fast", "frequency")))  # fmt: skip
+    settings = settings(
+        crop=96,
+        grid=54,
+        detectors=tuple(preprocess.detector_settings(name) for name in ("fast", "frequency")),
+    )
     count = 40
 
     def find_maps(self, names, bank=False):
@@ -57,13 +70,15 @@ def batch_of(images, size):
     square = torch.tensor([[0.1, 0.1, 0.8, 0.8]]).repeat(images, 1)
     return {
         "frames": torch.randint(256, (images, size, size, 3), dtype=torch.uint8),
-        "maps": {name: torch.randint(256, (images, 54, 54), dtype=torch.uint8)
-                 for name in Facts.detectors},
+        "maps": {
+            name: torch.randint(256, (images, 54, 54), dtype=torch.uint8)
+            for name in Facts.detectors
+        },
         "counts": {},
         "boxes": square,
         "flips": torch.zeros(images, 2, dtype=torch.bool),
         **{name: torch.arange(images) for name in ("labels", "samples", "epochs")},
-    }  # fmt: skip
+    }
 
 
 def reduced(name):
@@ -340,8 +355,9 @@ def test_a_run_of_attention_is_measured_as_it_begins():
 # The residual stream in bfloat16.
 
 
-@pytest.mark.parametrize("name", ["small_bf16", "small_famt_bf16", "small_mae_kamim_bf16",
-                                  "swin_tiny_bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["small_bf16", "small_famt_bf16", "small_mae_kamim_bf16", "swin_tiny_bf16"]
+)
 def test_a_narrow_residual_stream_differs_by_rounding(name):
     recipe = reduced(name)
     step, masking = parts_of(recipe)
@@ -351,8 +367,11 @@ def test_a_narrow_residual_stream_differs_by_rounding(name):
     tensors = batch_of(4, recipe.size)
     images, *_ = step.crops(tensors)
     cells = masking.hidden(masking.noise(masking.begin), masking.begin, tensors)
-    blocks = narrow.encoder.layers[0].blocks if narrow.encoder.__class__.__name__.startswith(
-        "Swin") else narrow.encoder.blocks  # fmt: skip
+    blocks = (
+        narrow.encoder.layers[0].blocks
+        if narrow.encoder.__class__.__name__.startswith("Swin")
+        else narrow.encoder.blocks
+    )
     seen = []
     blocks[1].register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
     with torch.no_grad():

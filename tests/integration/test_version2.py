@@ -79,8 +79,10 @@ def test_frames_are_the_same_bytes_and_densities_the_same_numbers(old, tmp_path)
             assert record.frame == frame
             assert record.label == int(label)
             assert json.loads(meta) == {
-                "height": record.height, "source": record.source, "width": record.width
-            }  # fmt: skip
+                "height": record.height,
+                "source": record.source,
+                "width": record.width,
+            }
             for number, name in enumerate(("fast", "sift")):
                 half = halves[number]
                 np.testing.assert_array_equal(record.maps[name][:, ::2], (half & 15) * 17)
