@@ -45,7 +45,7 @@ SAME, ALIKE = 20, 0.02  # steps in which losses of graphs and of plain steps mus
 LEAST, MOST = 1000, 4000  # steps of a main run, whatever fits
 # Does attention collapse? The published 8e-4 by the root of 256 / 2048.
 COLLAPSE = ("uniform", "times26", "kamim")
-LARGE: dict[str, Any] = dict(model="vit_base_patch16_224", steps=1000, batch=256, rate=2.8e-4)
+LARGE: Any = {"model": "vit_base_patch16_224", "steps": 1000, "batch": 256, "rate": 2.8e-4}
 
 
 @dataclass(frozen=True, slots=True)
