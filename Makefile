@@ -78,8 +78,8 @@ ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 	@$(BIN)/kamim doctor
 
-test: $(VENV)/test  ## Run the tests (under five minutes on two cores).
-	$(BIN)/python -m pytest -q -n 2
+test: $(VENV)/test  ## Run the tests (about ten minutes on two cores).
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/test  ## Run the long tests too.
 	$(BIN)/python -m pytest -q -m '(slow or not slow) and not dist and not stress'
