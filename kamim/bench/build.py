@@ -20,7 +20,6 @@ import numpy as np
 from kamim.bench.measuring import in_turn, keep
 from kamim.bench.provenance import ratio, spread
 from preprocess import build_shards, decode_image, detector_settings, open_source
-from preprocess.building import shard_size_for
 from preprocess.densities import View, map_views, published_grey, squeezed
 from preprocess.detectors import detect
 from preprocess.rings import mark
@@ -70,8 +69,7 @@ def _squeezed_grey(rgb: Any, view: View) -> Any:
 
 def build_rate(source: Source, name: str, jobs: int) -> float:
     """Images a second of one whole build with `jobs` processes, into a fresh folder."""
-    size = shard_size_for(len(source.entries))
-    settings = Settings(detectors=(detector_settings(name),), shard_size=size)
+    settings = Settings(detectors=(detector_settings(name),))
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         build_shards(source, Path(folder) / "out", settings, jobs, max_rejected=1)

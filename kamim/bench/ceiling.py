@@ -7,13 +7,10 @@ at hand again and again, so that plan, index and open files are as many as Image
 """
 
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -21,14 +18,14 @@ import joblib
 import numpy as np
 import simplejpeg
 
-from kamim.bench.provenance import append, spread
-from preprocess import build_shards, detector_settings, open_source
-from preprocess.building import shard_size_for
-from shards import Settings, ShardSet, processes
+from kamim.bench.gpu_page import IMAGENET
+from kamim.bench.measuring import keep, temporary_set
+from kamim.bench.provenance import spread
+from shards import ShardSet, processes
 from shards.order import Plan
 from shards.reading import Buffers
 
-IMAGENET, SHARD = 1_281_167, 1000
+SHARD = 1000
 SLEEP = 250e-6  # seconds, in place of a decode
 THREADS, PROCESSES = (1, 4, 16, 32, 64), (4, 8, 16)  # a process wants a core, even to sleep on
 BATCH, SECONDS, REPEATS = 256, 2.0, 3
@@ -128,34 +125,30 @@ def samples_ms(count: int = IMAGENET, batch: int = 2048) -> float:
     return best * 1e3
 
 
-def measure(where: str, folder: Path, seconds: float = SECONDS) -> dict[str, Any]:
-    """One row of results, printed as a table."""
-    source, detectors = open_source(where), (detector_settings("fast"),)
+def measure(where: str, seconds: float = SECONDS) -> list[dict[str, Any]]:
+    """The row of the source `where`, printed as a table."""
     row: dict[str, Any] = {"bench": "ceiling", "images": IMAGENET, "n": REPEATS, "batch": BATCH}
     row["samples of 2,048, ms"] = round(samples_ms(), 2)
     for kind, quality, what in (("JPEG", 90, "decode"), ("raw", 0, "read")):
-        size = shard_size_for(len(source.entries))
-        settings = Settings(detectors=detectors, shard_size=size, quality=quality)
-        build_shards(source, folder / kind, settings, 1)
-        small = ShardSet(folder / kind)
-        records = as_many(small)
-        if what == "decode":
-            row["decode, us"] = round(min(decode_seconds(small) for _ in range(9)) * 1e6)
-        with replaced(**{what: 0.0}):
-            own = [cores / found * 1e6 for found, cores in _rates(records, 1, seconds)]
-        row[f"{kind}, own work per sample, us"] = spread(own, 1)
-        with replaced(**{what: SLEEP}):
-            for threads in THREADS:
-                found = [found for found, _ in _rates(records, threads, seconds)]
-                row[f"{kind}, images/s by {threads} threads"] = spread(found, 0)
-            for count in PROCESSES if max(PROCESSES) <= joblib.cpu_count() else ():
-                found = [found for found, _ in _rates(records, count, seconds, True)]
-                row[f"{kind}, images/s by {count} processes"] = spread(found, 0)
+        with temporary_set(where, quality=quality) as small:
+            records = as_many(small)
+            if what == "decode":
+                row["decode, us"] = round(min(decode_seconds(small) for _ in range(9)) * 1e6)
+            with replaced(**{what: 0.0}):
+                own = [cores / found * 1e6 for found, cores in _rates(records, 1, seconds)]
+            row[f"{kind}, own work per sample, us"] = spread(own, 1)
+            with replaced(**{what: SLEEP}):
+                for threads in THREADS:
+                    found = [found for found, _ in _rates(records, threads, seconds)]
+                    row[f"{kind}, images/s by {threads} threads"] = spread(found, 0)
+                for count in PROCESSES if max(PROCESSES) <= joblib.cpu_count() else ():
+                    found = [found for found, _ in _rates(records, count, seconds, True)]
+                    row[f"{kind}, images/s by {count} processes"] = spread(found, 0)
     own_work = row["JPEG, own work per sample, us"]["median"]
     row["JPEG, own work / decode"] = round(own_work / row["decode, us"], 3)
     for name, value in row.items():
         print(f"{name:36s} {value['median'] if isinstance(value, dict) else value}")
-    return row
+    return [row]
 
 
 def _rates(
@@ -165,6 +158,4 @@ def _rates(
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name:
-        found = measure(sys.argv[1] if len(sys.argv) > 1 else "demo", Path(name))
-    print(append("ceiling", [found]))
+    keep("ceiling", measure)

@@ -15,6 +15,7 @@ import simplejpeg
 import torch
 
 import shards
+from kamim.bench.measuring import in_turn
 from kamim.bench.provenance import append, ratio, spread
 from shards import Plan, ShardSet, WeightedCrops, to_device
 from shards.dataset import Decode
@@ -88,10 +89,7 @@ def measure(records: ShardSet, device: torch.device, repeats: int = REPEATS) -> 
         "crops, decoded by threads": lambda: crops_rate(records, device, "cpu"),
         "crops, decoded by the device": lambda: crops_rate(records, device, "gpu"),
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            rates[name].append(way())
+    rates = in_turn(ways, repeats)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     row: dict[str, Any] = {"bench": "decode", "device": name, "n": repeats, "batch": BATCH}
     row["difference"] = differences(records, device, min(len(records), 512))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import shards
+from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import append, check_checkout, spread
 from shards import Detector, File, Ledger, Manifest, Record, Settings, spec
 from shards.maps import MapsWriter
@@ -25,7 +26,7 @@ from shards.names import write_names
 from shards.record import key_of, npy_bytes
 from shards.tar import shard_name
 
-IMAGES, CLASSES, SHARD, LOOKUPS, REPEATS = 1_281_167, 1000, 10_000, 100_000, 7
+CLASSES, SHARD, LOOKUPS, REPEATS = 1000, 10_000, 100_000, 7
 SETTINGS = Settings(
     frame=0, quality=0, detectors=(Detector("fast", {"threshold": 10}),), shard_size=SHARD
 )
@@ -112,7 +113,7 @@ def measure(folder: Path, lookups: int) -> dict[str, Any]:
     }
 
 
-def synthetic(images: int = IMAGES, lookups: int = LOOKUPS) -> list[dict[str, Any]]:
+def synthetic(images: int = IMAGENET, lookups: int = LOOKUPS) -> list[dict[str, Any]]:
     """The rows of a set of `images`, as of a folder and of a tar, whose names have keys, too."""
     rows = []
     with tempfile.TemporaryDirectory() as name:

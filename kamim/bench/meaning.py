@@ -5,10 +5,11 @@ Images a second that each backbone asks for, what 16 cores deliver, and hours.
 
 from typing import Any
 
+from kamim.bench.gpu_page import IMAGENET
 from train.models import SimMIM, model_flops
 from train.recipes import find_recipe
 
-IMAGENET, EPOCHS, CORES = 1_281_167, 100, 16
+EPOCHS, CORES = 100, 16
 # What one process of our loader gave of JPEG frames on 16 cores, by docs/results/bench/gpu.jsonl: a
 # test holds it to that. Cores are multiplied up to it and no further.
 ONE_PROCESS = 20_313

@@ -26,7 +26,6 @@ from kamim.bench.rivals import (
     stock_webdataset,
 )
 from preprocess import build_shards, detector_settings
-from preprocess.building import shard_size_for
 from preprocess.source import Source
 from shards import Settings, ShardSet
 from shards.beton import convert_to_ffcv
@@ -72,9 +71,9 @@ def prepare_set(source: Source, folder: Path, quick: bool = False, quality: int 
 
     Of quality 0 are raw frames, with FAST's maps alone.
     """
-    size, folder = shard_size_for(len(source.entries)), folder / f"set-{quality}"
+    folder /= f"set-{quality}"
     detectors = tuple(map(detector_settings, DETECTORS[: 1 if quick or not quality else None]))
-    settings = Settings(detectors=detectors, shard_size=size, quality=quality)
+    settings = Settings(detectors=detectors, quality=quality)
     build_shards(source, folder, settings, max_rejected=1)
     return ShardSet(folder)
 
