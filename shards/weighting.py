@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shards.crops import visible_cells
-from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.loader import Batch
 from shards.order import Plan
 from shards.record import encode_frame
+from shards.records import Records
 from shards.spec import BANK_CELL, Detector, Settings
 
 Normalise = Literal["min", "mean", "batch"]
@@ -59,13 +59,12 @@ class WeightedCrops(nn.Module):
     loss_weights. Raises UserError where the set cannot serve.
     """
 
-    visible: Tensor
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
-        records: ShardSet,
+        records: Records,
         weights: str | None = None,
         *,
         size: int = 192,
@@ -87,15 +86,13 @@ class WeightedCrops(nn.Module):
             known = ", ".join(get_args(Normalise))
             raise UserError(f"normalise is {normalise!r}; there are {known}")
         self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
-        sight = torch.ones(self.cells)
         if weights is not None:
-            (row,) = records.find_maps([weights], bank)
-            settings = records.manifest.settings
-            check_cells(settings, size, w_ps, bank)
+            records.find_maps([weights], bank)
+            for one in records.sets:
+                check_cells(one.manifest.settings, size, w_ps, bank)
             if not temperature > 0:
                 raise UserError(f"temperature {temperature} is not positive; published is 0.25")
-            sight = edge_rule(settings, settings.detectors[row], self.cells)
-        self.register_buffer("visible", sight, persistent=False)
+            self.sight = EdgeRule(records, weights, self.cells)
         for name, values in (("mean", mean), ("std", std)):
             scaled = torch.tensor(values).view(3, 1, 1) * 255
             self.register_buffer(name, scaled, persistent=False)
@@ -116,7 +113,8 @@ class WeightedCrops(nn.Module):
             density = pool_counts(batch["counts"][self.weights], self.cells)
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
-            density = crop_maps(maps, boxes, flips, self.cells, self.visible)
+            sight = self.sight(batch.get("samples"))
+            density = crop_maps(maps, boxes, flips, self.cells, sight)
         if self.rule is not None and images is not None:
             return self.rule(density, images, batch)
         return loss_weights(density, self.temperature, self.normalise)
@@ -156,6 +154,31 @@ def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) ->
         )
 
 
+class EdgeRule(nn.Module):
+    """What a detector finds of its marks by distance from a crop's edge, as each set has it.
+
+    Called with the numbers of samples, gives float32 [cells], or [b, cells] where sets differ.
+    """
+
+    visible: Tensor
+    ends: Tensor
+
+    def __init__(self, records: Records, detector: str, cells: int) -> None:
+        super().__init__()
+        sights = []
+        for one in records.sets:
+            settings, (row,) = one.manifest.settings, one.find_maps([detector])
+            sights.append(edge_rule(settings, settings.detectors[row], cells))
+        same = all(torch.equal(each, sights[0]) for each in sights)
+        self.register_buffer("visible", sights[0] if same else torch.stack(sights), False)
+        self.register_buffer("ends", torch.from_numpy(records.set_ends), False)
+
+    def forward(self, samples: Tensor | None) -> Tensor:
+        if self.visible.ndim == 1 or samples is None:
+            return self.visible
+        return self.visible[torch.searchsorted(self.ends, samples, right=True)]
+
+
 def edge_rule(settings: Settings, detector: Detector, cells: int) -> Tensor:
     """What `detector` finds of its marks by distance from a crop's edge, float32 [cells]."""
     share = visible_cells(detector, settings.crop, cells, settings.mark)
@@ -190,8 +213,8 @@ def crop_maps(
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
     `maps` is uint8 [b, G, G], density = value / 255. The mean over a part is exact: map cells count
-    by their overlap. `visible` [cells] is the share of its marks that the
-    detector finds at each distance from the crop's edge (edge_rule).
+    by their overlap. `visible`, [cells] or [b, cells], is the share of its marks that the
+    detector finds at each distance from the crop's edge (EdgeRule).
     """
     return crop_grid(maps / 255, boxes, flips, cells, visible)
 
@@ -210,7 +233,7 @@ def crop_grid(
         overlap = torch.clamp(torch.minimum(high, lower + 1) - torch.maximum(low, lower), min=0)
         share = overlap / (high - low)
         if visible is not None:
-            share = share * visible[:, None]
+            share = share * visible[..., None]
         shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
     rows, columns = shares
     return rows @ values @ columns.transpose(1, 2)
@@ -327,20 +350,20 @@ def decode_files(files: Sequence[NDArray[np.uint8]], device: torch.device) -> Te
         ) from None
 
 
-def check_decoding(records: ShardSet, device: torch.device, skip: bool) -> None:
+def check_decoding(records: Records, device: torch.device, skip: bool) -> None:
     """UserError unless the set's frames can be decoded on `device`."""
-    where = f"{records.folder} cannot be decoded on the GPU"
-    if records.manifest.container != "webdataset":
-        raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
-    if records.manifest.settings.quality == 0:
-        raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
-    if skip:
-        raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
-    if device.type != "cuda":
-        raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
-    side = records.manifest.settings.frame
-    trial = encode_frame(np.zeros((side, side, 3), np.uint8), 90)
-    decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)
+    for one in records.sets:
+        where, settings = f"{one.folder} cannot be decoded on the GPU", one.manifest.settings
+        if one.manifest.container != "webdataset":
+            raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
+        if settings.quality == 0:
+            raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
+        if skip:
+            raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
+        if device.type != "cuda":
+            raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
+        trial = encode_frame(np.zeros((settings.frame, settings.frame, 3), np.uint8), 90)
+        decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> None:

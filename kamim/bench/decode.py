@@ -18,8 +18,8 @@ import shards
 from kamim.bench.measuring import in_turn
 from kamim.bench.provenance import append, ratio, spread
 from shards import Plan, ShardSet, WeightedCrops, to_device
-from shards.dataset import Decode
 from shards.loader import Loader
+from shards.records import Decode
 from shards.weighting import decode_files, find_device, pinned
 
 BATCH, STEPS, REPEATS = 256, 40, 5

@@ -196,12 +196,12 @@ def test_a_sample_costs_few_steps_of_the_interpreter(records, bank):
     """All threads share its lock, so what they do in it bounds how many are of use."""
     loader = Loader(records, Plan(40, 40), 0, 1, maps=["fast", "sift"], bank=bank)
     samples = np.arange(40)
-    places = loader._places(samples, records.index[samples])
+    places = loader._places(0, samples, samples, records.index[samples])
     calls = []
     for count in (8, 40):
         seen = []
         sys.setprofile(lambda frame, event, argument, seen=seen: seen.append(event))
-        loader.reader.read(loader.buffers[0], places[:count])
+        loader.readers[0].read(loader.buffers[0][0], places[:count])
         sys.setprofile(None)
         calls.append(sum(event.endswith("call") for event in seen))
     # The files are open by now: preadv, decoding, and what simplejpeg asks of NumPy.
