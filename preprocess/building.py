@@ -20,7 +20,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocess import BuildError
+from preprocess import BuildError, isolation
 from preprocess import executors as backends
 from preprocess.compare import WORK, Facts, check_folder, check_reuse, facts_of
 from preprocess.datasets import check_outside, open_source
@@ -162,6 +162,7 @@ def claim(
         if any(detector.plugin for detector in settings.detectors):
             # An engine's processes may be older than what this one has come to know.
             options["modules"] = (*sys.path, os.getcwd())
+            options["seconds"] = isolation.allowed()
         yield Job(settings, bare, *folders, fingerprint(facts), **options)
         sweep(out)  # a killed build's orphan may have outlived the kill
         shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it

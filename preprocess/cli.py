@@ -25,6 +25,7 @@ from preprocess.options import (
     Crop,
     DetectorOptions,
     Detectors,
+    DetectorSeconds,
     EdgeRules,
     Engine,
     Folder,
@@ -65,6 +66,7 @@ def build(
     detector: Detectors = "fast",
     detector_option: DetectorOptions = None,
     edge_rule: EdgeRules = None,
+    detector_seconds: DetectorSeconds = 60,
     frame: Annotated[
         int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
     ] = DEFAULTS.frame,
@@ -122,6 +124,7 @@ def build(
         weights=_weights(weights),
         levels=levels,
     )
+    allow_seconds(detector_seconds)
     how = jobs, on_error, max_rejected, reuse, backend, scheduler
     run_build(source, split, partial, out, settings, how, repair, json_output)
 
@@ -135,6 +138,14 @@ def settings_of(**options: Any) -> Settings:
         if name not in {field.name for field in fields(Settings)}:
             raise
         raise UserError(f"--{name.replace('_', '-')} {rule}") from None
+
+
+def allow_seconds(seconds: float) -> None:
+    """For a plug-in's look at an image."""
+    within("--detector-seconds", seconds, 0)
+    from preprocess.isolation import allow
+
+    allow(seconds)
 
 
 def run_build(

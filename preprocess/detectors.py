@@ -211,7 +211,7 @@ def detect(detector: Detector, pixels: NDArray[np.uint8], crop: int = 0) -> NDAr
     """Keypoint centres of `pixels` as float32 [N, 2], (x, y) from pixel centres.
 
     Pixels are grey, uint8 [H, W]; a plug-in takes RGB [H, W, 3], and may give a map, [h, w] of
-    0 to 1. Raises Rejected if it fails or gives anything else.
+    0 to 1. Raises Rejected if it fails, hangs, dies, or gives anything else.
 
     A detector that keeps its best so many points (ORB 500) keeps as many an area as it would on a
     `crop` x `crop` px crop; 0: as many as its option says, whatever the size.
@@ -220,9 +220,9 @@ def detect(detector: Detector, pixels: NDArray[np.uint8], crop: int = 0) -> NDAr
     import numpy as np
 
     if detector.plugin:
-        from preprocess import plugins
+        from preprocess import isolation
 
-        return plugins.found(detector, pixels)
+        return isolation.found(detector, pixels)
     options = tuple(_budgeted(detector, pixels.shape, crop).items())
     keypoints = _make(detector.name, options).detect(pixels)
     if not keypoints:

@@ -38,6 +38,12 @@ DetectorOptions = Annotated[
     list[str] | None,
     Option(help="Option of a detector, as fast.threshold=20. Repeatable."),
 ]
+DetectorSeconds = Annotated[
+    float,
+    Option(
+        help="Most that a detector of your own may look at an image, or at a crop; 0: no limit."
+    ),
+]
 EdgeRules = Annotated[
     list[Path] | None,
     Option(help="File that kamim shards edge-rule wrote for a detector. Repeatable."),

@@ -50,14 +50,18 @@ def found(detector: Detector, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     Raises Rejected, naming the function, if it raises or returns anything else; BuildError if the
     function here is not the one that the settings name.
     """
-    assert detector.plugin is not None
-    name = detector.plugin.function
-    function = _loaded(name, detector.plugin.sha256)
+    function, name = loaded(detector), detector.plugin and detector.plugin.function
     try:
         result = function(rgb.copy(), **detector.options)  # it may draw on what it is shown
     except (Exception, SystemExit) as error:
         raise Rejected(FAILED, f"{name}: {type(error).__name__}: {error}"[:300]) from None
-    return checked(name, result, rgb.shape[:2])
+    return checked(str(name), result, rgb.shape[:2])
+
+
+def loaded(detector: Detector) -> Callable[..., Any]:
+    """The function of a plug-in, imported. Raises BuildError as `found`."""
+    assert detector.plugin is not None
+    return _loaded(detector.plugin.function, detector.plugin.sha256)
 
 
 def checked(name: str, result: object, size: tuple[int, ...]) -> NDArray[np.float32]:
