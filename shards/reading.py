@@ -6,9 +6,12 @@ each Python step here holds the interpreter lock, which all threads share (docs/
 
 import json
 import os
+import re
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from json.scanner import make_scanner
+from operator import itemgetter
 from tarfile import BLOCKSIZE
 
 import numpy as np
@@ -25,8 +28,11 @@ Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 # the arrays behind it.
 Place = tuple[int, int, int, int, int]
 CROPS = ("bank.boxes", "bank.flips")  # arrays of FFCV
-# Measured: 2.3 us where json.loads takes 6.3; it stops before the padding.
-READ_JSON = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]
+GAP = itemgetter(4)
+READ_JSON = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # stops before the padding
+NO_CROP = ValueError, LookupError, TypeError, OverflowError, StopIteration, RecursionError
+NO_CROP += (struct.error,)
+CROP = struct.Struct("6i")
 
 
 class Layout:
@@ -51,6 +57,7 @@ class Layout:
         self.frame_bytes = settings.frame**2 * 3
         self.arrays = {name: array for name, (array, _) in wanted.items()}
         self.bank, self.tar = bank, tar
+        self.slots = settings.bank if bank else 0
         # What stands before arrays, and what is to be said where it does not.
         self.heads: list[tuple[bytes, str]] = []
         if self.raw:
@@ -162,6 +169,25 @@ def buffers_of(layouts: Sequence[Layout], size: int, allocate: Allocate) -> list
     return [first, *(Buffers(each, size, allocate, first) for each in layouts[1:])]
 
 
+def finder(slot: int) -> Callable[[memoryview], re.Match[bytes] | None]:
+    """What finds crop `slot`, four numbers of its box and two of its flips, in metadata as we
+    write it. Measured: half of the time that reading the JSON takes.
+    """
+    box = rb"(\d{1,9},\d{1,9},\d{1,9},\d{1,9})"
+    boxes = rb'\{"boxes":\[(?:\[[\d,]+\],){%d}\[%b\]' % (slot, box)
+    flips = rb'[^"]*,"flips":\[(?:\[[01],[01]\],){%d}\[([01],[01])\]' % slot
+    return re.compile(boxes + flips).match
+
+
+def crop_of(text: memoryview, slot: int) -> bytes:
+    """The six numbers of a crop, from metadata of any writer. Raises one of NO_CROP if there are
+    none.
+    """
+    meta, _ = READ_JSON(str(text, "ascii"), 0)
+    crop = CROP.pack(*meta["boxes"][slot], *meta["flips"][slot])
+    return b"%d,%d,%d,%d,%d,%d" % CROP.unpack(crop)
+
+
 def _cut(row: NDArray[np.uint8], lengths: list[int]) -> Iterator[memoryview]:
     begin = 0
     for length in lengths:
@@ -174,17 +200,18 @@ class Reader:
 
     def __init__(self, layout: Layout, open: Callable[[int], Held]) -> None:
         self.layout, self.open, self.own = layout, open, threading.local()
+        self.finders = [finder(slot) for slot in range(layout.slots)]
 
     def read(self, buffers: Buffers, places: Sequence[Place]) -> dict[int, str]:
         """Read and decode; returns what is wrong, by place. Heads are left to the caller."""
         problems: dict[int, str] = {}
         coded = self.layout.coded
-        scratch = self._scratch(0 if coded else max(gap for *_, gap in places))
+        scratch = self._scratch(0 if coded else max(map(GAP, places)))
         raw, open, behind, targets = self.layout.raw, self.open, buffers.behind, buffers.targets
         at, before = 2 * raw, len(self.layout.heads[0][0]) + self.layout.frame_bytes if raw else 0
         decode, rows, preadv = simplejpeg.decode_jpeg, buffers.rows, os.preadv
-        bank, tar = self.layout.bank, self.layout.tar
-        slots, crops = buffers.slots, buffers.crops
+        bank, tar, finders = self.layout.bank, self.layout.tar, self.finders
+        slots, shown = buffers.slots, dict[int, bytes]()
         for place, shard, start, size, gap in places:
             file = open(shard)  # held here: the cache may let go of it under our read
             into = targets[place]
@@ -198,9 +225,9 @@ class Reader:
             if bank and tar:
                 text, slot = into[at][size + -size % BLOCKSIZE + BLOCKSIZE - before :], slots[place]
                 try:
-                    meta, _ = READ_JSON(str(text, "ascii"), 0)
-                    crops[place] = (*meta["boxes"][slot], *meta["flips"][slot])
-                except (ValueError, LookupError, TypeError, StopIteration, RecursionError):
+                    match = finders[slot](text)
+                    shown[place] = match[1] + b"," + match[2] if match else crop_of(text, slot)
+                except NO_CROP:
                     problems[place] = "has a bank that is not as the manifest says"
                     continue
             if coded:
@@ -219,6 +246,9 @@ class Reader:
                 else:
                     if pixels.shape != out.shape:
                         problems[place] = f"has a frame of {pixels.shape}"
+        if shown:
+            numbers = [*map(int, b",".join(shown.values()).split(b","))]
+            buffers.crops[list(shown)] = np.reshape(numbers, (-1, 6))
         return problems
 
     def _scratch(self, size: int) -> memoryview:
