@@ -11,7 +11,7 @@ from shards.spec import Detector, Settings
 
 # The names of datasets.py and executors.py, which need libraries (tested).
 _PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
-DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards")
+DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards", "ffcv")
 Backend = Literal["loky", "dask", "ray"]
 DEFAULTS = Settings()
 
