@@ -17,11 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess.decode import Rejected
+from preprocess.detectors import MODELS
 from shards.errors import UserError
 from shards.spec import Detector, Plugin
 
@@ -106,6 +108,12 @@ def _loaded(function: str, sha256: str) -> Callable[..., Any]:
 def _file_of(function: str) -> Path:
     """The source file of `module:function`, found without importing it. UserError if none is."""
     module, colon, name = function.partition(":")
+    if module in MODELS:
+        if not Path(name).is_file():
+            raise UserError(
+                f"there is no file {name!r}; name {module}'s network, {module}:FILE.onnx"
+            )
+        return Path(name)
     if not (colon and name.isidentifier()):
         raise UserError(f"{function!r} is not MODULE:FUNCTION")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -124,6 +132,8 @@ def _file_of(function: str) -> Path:
 
 def _imported(function: str, sha256: str) -> Callable[..., Any]:
     module, _, name = function.partition(":")
+    if module in MODELS:
+        return _network(module, name)
     try:
         home = importlib.import_module(module)
         if _hashes.setdefault(module, sha256) != sha256:  # edited since, as in a notebook
@@ -137,7 +147,29 @@ def _imported(function: str, sha256: str) -> Callable[..., Any]:
     return chosen
 
 
+def _network(model: str, path: str) -> Callable[..., Any]:
+    """What finds points by a network of OpenCV's, in the file `path`."""
+    create = getattr(cv2, f"{MODELS[model]}_create", None)
+    if create is None:
+        raise UserError(
+            f"OpenCV {cv2.__version__} has no {model}; version 5 has: type pip install "
+            "'opencv-python-headless>=5'"
+        )
+    try:
+        network = create(path)
+    except cv2.error as error:
+        raise UserError(f"{path} is no network for {model}: {error.err}") from None
+
+    def points(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found = network.detect(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        return np.asarray(cv2.KeyPoint_convert(found), np.float32).reshape(-1, 2)
+
+    return points
+
+
 def _version_of(module: str) -> str:
+    if module in MODELS:
+        return cv2.__version__
     top = module.partition(".")[0]
     for distribution in importlib.metadata.packages_distributions().get(top, []):
         return importlib.metadata.version(distribution)

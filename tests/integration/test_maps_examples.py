@@ -63,6 +63,30 @@ def test_a_webdataset_by_key(images, tmp_path):
     ran("maps_webdataset", tmp_path / "tars", out)
 
 
+CHUNKS = """
+import sys
+from pathlib import Path
+import litdata
+
+def item(name):
+    return {"image": (Path(sys.argv[1]) / name).read_bytes(), "name": name}
+
+if __name__ == "__main__":
+    names = sorted(str(p.relative_to(sys.argv[1])) for p in Path(sys.argv[1]).rglob("*.jpg"))
+    litdata.optimize(item, names, sys.argv[2], chunk_bytes="1MB", num_workers=1)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_litdata_by_name(images, tmp_path):
+    if importlib.util.find_spec("litdata") is None:
+        pytest.skip("litdata is not installed")
+    (tmp_path / "chunks.py").write_text(CHUNKS)
+    words = [sys.executable, tmp_path / "chunks.py", images, tmp_path / "chunks"]
+    subprocess.run(list(map(str, words)), check=True, capture_output=True)
+    ran("maps_litdata", tmp_path / "chunks", maps_of(images, tmp_path / "maps"))
+
+
 class Squares:
     """The images in the order of the listing, squeezed, with their numbers."""
 

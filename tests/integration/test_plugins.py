@@ -320,6 +320,37 @@ def test_what_cannot_be_named_is_one_line(call, words):
         parsed_detectors(call, [])
 
 
+@pytest.mark.parametrize("name", ["aliked", "disk"])
+def test_a_network_is_a_file_of_the_users(name, tmp_path, monkeypatch):
+    """No published file is at hand: what OpenCV finds by one is stood in for."""
+    path = tmp_path / "network.onnx"
+    with pytest.raises(UserError, match=rf"there is no file .*name {name}'s network"):
+        detector_settings(f"{name}:{path}")
+    path.write_bytes(b"no network")
+    if hasattr(cv2, f"{name.upper()}_create"):
+        with pytest.raises(UserError, match=rf"network.onnx is no network for {name}: "):
+            detector_settings(f"{name}:{path}")
+
+    class Network:
+        def detect(self, pixels):
+            assert pixels[0, 0].tolist() == [3, 2, 1]  # BGR, as OpenCV's own code has it
+            return [cv2.KeyPoint(4.5, 2.25, 1), cv2.KeyPoint(0, 0, 1)]
+
+    monkeypatch.setattr(cv2, f"{name.upper()}_create", lambda path: Network(), raising=False)
+    detector = detector_settings(f"{name}:{path}")
+    assert (detector.name, detector.options) == (name, {})
+    assert detector.plugin.version == cv2.__version__
+    assert detector_settings(f"mine={name}:{path}").name == "mine"
+    rgb = np.tile(np.array([1, 2, 3], np.uint8), (6, 8, 1))
+    assert found(detector, rgb).tolist() == [[4.5, 2.25], [0, 0]]
+    path.write_bytes(b"another")
+    with pytest.raises(BuildError, match=r"network.onnx is not the one of these shards"):
+        found(replace(detector, plugin=replace(detector.plugin, sha256="0" * 64)), rgb)
+    monkeypatch.delattr(cv2, f"{name.upper()}_create")
+    with pytest.raises(UserError, match=rf"has no {name}; version 5 has: type pip install"):
+        detector_settings(f"{name}:{path}")
+
+
 def test_a_package_offers_its_own_by_entry_point(own, tmp_path, monkeypatch):
     folder = tmp_path / "lattice-2.0.dist-info"
     folder.mkdir()
