@@ -30,8 +30,10 @@ Place = tuple[int, int, int, int, int]
 CROPS = ("bank.boxes", "bank.flips")  # arrays of FFCV
 GAP = itemgetter(4)
 READ_JSON = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # stops before the padding
-NO_CROP = ValueError, LookupError, TypeError, OverflowError, StopIteration, RecursionError
-NO_CROP += (struct.error,)
+NO_CROP = (
+    *(ValueError, LookupError, TypeError, OverflowError, StopIteration, RecursionError),
+    struct.error,
+)
 CROP = struct.Struct("6i")
 
 
