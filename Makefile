@@ -82,7 +82,11 @@ test: $(VENV)/test  ## Run the tests (about ten minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/test  ## Run the long tests too.
-	$(BIN)/python -m pytest -q -m '(slow or not slow) and not dist and not stress'
+	$(BIN)/python -m pytest -q --hypothesis-profile=new -m '(slow or not slow) and not dist and not stress'
+
+.PHONY: test-readme
+test-readme: $(VENV)/test  ## Run the README's commands as they are printed (minutes; trains).
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_readme.py
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
