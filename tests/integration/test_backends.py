@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, contents, settings
-from test_cli import KAMIM, SMALL, kamim
+from test_cli import KAMIM, SMALL
+from test_cli import kamim_process as kamim
 
 import preprocess.building
 import preprocess.shard
@@ -92,9 +93,8 @@ def rows(out):
 
 
 @pytest.fixture
-def calm(small_source, tmp_path):
-    build_shards(open_source(str(small_source)), tmp_path / "calm", settings(), 1)
-    return contents(tmp_path / "calm")
+def calm(small_source, tmp_path, build_once):
+    return contents(build_once(small_source, tmp_path / "calm", settings()))
 
 
 def test_the_commands_of_the_page_are_real():
