@@ -126,15 +126,21 @@ def demo_images() -> list[np.ndarray]:
     return [preprocess.decode_image(source.read(entry)) for entry in source.entries]
 
 
-@pytest.fixture
-def small_source(tmp_path: Path, demo_images: list[np.ndarray]) -> Path:
+@pytest.fixture(scope="session")
+def forty(tmp_path_factory: pytest.TempPathFactory, demo_images: list[np.ndarray]) -> Path:
     """A folder of 4 classes with 10 small JPEGs each, cut from the demo images."""
-    root = tmp_path / "source"
+    root = tmp_path_factory.mktemp("forty")
     for number, image in enumerate(demo_images[::7][:40]):
         path = root / f"class{number % 4}" / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), cv2.resize(image, (96, 80))[:, :, ::-1])
     return root
+
+
+@pytest.fixture
+def small_source(forty: Path, tmp_path: Path) -> Path:
+    """A copy of `forty`, with its times of change: by them a build knows its source again."""
+    return Path(shutil.copytree(forty, tmp_path / "source"))
 
 
 def settings(**changes: object) -> shards.Settings:

@@ -216,7 +216,7 @@ def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
     """A short run on the forty, a checkpoint an epoch."""
     encoder = load_encoder("random:small", CPU)
     torch.manual_seed(0)
-    model = Classifier(encoder, 4, "mean", 2, frozen)
+    model = Classifier(encoder, 2, "mean", 4, frozen)
     recipe = LabelRecipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
     records = ShardSet(labelled)
     facts = {"encoder": "x"}
