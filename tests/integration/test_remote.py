@@ -26,8 +26,7 @@ MEMBERS = [(f"{c}/{n}.jpg", picture(n)) for n, c in enumerate("aabbbcc")]
 
 
 @pytest.fixture(autouse=True)
-def little_patience(monkeypatch):
-    monkeypatch.setattr(retry, "PATIENCE", 1)
+def soon_again(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
 
 
@@ -190,7 +189,8 @@ def test_finished_sets_in_a_store_are_left_out(web, local):
         open_source(f"{url}/photos/deep/demo-fast")
 
 
-def test_a_store_that_is_gone_stops_the_build_in_one_line(web, local, tmp_path):
+def test_a_store_that_is_gone_stops_the_build_in_one_line(web, local, tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "PATIENCE", 1)
     url, root, handler = web
     (local / "photos").rename(root / "photos")
     source = open_source(f"{url}/photos")
@@ -262,7 +262,6 @@ def test_an_outage_is_told_once_by_all_who_meet_it(monkeypatch, caplog):
             raise ConnectionError("away")
         return url
 
-    monkeypatch.setattr(retry, "PATIENCE", 600)
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda url: retry.retried(url, lambda: call(url)), urls)
         assert list(found) == urls
