@@ -4,6 +4,7 @@ says what to type.
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,8 @@ def check_folder(out: Place, facts: Facts) -> Manifest | None:
 def facts_begun(out: Place) -> Facts | None:
     """The facts of the unfinished build in `out`, if there is one."""
     for name in (FACTS, "plan.json"):  # as it was called before
-        data = (out / WORK).read(name)
-        if data is not None:
-            facts: Facts = json.loads(data)
+        with suppress(ValueError, TypeError):  # half of it, or nothing, is there
+            facts: Facts = json.loads((out / WORK).read(name))  # type: ignore[arg-type]
             return facts
     return None
 

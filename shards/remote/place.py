@@ -104,16 +104,14 @@ class Place:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not (self.folder / name).exists():
                     write_atomically(self.folder / name, data)
-        elif self.read(name) is None:
-            files, root = remote.filesystem(self.where)
-            try:
-                if not self._whole:
-                    raise NotImplementedError
+            return
+        files, root = remote.filesystem(self.where)
+        if self._whole and self.read(name) is None:
+            with suppress(Exception):  # a client or a store may not know how, or be away
                 files.pipe_file(f"{root}/{name}", data, mode="create")
-            except FileExistsError:
-                pass
-            except Exception:  # a client or store that does not know how, or one that is away
-                self.write(name, data)
+        there = self.read(name) or b""
+        if len(there) < len(data) and data.startswith(there):
+            self.write(name, data)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
