@@ -32,6 +32,8 @@ Commands = Callable[[object, int], list[list[object]]]  # that build into a plac
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
     """A case a way to fail, and a way to build."""
+    for slow in ("kamim.__main__", "preprocess.parts", "preprocess.repair", "s3fs", "tqdm"):
+        importlib.import_module(slow)  # once for all forks
     source = make_source(arena / "source", INPUTS, seed)
     (source / "class1" / "damaged.jpg").write_bytes(b"no image")
     flags = [*SMALL, "--shard-size", SHARD, "--jobs", 1, "--max-rejected", 1]
@@ -46,7 +48,7 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
         each = [[*build, "--part", f"{n}/{parts}"] for n in range(1, parts + 1)]
         return [*each, ["shards", "join", out, "--max-rejected", 1]]
 
-    times = max(1, round(100 * scale))
+    times = max(1, round(20 * scale))
     for name, parts in (("build", 0), ("2 parts and join", 2), ("3 parts and join", 3)):
         for how in ("requests fail", "the process dies at a request"):
             case = Case("stores", f"{name}: {how}")
@@ -66,7 +68,7 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
                 case.trial(f"{mind}: {flaw}" if flaw else "")
             case.note = f"{short} ended short, the rest by trying again"
             yield case
-    yield killed(arena, commands, wanted, max(1, round(20 * scale)), seed)
+    yield killed(arena, commands, wanted, max(2, round(10 * scale)), seed)
 
 
 def _through(lines: list[list[object]], mind: tuple[object, ...], arena: Path) -> tuple[str, bool]:
@@ -116,7 +118,6 @@ def killed(arena: Path, commands: Commands, wanted: dict[str, str], times: int, 
         random.Random(f"S3 {seed}"),
     )
     (arena / "empty").mkdir()
-    importlib.import_module("s3fs")  # once for all forks
     server = S3Store(arena / "empty", arena / "server.log")
     os.environ |= server.environment
     lasts, midway = 0.0, 0
