@@ -41,7 +41,7 @@ from preprocess.source import Source
 from shards import spec
 from shards.card import card
 from shards.errors import UserError
-from shards.files import MANIFEST, alone, locked, sweep
+from shards.files import MANIFEST, alone, locked, naming_if_full, sweep
 from shards.names import KEYS, NAMES, lists_of
 from shards.progress import progress, waiting
 from shards.record import npy_bytes
@@ -209,7 +209,7 @@ def hold(out: Place, part: str = "") -> Iterator[Path]:
     if out.is_url:
         digest = hashlib.sha256(f"{out} {part}".encode()).hexdigest()[:16]
         scratch = Path(tempfile.gettempdir(), f"kamim-{os.getuid()}-{digest}")
-        with locked(scratch.with_suffix(".lock"), f"{part} of {out}" if part else out):
+        with locked(scratch.with_suffix(".lock"), out), naming_if_full(scratch.parent):
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed build left
             scratch.mkdir(mode=0o700)
             try:
@@ -219,7 +219,11 @@ def hold(out: Place, part: str = "") -> Iterator[Path]:
         return
     work = (out / WORK).folder
     if part:
-        with locked(work / "lock", out, shared=True), locked(work / f"{part}.lock", out):
+        with (
+            locked(work / "lock", out, shared=True),
+            locked(work / f"{part}.lock", out),
+            naming_if_full(out.folder),
+        ):
             yield work
         return
     with alone(out.folder, work / "lock"):
@@ -255,7 +259,8 @@ def write_missing(
     size = job.settings.shard_size
     parts = {n: slice(n * size, n * size + size) for n in numbers}
     inputs = sum(len(source.entries[part]) for part in parts.values())
-    missing = set(parts) - _finished(job, parts)
+    with waiting(f"looking at what is in {job.out}"):
+        missing = set(parts) - _finished(job, parts)
     seen = inputs - sum(len(source.entries[parts[n]]) for n in missing)
     tries = TRIES  # until a first shard arrives, a failure is for the user to see
     with progress(title, inputs, initial=seen) as bar:

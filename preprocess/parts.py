@@ -33,6 +33,7 @@ from preprocess.source import Source
 from shards import spec
 from shards.errors import UserError
 from shards.files import MANIFEST, alone
+from shards.progress import waiting
 from shards.remote.place import Place
 from shards.spec import FORMAT_VERSION, Ledger, Manifest, Settings, fingerprint
 from shards.tar import shard_name
@@ -117,7 +118,9 @@ def join_parts(out: Path | str, max_rejected: float = 0.01) -> Manifest:
             if not place.is_url:  # a new name in a folder has NFS look again at what it holds
                 with alone(place.folder), alone((place / WORK).folder):
                     pass
-            finished = publish(place, facts, _classes(place, facts))
+            with waiting(f"looking at what is in {place}"):
+                classes = _classes(place, facts)
+            finished = publish(place, facts, classes)
             tidy(place)
     check_rejected(finished.ledger, max_rejected, f"see {place}/{spec.REJECTED}")
     return finished

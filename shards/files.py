@@ -70,7 +70,7 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
     `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
     the process dies, however it dies. What a killed process left half written there goes.
     """
-    with locked(lock or folder / LOCK, folder):
+    with locked(lock or folder / LOCK, folder), naming_if_full(folder):
         sweep(folder)
         yield
 
@@ -79,8 +79,7 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
 def locked(lock: Path, place: object, shared: bool = False) -> Iterator[None]:
     """Hold the file `lock`, made here, while writing into `place`; UserError if someone else does.
 
-    `shared` with others who share it; it is removed only by who held it alone. The OSError of a
-    full disk names the place and what to do.
+    `shared` with others who share it; it is removed only by who held it alone.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
@@ -93,19 +92,21 @@ def locked(lock: Path, place: object, shared: bool = False) -> Iterator[None]:
             raise UserError(f"another process is writing into {place}; wait for it")
         try:
             yield
-        except OSError as error:
-            raise _named_if_full(error, place) from error
         finally:
             if not shared:
                 lock.unlink(missing_ok=True)
 
 
-def _named_if_full(error: OSError, place: object) -> OSError:
-    """`error`, or what to do about it if the disk of `place` is full."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    words = "the disk is full; free space, then run the same command again (what is done is kept)"
-    return OSError(error.errno, words, str(place))
+@contextmanager
+def naming_if_full(folder: Path) -> Iterator[None]:
+    """Have the OSError of a full disk name the `folder` that is on it, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = "free space, then run the same command again (what is done is kept)"
+        raise OSError(error.errno, f"the disk is full; {what}", str(folder)) from error
 
 
 def check_sha256(path: Path, expected: str) -> None:

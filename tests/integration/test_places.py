@@ -1,5 +1,6 @@
 """Builds into stores, and in parts: the bytes of a build on a disk, whatever fails on the way."""
 
+import errno
 import json
 import os
 import random
@@ -140,6 +141,16 @@ def test_two_processes_write_into_a_store(kind, request, source, disk, tmp_path)
     assert of(url) == disk[FRAMES.frame]
 
 
+@pytest.mark.parametrize("backend", ["dask", pytest.param("ray", marks=pytest.mark.slow)])
+def test_workers_of_a_cluster_write_into_a_store(backend, source, disk, tmp_path):
+    pytest.importorskip({"dask": "distributed", "ray": "ray"}[backend])
+    url = f"local://{tmp_path}/store"
+    line = ["shards", "build", source, url, *SMALL, "--max-rejected", 1, "--jobs", 2]
+    done = kamim(*line, "--backend", backend)
+    assert done.returncode == 0, done.stderr
+    assert of(url) == disk[FRAMES.frame]
+
+
 def test_a_restart_builds_only_what_the_store_lacks(store, listed, disk, monkeypatch):
     real, written = preprocess.building.write_shard, []
 
@@ -198,6 +209,16 @@ def test_scratch_has_room_for_one_shard_of_each_process(listed, tmp_path, monkey
     assert [[each.name for each in files if each.suffix != ".lock"] for files in most] == [
         [f"shard-{n:06d}.tar"] for n in range(6)
     ]
+
+
+def test_a_full_scratch_disk_is_named(listed, tmp_path, monkeypatch):
+    def full(job, number, entries):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preprocess.building, "write_shard", full)
+    with pytest.raises(OSError, match="the disk is full; free space") as caught:
+        built(listed, f"memory://{tmp_path}")
+    assert caught.value.filename == str(tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["moves", "whole"])
