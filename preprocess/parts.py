@@ -7,7 +7,7 @@ ledger, written last, says that it is there; the manifest is written by whoever 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,8 @@ def build_part(
 def join_parts(out: Path | str, max_rejected: float = 0.01) -> Manifest:
     """Make one finished set of the parts in `out`; returns its manifest, which is one build's.
 
-    Raises UserError if no build was begun there, BuildError if a part or a shard of it is missing,
-    naming it and what to type, if another process builds there, or as build_shards if too many
-    inputs were rejected.
+    Raises UserError if no build was begun there, or another process builds there, BuildError if a
+    part or a shard of it is missing, naming it and what to type, or too many inputs were rejected.
     """
     place = Place.of(out)
     there = place.sizes()
@@ -142,9 +141,9 @@ def _brief(out: Place, facts: Facts, numbers: range) -> Iterable[tuple[int, dict
         yield number, {"count": row["file"]["count"], "rejected": row["rejected"]}
 
 
-def _ledger(part: Part, facts: Facts, rows: Iterable[dict[str, Any]]) -> Ledger:
+def _ledger(part: Part, facts: Facts, rows: Collection[dict[str, Any]]) -> Ledger:
     """What the rows of a part add up to. BuildError if that is not its inputs."""
-    numbers, rows = _numbers(part, facts), list(rows)
+    numbers = _numbers(part, facts)
     size, inputs = facts["settings"]["shard_size"], facts["source"]["inputs"]
     asked = min(inputs, numbers.stop * size) - numbers.start * size if numbers else 0
     written = sum(row["count"] for row in rows)
@@ -164,13 +163,14 @@ def _classes(place: Place, facts: Facts) -> list[str]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise _lacks(place, facts, missing[0], f"it lacks part {', '.join(missing[:5])}{more}")
     classes: list[str] = found[parts[0]]["classes"]
+    rows = dict(_brief(place, facts, range(shards_of(facts))))
     for part in parts:
-        rows, name = dict(_brief(place, facts, _numbers(part, facts))), "{}/{}".format(*part)
-        lost = [number for number in _numbers(part, facts) if number not in rows]
+        name, numbers = "{}/{}".format(*part), _numbers(part, facts)
+        lost = [number for number in numbers if number not in rows]
         if lost:
             shard = shard_name(lost[0], spec.settings_of(facts["settings"]))
             raise _lacks(place, facts, name, f"{shard} of part {name} is gone, or cut short")
-        ledger = asdict(_ledger(part, facts, rows.values()))
+        ledger = asdict(_ledger(part, facts, [rows[number] for number in numbers]))
         if any(found[part][field] != value for field, value in ledger.items()):
             raise _lacks(place, facts, name, f"part {name} has shards that it does not count")
         if found[part]["classes"] != classes:
