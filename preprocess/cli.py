@@ -99,7 +99,7 @@ def build(
     OUT is a folder, or a URL as s3://bucket/set, where each shard goes once it is whole.
     Stopped or killed, the same command goes on where it was. On a finished set it checks that each
     file is there with its size; --repair hashes them, too. The bytes written depend on inputs and
-    settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
+    settings only, never on --jobs, --backend or --part. EXIF orientation is ignored, as the field's
     loaders do.
     """
     settings = settings_of(
