@@ -8,12 +8,12 @@ import sys
 
 import cv2
 import numpy as np
-import preprocess
 import pytest
 from conftest import REPOSITORY
-from preprocess.detectors import DEFAULTS
 
+import preprocess
 import shards
+from preprocess.detectors import DEFAULTS
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "densities.npz"
 MSER = "5"  # OpenCV 4's finds 2.7 times the density, by other defaults
