@@ -24,7 +24,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from preprocess import BuildError
-from preprocess.decode import Rejected, decode_image
+from preprocess.decode import Rejected, decode_image, naming
 from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
@@ -97,7 +97,9 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     with ShardWriter(path) if job.settings.frame else MapsWriter(path, job.settings) as writer:
         for index, (entry, read) in enumerate(job.source.read_in_order(entries), start=first):
             try:
-                rgb = decode_image(read())
+                data = read()
+                with naming(entry.name):
+                    rgb = decode_image(data)
                 old = _old_record(job.reuse, index) if job.reuse else None
                 record = describe(rgb, index, entry, job.settings, old)
             except Rejected as error:
