@@ -77,7 +77,7 @@ def naming(source: str) -> Iterator[None]:
 @lru_cache(maxsize=1)
 def _aside(pid: int) -> int:
     """A file without a name, of this process alone."""
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):
         return os.memfd_create("stderr")
     descriptor, path = tempfile.mkstemp()
     os.unlink(path)
