@@ -109,7 +109,11 @@ bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m kamim.bench.loader "$(if $(DATA),$(DATA),demo)"
 
 abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="-k kills --scale 0.05".
-	$(BIN)/python -m pytest -s -m stress tests/stress $(FLAGS)
+	$(BIN)/python -m pytest -s -m stress tests/stress -k "not soak" $(FLAGS)
+
+.PHONY: soak
+soak: $(VENV)/test  ## Build, train, evaluate and kill for an hour, and look at what is left: FLAGS="--scale 0.2".
+	$(BIN)/python -m pytest -s -m stress tests/stress -k soak $(FLAGS)
 
 LOCK := pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --upgrade \
   --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra demo --extra train
