@@ -26,7 +26,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from preprocess import BuildError
-from preprocess.decode import Rejected, decode_image
+from preprocess.decode import Rejected, decode_image, naming
 from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.files import of_each
 from preprocess.source import Entry, Source
@@ -104,7 +104,9 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     ):
         for index, (entry, read) in enumerate(job.source.read_in_order(entries), start=first):
             try:
-                rgb = decode_image(read())
+                data = read()
+                with naming(entry.name):
+                    rgb = decode_image(data)
                 old = _old_record(job.reuse, index) if job.reuse else None
                 record = describe(rgb, index, entry, job.settings, old)
             except Rejected as error:
