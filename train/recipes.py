@@ -22,7 +22,8 @@ class Recipe:
     optimizer step, over all processes.
     warmup: epochs. peak, floor, start: learning rates. temperature None: no weights (plain SimMIM
     or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control by its name in
-    train/controls.py. area: of crops.
+    train/controls.py. correct: as of WeightedCrops; of controls nothing is corrected, so compare
+    them with a detector's weights that are not. area: of crops.
     mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae.
     sample_by: what cells are drawn by, `none` (at random), `attention`, a map of the shards, or
     several with `*` between. Before random_epochs, random_mask_ratio is masked at random and
@@ -48,6 +49,7 @@ class Recipe:
     w_ps: int = 8
     normalise: Literal["min", "mean", "batch"] = "min"
     weights: str = "detector"
+    correct: bool = True
     area: tuple[float, float] = (0.67, 1.0)
     vertical: float = 0.5  # probability of a vertical flip: published; SimMIM has none
     micro_batch: int = 0  # most samples a forward pass, of one process; 0: as many as serve

@@ -15,10 +15,10 @@ from torch import nn
 import shards
 from shards import Plan, ShardSet, WeightedCrops, Windows
 from shards.crops import FLIPS
+from shards.decoding import check_decoding
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
-from shards.weighting import check_decoding
 from train.controls import check_source, control_weights
 from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
@@ -166,6 +166,7 @@ def weighted_crops(
         normalise=recipe.normalise,
         bank=bank,
         rule=rule,
+        correct=recipe.correct,
         mean=MEAN,
         std=STD,
     )
