@@ -271,3 +271,83 @@ def test_features_of_a_swin_are_kept_apart_by_their_norm(labelled):
     assert features.std(1).min() > 0
     normed = torch.nn.functional.layer_norm(features, features.shape[1:])
     assert not torch.allclose(features, normed, atol=1e-2)
+
+
+def layer(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """A transformer's layer by its equations: attention, then a perceptron, each behind a norm."""
+    heads, width = block.attn.num_heads, x.shape[-1]
+    y = nn.functional.layer_norm(x, (width,), block.norm1.weight, block.norm1.bias, 1e-6)
+    q, k, v = (y @ block.attn.qkv.weight.T + block.attn.qkv.bias).chunk(3, dim=-1)
+    q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    share = (q @ k.transpose(2, 3) / (width / heads) ** 0.5).softmax(3)
+    seen = (share @ v).transpose(1, 2).flatten(2)
+    x = x + seen @ block.attn.proj.weight.T + block.attn.proj.bias
+    y = nn.functional.layer_norm(x, (width,), block.norm2.weight, block.norm2.bias, 1e-6)
+    y = nn.functional.gelu(y @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
+    return x + y @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+
+
+def layers(x: torch.Tensor, blocks: nn.Module, norm: nn.Module) -> torch.Tensor:
+    for block in blocks:
+        x = layer(x, block)
+    return nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, 1e-6)
+
+
+def cut_up(images: torch.Tensor) -> torch.Tensor:
+    """Patches of 16 px in rows, each as a convolution's weights lie: [b, n, 768]."""
+    rows = [
+        images[:, :, y : y + 16, x : x + 16] for y in range(0, 96, 16) for x in range(0, 96, 16)
+    ]
+    return torch.stack([each.flatten(1) for each in rows], dim=1)
+
+
+def test_simmims_forward_pass_is_that_of_its_equations():
+    torch.manual_seed(0)
+    model = SimMIM("vit_tiny_patch16_224", 96, {"depth": 2}).eval()
+    encoder, images = model.encoder, torch.rand(2, 3, 96, 96)
+    mask = torch.rand(2, 3, 3) < 0.5
+    stem = encoder.patch_embed.proj
+    tokens = cut_up(images) @ stem.weight.flatten(1).T + stem.bias
+    for image, row, column in mask.nonzero().tolist():
+        for y in (2 * row, 2 * row + 1):
+            for x in (2 * column, 2 * column + 1):
+                tokens[image, 6 * y + x] = model.mask_token
+    tokens = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], dim=1) + encoder.pos_embed
+    tokens = layers(tokens, encoder.blocks, encoder.norm)[:, 1:]
+    widen = model.decoder[0]
+    pixels = tokens @ widen.weight.flatten(1).T + widen.bias
+    found = model(images, mask)
+    for number in range(36):
+        y, x = 16 * (number // 6), 16 * (number % 6)
+        mine = found[:, :, y : y + 16, x : x + 16].flatten(1)
+        torch.testing.assert_close(mine, pixels[:, number], rtol=1e-3, atol=1e-5)
+
+
+def test_maes_forward_pass_is_that_of_its_equations():
+    torch.manual_seed(0)
+    model = MAE("vit_tiny_patch16_224", 96, {"depth": 2}, (64, 2, 2)).eval()
+    encoder, images = model.encoder, torch.rand(2, 3, 96, 96)
+    order = torch.stack([torch.randperm(36) for _ in range(2)])
+    masked, visible = order[:, :27], order[:, 27:]
+    stem, places = encoder.patch_embed.proj, encoder.pos_embed
+    tokens = cut_up(images) @ stem.weight.flatten(1).T + stem.bias + places[:, 1:]
+    tokens = torch.stack([each[kept] for each, kept in zip(tokens, visible, strict=True)])
+    first = (encoder.cls_token + places[:, :1]).expand(2, -1, -1)
+    tokens = layers(torch.cat([first, tokens], dim=1), encoder.blocks, encoder.norm)
+    tokens = tokens @ model.widen.weight.T + model.widen.bias
+    whole = model.mask_token.expand(2, 36, -1).clone()
+    for number in range(2):
+        whole[number, visible[number]] = tokens[number, 1:]
+    whole = torch.cat([tokens[:, :1], whole + model.positions], dim=1)
+    out = layers(whole, model.decoder, model.norm) @ model.head.weight.T + model.head.bias
+    wanted = torch.stack([each[1:][gone] for each, gone in zip(out, masked, strict=True)])
+    torch.testing.assert_close(model(images, masked, visible), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_kamim_lets_all_parameters_decay():
+    from train.setup import make_optimizer
+
+    model = make_model(find_recipe("small"))
+    (group,) = make_optimizer(model, find_recipe("small"), CPU).param_groups
+    assert len(group["params"]) == len(list(model.parameters()))
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.05, (0.9, 0.999), 1e-8)
