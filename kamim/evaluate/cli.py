@@ -68,6 +68,9 @@ def probe(
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest neighbours.")] = 20,
     epochs: Annotated[float, typer.Option(min=0, help="Of the head; 0: 30 fast, 110 paper.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Of the paper's protocol.")] = 2048,
+    every_block: Annotated[
+        bool, typer.Option("--every-block", help="Beside --block, each block by the fast protocol.")
+    ] = False,
     device: Device = "auto",
     cache: Cache = None,
     out: Out = None,
@@ -77,32 +80,42 @@ def probe(
 
     fast: features are computed once and kept, learning rates are swept on a tenth of the training
     set, no augmentation. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or
-    CutMix. Killed, the same command goes on from what is finished.
+    CutMix. Killed, the same command goes on from what is finished. --every-block tells where in the
+    encoder the features are that a line can use.
     """
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
     from kamim.evaluate.probe import linear_probe, nearest_neighbours
     from shards.files import alone
 
-    folder = out or folder_for("probe", encoder)
-    with alone(folder):
+    folder, count = out or folder_for("probe", encoder), round(epochs) or 30
+
+    def fast(number: int) -> dict[str, Any]:
+        """Neighbours and heads of block `number`."""
         known, asked = (
-            cached(folder, task.model, records, task.block, pool, task.device)
+            cached(folder, task.model, records, number, task.pool, task.device)
             for records in (task.learn, task.test)
         )
         near = nearest_neighbours(known, asked, task.classes, neighbours)
-        row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
-        if protocol == "fast":
-            count = round(epochs) or 30
-            scores = [
-                linear_probe(known, asked, task.classes, seed, count, device=task.device)
-                for seed in range(seeds)
-            ]
-            row["top1"] = [round(score.top1, 4) for score in scores]
-            row["top5"] = [round(score.top5, 4) for score in scores]
-            row["rates"] = [score.rate for score in scores]
-        else:
+        heads = range(seeds) if protocol == "fast" or every_block else ()
+        scores = [
+            linear_probe(known, asked, task.classes, seed, count, device=task.device)
+            for seed in heads
+        ]
+        found: dict[str, Any] = {"knn": round(near, 4)}
+        found["top1"] = [round(score.top1, 4) for score in scores]
+        found["top5"] = [round(score.top5, 4) for score in scores]
+        return found | {"rates": [score.rate for score in scores]}
+
+    with alone(folder):
+        row = task.facts() | {"protocol": protocol} | fast(task.block)
+        near = row["knn"]
+        if protocol == "paper":
+            del row["rates"]
             row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
+        if every_block:
+            each = [{"block": n} | fast(n) for n in range(1, task.model.blocks + 1)]
+            row["by_block"] = each
         _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
 
 
@@ -244,6 +257,8 @@ def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> No
     if json_output:
         print(json.dumps(row))
         return
+    for each in row.get("by_block", ()):
+        print(f"block {each['block']}: top-1 {statistics.mean(each['top1']):.2%}")
     count = len(row["top1"])
     spread = f" +- {statistics.stdev(row['top1']):.2%}" if count > 1 else ""
     print(

@@ -212,6 +212,17 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     assert "label 4 is none of its 4 classes" in done.stderr
 
 
+def test_each_block_can_be_probed(labelled, tmp_path):
+    words = ["probe", "random:small", labelled, labelled, "--epochs", "1", "--seeds", "1"]
+    status, printed, error = typed(*words, "--every-block", "--json", "--out", tmp_path / "probe")
+    assert status == 0, error
+    row = json.loads(printed)
+    assert [each["block"] for each in row["by_block"]] == [1, 2, 3, 4]
+    chosen = row["by_block"][row["block"] - 1]
+    assert {name: chosen[name] for name in ("top1", "knn")} == {n: row[n] for n in ("top1", "knn")}
+    assert len(list((tmp_path / "probe").glob("features-*"))) == 4
+
+
 def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
     """A short run on the forty, a checkpoint an epoch."""
     encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
