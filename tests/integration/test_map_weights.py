@@ -143,7 +143,7 @@ def test_a_banks_weights_are_as_they_are(demo):
 
 def test_other_photos_than_those_it_was_measured_on_are_weighed_better(demo):
     """The demo's are of another camera and another compression: wider bounds than on photos."""
-    found = measure_fidelity(demo, open_source("demo"))
+    found = measure_fidelity(demo, open_source("demo"), jobs=1)
     for name, errors in found.items():
         for each in ("0.1", "0.25", "1"):
             before, after = (
