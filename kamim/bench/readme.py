@@ -108,7 +108,8 @@ def render_fidelity() -> str:
     )
     row = found[names[0], 3]
     taken = f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; {row['date']}"
-    return "\n".join([*lines, "", f"{taken}. The bank is exact. Cost of more crops:", ""])
+    plain = "" if "wrong at 0.25" in row else "Weights are not corrected as below. "
+    return "\n".join([*lines, "", f"{taken}. {plain}The bank is exact. Cost of more crops:", ""])
 
 
 def render_spread() -> str:
