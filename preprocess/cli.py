@@ -215,7 +215,8 @@ def fidelity(
 ) -> None:
     """Measure densities read off maps and bank against detection on the crop itself.
 
-    wrong is the share of an image's loss weight on the wrong cell. Beside them stand rulers:
+    wrong is the share of an image's loss weight on the wrong cell, bias that of the mean weight; of
+    the map as training corrects its weights, and uncorrected. Beside them stand rulers:
     weights that ignore the image, detection on a crop 2 px aside or flipped, and torchvision's
     resize. The headline goes into the manifest, examples into FOLDER/fidelity.png.
     """
@@ -237,11 +238,9 @@ def fidelity(
     if json_output:
         print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
         return
-    print(f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
-    for name, errors in found.items():
-        for what, e in errors.items():
-            line = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
-            print(f"{name + ' ' + what:18s}{line}")
+    from preprocess.fidelity import table
+
+    print(*table(found), sep="\n")
     kinds = ("frame", "maps", "bank", "weights")
     parts = ", ".join(f"{kind} {sizes[f'{kind}_bytes']:,}" for kind in kinds)
     print(
