@@ -50,7 +50,9 @@ def fitted(read: Floats, truth: Floats) -> tuple[Floats, Floats]:
     enough = (hats > 0.5).sum(axis=1) > FEW
 
     def at_knots(values: Floats) -> Floats:
-        found = np.linalg.lstsq(hats @ hats.T, hats @ values, rcond=None)[0]
+        found: Floats = np.asarray(
+            np.linalg.lstsq(hats @ hats.T, hats @ values, rcond=None)[0], np.float64
+        )
         for knot in np.flatnonzero(~enough):
             found[knot] = found[knot - 1]
         return found
