@@ -165,6 +165,7 @@ class Place:
                     raise ConnectionError(f"{arrived} of {size} bytes arrived")
                 if path != final:
                     files.mv(path, final)
+                    path = final
             finally:
                 if path != final:
                     with suppress(Exception):
