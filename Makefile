@@ -37,7 +37,7 @@ help:  ## Show this list.
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
 	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
-	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
+	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder or URL] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
 	@echo 'make maps                                  the same words: densities without frames'
@@ -46,7 +46,7 @@ help:  ## Show this list.
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
 # What a URL, Parquet or a cluster needs is installed when it is asked for.
-NEEDS = $(if $(findstring ://,$(DATA)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
+NEEDS = $(if $(findstring ://,$(DATA) $(OUT)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
 
 # Before anything is installed or built.
 words:
