@@ -1,8 +1,8 @@
 """How far detection on a crop spreads round what its map says, and what that does to weights.
 
-`python -m kamim.bench.spread PHOTOS WORK` measures the tables of shards/correction.py on every other
-photo and prints them, then measures bias and misplaced weight, corrected and not, on the others; a
-row a detector. What is finished is kept in WORK: killed, it goes on.
+`python -m kamim.bench.spread PHOTOS WORK` measures the tables of shards/correction.py on every
+other photo and prints them, then measures bias and misplaced weight, corrected and not, on the
+others; a row a detector. What is finished is kept in WORK: killed, it goes on.
 """
 
 import sys
