@@ -207,7 +207,7 @@ class MAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions: Tensor
         self.register_buffer("positions", sincos(self.side, width)[None], persistent=False)
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         block = partial(Block, width, heads, qkv_bias=True, norm_layer=norm)
         self.decoder = nn.Sequential(*(block() for _ in range(blocks)))
         self.norm = norm(width)

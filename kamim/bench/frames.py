@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,7 @@ def measure(where: str, folder: Path) -> list[dict[str, Any]]:
     load = once(folder / "loader.json", lambda: in_turn(loads, REPEATS, warm=1))
     rows, least = [], str(SIZES[0])
     for size in SIZES:
-        pixels = once(
-            folder / f"pixels-{size}.json", lambda size=size: pixels_of(sets[size], source)
-        )
+        pixels = once(folder / f"pixels-{size}.json", partial(pixels_of, sets[size], source))
         row = {"bench": "frames", "frame": size, "images": len(source.entries), **pixels}
         row |= storage(sets[size]) | {"build_ms": spread(build[str(size)])}
         row |= {"loader_ms": spread(load[str(size)])}

@@ -7,6 +7,7 @@ others; a row a detector. What is finished is kept in WORK: killed, it goes on.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ Floats = NDArray[np.float64]
 
 def pairs_of(records: ShardSet, source: Source) -> list[tuple[Floats, Floats]]:
     """(read off the map, detected) on CROPS crops of each photo."""
-    settings, found = records.manifest.settings, []
+    settings = records.manifest.settings
+    found: list[tuple[Floats, Floats]] = []
     (detector,) = settings.detectors
     for number in range(len(records)):
         record, rgb = looked_up(records, source, number)
@@ -51,7 +53,9 @@ def fitted(read: Floats, truth: Floats) -> tuple[Floats, Floats]:
     enough = (hats > 0.5).sum(axis=1) > FEW
 
     def at_knots(values: Floats) -> Floats:
-        found = np.linalg.lstsq(hats @ hats.T, hats @ values, rcond=None)[0]
+        found: Floats = np.asarray(
+            np.linalg.lstsq(hats @ hats.T, hats @ values, rcond=None)[0], np.float64
+        )
         for knot in np.flatnonzero(~enough):
             found[knot] = found[knot - 1]
         return found
@@ -78,7 +82,7 @@ def measure(where: str, name: str, folder: Path) -> dict[str, Any]:
         sets.append(ShardSet(out))
     sides = zip(*pairs_of(sets[0], halves[0]), strict=True)
     mean, deviation = fitted(*(np.stack(side).ravel() for side in sides))
-    row = {"bench": "spread", "detector": name}
+    row: dict[str, Any] = {"bench": "spread", "detector": name}
     row |= {"mean": in_words(mean), "deviation": in_words(deviation)}
     errors = measure_fidelity(sets[1], halves[1], len(sets[1]), jobs=1)[name]
     return row | {what: errors[what] for what in ("map", "uncorrected", "shifted")}
@@ -87,7 +91,7 @@ def measure(where: str, name: str, folder: Path) -> dict[str, Any]:
 def measure_all(where: str, folder: Path) -> list[dict[str, Any]]:
     """A row per detector, on the photos that its tables were not measured on."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [once(folder / f"{n}.json", lambda n=n: measure(where, n, folder)) for n in NAMES]
+    rows = [once(folder / f"{n}.json", partial(measure, where, n, folder)) for n in NAMES]
     for row in rows:
         print(row["detector"], row["mean"], row["deviation"], sep="\n")
     return rows

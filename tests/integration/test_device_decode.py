@@ -24,13 +24,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def records(small_source, tmp_path):
+def records(small_source, tmp_path, build_once):
     chosen = settings(detectors=(detector_settings("fast"),), crop=64)
-    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
-    return ShardSet(tmp_path / "shards")
+    return ShardSet(build_once(small_source, tmp_path / "shards", chosen))
 
 
-@pytest.mark.timeout(60)
 def test_files_come_with_all_that_belongs_to_them(records):
     plan = Plan(40, 12, seed=3)
     decoded = copied(Loader(records, plan, 0, 9, maps=["fast"]))
@@ -43,7 +41,6 @@ def test_files_come_with_all_that_belongs_to_them(records):
             np.testing.assert_equal(getattr(batch, field), getattr(pixels, field))
 
 
-@pytest.mark.timeout(60)
 def test_the_device_decodes_what_the_threads_would(records):
     """By torchvision on the CPU, which has libjpeg-turbo too."""
     plan = Plan(40, 12, seed=3)
@@ -55,7 +52,6 @@ def test_the_device_decodes_what_the_threads_would(records):
         np.testing.assert_array_equal(tensors["maps"]["fast"].numpy(), pixels.maps["fast"])
 
 
-@pytest.mark.timeout(60)
 def test_a_file_without_an_end_is_named_or_skipped(records):
     path, row = records.locate(17)
     with path.open("r+b") as file:
@@ -114,7 +110,6 @@ def test_a_trial_frame_goes_to_the_device(records, monkeypatch):
     assert asked == [(1, "cuda:1")]
 
 
-@pytest.mark.timeout(60)
 def test_one_is_made_while_another_is_used(records):
     made = []
 

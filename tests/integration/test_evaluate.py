@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, errors, settings
-from test_cli import kamim as typed_kamim
+from test_cli import kamim as typed_in_full
+from test_cli import kamim_process
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -84,10 +85,9 @@ def test_a_probe_depends_on_its_seed_alone():
 
 
 @pytest.fixture
-def labelled(small_source, tmp_path):
+def labelled(small_source, tmp_path, build_once):
     chosen = settings(frame=96, crop=96, detectors=(preprocess.detector_settings("fast"),))
-    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
-    return tmp_path / "set"
+    return build_once(small_source, tmp_path / "set", chosen)
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -207,7 +207,7 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     index = np.load(labelled / "index.npy")
     index["label"][7] = 4
     resigned(labelled, index)
-    done = typed_kamim(*words)
+    done = typed_in_full(*words)
     assert done.returncode == 2
     assert "label 4 is none of its 4 classes" in done.stderr
 
@@ -225,10 +225,10 @@ def test_each_block_can_be_probed(labelled, tmp_path):
 
 def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
     """A short run on the forty, a checkpoint an epoch."""
-    encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
+    encoder = load_encoder("random:small", CPU)
     torch.manual_seed(0)
     recipe = LabelRecipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
-    model = Classifier(encoder, 4, "mean", 4, recipe)
+    model = Classifier(encoder, 2, "mean", 4, recipe)
     records = ShardSet(labelled)
     facts = {"encoder": "x"}
     train_supervised(model, recipe, records, records, out, 0, CPU, facts, micro_batch)
@@ -254,7 +254,7 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="holds another run"):
         supervised(labelled, tmp_path / "parts", 2, frozen, peak=1.0)
-    start = load_encoder("random:vit_tiny_patch16_224", CPU, 96).model.state_dict()
+    start = load_encoder("random:small", CPU).model.state_dict()
     same = all(torch.equal(whole[f"trunk.{name}"], start[name]) for name in start)
     assert same == frozen
 
@@ -289,7 +289,7 @@ def test_layer_decay_and_augmentation(labelled):
 
 
 def test_finetune_and_the_papers_probe_from_the_command_line(labelled, tmp_path):
-    name = "random:vit_tiny_patch16_224"
+    name = "random:small"
     for words in (["finetune"], ["probe", "--protocol", "paper", "--seeds", "1"]):
         command, *options = words
         options += ["--epochs", "1", "--batch", "20", "--out", tmp_path / command]
@@ -510,7 +510,7 @@ def test_a_request_is_checked_before_torch_is_imported(labelled, tmp_path):
         (["export-hf", "nosuch.pt", tmp_path / "x"], "nosuch.pt is no file"),
         (["probe", "random:small", labelled, labelled], "torch is not installed"),
     ):
-        done = typed_kamim(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
+        done = kamim_process(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
         assert done.returncode == 2
         assert errors(done) == 1
         assert said in done.stderr
@@ -540,7 +540,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_after_one_call(labelled, tm
         nobody |= {"HF_HOME": str(tmp_path / "cache"), "no_proxy": "127.0.0.1"}
         name, environment = "timm:vit_tiny_patch16_224", {**os.environ, **nobody}
         words = ["probe", name, labelled, labelled, "--out", tmp_path / "p"]
-        done = typed_kamim(*words, env=environment)
+        done = kamim_process(*words, env=environment)
         server.shutdown()
     assert len(calls) == 1
     assert done.returncode == 2

@@ -39,11 +39,10 @@ def test_the_page_shows_frames_maps_histograms_and_the_ledger(small_source, tmp_
 
 
 @pytest.fixture
-def records(small_source, tmp_path):
+def records(small_source, tmp_path, build_once):
     detectors = tuple(preprocess.detector_settings(name) for name in ("fast", "sift"))
     chosen = settings(frame=96, crop=96, detectors=detectors)
-    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
-    return ShardSet(tmp_path / "set")
+    return ShardSet(build_once(small_source, tmp_path / "set", chosen))
 
 
 def test_a_phone_shows_the_page_at_its_own_width_and_each_fact_in_a_line_of_its_own(records):
