@@ -154,8 +154,8 @@ bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training take
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
 
-bench-spread: $(VENV)/train  ## Measure the correction of map weights on half of the photos, and hold it to the others: DATA.
-	$(BIN)/python -m kamim.bench.spread "$(if $(DATA),$(DATA),demo)"
+bench-spread: $(VENV)/train  ## Measure the correction of map weights on half of the photos, and hold it to the others: DATA, OUT.
+	$(BIN)/python -m kamim.bench.spread "$(if $(DATA),$(DATA),demo)" "$(OUT)"
 
 bench-frames: $(VENV)/train  ## Measure what larger frames cost and keep, in the folder OUT, where it goes on: DATA, OUT.
 	$(BIN)/python -m kamim.bench.frames "$(if $(DATA),$(DATA),demo)" "$(OUT)"

@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kamim.bench.measuring import in_turn
+from kamim.bench.measuring import in_turn, once
 from kamim.bench.provenance import append, check_checkout, ratio, spread
 from preprocess import build_shards, detector_settings, open_source, storage
 from preprocess.fidelity import looked_up, trial_crop
 from preprocess.source import Source
 from shards import Plan, Record, Settings, ShardSet, crop_frames, decode_frame
 from shards.crops import unit_boxes
-from shards.files import write_atomically
 from shards.loader import Loader
 from shards.progress import progress
 
@@ -100,13 +98,6 @@ def _settings(frame: int) -> Settings:
     return Settings(detectors=(detector_settings("fast"),), shard_size=100, frame=frame)
 
 
-def kept(path: Path, work: Callable[[], Any]) -> Any:
-    """What `work` gives, or gave before a stop."""
-    if not path.exists():
-        write_atomically(path, json.dumps(work()).encode())
-    return json.loads(path.read_text())
-
-
 def measure(where: str, folder: Path) -> list[dict[str, Any]]:
     """A row a size of frames, printed."""
     source, sets = open_source(where), {}
@@ -116,11 +107,11 @@ def measure(where: str, folder: Path) -> list[dict[str, Any]]:
         sets[size] = ShardSet(folder / str(size))
     builds = {str(size): lambda size=size: build_ms(source, size) for size in SIZES}
     loads = {str(size): lambda size=size: loader_ms(sets[size]) for size in SIZES}
-    build = kept(folder / "build.json", lambda: in_turn(builds, 3))
-    load = kept(folder / "loader.json", lambda: in_turn(loads, REPEATS, warm=1))
+    build = once(folder / "build.json", lambda: in_turn(builds, 3))
+    load = once(folder / "loader.json", lambda: in_turn(loads, REPEATS, warm=1))
     rows, least = [], str(SIZES[0])
     for size in SIZES:
-        pixels = kept(folder / f"pixels-{size}.json", partial(pixels_of, sets[size], source))
+        pixels = once(folder / f"pixels-{size}.json", partial(pixels_of, sets[size], source))
         row = {"bench": "frames", "frame": size, "images": len(source.entries), **pixels}
         row |= storage(sets[size]) | {"build_ms": spread(build[str(size)])}
         row |= {"loader_ms": spread(load[str(size)])}

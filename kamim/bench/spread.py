@@ -1,41 +1,44 @@
 """How far detection on a crop spreads round what its map says, and what that does to weights.
 
-`python -m kamim.bench.spread PHOTOS` measures the tables of shards/correction.py on every other
-photo and prints them, then measures bias and misplaced weight, corrected and not, on the others;
-a row a detector.
+`python -m kamim.bench.spread PHOTOS WORK` measures the tables of shards/correction.py on every
+other photo and prints them, then measures bias and misplaced weight, corrected and not, on the
+others; a row a detector. What is finished is kept in WORK: killed, it goes on.
 """
 
-import tempfile
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from kamim.bench.measuring import keep
+from kamim.bench.measuring import once
+from kamim.bench.provenance import append, check_checkout
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.fidelity import detected, looked_up, measure_fidelity, read_crop, trial_crop
-from shards import Record, Settings, ShardSet
+from preprocess.source import Source
+from shards import Settings, ShardSet
 from shards.correction import AT
-from shards.progress import progress
 
 NAMES = ("fast", "orb", "sift")
 CROPS = 2  # of each photo, for the tables
 FEW = 300  # cells round one of AT; with fewer it takes what its neighbour has
 Floats = NDArray[np.float64]
-Pairs = dict[str, list[tuple[Floats, Floats]]]
 
 
-def pairs_of(record: Record, rgb: NDArray[np.uint8], settings: Settings) -> Pairs:
-    """(read off the map, detected) on some crops of a photo, by detector."""
-    found: Pairs = {detector.name: [] for detector in settings.detectors}
-    for seed in range(CROPS):
-        crop = trial_crop(record, settings, rgb, seed)
-        for detector in settings.detectors:
+def pairs_of(records: ShardSet, source: Source) -> list[tuple[Floats, Floats]]:
+    """(read off the map, detected) on CROPS crops of each photo."""
+    settings = records.manifest.settings
+    found: list[tuple[Floats, Floats]] = []
+    (detector,) = settings.detectors
+    for number in range(len(records)):
+        record, rgb = looked_up(records, source, number)
+        for seed in range(CROPS):
+            crop = trial_crop(record, settings, rgb, seed)
             truth = detected(crop.pixels, detector, settings)
-            found[detector.name].append((read_crop(record, detector, settings, crop), truth))
+            found.append((read_crop(record, detector, settings, crop), truth))
     return found
 
 
@@ -67,31 +70,33 @@ def in_words(values: Floats) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
-def measure_all(where: str) -> list[dict[str, Any]]:
-    """A row per detector, on the photos that the tables were not measured on."""
+def measure(where: str, name: str, folder: Path) -> dict[str, Any]:
+    """The row of a detector."""
     whole = open_source(where)
-    settings = Settings(detectors=tuple(map(detector_settings, NAMES)), shard_size=100)
+    settings = Settings(detectors=(detector_settings(name),), shard_size=100)
     halves = [replace(whole, entries=whole.entries[number::2]) for number in (0, 1)]
-    with tempfile.TemporaryDirectory() as name:
-        sets = []
-        for number, half in enumerate(halves):
-            build_shards(half, Path(name) / str(number), settings, max_rejected=1)
-            sets.append(ShardSet(Path(name) / str(number)))
-        work, records = joblib.delayed(pairs_of), sets[0]
-        tasks = (work(*looked_up(records, halves[0], n), settings) for n in range(len(records)))
-        found = joblib.Parallel(n_jobs=joblib.cpu_count(), return_as="generator")(tasks)
-        pairs: list[Pairs] = list(progress("tables", len(records), found))
-        errors = measure_fidelity(sets[1], halves[1], len(sets[1]))
-    rows = []
-    for detector in NAMES:
-        sides = zip(*(pair for each in pairs for pair in each[detector]), strict=True)
-        mean, deviation = fitted(*(np.concatenate([x.ravel() for x in side]) for side in sides))
-        tables = {"mean": in_words(mean), "deviation": in_words(deviation)}
-        print(detector, *tables.values(), sep="\n")
-        of_detector = {what: errors[detector][what] for what in ("map", "uncorrected", "shifted")}
-        rows.append({"bench": "spread", "detector": detector, **tables, **of_detector})
+    sets = []
+    for number, half in enumerate(halves):
+        out = folder / f"{name}-{number}"
+        build_shards(half, out, settings, 1, max_rejected=1)
+        sets.append(ShardSet(out))
+    sides = zip(*pairs_of(sets[0], halves[0]), strict=True)
+    mean, deviation = fitted(*(np.stack(side).ravel() for side in sides))
+    row: dict[str, Any] = {"bench": "spread", "detector": name}
+    row |= {"mean": in_words(mean), "deviation": in_words(deviation)}
+    errors = measure_fidelity(sets[1], halves[1], len(sets[1]), jobs=1)[name]
+    return row | {what: errors[what] for what in ("map", "uncorrected", "shifted")}
+
+
+def measure_all(where: str, folder: Path) -> list[dict[str, Any]]:
+    """A row per detector, on the photos that its tables were not measured on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [once(folder / f"{n}.json", partial(measure, where, n, folder)) for n in NAMES]
+    for row in rows:
+        print(row["detector"], row["mean"], row["deviation"], sep="\n")
     return rows
 
 
 if __name__ == "__main__":
-    keep("spread", measure_all)
+    check_checkout()
+    print(append("spread", measure_all(sys.argv[1], Path(sys.argv[2]))))
