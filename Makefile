@@ -30,7 +30,7 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-spread bench-frames bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,7 +82,11 @@ test: $(VENV)/test  ## Run the tests (about ten minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/test  ## Run the long tests too.
-	$(BIN)/python -m pytest -q -m '(slow or not slow) and not dist and not stress'
+	$(BIN)/python -m pytest -q --hypothesis-profile=new -m '(slow or not slow) and not dist and not stress'
+
+.PHONY: test-readme
+test-readme: $(VENV)/test  ## Run the README's commands as they are printed (minutes; trains).
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_readme.py
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
@@ -149,6 +153,12 @@ bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training take
 
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
+
+bench-spread: $(VENV)/train  ## Measure the correction of map weights on half of the photos, and hold it to the others: DATA.
+	$(BIN)/python -m kamim.bench.spread "$(if $(DATA),$(DATA),demo)"
+
+bench-frames: $(VENV)/train  ## Measure what larger frames cost and keep, in the folder OUT, where it goes on: DATA, OUT.
+	$(BIN)/python -m kamim.bench.frames "$(if $(DATA),$(DATA),demo)" "$(OUT)"
 
 bench-maps: $(VENV)/core  ## Measure look-ups by name in densities of 1.28 million images.
 	$(BIN)/python -m kamim.bench.maps

@@ -204,8 +204,9 @@ def restore(
             "--resume, or name another --out"
         )
     state = load(path, device)
-    # What an older checkpoint's recipe does not have was as the defaults are.
-    known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
+    # What an older checkpoint's recipe does not have was as the defaults are, or not known.
+    known = {each.name: each.default for each in fields(Recipe)} | {"correct": False}
+    known |= state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
         "window": 0,

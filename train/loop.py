@@ -38,6 +38,7 @@ from train.request import Run, compiler_missing
 from train.schedule import learning_rate
 from train.setup import (
     Data,
+    clipped,
     count_micro_steps,
     device_name,
     make_optimizer,
@@ -173,7 +174,7 @@ def pretrain(run: Run) -> None:
                     break
             done = step if cut else step + 1
             if not cut:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                norm = clipped(model, recipe)
                 optimizer.step()
                 window.add(step, rate, sums[0], norm.detach(), sums[1])
 

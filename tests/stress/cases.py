@@ -21,6 +21,7 @@ SECTIONS = (
     "fuzz",
     "damage",
     "faults",
+    "stores",
     "power",
     "network",
     "archives",
