@@ -2,7 +2,7 @@
 
 import typer
 
-from preprocess.cli import allow_seconds, run_build, settings_of
+from preprocess.build_cli import allow_seconds, run_build, settings_of
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -21,6 +21,7 @@ from preprocess.options import (
     MaxRejected,
     OnError,
     Out,
+    Part,
     Partial,
     Repair,
     Reuse,
@@ -59,6 +60,7 @@ def build(
     on_error: OnError = "quarantine",
     max_rejected: MaxRejected = 0.01,
     reuse: Reuse = None,
+    part: Part = "",
     repair: Repair = False,
     partial: Partial = False,
     json_output: Json = False,
@@ -81,4 +83,4 @@ def build(
     )
     allow_seconds(detector_seconds)
     how = jobs, on_error, max_rejected, reuse, backend, scheduler
-    run_build(source, split, partial, out, settings, how, repair, json_output)
+    run_build(source, split, partial, out, settings, how, part, repair, json_output)

@@ -72,7 +72,10 @@ class Masking:
         self.random = counts(self.side**2, recipe.random_mask_ratio, 0, recipe.method)
         self.counts = counts(self.side**2, recipe.mask_ratio, recipe.throw_ratio, recipe.method)
         # By map: what a crop keeps of it near its edges.
-        self.edges = {n: EdgeRule(records, n, self.side).to(device) for n in guide_maps(recipe)}
+        self.edges = {
+            name: EdgeRule(records, name, recipe.size, self.side).to(device)
+            for name in guide_maps(recipe)
+        }
 
     def _step_of(self, number: int) -> int:
         """The first step of the phase that refresh `number` begins."""

@@ -14,7 +14,20 @@ from kamim.bench.markdown import renewed_parts
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = REPOSITORY / "docs" / "reliability.md"
-SECTIONS = ("kills", "inputs", "fuzz", "damage", "faults", "archives", "plugins")
+SECTIONS = (
+    "kills",
+    "inputs",
+    "strangers",
+    "fuzz",
+    "damage",
+    "faults",
+    "plugins",
+    "stores",
+    "power",
+    "network",
+    "archives",
+    "soak",
+)
 KEPT = 5  # descriptions of losses that a row keeps
 
 
