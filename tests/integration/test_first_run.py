@@ -64,7 +64,8 @@ class Terminal(io.StringIO):
         (["built", "--wandb", "mine"], "pip install wandb"),
         (["built", "--cache-limit", "much"], "'much' is no size"),
         (["built", "--extend"], "--extend needs --epochs"),
-        (["built", "more"], "what is 'more'?"),
+        (["built", "more"], "there is no folder more of shards"),
+        (["built", "more:2"], "1 of 2 sets have a share"),
     ],
 )
 def test_words_are_checked_before_torch_is_imported(words, line, built):
