@@ -82,7 +82,7 @@ def serve(folder: Path, port: int) -> None:
         client.upload_file(str(path), BUCKET, f"sets/small/{path.name}")
     public = ThreadedMotoServer("127.0.0.1", port, verbose=False)  # the same store behind it
     public.start()
-    print(f"port {public.get_host_and_port()[1]} ", flush=True)  # noqa: T201
+    print(f"port {public.get_host_and_port()[1]} ", flush=True)
     while True:
         time.sleep(60)
 

@@ -29,7 +29,7 @@ from train.estimate import (
     say_where,
     time_lines,
 )
-from train.log import Log, Window
+from train.log import METRICS, Log, Window
 from train.masking import Masking
 from train.models import in_bf16, make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
@@ -38,6 +38,7 @@ from train.request import Run, compiler_missing
 from train.schedule import learning_rate
 from train.setup import (
     Data,
+    clipped,
     count_micro_steps,
     device_name,
     make_optimizer,
@@ -126,7 +127,9 @@ def pretrain(run: Run) -> None:
     with (
         writing.alone(run.out) if rank == 0 else nullcontext(),
         Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
-        checkpoint.Saver(run.out / "checkpoints", run.save_minutes, device) as saver,
+        checkpoint.Saver(
+            run.out / "checkpoints", run.save_minutes, device, run.out / METRICS
+        ) as saver,
         progress.running(),
         memory_told(part),
     ):
@@ -171,7 +174,7 @@ def pretrain(run: Run) -> None:
                     break
             done = step if cut else step + 1
             if not cut:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                norm = clipped(model, recipe)
                 optimizer.step()
                 window.add(step, rate, sums[0], norm.detach(), sums[1])
 

@@ -21,6 +21,7 @@ from preprocess.building import shard_size_for
 from preprocess.repair import repair_shards
 from shards import ShardSet
 from shards.beton import convert_to_ffcv
+from shards.remote.place import Place
 from shards.verification import verify_shards
 
 THREE = tuple(preprocess.detector_settings(name) for name in ("fast", "orb", "sift"))
@@ -223,7 +224,7 @@ def test_two_builds_into_one_folder(small_source, tmp_path):
     source, out = open_source(str(small_source)), tmp_path / "out"
     facts = preprocess.building.facts_of(source, settings())
     with (
-        preprocess.building.claim(source, settings(), out, facts),
+        preprocess.building.claim(source, settings(), Place.of(out), facts),
         pytest.raises(ValueError, match="another process is"),
     ):
         build_shards(source, out, settings(), 1)

@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 import torch
 import torchvision
 
+import shards.decoding
 import shards.weighting
 from preprocess import build_shards, detector_settings, open_source
 from shards import Plan, ShardSet, decode_frame, to_device
@@ -76,10 +77,10 @@ def test_what_cannot_be_decoded_there_is_told_in_one_line(records, small_source,
         pretrain(run)
     cuda = torch.device("cuda")
     with pytest.raises(ValueError, match="if damage is to be skipped"):
-        shards.weighting.check_decoding(records, cuda, skip=True)
+        shards.decoding.check_decoding(records, cuda, skip=True)
     build_shards(open_source(str(small_source)), tmp_path / "raw", settings(quality=0), 1)
     with pytest.raises(ValueError, match="its frames are raw pixels"):
-        shards.weighting.check_decoding(ShardSet(tmp_path / "raw"), cuda, skip=False)
+        shards.decoding.check_decoding(ShardSet(tmp_path / "raw"), cuda, skip=False)
 
 
 def test_a_decoder_that_is_missing_or_fails_is_told_in_one_line(records, monkeypatch):
@@ -90,10 +91,10 @@ def test_a_decoder_that_is_missing_or_fails_is_told_in_one_line(records, monkeyp
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", broken)
     with pytest.raises(ValueError, match=r"on cuda \(nvjpeg is not here\); decode on the CPU"):
-        shards.weighting.check_decoding(records, cuda, skip=False)
+        shards.decoding.check_decoding(records, cuda, skip=False)
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     with pytest.raises(ValueError, match=r"needs torchvision .* pip install torchvision"):
-        shards.weighting.check_decoding(records, cuda, skip=False)
+        shards.decoding.check_decoding(records, cuda, skip=False)
 
 
 def test_a_trial_frame_goes_to_the_device(records, monkeypatch):
@@ -105,7 +106,7 @@ def test_a_trial_frame_goes_to_the_device(records, monkeypatch):
         return [torch.from_numpy(decode_frame(f.numpy().tobytes())).permute(2, 0, 1) for f in files]
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", decode)
-    shards.weighting.check_decoding(records, torch.device("cuda", 1), skip=False)
+    shards.decoding.check_decoding(records, torch.device("cuda", 1), skip=False)
     assert asked == [(1, "cuda:1")]
 
 

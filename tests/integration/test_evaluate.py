@@ -212,12 +212,23 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     assert "label 4 is none of its 4 classes" in done.stderr
 
 
+def test_each_block_can_be_probed(labelled, tmp_path):
+    words = ["probe", "random:small", labelled, labelled, "--epochs", "1", "--seeds", "1"]
+    status, printed, error = typed(*words, "--every-block", "--json", "--out", tmp_path / "probe")
+    assert status == 0, error
+    row = json.loads(printed)
+    assert [each["block"] for each in row["by_block"]] == [1, 2, 3, 4]
+    chosen = row["by_block"][row["block"] - 1]
+    assert {name: chosen[name] for name in ("top1", "knn")} == {n: row[n] for n in ("top1", "knn")}
+    assert len(list((tmp_path / "probe").glob("features-*"))) == 4
+
+
 def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
     """A short run on the forty, a checkpoint an epoch."""
     encoder = load_encoder("random:small", CPU)
     torch.manual_seed(0)
-    model = Classifier(encoder, 2, "mean", 4, frozen)
     recipe = LabelRecipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
+    model = Classifier(encoder, 2, "mean", 4, recipe)
     records = ShardSet(labelled)
     facts = {"encoder": "x"}
     train_supervised(model, recipe, records, records, out, 0, CPU, facts, micro_batch)
@@ -260,17 +271,20 @@ def test_a_step_in_parts_has_the_loss_of_a_whole_one(labelled, tmp_path):
 
 def test_layer_decay_and_augmentation(labelled):
     encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
-    model = Classifier(encoder, 12, "mean", 4, False)
-    groups = parameter_groups(model, LabelRecipe(layer_decay=0.5))
+    recipe = LabelRecipe(layer_decay=0.5)
+    model = Classifier(encoder, 12, "mean", 4, recipe)
+    groups = parameter_groups(model, recipe)
     assert [group["scale"] for group in groups] == [0.5**n for n in range(13, -1, -1)]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    frames = torch.randint(0, 256, (6, 3, 96, 96), dtype=torch.uint8)
-    labels = torch.arange(6) % 4
-    images, soft = augmented(frames, labels, 4, LabelRecipe(), 0, 3)
+    frames = torch.randint(0, 256, (6, 3, 96, 96)).float()
+    batch = {"labels": torch.arange(6) % 4, "samples": torch.arange(6), "epochs": torch.zeros(6)}
+    images, soft = augmented(frames, batch, 4, recipe, 0, 3)
     torch.testing.assert_close(soft.sum(1), torch.ones(6))
-    assert not torch.equal(images, augmented(frames, labels, 4, LabelRecipe(), 0, 4)[0])
+    later = batch | {"epochs": torch.ones(6)}
+    for other, step in ((batch, 4), (later, 3)):
+        assert not torch.equal(images, augmented(frames, other, 4, recipe, 0, step)[0])
     state = torch.get_rng_state()
-    assert torch.equal(images, augmented(frames, labels, 4, LabelRecipe(), 0, 3)[0])
+    assert torch.equal(images, augmented(frames, batch, 4, recipe, 0, 3)[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -313,7 +313,7 @@ def test_recipes_differ_in_what_their_names_say():
         base,
         mask_ratio=0.45,
         throw_ratio=0.4,
-        random_epochs=40,
+        random_epochs=41,
         random_mask_ratio=0.75,
         sample_by="attention*frequency",
     )

@@ -78,8 +78,9 @@ def test_stopping_between_steps_and_going_on_changes_nothing(shards, tmp_path, c
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
 
 
-def test_a_swin_drops_the_same_layers_after_a_stop(shards, tmp_path):
-    options = {"embed_dim": 24, "depths": (2, 2, 2, 2)}
+@pytest.mark.parametrize("drops", [{}, {"drop_path_rate": 0.5}])
+def test_a_swin_drops_the_same_paths_after_a_stop_or_none(shards, tmp_path, drops):
+    options = {"embed_dim": 24, "depths": (2, 2, 2, 2), **drops}
     recipe = replace(TINY, model="swin_tiny_patch4_window7_224", options=options, epochs=2)
     whole = run(shards, tmp_path / "whole", recipe)
     run(shards, tmp_path / "parts", recipe, steps=4)

@@ -311,13 +311,14 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
     real, done = retry.retried, []
 
     def stopping(url, call):
+        url = str(url)
         if url.endswith("shard-000001.tar"):
             raise KeyboardInterrupt
         done.append(url)
         return real(url, call)
 
     for target in (there, str(tmp_path / "here")):
-        monkeypatch.setattr("shards.remote.copy.retried", stopping)
+        monkeypatch.setattr("shards.remote.place.retried", stopping)
         monkeypatch.setattr(
             "shards.remote.copy._fetch",
             lambda place, name, path: stopping(
