@@ -37,7 +37,7 @@ help:  ## Show this list.
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
 	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
-	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
+	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder or URL] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
 	@echo 'make maps                                  the same words: densities without frames'
@@ -46,7 +46,7 @@ help:  ## Show this list.
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
 # What a URL, Parquet or a cluster needs is installed when it is asked for.
-NEEDS = $(if $(findstring ://,$(DATA)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
+NEEDS = $(if $(findstring ://,$(DATA) $(OUT)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
 
 # Before anything is installed or built.
 words:
@@ -78,7 +78,7 @@ ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 	@$(BIN)/kamim doctor
 
-test: $(VENV)/test  ## Run the tests (about ten minutes on two cores).
+test: $(VENV)/test  ## Run the tests (about six minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/test  ## Run the long tests too.

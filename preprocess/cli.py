@@ -140,6 +140,8 @@ def verify(
     """
     within("--samples", samples, 1)
     if not folder.exists():
+        if ":/" in str(folder):
+            shards.load(folder)  # raises, and says what to do with a URL
         raise UserError(
             f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
         )

@@ -36,10 +36,13 @@ class Place:
     @classmethod
     def of(cls, where: Path | str) -> "Place":
         """The place meant. Raises UserError at a web server, which takes no files."""
-        url = str(where).removeprefix("file://").rstrip("/")
-        if url.startswith(("http://", "https://")):
-            raise UserError(f"{url}: a web server takes no files; name a folder, s3:// or gs://")
-        return cls(url if is_url(url) else str(Path(str(where).removeprefix("file://"))))
+        text = str(where).removeprefix("file://")
+        if text.startswith(("http://", "https://")):
+            raise UserError(f"{text}: a web server takes no files; name a folder, s3:// or gs://")
+        if not is_url(text):
+            return cls(str(Path(text)))
+        remote.filesystem(text)  # raises if it names no place
+        return cls(text.rstrip("/"))
 
     def __str__(self) -> str:
         return self.where
@@ -162,6 +165,7 @@ class Place:
                     raise ConnectionError(f"{arrived} of {size} bytes arrived")
                 if path != final:
                     files.mv(path, final)
+                    path = final
             finally:
                 if path != final:
                     with suppress(Exception):

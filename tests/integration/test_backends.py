@@ -117,11 +117,13 @@ def test_the_commands_of_the_page_are_real():
             main.make_context(command, arguments)
         elif "kamim" in (program, *arguments):
             words = arguments if program == "kamim" else arguments[arguments.index("pretrain") :]
-            name = ["shards", "build"] if program == "kamim" else ["pretrain"]
+            name = [command, arguments[0]] if program == "kamim" else ["pretrain"]
             text = CliRunner().invoke(app, [*name, "--help"]).stdout
             assert all(word in text for word in words if word.startswith("--"))
+        elif program == "bash":
+            assert (REPOSITORY / command).is_file()
         seen.add(program)
-    assert seen == {"dask", "kamim", "ray", "torchrun"}
+    assert seen == {"bash", "dask", "kamim", "ray", "torchrun"}
 
 
 def test_dask_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):

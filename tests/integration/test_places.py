@@ -655,6 +655,7 @@ def test_the_command_line_of_stores_and_parts(source, disk, tmp_path):
         (["--part", "3/2"], "--part 3/2 is not i/n"),
         (["--part", "1/2", "--repair"], "--repair works on the whole set"),
         (["--repair"], "--repair works in a folder"),
+        (["--detector", "fast,orb"], "detectors is fast there, fast,orb here"),
     ):
         done = kamim(*build, *words)
         assert done.returncode == 2
@@ -663,6 +664,10 @@ def test_the_command_line_of_stores_and_parts(source, disk, tmp_path):
     assert done.returncode == 2
     assert "holds no parts to join" in done.stderr
     assert not (tmp_path / "nothing").exists()
+    for command in ("verify", "inspect", "fidelity"):
+        done = kamim("shards", command, "s3://bucket/set")
+        assert done.returncode == 2
+        assert "s3://bucket/set is not on this machine; copy it" in done.stderr
     done = kamim("shards", "join", "--help")
     assert "Make one finished set of the parts" in done.stdout
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from stores import BUCKET, HttpStore, S3Store, free_port
+from stores import BUCKET, HttpStore, S3Store
 
 from stress.cases import Case
 from stress.forked import Process, call, kamim, spawn
@@ -37,28 +37,25 @@ class Proxy:
     """A process that passes bytes to `port` of this machine, and does not always."""
 
     def __init__(self, port: int, seed: int, folder: Path) -> None:
-        self.port, self.log = free_port(), folder / f"proxy-{port}.log"
+        self.log, told = folder / f"proxy-{port}.log", folder / f"proxy-{port}.port"
         self.log.touch()
-        self.process = spawn(_pass_on, self.port, port, seed, str(self.log), log=self.log)
-        while True:
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", self.port)),
-            ):
-                return
+        self.process = spawn(_pass_on, told, port, seed, self.log, log=folder / "proxy.out")
+        while not told.exists() or not told.read_text():
+            assert self.process.poll() is None, self.process.text()
             time.sleep(0.02)
+        self.port = int(told.read_text())
 
     @property
     def faults(self) -> Counter[str]:
         return Counter(line for line in self.log.read_text().split() if line in FAULTS)
 
 
-def _pass_on(port: int, to: int, seed: int, log: str) -> None:
+def _pass_on(told: Path, to: int, seed: int, log: Path) -> None:
     rng = random.Random(seed)
 
     def note(fault: str) -> str:
         if fault:
-            with open(log, "a") as file:
+            with log.open("a") as file:
                 file.write(f"{fault}\n")
         return fault
 
@@ -92,7 +89,8 @@ def _pass_on(port: int, to: int, seed: int, log: str) -> None:
         await asyncio.gather(pipe(reader, back, False), pipe(there, writer, True))
 
     async def run() -> None:
-        server = await asyncio.start_server(serve, "127.0.0.1", port)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        told.write_text(str(server.sockets[0].getsockname()[1]))
         await server.serve_forever()
 
     asyncio.run(run())
