@@ -30,10 +30,11 @@ from train.estimate import (
     time_lines,
 )
 from train.log import Log, Window
+from train.look import Looks
 from train.masking import Masking
 from train.models import in_bf16, make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
-from train.progress import Progress, busy, say
+from train.progress import Doing, Progress, busy, say
 from train.request import Run, compiler_missing
 from train.schedule import learning_rate
 from train.setup import (
@@ -94,6 +95,10 @@ def pretrain(run: Run) -> None:
         plan = replace(plan, micro_steps=micro_steps)
         part = recipe.batch // (ranks * micro_steps)
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
+        looks = None
+        if run.probe_every:
+            given = run, data, model.encoder, flops, total, device
+            looks = together(process, lambda: Looks(*given))
     alone: nn.Module = Step(model, crops)
     parallel: Any = in_parallel(alone) if ranks > 1 else alone
     compiles = device.type == "cuda" and run.compile and not compiler_missing()
@@ -102,6 +107,7 @@ def pretrain(run: Run) -> None:
     if writes:
         describe(run, records, facts, model, masking.describe(), plan, ranks, device)
         say(*filter(None, [attention]), *memory_lines(memory.needed(part), part, device))
+        say(*([looks.describe()] if looks else []))
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 
@@ -112,11 +118,13 @@ def pretrain(run: Run) -> None:
     if ranks > 1:
         stop.listen()
 
-    def every_record(step: int) -> Iterator[Batch]:
+    def every_record(step: int, looking: Doing) -> Iterator[Batch]:
         """Each record once, for a look at its attention before `step`; crops are not used."""
         once = replace(plan, batch=part * ranks, micro_steps=1)
         whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
-        return stop.heeded(whole, step, ranks)
+        for batch in stop.heeded(whole, step, ranks):
+            yield batch
+            looking.update(once.batch)
 
     progress = Progress(first, last, total, recipe.batch, writes)
     pace = Pace(batches, device)
@@ -133,9 +141,10 @@ def pretrain(run: Run) -> None:
         for step in range(first, last):
             progress.begin(step)
             if masking.due(step):
-                saver.wait()  # a signal would have it said that all is saved
-                with progress.busy("looking at attention"):
-                    frames = partial(every_record, step)
+                with progress.busy("saving"):
+                    saver.wait()  # a signal would have it said that all is saved
+                with progress.busy("looking at attention", len(records)) as looking:
+                    frames = partial(every_record, step, looking)
                     window.since += masking.refresh(run.out, step, model.encoder, frames, process)
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
@@ -183,9 +192,14 @@ def pretrain(run: Run) -> None:
             saving = (saving or masking.due(done)) and done > saved
             # The first row shows that all is well. On a CPU there is no queue to wait for.
             paced = device.type == "cpu" and ranks == 1 and window.age > ROWS_PACE
-            due = saving or paced or step == first or done % run.log_every == 0
+            look = looks is not None and not cut and looks.due(done)
+            due = saving or paced or look or step == first or done % run.log_every == 0
             if window.pending and due:
                 rows = window.rows(pace.take(), len(loader.damaged))
+                if looks and look and rank == 0:  # the others wait in the next step
+                    rows[-1] |= looks.look(model.encoder, progress.busy)
+                    window.since += rows[-1]["look_seconds"]
+                    say(*looks.lines(rows[-1], done))
                 if log is not None:
                     log.rows(rows, progress)
             if saving and rank == 0:
@@ -195,9 +209,12 @@ def pretrain(run: Run) -> None:
                     saver.save(done, state)
             saved = done if saving else saved
             if stopping:
-                saver.wait()
+                with progress.busy("saving"):
+                    saver.wait()
                 batches.close()
                 stop.end(done, rank)
+        with progress.busy("saving"):
+            saver.wait()
 
     # --- Pictures
     if rank == 0 and last == total and not (idle and (run.out / "reconstructions.png").exists()):

@@ -4,37 +4,17 @@ The file is used again only for the very same set, encoder, block and pooling.
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kamim.evaluate.encoder import Encoder, tokens
-from shards import Plan, ShardSet, crop_frames, to_device
+from shards import Plan, ShardSet
 from shards.errors import UserError
-from shards.progress import progress
 from train.export import write_tensors
-from train.models import normalised
-
-Pool = Literal["mean", "cls"]
-
-
-def whole_frames(
-    records: ShardSet, plan: Plan, first: int, last: int, size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(whole frames float32 [b, 3, size, size] of 0 to 255, labels [b]) of steps first to last - 1.
-
-    Squeezed without antialias, as the published validation does it.
-    """
-    for batch, tensors in to_device(records.loader(plan, first, last, device=device.type), device):
-        count = len(batch.labels)
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(count, 4)
-        flips = torch.zeros(count, 2, dtype=torch.bool, device=device)
-        yield crop_frames(tensors["frames"], boxes, flips, size), tensors["labels"]
+from train.features import Encoder, Pool, features_of
 
 
 def extract(
@@ -50,16 +30,9 @@ def extract(
     Images are the whole frames at the encoder's size, as the published validation has them.
     """
     order = Plan(len(records), batch, in_order=True)
-    found, labels = [], []
-    bar = progress(f"features of {records.folder.name}", len(records))
-    with bar, torch.inference_mode():
-        for frames, theirs in whole_frames(records, order, 0, order.steps(), encoder.size, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                patches, cls = tokens(encoder, normalised(frames), block)
-            found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
-            labels.append(theirs.cpu().clone())
-            bar.update(len(frames))
-    return torch.cat(found), torch.cat(labels)
+    batches = records.loader(order, 0, order.steps(), device=device.type)
+    title = f"features of {records.folder.name}"
+    return features_of(encoder, batches, len(records), block, pool, device, title)
 
 
 def cached(

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from kamim.evaluate.encoder import Encoder, tokens
-from kamim.evaluate.features import Pool, whole_frames
 from shards import Plan, ShardSet, Windows
 from shards.errors import UserError
 from shards.progress import progress
 from shards.rng import Purpose, mix
 from train import checkpoint
 from train.estimate import largest_part, memory_of
-from train.log import METRICS, trim
+from train.features import Encoder, Pool, tokens, whole_frames
+from train.metrics import METRICS, trim
 from train.models import in_bf16, normalised
 from train.schedule import learning_rate
 from train.setup import WINDOW
@@ -151,9 +150,10 @@ def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict
     """top-1 and top-5 of `model` on a set, shares of 0 to 1."""
     model.eval()
     order, size = Plan(len(records), 256, in_order=True), model.encoder[0].size
+    batches = records.loader(order, 0, order.steps(), device=device.type)
     right = torch.zeros(2)
     with torch.inference_mode(), progress("test", len(records)) as bar:
-        for frames, labels in whole_frames(records, order, 0, order.steps(), size, device):
+        for frames, labels in whole_frames(batches, size, device):
             logits = model(normalised(frames))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
@@ -196,7 +196,8 @@ def train_supervised(
     if cuda and not micro_batch:
         part = largest_part(0, 0, device, memory_of(model, (), model.encoder[0].size, device))
     forward = compiled(model) if cuda else model
-    stream = whole_frames(learn, plan, first, total, model.encoder[0].size, device)
+    batches = learn.loader(plan, first, total, device=device.type)
+    stream = whole_frames(batches, model.encoder[0].size, device)
     done = first * plan.batch
     with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
         for step, (frames, labels) in enumerate(stream, start=first):
