@@ -24,7 +24,7 @@ from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
 from train.models import MEAN, STD
-from train.progress import busy, say
+from train.progress import say
 from train.recipes import Recipe
 from train.request import Run, check_device
 
@@ -223,8 +223,7 @@ def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
     # Of a remote set every shard is hashed when it arrives, or is found in the cache.
     if run.checksum and not is_url(run.shards):
         part = process.local_rank, process.local_ranks
-        with busy(f"hashing {len(manifest.shards):,} shards", process.rank == 0):
-            damage = damaged_files(Path(run.shards), manifest, *part)
+        damage = damaged_files(Path(run.shards), manifest, *part)
         if damage:
             where = "" if process.ranks == 1 else f"on {socket.gethostname()}: "
             raise UserError(f"{where}{damage[0]}")
