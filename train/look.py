@@ -23,7 +23,6 @@ from train.features import Bar, Encoder, features_of, whole_frames
 from train.metrics import COLLAPSED
 from train.models import model_flops, normalised
 from train.probe import effective_rank, linear_probe, nearest_neighbours
-from train.progress import say
 from train.request import Run, count_classes
 from train.setup import WINDOW, Data
 
@@ -53,13 +52,14 @@ class Looks:
             cache = run.cache if is_url(run.probe_set) else None
             records = shards.open(run.probe_set, cache=cache, patience=run.patience)
             load = partial(records.loader, device=str(device), workers=run.workers)
+        self.without = ""
         self.where = str(run.probe_set or run.shards)
         try:
             self.classes = count_classes({self.where: records})
         except UserError as error:
             if run.probe_set is not None:
                 raise
-            say(f"no probe while it trains, only rank and attention: {error}")
+            self.without = f"; no probe, only rank and attention: {error}"
         images = self.every * len(data.records)  # that are trained on between two looks
         cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
         wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
@@ -87,9 +87,10 @@ class Looks:
         began = time.perf_counter()
         frozen = Encoder("", deepcopy(encoder).eval().requires_grad_(False), self.size)
         block, title = frozen.default_block, "looking at features"
-        given = frozen, self.load(), self.count, block, "mean", self.device, title
-        features, labels = features_of(*given, bar)
-        found = {}
+        features, labels = features_of(
+            frozen, self.load(), self.count, block, "mean", self.device, title, bar
+        )
+        found: dict[str, float] = {}
         if self.classes:
             held = max(1, round(HELD_OUT * self.count))
             asked, known = (features[:held], labels[:held]), (features[held:], labels[held:])
@@ -111,6 +112,7 @@ class Looks:
         return (
             f"features are looked at every {self.every:g} epochs, on {self.count:,} images of "
             f"{self.where}{held if self.classes else ''}: about {self.share:.1%} more to compute"
+            f"{self.without}"
         )
 
     def lines(self, row: dict[str, float], done: int) -> list[str]:

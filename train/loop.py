@@ -33,7 +33,7 @@ from train.log import Log, Window
 from train.look import Looks
 from train.masking import Masking
 from train.models import in_bf16, make_model, model_flops
-from train.pictures import PICTURES, draw_loss, draw_reconstructions
+from train.pictures import FOLLOWED, PICTURES, Followed, draw_loss, draw_reconstructions
 from train.progress import Doing, Progress, busy, say
 from train.request import Run, compiler_missing
 from train.schedule import learning_rate
@@ -129,6 +129,7 @@ def pretrain(run: Run) -> None:
     progress = Progress(first, last, total, recipe.batch, writes)
     pace = Pace(batches, device)
     window = Window(seconds, recipe.batch, steps_an_epoch, ranks, peak and flops / (peak * ranks))
+    followed: Followed | None = None
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
     with (
@@ -206,7 +207,8 @@ def pretrain(run: Run) -> None:
                 state = {"run": facts, "seconds": window.seconds}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 with progress.busy("saving"):
-                    saver.save(done, state)
+                    followed = followed or follow(run, data, plan, model, masking)
+                    saver.save(done, state, followed.taken(model, done))
             saved = done if saving else saved
             if stopping:
                 with progress.busy("saving"):
@@ -223,6 +225,14 @@ def pretrain(run: Run) -> None:
             draw_last_step(run, data, plan, model, masking)
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def follow(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> Followed:
+    """The run's first images, as every save shows what the model makes of them."""
+    few = replace(plan, batch=min(FOLLOWED, len(data.records)), micro_steps=1)
+    _, tensors = next(to_device(data.load(few, 0, 1, maps=data.maps), masking.device))
+    images, weights, *_ = data.crops(tensors)
+    return Followed(run.out, images, masking.fixed(len(images)), weights, model)
 
 
 def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> None:

@@ -23,7 +23,7 @@ from train import checkpoint, estimate, progress
 from train.checkpoint import check_length
 from train.cli import take_word
 from train.distributed import Stop, Stopped
-from train.log import read_metrics
+from train.metrics import read_metrics
 from train.models import SimMIM, model_flops
 from train.recipes import find_recipe, recipe_names
 from train.request import Run

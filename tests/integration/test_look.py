@@ -106,12 +106,20 @@ def test_a_labelled_set_of_its_own_is_looked_at(shards, small_source, tmp_path, 
     with pytest.raises(ValueError, match="none has 1 classes; a probe needs two"):
         run(shards, tmp_path / "x", probe_every=1, probe_set=none)
     run(none, tmp_path / "unlabelled", probe_every=3, steps=1)
-    assert "no probe while it trains, only rank and attention" in capsys.readouterr().err
+    assert "no probe, only rank and attention" in capsys.readouterr().err
     assert FIGURES - set(looks(tmp_path / "unlabelled")[1]) == {"probe_top1", "knn_top1"}
     done = kamim("pretrain", shards, "--probe-set", tmp_path / "own")
     assert (done.returncode, "--probe-set needs --probe-every" in done.stderr) == (2, True)
     done = kamim("pretrain", shards, "--probe-every", "1", "--probe-set", tmp_path / "nowhere")
     assert (done.returncode, "there is no folder" in done.stderr) == (2, True)
+
+
+def test_an_ffcv_set_is_looked_at_in_the_same_order(shards, converted, tmp_path):
+    pytest.importorskip("ffcv")
+    run(shards, tmp_path / "tar", probe_every=3, steps=1)
+    run(converted, tmp_path / "ffcv", probe_every=3, steps=1)
+    one, two = looks(tmp_path / "tar")[1], looks(tmp_path / "ffcv")[1]
+    assert one["effective_rank"] == pytest.approx(two["effective_rank"], rel=0.02)
 
 
 def test_a_look_takes_no_more_images_than_its_share_of_the_computation(shards, monkeypatch):

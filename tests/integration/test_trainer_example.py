@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from test_golden import build
 
 from shards.beton import convert_to_ffcv
-from train.log import read_metrics
+from train.metrics import read_metrics
 
 STEPS = 6
 
