@@ -129,7 +129,7 @@ def test_the_checkpoint_is_there_before_the_page(shards, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(run))
 
     monkeypatch.setattr("train.pictures.write_page", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         run(shards, tmp_path / "run", steps=4)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000004.pt"
 
