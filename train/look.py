@@ -19,7 +19,7 @@ from shards import Plan
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from train.diagnosis import diagnose
-from train.features import Bar, Encoder, features_of, whole_frames
+from train.features import Bar, Encoder, features_of, frames_of
 from train.metrics import COLLAPSED
 from train.models import model_flops, normalised
 from train.probe import effective_rank, linear_probe, nearest_neighbours
@@ -99,7 +99,7 @@ class Looks:
             found |= {"probe_top1": score.top1, "knn_top1": near}
         found["effective_rank"] = effective_rank(features)
         if hasattr(frozen.model, "blocks"):
-            frames, _ = next(whole_frames(self.few(), self.size, self.device))
+            frames, _ = next(frames_of(self.few(), self.size, self.device))
             rows = diagnose(frozen.model, normalised(frames))
             found["attention_distance"] = sum(row["distance"] for row in rows) / len(rows)
             found["attention_uniform"] = rows[0]["uniform"]

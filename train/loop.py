@@ -32,6 +32,7 @@ from train.estimate import (
 from train.log import Log, Window
 from train.look import Looks
 from train.masking import Masking
+from train.metrics import METRICS
 from train.models import in_bf16, make_model, model_flops
 from train.pictures import FOLLOWED, PICTURES, Followed, draw_loss, draw_reconstructions
 from train.progress import Doing, Progress, busy, say
@@ -39,6 +40,7 @@ from train.request import Run, compiler_missing
 from train.schedule import learning_rate
 from train.setup import (
     Data,
+    clipped,
     count_micro_steps,
     device_name,
     make_optimizer,
@@ -135,7 +137,9 @@ def pretrain(run: Run) -> None:
     with (
         writing.alone(run.out) if rank == 0 else nullcontext(),
         Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
-        checkpoint.Saver(run.out / "checkpoints", run.save_minutes, device) as saver,
+        checkpoint.Saver(
+            run.out / "checkpoints", run.save_minutes, device, run.out / METRICS
+        ) as saver,
         progress.running(),
         memory_told(part),
     ):
@@ -181,7 +185,7 @@ def pretrain(run: Run) -> None:
                     break
             done = step if cut else step + 1
             if not cut:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                norm = clipped(model, recipe)
                 optimizer.step()
                 window.add(step, rate, sums[0], norm.detach(), sums[1])
 

@@ -22,7 +22,8 @@ class Recipe:
     optimizer step, over all processes.
     warmup: epochs. peak, floor, start: learning rates. temperature None: no weights (plain SimMIM
     or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control by its name in
-    train/controls.py. area: of crops.
+    train/controls.py. correct: as of WeightedCrops; of controls nothing is corrected, so compare
+    them with a detector's weights that are not. area: of crops.
     mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae.
     sample_by: what cells are drawn by, `none` (at random), `attention`, a map of the shards, or
     several with `*` between. Before random_epochs, random_mask_ratio is masked at random and
@@ -41,13 +42,14 @@ class Recipe:
     beta2: float = 0.999
     weight_decay: float = 0.05
     decay_all: bool = True  # published: norms, biases and positions decay too; SimMIM: not
-    clip: float = 1.0
+    clip: float = 1.0  # of the gradient's norm; 0: none
     mask_ratio: float = 0.6
     cell: int = 32
     temperature: float | None = 0.25
     w_ps: int = 8
     normalise: Literal["min", "mean", "batch"] = "min"
     weights: str = "detector"
+    correct: bool = True
     area: tuple[float, float] = (0.67, 1.0)
     vertical: float = 0.5  # probability of a vertical flip: published; SimMIM has none
     micro_batch: int = 0  # most samples a forward pass, of one process; 0: as many as serve
@@ -102,15 +104,23 @@ def mean_normalised(recipe: Recipe) -> Recipe:
 
 
 def mae(recipe: Recipe) -> Recipe:
-    """`recipe` as plain MAE (arXiv 2111.06377). Crops, flips and epochs stay, so that methods are
-    compared on the same data; MAE's own crops (area from 0.2) want larger frames.
+    """`recipe` as plain MAE (arXiv 2111.06377), of targets by patch and unclipped gradients. Crops,
+    flips, epochs and rates stay, so that methods are compared on the same data; MAE's own crops
+    (area from 0.2) want larger frames.
 
     The decoder is MAE's own for ViT-B; two thirds of a smaller encoder's width, 32 per head.
     """
     decoders = {"vit_tiny_patch16_224": (128, 8, 4), "vit_small_patch16_224": (256, 8, 8)}
     decoder = (96, 2, 3) if recipe.options == _REDUCED else decoders.get(recipe.model, (512, 8, 16))
     return replace(
-        recipe, method="mae", mask_ratio=0.75, temperature=None, decoder=decoder, beta2=0.95
+        recipe,
+        method="mae",
+        mask_ratio=0.75,
+        temperature=None,
+        decoder=decoder,
+        norm_pix=True,
+        beta2=0.95,
+        clip=0.0,
     )
 
 
@@ -122,10 +132,11 @@ def kamim(recipe: Recipe) -> Recipe:
 def sampled(recipe: Recipe, by: str) -> Recipe:
     """`recipe` with cells drawn, and some thrown, by `by` after a random phase, as AMT and FAMT.
 
-    40 epochs and 40 between looks, as published for 200 and 400; of a short run a tenth and a half.
+    41 epochs and 40 between looks, as published for 200 and 400 (`epoch > 40` from 0, mae-AMT
+    models_mae.py); of a short run a tenth and a half.
     """
     masked, thrown = (0.45, 0.40) if recipe.method == "mae" else (0.44, 0.26)
-    first, again = (40.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
+    first, again = (41.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
     return replace(
         recipe,
         sample_by=by,

@@ -27,7 +27,8 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """(features float32 [N, d], labels int64 [N]) in the order of the set, on the CPU.
 
-    Images are the whole frames at the encoder's size, as the published validation has them.
+    Images are the whole frames at the encoder's size, as the published validation has them; a
+    Swin's features are those before its final norm, as in the published probe.
     """
     order = Plan(len(records), batch, in_order=True)
     batches = records.loader(order, 0, order.steps(), device=device.type)
@@ -45,7 +46,8 @@ def cached(
 ) -> tuple[Tensor, Tensor]:
     """As `extract`, kept in `folder` so that a run that was killed does not do it again."""
     name = hashlib.sha256()
-    name.update(f"{records.manifest.fingerprint} {encoder.size} {block} {pool}".encode())
+    what = f"{records.manifest.fingerprint} {encoder.size} {block} {pool}"
+    name.update((what + " without norm" * encoder.is_swin).encode())
     for key, tensor in encoder.model.state_dict().items():
         name.update(key.encode())
         name.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
