@@ -108,7 +108,7 @@ def _page(groups: Sequence[Group]) -> str:
     from shards.html import page, table, text
     from train.page import STYLE
 
-    rows = [
+    rows: list[list[object]] = [
         ["seeds", *(len(group["seeds"]) for group in groups)],
         ["epochs", *(f"{statistics.fmean(group['epochs']):g}" for group in groups)],
     ]

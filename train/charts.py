@@ -170,8 +170,8 @@ def _binned(line: Line) -> _Thin:
         return _Thin(x, y, y, y)
     cuts = np.linspace(0, len(x), POINTS + 1).astype(int)
     first, count = cuts[:-1], np.diff(cuts)
-    means = (np.add.reduceat(each, first) / count for each in (x, y))
-    return _Thin(*means, np.minimum.reduceat(y, first), np.maximum.reduceat(y, first))
+    at, mean = (np.add.reduceat(each, first) / count for each in (x, y))
+    return _Thin(at, mean, np.minimum.reduceat(y, first), np.maximum.reduceat(y, first))
 
 
 def _stroke(line: Line) -> str:
