@@ -11,7 +11,7 @@ FORMAT ?= webdataset
 FRAMES ?= jpeg
 JOBS ?= 0
 BACKEND ?= loky
-YOURS := folder webdataset parquet shards
+YOURS := folder webdataset parquet shards ffcv
 comma := ,
 # Shards of your images are named after where they lie, those of a dataset after the dataset.
 NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
@@ -36,7 +36,7 @@ help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
-	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
+	@echo '                    |folder|webdataset|parquet|shards|ffcv DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder or URL] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'

@@ -31,6 +31,14 @@ def settings_of(**options: Any) -> Settings:
         raise UserError(f"--{name.replace('_', '-')} {rule}") from None
 
 
+def allow_seconds(seconds: float) -> None:
+    """For a plug-in's look at an image."""
+    within("--detector-seconds", seconds, 0)
+    from preprocess.isolation import allow
+
+    allow(seconds)
+
+
 def run_build(
     source: str,
     split: str,

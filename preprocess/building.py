@@ -23,7 +23,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocess import BuildError
+from preprocess import BuildError, isolation
 from preprocess import executors as backends
 from preprocess.compare import (
     WORK,
@@ -194,6 +194,7 @@ def claim(
         if any(detector.plugin for detector in settings.detectors):
             # An engine's processes may be older than what this one has come to know.
             options["modules"] = (*sys.path, os.getcwd())
+            options["seconds"] = isolation.allowed()
         there = out if out.is_url else Place(str(out.folder.resolve()))
         yield Job(settings, bare, there, there / WORK, scratch, fingerprint(facts), **options)
         if not part:

@@ -12,7 +12,15 @@ from typer import Option
 import preprocess
 import shards
 from preprocess import BuildError
-from preprocess.build_cli import print_json, run_build, say, settings_of, weights_of, within
+from preprocess.build_cli import (
+    allow_seconds,
+    print_json,
+    run_build,
+    say,
+    settings_of,
+    weights_of,
+    within,
+)
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -21,6 +29,7 @@ from preprocess.options import (
     Crop,
     DetectorOptions,
     Detectors,
+    DetectorSeconds,
     EdgeRules,
     Engine,
     Folder,
@@ -58,6 +67,7 @@ def build(
     detector: Detectors = "fast",
     detector_option: DetectorOptions = None,
     edge_rule: EdgeRules = None,
+    detector_seconds: DetectorSeconds = 60,
     frame: Annotated[
         int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
     ] = DEFAULTS.frame,
@@ -117,6 +127,7 @@ def build(
         weights=weights_of(weights),
         levels=levels,
     )
+    allow_seconds(detector_seconds)
     how = jobs, on_error, max_rejected, reuse, backend, scheduler
     run_build(source, split, partial, out, settings, how, part, repair, json_output)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from preprocess.files import join, kind_of
 from preprocess.layouts import cifar, demo, imagenet, inaturalist, places365
+from preprocess.layouts.ffcv import list_ffcv
 from preprocess.layouts.folder import list_folder
 from preprocess.layouts.parquet import list_parquet
 from preprocess.layouts.shards import list_shards
@@ -104,6 +105,7 @@ PLACED: dict[str, Lister] = {
     "webdataset": list_webdataset,
     "parquet": list_parquet,
     "shards": list_shards,
+    "ffcv": list_ffcv,
 }
 NAMES = ("demo", *NAMED, *PLACED)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Options = dict[str, int | float | bool]
 
 GROUP = "kamim.maps"  # of entry points: packages' own detectors
+# OpenCV's networks by what creates them, as NAME:FILE.onnx; the file is the user's.
+MODELS = {"aliked": "ALIKED", "disk": "DISK"}
 SHI_TOMASI: Options = {
     "maxCorners": 1000,
     "qualityLevel": 0.01,
@@ -144,11 +146,15 @@ def named(call: str) -> tuple[str, str]:
         points = importlib.metadata.entry_points(group=GROUP, name=call)
         if not points:
             raise UserError(
-                f"unknown detector {call!r}; there are {', '.join(KNOWN)}, a function of your own "
-                f"as MODULE:FUNCTION, and entry points in the group {GROUP}"
+                f"unknown detector {call!r}; there are {', '.join(KNOWN)}, networks as "
+                f"{', '.join(f'{name}:FILE.onnx' for name in MODELS)}, a function of your own as "
+                f"MODULE:FUNCTION, and entry points in the group {GROUP}"
             )
         return call, next(iter(points)).value
-    if not equals:  # the function's, as files may be named
+    model = function.partition(":")[0]
+    if not equals and model in MODELS:
+        name = model
+    elif not equals:  # the function's, as files may be named
         name = re.sub(r"[^a-z0-9_-]", "-", function.partition(":")[2].lower())[:40]
     if name in KNOWN or not NAME.fullmatch(name):
         rule = "is OpenCV's" if name in KNOWN else "is not of a-z, 0-9, _ and -, 40 at most"
@@ -211,7 +217,7 @@ def detect(detector: Detector, pixels: NDArray[np.uint8], crop: int = 0) -> NDAr
     """Keypoint centres of `pixels` as float32 [N, 2], (x, y) from pixel centres.
 
     Pixels are grey, uint8 [H, W]; a plug-in takes RGB [H, W, 3], and may give a map, [h, w] of
-    0 to 1. Raises Rejected if it fails or gives anything else.
+    0 to 1. Raises Rejected if it fails, hangs, dies, or gives anything else.
 
     A detector that keeps its best so many points (ORB 500) keeps as many an area as it would on a
     `crop` x `crop` px crop; 0: as many as its option says, whatever the size.
@@ -220,9 +226,9 @@ def detect(detector: Detector, pixels: NDArray[np.uint8], crop: int = 0) -> NDAr
     import numpy as np
 
     if detector.plugin:
-        from preprocess import plugins
+        from preprocess import isolation
 
-        return plugins.found(detector, pixels)
+        return isolation.found(detector, pixels)
     options = tuple(_budgeted(detector, pixels.shape, crop).items())
     keypoints = _make(detector.name, options).detect(pixels)
     if not keypoints:

@@ -2,7 +2,7 @@
 
 import typer
 
-from preprocess.build_cli import run_build, settings_of
+from preprocess.build_cli import allow_seconds, run_build, settings_of
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -10,6 +10,7 @@ from preprocess.options import (
     Crop,
     DetectorOptions,
     Detectors,
+    DetectorSeconds,
     EdgeRules,
     Engine,
     Grid,
@@ -46,6 +47,7 @@ def build(
     detector: Detectors = "fast",
     detector_option: DetectorOptions = None,
     edge_rule: EdgeRules = None,
+    detector_seconds: DetectorSeconds = 60,
     crop: Crop = DEFAULTS.crop,
     area: Area = DEFAULTS.area[0],
     map_crops: MapCrops = DEFAULTS.map_crops,
@@ -79,5 +81,6 @@ def build(
         detectors=detectors_of(detector, detector_option, edge_rule),
         shard_size=shard_size,
     )
+    allow_seconds(detector_seconds)
     how = jobs, on_error, max_rejected, reuse, backend, scheduler
     run_build(source, split, partial, out, settings, how, part, repair, json_output)

@@ -11,7 +11,7 @@ from shards.spec import Detector, Settings
 
 # The names of datasets.py and executors.py, which need libraries (tested).
 _PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
-DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards")
+DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards", "ffcv")
 Backend = Literal["loky", "dask", "ray"]
 DEFAULTS = Settings()
 
@@ -39,6 +39,12 @@ Detectors = Annotated[
 DetectorOptions = Annotated[
     list[str] | None,
     Option(help="Option of a detector, as fast.threshold=20. Repeatable."),
+]
+DetectorSeconds = Annotated[
+    float,
+    Option(
+        help="Most that a detector of your own may look at an image, or at a crop; 0: no limit."
+    ),
 ]
 EdgeRules = Annotated[
     list[Path] | None,

@@ -17,11 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess.decode import Rejected
+from preprocess.detectors import MODELS
 from shards.errors import UserError
 from shards.spec import Detector, Plugin
 
@@ -50,14 +52,18 @@ def found(detector: Detector, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     Raises Rejected, naming the function, if it raises or returns anything else; BuildError if the
     function here is not the one that the settings name.
     """
-    assert detector.plugin is not None
-    name = detector.plugin.function
-    function = _loaded(name, detector.plugin.sha256)
+    function, name = loaded(detector), detector.plugin and detector.plugin.function
     try:
         result = function(rgb.copy(), **detector.options)  # it may draw on what it is shown
     except (Exception, SystemExit) as error:
         raise Rejected(FAILED, f"{name}: {type(error).__name__}: {error}"[:300]) from None
-    return checked(name, result, rgb.shape[:2])
+    return checked(str(name), result, rgb.shape[:2])
+
+
+def loaded(detector: Detector) -> Callable[..., Any]:
+    """The function of a plug-in, imported. Raises BuildError as `found`."""
+    assert detector.plugin is not None
+    return _loaded(detector.plugin.function, detector.plugin.sha256)
 
 
 def checked(name: str, result: object, size: tuple[int, ...]) -> NDArray[np.float32]:
@@ -102,6 +108,12 @@ def _loaded(function: str, sha256: str) -> Callable[..., Any]:
 def _file_of(function: str) -> Path:
     """The source file of `module:function`, found without importing it. UserError if none is."""
     module, colon, name = function.partition(":")
+    if module in MODELS:
+        if not Path(name).is_file():
+            raise UserError(
+                f"there is no file {name!r}; name {module}'s network, {module}:FILE.onnx"
+            )
+        return Path(name)
     if not (colon and name.isidentifier()):
         raise UserError(f"{function!r} is not MODULE:FUNCTION")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -120,6 +132,8 @@ def _file_of(function: str) -> Path:
 
 def _imported(function: str, sha256: str) -> Callable[..., Any]:
     module, _, name = function.partition(":")
+    if module in MODELS:
+        return _network(module, name)
     try:
         home = importlib.import_module(module)
         if _hashes.setdefault(module, sha256) != sha256:  # edited since, as in a notebook
@@ -133,7 +147,29 @@ def _imported(function: str, sha256: str) -> Callable[..., Any]:
     return chosen
 
 
+def _network(model: str, path: str) -> Callable[..., Any]:
+    """What finds points by a network of OpenCV's, in the file `path`."""
+    create = getattr(cv2, f"{MODELS[model]}_create", None)
+    if create is None:
+        raise UserError(
+            f"OpenCV {cv2.__version__} has no {model}; version 5 has: type pip install "
+            "'opencv-python-headless>=5'"
+        )
+    try:
+        network = create(path)
+    except cv2.error as error:
+        raise UserError(f"{path} is no network for {model}: {error.err}") from None
+
+    def points(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found = network.detect(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        return np.asarray(cv2.KeyPoint_convert(found), np.float32).reshape(-1, 2)
+
+    return points
+
+
 def _version_of(module: str) -> str:
+    if module in MODELS:
+        return cv2.__version__
     top = module.partition(".")[0]
     for distribution in importlib.metadata.packages_distributions().get(top, []):
         return importlib.metadata.version(distribution)

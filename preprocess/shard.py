@@ -25,7 +25,7 @@ import PIL
 import simplejpeg
 from numpy.typing import NDArray
 
-from preprocess import BuildError
+from preprocess import BuildError, isolation
 from preprocess.decode import Rejected, decode_image, naming
 from preprocess.densities import bank_of, maps_of, weights_of
 from preprocess.files import of_each
@@ -56,6 +56,7 @@ class Job:
     reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
     fail: bool = False  # stop at the first input that is rejected
     modules: tuple[str, ...] = ()  # folders where the driver finds plug-ins
+    seconds: float = isolation.SECONDS  # that a plug-in may look at an image
 
 
 class Written(NamedTuple):
@@ -92,6 +93,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     """
     _check_here(job)
     sys.path.extend(folder for folder in job.modules if folder not in sys.path)
+    isolation.allow(job.seconds)
     cv2.setNumThreads(1)  # jobs are the parallelism; nested threads only fight
     in_main_thread = threading.current_thread() is threading.main_thread()
     if multiprocessing.current_process().name != "MainProcess" and in_main_thread:

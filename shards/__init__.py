@@ -4,10 +4,10 @@
     for batch in records.batches(size=192, batch=64, epochs=2, weights="fast", temperature=0.25):
         batch.images, batch.weights
 
-`open` gives a ShardSet, which loads batches, datasets and records; WeightedCrops turns batches into
-crops and loss weights; a Plan says which samples and crops each step shows. `build` and `verify`
-write and check sets. A name's module is imported when the name is first used: torch only where
-tensors are asked for.
+`open` gives a ShardSet, or of several places ShardSets, which load batches, datasets and records;
+WeightedCrops turns batches into crops and loss weights; a Plan says which samples and crops each
+step shows. `build` and `verify` write and check sets. A name's module is imported when the name is
+first used: torch only where tensors are asked for.
 """
 
 from importlib import import_module
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from shards.dataset import open_set as open
     from shards.errors import UserError
     from shards.loader import Batch
+    from shards.mixture import Mixture
     from shards.order import Plan, Windows
     from shards.record import Bank, Record, decode_frame, encode_frame
     from shards.report import inspect_page
+    from shards.sets import ShardSets
     from shards.spec import Detector, File, Ledger, Manifest, Settings, load
     from shards.tar import ShardWriter
     from shards.torchdata import PlanSampler, RecordDataset
@@ -35,9 +37,11 @@ _HOMES = {
     "dataset": "ShardSet open=open_set",
     "errors": "UserError",
     "loader": "Batch",
+    "mixture": "Mixture",
     "order": "Plan Windows",
     "record": "Bank Record decode_frame encode_frame",
     "report": "inspect_page",
+    "sets": "ShardSets",
     "spec": "Detector File Ledger Manifest Settings load",
     "tar": "ShardWriter",
     "torchdata": "PlanSampler RecordDataset",
@@ -59,12 +63,14 @@ __all__ = [
     "File",
     "Ledger",
     "Manifest",
+    "Mixture",
     "Plan",
     "PlanSampler",
     "Record",
     "RecordDataset",
     "Settings",
     "ShardSet",
+    "ShardSets",
     "ShardWriter",
     "UserError",
     "WeightedCrops",

@@ -89,7 +89,9 @@ def correction(
     pixels = min(w_ps**2, MOST)
     likely = expected(mean / spread.top, deviation / spread.top, pixels, temperature / spread.top)
     below = max(0.0, 0.22 * math.log(cells**2) - 0.58)  # deviations; measured for 36 to 576 cells
-    return Correction(likely * spread.top, np.maximum(mean - below * deviation, 0))
+    likely *= spread.top
+    # At most the likely, or where exp is clipped a weight could be below 1.
+    return Correction(likely, np.clip(mean - below * deviation, 0, likely))
 
 
 def expected(mean: Floats, deviation: Floats, pixels: int, temperature: float) -> Floats:

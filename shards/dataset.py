@@ -4,12 +4,12 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from shards.crops import Ints
 from shards.errors import UserError
 from shards.files import MANIFEST, check_size
 from shards.index import load_index, places_of
-from shards.order import Plan
+from shards.order import Plan, Windows
 from shards.record import (
     COUNTS,
     DENSITY,
@@ -29,38 +29,66 @@ from shards.record import (
     key_of,
     npy_bytes,
 )
+from shards.records import Records
 from shards.remote.retry import PATIENCE
 from shards.remote.storage import is_url
-from shards.spec import AREA, Manifest
+from shards.spec import Manifest
 from shards.tar import parse_record
 
 if TYPE_CHECKING:
-    from shards.ffcv_loader import FfcvLoader
-    from shards.loader import Loader, RecordLoader
     from shards.maps import Maps
     from shards.remote.cache import Copies
-    from shards.torchdata import RecordDataset
-    from shards.weighting import Crops
+    from shards.sets import ShardSets
 
-Decode = Literal["cpu", "gpu"]
+Where = str | os.PathLike[str]
 
 
+@overload
 def open_set(
-    where: str | os.PathLike[str],
+    where: Where,
     *,
-    cache: str | os.PathLike[str] | None = None,
+    cache: Where | None = None,
     cache_limit: int = 0,
     patience: float = PATIENCE,
     checksum: bool = True,
-) -> "ShardSet":
-    """The finished set in a folder, or at an s3://, gs://, hf:// or https:// URL.
+) -> "ShardSet": ...
+@overload
+def open_set(
+    where: Sequence[Where],
+    *,
+    shares: Sequence[float] | None = None,
+    cache: Where | None = None,
+    cache_limit: int = 0,
+    patience: float = PATIENCE,
+    checksum: bool = True,
+) -> "ShardSet | ShardSets": ...
+def open_set(
+    where: Where | Sequence[Where],
+    *,
+    shares: Sequence[float] | None = None,
+    cache: Where | None = None,
+    cache_limit: int = 0,
+    patience: float = PATIENCE,
+    checksum: bool = True,
+) -> "ShardSet | ShardSets":
+    """The finished set in a folder, or at an s3://, gs://, hf:// or https:// URL; or several of
+    them as one, in whatever container each is.
 
-    cache: the local folder that the shards of a URL are fetched into as they are read; cache_limit:
-    bytes that all sets in it may take, 0 for any. patience: seconds to wait for a store that does
-    not answer. checksum: hash what is found in the cache before its first use. Raises UserError if
-    there is no such set, if it is damaged, or if there is no access; ConnectionError when patience
-    has ended.
+    shares: how much of an epoch each of several sets gives, of any scale; without, each record is
+    shown once. cache: the local folder that the shards of URLs are fetched into as they are read;
+    cache_limit: bytes that all sets in it may take, 0 for any. patience: seconds to wait for a
+    store that does not answer. checksum: hash what is found in the cache before its first use.
+    Raises UserError if there is no such set, if it is damaged, if there is no access, or if sets
+    cannot be mixed; ConnectionError when patience has ended.
     """
+    how: dict[str, Any] = {"cache_limit": cache_limit, "patience": patience, "checksum": checksum}
+    if not isinstance(where, str | os.PathLike):
+        from shards.sets import ShardSets
+
+        if cache is not None and not any(map(is_url, where)):
+            raise UserError(f"a cache is for shards at a URL; {where[0]} is read where it is")
+        sets = [open_set(each, cache=cache if is_url(each) else None, **how) for each in where]
+        return sets[0] if len(sets) == 1 else ShardSets(sets, shares)
     if not is_url(where):
         if cache is not None:
             raise UserError(f"a cache is for shards at a URL; {where} is read where it is")
@@ -84,7 +112,7 @@ def open_set(
     return ShardSet(copies.folder, manifest, copies)
 
 
-class ShardSet:
+class ShardSet(Records):
     """The records 0 to len - 1 of a set, in the order of its shards.
 
     Opening costs the manifest and a memory map, whatever the size. Raises UserError if the
@@ -111,160 +139,6 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.count
 
-    def batches(
-        self,
-        size: int = 192,
-        batch: int = 256,
-        *,
-        epochs: float = 1,
-        seed: int = 0,
-        weights: str | None = None,
-        temperature: float = 0.25,
-        w_ps: int = 8,
-        normalise: Literal["min", "mean", "batch"] = "min",
-        bank: bool = False,
-        correct: bool = True,
-        area: tuple[float, float] = AREA,
-        flips: tuple[float, float] = (0.5, 0.5),
-        device: str = "auto",
-        decode: Decode = "cpu",
-        workers: int = 0,
-        first: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> Iterator["Crops"]:
-        """Random crops with their loss weights, on `device`, for the steps from `first` on.
-
-        Each is a Crops: images float32 [b, 3, size, size] of 0 to 1, weights float32 [b, c, c] with
-        c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
-        boxes (area: least and most share of the source; flips: chance of a horizontal and a
-        vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
-        its part of each batch. bank: show the stored crops with their exact densities. correct: as
-        of WeightedCrops, decode: as of `loader`. Raises UserError, with the first batch, if set or
-        arguments cannot serve.
-        """
-        from shards.weighting import WeightedCrops, find_device, to_device
-
-        plan = Plan(len(self), batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
-        if plan.steps(epochs) < 1:
-            make = f"{epochs:g} epochs of {len(self)} records make no batch of {batch}"
-            raise UserError(f"{make}; give more epochs or a smaller batch")
-        where = find_device(device)
-        how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
-        how["correct"] = correct
-        crops = WeightedCrops(self, weights, size=size, w_ps=w_ps, bank=bank, **how).to(where)
-        loader = self.loader(
-            plan,
-            first,
-            plan.steps(epochs),
-            maps=[weights] if weights else [],
-            bank=bank,
-            workers=workers,
-            rank=rank,
-            ranks=ranks,
-            device=str(where),
-            decode=decode,
-        )
-        for _, tensors in to_device(loader, where):
-            yield crops(tensors)
-
-    def loader(
-        self,
-        plan: Plan,
-        first: int = 0,
-        last: int | None = None,
-        *,
-        maps: Sequence[str] = (),
-        bank: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
-        workers: int = 0,
-        prefetch: int = 3,
-        skip: bool = False,
-        device: str = "cpu",
-        decode: Decode = "cpu",
-        processes: bool = False,
-    ) -> "Loader | RecordLoader | FfcvLoader":
-        """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
-
-        maps: the detectors whose densities are wanted; with `bank` those of the stored crops. Each
-        Batch holds uint8 frames and densities, boxes and flips, in arrays that are used again for
-        a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
-        in the place of a damaged one. device: `cuda` has buffers pinned. decode: `gpu` leaves
-        JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
-        processes: workers are processes, which take less of this one's interpreter lock.
-        """
-        self._check_frames()
-        last = plan.steps() if last is None else last
-        if decode == "gpu":
-            from shards.decoding import check_decoding
-            from shards.weighting import find_device
-
-            check_decoding(self, find_device(device), skip)
-        if self.manifest.container == "ffcv" and plan.in_order:
-            from shards.loader import RecordLoader
-
-            return RecordLoader(self, plan, first, last, maps)
-        if self.manifest.container == "ffcv":
-            from shards.ffcv_loader import FfcvLoader
-
-            if skip:
-                raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
-            return FfcvLoader(
-                self,
-                plan,
-                first,
-                last,
-                maps=maps,
-                bank=bank,
-                rank=rank,
-                ranks=ranks,
-                workers=workers,
-                prefetch=prefetch,
-            )
-        from shards.loader import Loader
-
-        allocate, shared = None, None
-        if processes and decode == "cpu":  # what only reads needs none
-            from shards.processes import Shared
-
-            shared = Shared()
-        if device.startswith("cuda"):
-            from shards.weighting import pin, pinned
-
-            allocate = pinned
-            if shared:
-                shared.pin = pin
-        return Loader(
-            self,
-            plan,
-            first,
-            last,
-            maps=maps,
-            bank=bank,
-            rank=rank,
-            ranks=ranks,
-            workers=workers,
-            prefetch=prefetch,
-            skip=skip,
-            coded=decode == "gpu",
-            shared=shared,
-            allocate=allocate,
-        )
-
-    def dataset(
-        self, plan: Plan, *, maps: Sequence[str] = (), bank: bool = False
-    ) -> "RecordDataset":
-        """A map-style torch Dataset of the set's frames, densities, boxes and flips.
-
-        An item is asked for by (epoch, sample), as PlanSampler does, or by sample, of epoch 0. For
-        a DataLoader; `loader` is several times as fast.
-        """
-        from shards.torchdata import RecordDataset
-
-        self._check_frames()
-        return RecordDataset(self, plan, maps, bank)
-
     def density(self, name: str | int, detector: str) -> NDArray[np.uint8]:
         """The density of one source, uint8 [G, G], density = value / 255, of a set without frames.
 
@@ -285,14 +159,6 @@ class ShardSet:
         from shards.maps import Maps
 
         return Maps(self)
-
-    def _check_frames(self) -> None:
-        """UserError if there are none."""
-        if self.manifest.container == "maps":
-            raise UserError(
-                f"{self.folder} holds densities without frames: load images as you do, and read "
-                "each one's by `density`; shards with frames come from kamim shards build"
-            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.manifest.container == "maps":  # its files are opened anew, not copied
@@ -322,6 +188,27 @@ class ShardSet:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of a set of {len(self)}")
         return self.folder / self.shards[self.shard_of(number)].name, self.index[number]
+
+    @property
+    def sets(self) -> "list[ShardSet]":
+        """Itself."""
+        return [self]
+
+    def rows(self, samples: Ints) -> NDArray[np.void]:
+        """Rows of the index of `samples`, INDEX_DTYPE [n]."""
+        return self.index[samples]
+
+    def plan(self, batch: int, seed: int = 0, *, window: int = 0, **crops: Any) -> Plan:
+        """The order of training. window: shards that are shuffled together, 0 for all. crops: area,
+        ratio, horizontal, vertical of Plan.
+        """
+        windows = self.windows(window, seed) if 0 < window < len(self.shards) else None
+        return Plan(len(self), batch, seed, windows=windows, **crops)
+
+    def windows(self, window: int, seed: int) -> Windows:
+        """The order of samples in windows of so many shards, 0 for all at once."""
+        counts = [shard.count for shard in self.shards]
+        return Windows(counts, window or max(1, len(counts)), seed)
 
     def shard_of(self, number: int) -> int:
         """The number of the shard that holds record `number`."""

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.record import encode_frame
+from shards.records import Records
 
 
 def decode_files(files: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
@@ -37,17 +37,17 @@ def decode_files(files: Sequence[NDArray[np.uint8]], device: torch.device) -> Te
         ) from None
 
 
-def check_decoding(records: ShardSet, device: torch.device, skip: bool) -> None:
+def check_decoding(records: Records, device: torch.device, skip: bool) -> None:
     """UserError unless the set's frames can be decoded on `device`."""
-    where = f"{records.folder} cannot be decoded on the GPU"
-    if records.manifest.container != "webdataset":
-        raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
-    if records.manifest.settings.quality == 0:
-        raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
-    if skip:
-        raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
-    if device.type != "cuda":
-        raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
-    side = records.manifest.settings.frame
-    trial = encode_frame(np.zeros((side, side, 3), np.uint8), 90)
-    decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)
+    for one in records.sets:
+        where, settings = f"{one.folder} cannot be decoded on the GPU", one.manifest.settings
+        if one.manifest.container != "webdataset":
+            raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
+        if settings.quality == 0:
+            raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
+        if skip:
+            raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
+        if device.type != "cuda":
+            raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
+        trial = encode_frame(np.zeros((settings.frame, settings.frame, 3), np.uint8), 90)
+        decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)

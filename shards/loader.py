@@ -1,4 +1,4 @@
-"""The loader of WebDataset shards: a stream of constant-shape uint8 batches, as the plan says.
+"""The loader, of one set or of several: a stream of constant-shape uint8 batches, as the plan says.
 
 plan -> locate -> [threads: read at offset, decode straight into the batch's buffer] -> batch
 Threads, because reading and decoding release the interpreter lock: no copies between processes,
@@ -9,7 +9,7 @@ import resource
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import joblib
@@ -21,9 +21,10 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.order import Plan
 from shards.processes import Processes, Shared
-from shards.reading import Buffers, Layout, Place, Reader
-from shards.record import COUNTS, DENSITY, decode_frame, key_of
-from shards.remote.prefetch import Prefetch, windows_of
+from shards.reading import CROPS, Layout, Place, Reader, buffers_of
+from shards.record import COUNTS, DENSITY, key_of
+from shards.records import Records
+from shards.remote.prefetch import Prefetch, walks_of
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
 OPEN_FILES = 256  # a shard more is opened again for every sample, in a third of a decode's time
@@ -54,19 +55,19 @@ class Batch(NamedTuple):
     counts: dict[str, NDArray[np.uint8]]
 
 
-Submit = Callable[[list[Place]], Future[dict[int, str]]]
+Submit = Callable[[int, list[Place]], Future[dict[int, str]]]
 Part = tuple[int, Ints, Ints]  # step, epochs, samples
 Maps = dict[str, NDArray[np.uint8]]
 
 
 def planned(
-    records: ShardSet, plan: Plan, part: Part, frames: Frames, maps: Maps, counts: Maps
+    records: Records, plan: Plan, part: Part, frames: Frames, maps: Maps, counts: Maps
 ) -> tuple[Batch, NDArray[np.void]]:
     """The batch of `part` with the plan's boxes around `frames`, `maps` and `counts`, whose first
     rows are its samples; and its rows of the index.
     """
     step, epochs, samples = part
-    rows, count = records.index[samples], len(samples)
+    rows, count = records.rows(samples), len(samples)
     size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
     boxes, flips = plan.boxes(epochs, samples, *size)
     labels = rows["label"].astype(np.int64)
@@ -74,36 +75,14 @@ def planned(
     return Batch(step, frames[:count], maps, labels, samples, epochs, boxes, flips, counts), rows
 
 
-class RecordLoader:
-    """As Loader, of a set in any container, one record at a time, by threads.
-
-    For looking at an FFCV set once without FFCV, whose own loader wants batches of one size.
-    """
-
-    def __init__(
-        self, records: ShardSet, plan: Plan, first: int, last: int, maps: Sequence[str] = ()
-    ) -> None:
-        check_plan(records, plan, first, last)
-        self.damaged: set[int] = set()
-        self.records, self.plan, self.first, self.last = records, plan, first, last
-        records.find_maps(maps)
-        self.names = list(maps)
-
-    def __iter__(self) -> Iterator[Batch]:
-        with ThreadPoolExecutor(thread_name_prefix="reader") as pool:
-            for part in self.plan.parts(self.first, self.last):
-                found = list(pool.map(self.records.__getitem__, part[2].tolist()))
-                frames = np.stack(list(pool.map(decode_frame, (r.frame for r in found))))
-                maps = {n: np.stack([record.maps[n] for record in found]) for n in self.names}
-                yield planned(self.records, self.plan, part, frames, maps, {})[0]
-
-
-def check_plan(records: ShardSet, plan: Plan, first: int = 0, last: int = 0) -> None:
-    """Raise UserError unless the plan is for the set, and has steps `first` to `last`."""
+def check_plan(records: Records, plan: Plan, first: int = 0, last: int = 0) -> None:
+    """Raise UserError unless the plan is for the records, and has steps `first` to `last`."""
     if not 0 <= first <= last:
         raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
     if plan.count != len(records):
         raise UserError(f"the plan is for {plan.count} samples, the set has {len(records)}")
+    if plan.mixture and plan.mixture.counts != [len(each) for each in records.sets]:
+        raise UserError(f"the plan mixes sets of {plan.mixture.counts} samples, not these")
 
 
 class Loader:
@@ -119,7 +98,7 @@ class Loader:
 
     def __init__(
         self,
-        records: ShardSet,
+        records: Records,
         plan: Plan,
         first: int,
         last: int,
@@ -135,32 +114,33 @@ class Loader:
         shared: Shared | None = None,
         allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None,
     ) -> None:
-        if records.manifest.container != "webdataset":
-            raise UserError(f"{records.folder} is an FFCV set; load it by ShardSet.loader")
         check_plan(records, plan, first, last)
         if workers < 0:
             raise UserError(f"workers {workers} is out of range; give 0 (one per core) or more")
-        self.records, self.plan, self.skip = records, plan, skip
+        self.records, self.plan, self.skip, self.ends = records, plan, skip, records.set_ends
         self.damaged: set[int] = set()
-        self.ahead: Callable[[], Prefetch | None] = lambda: None
-        if records.copies and not plan.in_order:
-            windows = windows_of(records, plan)
-            self.ahead = lambda: Prefetch(records, windows, plan.batch, first, last)
-        self.files = FEW if records.copies else open_files(len(records.shards))
+        self.ahead: list[Callable[[], Prefetch] | None] = [None] * len(records.sets)
+        if not plan.in_order:
+            self.ahead = [
+                partial(Prefetch, one, *walks, first, last) if one.copies else None
+                for one, walks in zip(records.sets, walks_of(records, plan), strict=True)
+            ]
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
         self.workers, self.prefetch = workers or joblib.cpu_count(), prefetch
         size = len(plan.samples(first, 0, rank, ranks)[0])
         records.find_maps(maps, bank)
-        kind = COUNTS if bank else DENSITY
-        wanted = {name: records.places[f"{name}.{kind}"] for name in maps}
-        self.layout = Layout(records.manifest.settings, wanted, bank, coded)
-        self.reader = Reader(self.layout, lru_cache(self.files)(records.hold))
+        self.layouts = [layout_of(each, maps, bank, coded) for each in records.sets]
+        self.files = [FEW if each.copies else open_files(len(each.shards)) for each in records.sets]
+        self.readers = [
+            Reader(layout, lru_cache(files)(one.hold))
+            for layout, files, one in zip(self.layouts, self.files, records.sets, strict=True)
+        ]
         self.shared = shared
         if shared:
             allocate = shared.allocate
         allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
         self.shape = prefetch + 1, size
-        self.buffers = [Buffers(self.layout, size, allocate) for _ in range(prefetch + 1)]
+        self.buffers = [buffers_of(self.layouts, size, allocate) for _ in range(prefetch + 1)]
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
@@ -169,19 +149,25 @@ class Loader:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         waiting: deque[Future[Pending]] = deque()
-        ahead = self.ahead()
-        if ahead:
-            self.reader.open = ahead.open
+        ahead: list[Prefetch] = []
+        for reader, begin in zip(self.readers, self.ahead, strict=True):
+            if begin:
+                ahead.append(begin())
+                reader.open = ahead[-1].open
         processes = self._processes() if self.shared else None
 
-        def read(number: int, places: list[Place]) -> dict[int, str]:
-            """Read and decode into the buffers `number`; what is wrong, by place."""
+        def read(number: int, owner: int, places: list[Place]) -> dict[int, str]:
+            """Read and decode from set `owner` into the buffers `number`; what is wrong, by
+            place.
+            """
+            reader = self.readers[owner]
             if processes is None:
-                return self.reader.read(self.buffers[number], places)
+                return reader.read(self.buffers[number][owner], places)
             # Held here, so that nobody evicts them from a cache while they are read there.
-            shards = {shard for _, shard, *_ in places} if self.records.copies else set()
-            held = [self.reader.open(shard) for shard in shards]
-            problems = processes.read(number, places)
+            remote = self.records.sets[owner].copies
+            shards = {shard for _, shard, *_ in places} if remote else set()
+            held = [reader.open(shard) for shard in shards]
+            problems = processes.read(number, owner, places)
             del held
             return problems
 
@@ -189,11 +175,11 @@ class Loader:
             """Have the next batch, if there is one, planned and handed to the threads."""
             step = next(steps, None)
             if step is not None:
-                if ahead:
-                    ahead.begin(step)
+                for each in ahead:
+                    each.begin(step)
 
-                def submit(places: list[Place]) -> Future[dict[int, str]]:
-                    return pool.submit(read, number, places)
+                def submit(owner: int, places: list[Place]) -> Future[dict[int, str]]:
+                    return pool.submit(read, number, owner, places)
 
                 waiting.append(planner.submit(self._start, number, parts, submit))
 
@@ -203,16 +189,16 @@ class Loader:
             spare = self.prefetch
             while waiting:
                 pending = waiting.popleft().result()
-                if ahead:
-                    ahead.wait_for(pending.batch.step)
+                for each in ahead:
+                    each.wait_for(pending.batch.step)
                 start(spare)
                 spare = pending.number
                 yield self._finish(pending)
         finally:
             planner.shutdown(wait=True, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)
-            if ahead:  # what waits for a shard is told so
-                ahead.close()
+            for each in ahead:  # what waits for a shard is told so
+                each.close()
             if processes:
                 processes.end()
             pool.shutdown(wait=True)
@@ -221,62 +207,78 @@ class Loader:
 
     def _processes(self) -> Processes:
         assert self.shared
-        paths = [self.records.folder / shard.name for shard in self.records.shards]
-        return Processes(self.workers, self.shared, self.layout, self.shape, paths, self.files)
+        sets = [
+            (layout, [str(one.folder / shard.name) for shard in one.shards], files)
+            for layout, one, files in zip(self.layouts, self.records.sets, self.files, strict=True)
+        ]
+        return Processes(self.workers, self.shared, sets, self.shape)
 
     def _start(self, number: int, parts: Iterator[Part], submit: Submit) -> "Pending":
         """Plan the next of `parts` for the buffers `number`, and submit its samples in chunks."""
-        buffers = self.buffers[number]
-        arrays = buffers.frames, buffers.maps, buffers.counts
+        all_buffers = self.buffers[number]
+        arrays = all_buffers[0].frames, all_buffers[0].maps, all_buffers[0].counts
         batch, rows = planned(self.records, self.plan, next(parts), *arrays)
-        places = self._places(batch.samples, rows)
-        if self.layout.bank:
-            buffers.slots[: len(batch.samples)] = self._slots(batch.epochs, batch.samples)
-        if self.layout.coded:
-            batch = batch._replace(frames=buffers.take_files(places))
-        chunks = (places[at : at + CHUNK] for at in range(0, len(places), CHUNK))
-        return Pending(batch, rows, number, [submit(chunk) for chunk in chunks])
+        files: dict[int, NDArray[np.uint8]] = {}
+        owners, tasks = self._owners(batch.samples), []
+        for owner, buffers in enumerate(all_buffers):
+            mine = np.flatnonzero(owners == owner)
+            places = self._places(owner, mine, batch.samples[mine], rows[mine])
+            if self.layouts[owner].bank:
+                epochs, samples = batch.epochs[mine], batch.samples[mine]
+                buffers.slots[mine] = self._slots(owner, epochs, samples)
+            if self.layouts[owner].coded:
+                files |= zip(mine.tolist(), buffers.take_files(places), strict=True)
+            chunks = (places[at : at + CHUNK] for at in range(0, len(places), CHUNK))
+            tasks += [submit(owner, chunk) for chunk in chunks]
+        if files:
+            batch = batch._replace(frames=[files[place] for place in range(len(owners))])
+        return Pending(batch, rows, owners, number, tasks)
 
-    def _places(self, samples: Ints, rows: NDArray[np.void]) -> list[Place]:
-        """Where each of `samples` lies: its place in the batch first."""
-        shards = np.searchsorted(self.records.ends, samples, side="right")
+    def _owners(self, samples: Ints) -> Ints:
+        """The set of each of `samples`."""
+        return np.searchsorted(self.ends, samples, side="right")
+
+    def _places(self, owner: int, at: Ints, samples: Ints, rows: NDArray[np.void]) -> list[Place]:
+        """Where each of `samples` of set `owner` lies: first its place in the batch, of `at`."""
+        one, layout = self.records.sets[owner], self.layouts[owner]
+        inside = samples - (self.ends[owner] - len(one))
+        shards = np.searchsorted(one.ends, inside, side="right")
         start, size = rows["frame"].astype(np.int64), rows["frame_bytes"].astype(np.int64)
-        behind = self.layout.parts or self.layout.bank
+        behind = layout.parts or layout.bank
         gap = rows["arrays"].astype(np.int64) - start if behind else size
-        fields = (shards, start, size, gap)
-        return list(zip(range(len(samples)), *(each.tolist() for each in fields), strict=True))
+        return list(zip(*(each.tolist() for each in (at, shards, start, size, gap)), strict=True))
 
     def _finish(self, pending: "Pending") -> Batch:
         """The batch when all of it is read: what is damaged replaced, the bank's crops chosen."""
-        batch, rows, number, tasks = pending
-        buffers = self.buffers[number]
         problems: dict[int, str] = {}
-        for task in tasks:
+        for task in pending.tasks:
             problems |= task.result()
-        problems = buffers.flaws(slice(len(batch.samples))) | problems
+        for owner, buffers in enumerate(self.buffers[pending.number]):
+            problems = buffers.flaws(np.flatnonzero(pending.owners == owner)) | problems
         for place in sorted(problems):
-            rows[place] = self._replace(batch, buffers, place, problems[place])
-        return self._choose(batch, rows, buffers) if self.layout.bank else batch
+            self._replace(pending, place, problems[place])
+        return self._choose(pending) if self.layouts[0].bank else pending.batch
 
-    def _choose(self, batch: Batch, rows: NDArray[np.void], buffers: Buffers) -> Batch:
+    def _choose(self, pending: "Pending") -> Batch:
         """The batch with the crops of the bank that the plan shows, and their counts."""
-        count = len(batch.samples)
-        chosen = np.arange(count), buffers.slots[:count]
-        for name, stored in buffers.stored.items():
-            batch.counts[name][:] = stored[chosen]
+        batch, rows, owners, number, _ = pending
+        for owner, buffers in enumerate(self.buffers[number]):
+            buffers.choose(np.flatnonzero(owners == owner))
         size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        boxes, flips = np.split(buffers.crops[:count], [4], axis=1)
+        crops = self.buffers[number][0].crops[: len(owners)]
+        boxes, flips = np.split(crops, [4], axis=1)
         return batch._replace(boxes=unit_boxes(boxes.astype(np.int64), *size), flips=flips != 0)
 
-    def _slots(self, epochs: Ints, samples: Ints) -> Ints:
-        """Which stored crop the plan shows of each sample."""
-        return self.plan.slots(epochs, samples, self.records.manifest.settings.bank)
+    def _slots(self, owner: int, epochs: Ints, samples: Ints) -> Ints:
+        """Which stored crop the plan shows of each sample of set `owner`."""
+        bank = self.records.sets[owner].manifest.settings.bank
+        return self.plan.slots(epochs, samples, bank)
 
-    def _replace(
-        self, batch: Batch, buffers: Buffers, place: int, problem: str
-    ) -> NDArray[np.void]:
-        """Raise for the damaged record at `place`, or put the next sound one there: its row."""
+    def _replace(self, pending: "Pending", place: int, problem: str) -> None:
+        """Raise for the damaged record at `place`, or put the next sound one there."""
+        batch, rows, owners, buffers_number, _ = pending
         number = first = int(batch.samples[place])
+        at = np.array([place])
         while problem:
             path, row = self.records.locate(number)
             if not self.skip or (number + 1) % len(self.records) == first:
@@ -286,27 +288,41 @@ class Loader:
                 )
             self.damaged.add(number)
             number = (number + 1) % len(self.records)
-            _, row = self.records.locate(number)
-            ((_, shard, start, size, gap),) = self._places(np.array([number]), row[None])
+            one = np.array([number])
+            rows[at] = self.records.rows(one)
+            owner = owners[place] = int(self._owners(one)[0])
+            buffers = self.buffers[buffers_number][owner]
+            ((_, shard, start, size, gap),) = self._places(owner, at, one, rows[at])
             if isinstance(batch.frames, list):  # it may be longer than the one that it replaces
                 file = np.empty(gap, np.uint8)
                 buffers.targets[place][0], batch.frames[place] = file.data, file[:size]
-            if self.layout.bank:
-                buffers.slots[[place]] = self._slots(batch.epochs[[place]], np.array([number]))
-            found = self.reader.read(buffers, [(place, shard, start, size, gap)])
+            if self.layouts[owner].bank:
+                buffers.slots[at] = self._slots(owner, batch.epochs[at], one)
+            found = self.readers[owner].read(buffers, [(place, shard, start, size, gap)])
             problem = (buffers.flaws([place]) | found).get(place, "")
             # The plan's box stays: it is a crop of the unit square, of any sample.
-            batch.samples[place], batch.labels[place] = number, row["label"]
-        return row
+            batch.samples[place], batch.labels[place] = number, rows["label"][place]
 
 
 class Pending(NamedTuple):
-    """A batch that is being read into the loader's buffers `number`, and its rows of the index."""
+    """A batch that is being read into the loader's buffers `number`, its rows of the index, and
+    the set of each sample.
+    """
 
     batch: Batch
     rows: NDArray[np.void]
+    owners: Ints
     number: int
     tasks: list[Future[dict[int, str]]]
+
+
+def layout_of(one: ShardSet, maps: Sequence[str], bank: bool, coded: bool) -> Layout:
+    """What is read of a record of a set."""
+    tar, kind = one.manifest.container == "webdataset", COUNTS if bank else DENSITY
+    wanted = {name: one.places[f"{name}.{kind}"] for name in maps}
+    if bank and not tar:
+        wanted |= {name: one.places[name] for name in CROPS}
+    return Layout(one.manifest.settings, wanted, bank, coded, tar)
 
 
 def open_files(shards: int) -> int:

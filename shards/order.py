@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from shards.crops import FLIPS, RATIO, Ints, crop_boxes, unit_boxes
 from shards.errors import UserError
 from shards.rng import Purpose, mix, stir
 from shards.spec import AREA
+
+if TYPE_CHECKING:
+    from shards.mixture import Mixture
 
 ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
 AHEAD = 4096  # samples that `parts` finds at once: a few cost nearly as much time as many
@@ -72,6 +76,9 @@ class Windows:
         self.an_epoch = max(1, -(-len(counts) // window))
         self.cuts = np.arange(self.an_epoch + 1) * len(counts) // self.an_epoch
         self._order = lru_cache(4)(self._shuffle)
+
+    def __reduce__(self) -> Any:  # a plan travels to processes that are spawned
+        return Windows, (self.counts, self.limit, self.seed)
 
     def _shuffle(self, epoch: int) -> tuple[Ints, Ints]:
         """(shards in the order of the epoch, places where its windows end)."""
@@ -130,8 +137,10 @@ class Plan:
     into. The orders of all epochs are one stream cut into batches, so that every batch is full
     and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
     as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an
-    epoch in windows of shards; None permutes all samples at once. in_order: look at the set, once:
-    samples in their own order, whole and unflipped, the last step short.
+    epoch in windows of shards; None permutes all samples at once. mixture: the order over several
+    sets by their shares; an epoch is then as many samples as they have, and the epochs of samples
+    are those of their own set. in_order: look at the set, once: samples in their own order, whole
+    and unflipped, the last step short.
     """
 
     count: int
@@ -143,6 +152,7 @@ class Plan:
     horizontal: float = FLIPS[0]
     vertical: float = FLIPS[1]
     windows: Windows | None = None
+    mixture: "Mixture | None" = None
     in_order: bool = False
 
     def __post_init__(self) -> None:
@@ -195,7 +205,10 @@ class Plan:
         if self.in_order:
             samples = np.arange(first, min(first + count, self.count), dtype=np.int64)
             return np.zeros_like(samples), samples
-        epochs, places = np.divmod(first + np.arange(count, dtype=np.int64), self.count)
+        stream = first + np.arange(count, dtype=np.int64)
+        if self.mixture:
+            return self.mixture.samples(stream)
+        epochs, places = np.divmod(stream, self.count)
         if self.windows:
             return epochs, self.windows.samples(epochs, places)
         return epochs, shuffled(self.count, self.seed, epochs, places)

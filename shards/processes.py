@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from shards.dataset import Held
 from shards.errors import UserError
-from shards.reading import Buffers, Layout, Place, Reader
+from shards.reading import Layout, Place, Reader, buffers_of
 
 START = "import sys; sys.path[:] = {path!r}; from shards.processes import serve; serve({pipe})"
 
@@ -61,23 +60,22 @@ class Shared:
 
 
 class Processes:
-    """`count` processes that read from the shards `paths` into the loader's buffers.
+    """`count` processes that read into the loader's buffers, of `shape` (batches, samples).
 
-    `read` is as Reader's, for any number of threads. files: how many each may keep open.
+    `read` is as Reader's, for any number of threads. sets: of each its layout, the paths of its
+    shards, and how many of them a process may keep open.
     """
 
     def __init__(
         self,
         count: int,
         shared: Shared,
-        layout: Layout,
+        sets: Sequence[tuple[Layout, list[str], int]],
         shape: tuple[int, int],
-        paths: Sequence[Path],
-        files: int,
     ) -> None:
         self.idle: SimpleQueue[tuple[Connection, subprocess.Popen[bytes]]] = SimpleQueue()
         self.all: list[tuple[Connection, subprocess.Popen[bytes]]] = []
-        facts = shared.descriptor, layout, shape, [str(path) for path in paths], files
+        facts = shared.descriptor, sets, shape
         for _ in range(count):
             mine, theirs = Pipe()
             start = START.format(path=sys.path, pipe=theirs.fileno())
@@ -91,11 +89,13 @@ class Processes:
         for pipe, _ in self.all:  # while they start
             pipe.send(facts)
 
-    def read(self, number: int, places: Sequence[Place]) -> dict[int, str]:
-        """As Reader.read, into the loader's buffers `number`, by whichever process is idle."""
+    def read(self, number: int, owner: int, places: Sequence[Place]) -> dict[int, str]:
+        """As Reader.read, of set `owner` into the loader's buffers `number`, by whichever process
+        is idle.
+        """
         pipe, process = self.idle.get()
         try:
-            pipe.send((number, places))
+            pipe.send((number, owner, places))
             problems: dict[int, str] | OSError = pipe.recv()
         except (EOFError, OSError):
             raise RuntimeError(
@@ -125,19 +125,24 @@ def serve(descriptor: int) -> None:
     """What a process does: answer, until the loader is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loader's
     pipe: Any = Connection(descriptor)
-    memory, layout, (count, size), paths, files = pipe.recv()
+    memory, sets, (count, size) = pipe.recv()
     shared = Shared(memory)
-    buffers = [Buffers(layout, size, shared.allocate) for _ in range(count)]
+    layouts = [layout for layout, *_ in sets]
+    buffers = [buffers_of(layouts, size, shared.allocate) for _ in range(count)]
 
-    def opened(shard: int) -> Held:
-        return Held(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
+    def opener(paths: list[str], files: int) -> Callable[[int], Held]:
+        return lru_cache(files)(
+            lambda shard: Held(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
+        )
 
-    reader = Reader(layout, lru_cache(files)(opened))
+    readers = [Reader(layout, opener(paths, files)) for layout, paths, files in sets]
     while True:
         try:
-            number, places = pipe.recv()
+            number, owner, places = pipe.recv()
             try:
-                found: dict[int, str] | OSError = reader.read(buffers[number], places)
+                found: dict[int, str] | OSError = readers[owner].read(
+                    buffers[number][owner], places
+                )
             except OSError as error:
                 found = error
             pipe.send(found)

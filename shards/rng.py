@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     AUGMENT = 11  # augmentation of an image in training with labels
     LAYERS = 12  # paths that a step drops
     BLEND = 13  # how a step's images are mixed in training with labels
+    SET = 14  # order of the samples of one of several sets
 
 
 # Arrays, not scalars: an operation with a scalar takes NumPy twice as long, and warns of wrapping.

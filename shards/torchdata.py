@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from shards.crops import unit_boxes
-from shards.dataset import ShardSet
 from shards.loader import check_plan
 from shards.order import Plan
 from shards.record import decode_frame
+from shards.records import Records
 
 
 class RecordDataset(Dataset[dict[str, Any]]):
-    """Frames, densities, boxes and flips of a set, as `ShardSet.dataset` says.
+    """Frames, densities, boxes and flips of a set or several, as `ShardSet.dataset` says.
 
     An item is a mapping as WeightedCrops takes it, without the first dimension: frames uint8
     [F, F, 3], maps or counts by detector, boxes float32 [4], flips bool [2], labels, samples,
@@ -23,7 +23,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, records: ShardSet, plan: Plan, maps: Sequence[str] = (), bank: bool = False
+        self, records: Records, plan: Plan, maps: Sequence[str] = (), bank: bool = False
     ) -> None:
         check_plan(records, plan)
         self.records, self.plan, self.bank = records, plan, bank

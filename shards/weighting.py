@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from shards.correction import STEPS, Correction, correction
 from shards.crops import visible_cells
-from shards.dataset import ShardSet
 from shards.decoding import decode_files
 from shards.errors import UserError
 from shards.loader import Batch
 from shards.order import Plan
+from shards.records import Records
 from shards.spec import BANK_CELL, Detector, Settings
 
 Normalise = Literal["min", "mean", "batch"]
@@ -62,7 +62,6 @@ class WeightedCrops(nn.Module):
     Raises UserError where the set cannot serve.
     """
 
-    visible: Tensor
     likely: Tensor
     least: Tensor
     mean: Tensor
@@ -70,7 +69,7 @@ class WeightedCrops(nn.Module):
 
     def __init__(
         self,
-        records: ShardSet,
+        records: Records,
         weights: str | None = None,
         *,
         size: int = 192,
@@ -93,19 +92,16 @@ class WeightedCrops(nn.Module):
             known = ", ".join(get_args(Normalise))
             raise UserError(f"normalise is {normalise!r}; there are {known}")
         self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
-        sight = torch.ones(self.cells)
         table: Correction | None = None
         if weights is not None:
-            (row,) = records.find_maps([weights], bank)
-            settings = records.manifest.settings
-            check_cells(settings, size, w_ps, bank)
+            records.find_maps([weights], bank)
+            for one in records.sets:
+                check_cells(one.manifest.settings, size, w_ps, bank)
             if not temperature > 0:
                 raise UserError(f"temperature {temperature} is not positive; published is 0.25")
-            detector = settings.detectors[row]
-            sight = edge_rule(settings, detector, size, self.cells)
+            self.sight = EdgeRule(records, weights, size, self.cells)
             if correct and rule is None:
-                table = correction(detector, settings.mark, temperature, w_ps, self.cells)
-        self.register_buffer("visible", sight, persistent=False)
+                table = _correction(records, weights, temperature, w_ps, self.cells)
         self.corrected = table is not None
         for name, values in zip(Correction._fields, table or ((), ()), strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
@@ -129,7 +125,8 @@ class WeightedCrops(nn.Module):
             density = pool_counts(batch["counts"][self.weights], self.cells)
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
-            density = crop_maps(maps, boxes, flips, self.cells, self.visible)
+            sight = self.sight(batch.get("samples"))
+            density = crop_maps(maps, boxes, flips, self.cells, sight)
             if self.corrected:
                 least = _between(self.least, density.flatten(1).amin(1))
                 density = _between(self.likely, density)
@@ -173,6 +170,43 @@ def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) ->
         )
 
 
+class EdgeRule(nn.Module):
+    """What a detector finds of its marks by distance from a crop's edge, as each set has it.
+
+    Called with the numbers of samples, gives float32 [cells], or [b, cells] where sets differ.
+    """
+
+    visible: Tensor
+    ends: Tensor
+
+    def __init__(self, records: Records, detector: str, size: int, cells: int) -> None:
+        super().__init__()
+        sights = []
+        for one in records.sets:
+            settings, (row,) = one.manifest.settings, one.find_maps([detector])
+            sights.append(edge_rule(settings, settings.detectors[row], size, cells))
+        same = all(torch.equal(each, sights[0]) for each in sights)
+        self.register_buffer("visible", sights[0] if same else torch.stack(sights), False)
+        self.register_buffer("ends", torch.from_numpy(records.set_ends), False)
+
+    def forward(self, samples: Tensor | None) -> Tensor:
+        if self.visible.ndim == 1 or samples is None:
+            return self.visible
+        return self.visible[torch.searchsorted(self.ends, samples, right=True)]
+
+
+def _correction(
+    records: Records, name: str, temperature: float, w_ps: int, cells: int
+) -> Correction | None:
+    """The table of detector `name`: it is one for all sets, or none where a set has none."""
+    tables = []
+    for one in records.sets:
+        settings, (row,) = one.manifest.settings, one.find_maps([name])
+        detector = settings.detectors[row]
+        tables.append(correction(detector, settings.mark, temperature, w_ps, cells))
+    return None if None in tables else tables[0]
+
+
 def edge_rule(settings: Settings, detector: Detector, size: int, cells: int) -> Tensor:
     """What `detector` finds of its marks by distance from a crop's edge, float32 [cells].
 
@@ -211,8 +245,8 @@ def crop_maps(
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
     `maps` is uint8 [b, G, G], density = value / 255. The mean over a part is exact: map cells count
-    by their overlap. `visible` [cells] is the share of its marks that the
-    detector finds at each distance from the crop's edge (edge_rule).
+    by their overlap. `visible`, [cells] or [b, cells], is the share of its marks that the
+    detector finds at each distance from the crop's edge (EdgeRule).
     """
     return crop_grid(maps / 255, boxes, flips, cells, visible)
 
@@ -231,7 +265,7 @@ def crop_grid(
         overlap = torch.clamp(torch.minimum(high, lower + 1) - torch.maximum(low, lower), min=0)
         share = overlap / (high - low)
         if visible is not None:
-            share = share * visible[:, None]
+            share = share * visible[..., None]
         shares.append(torch.where(flips[:, 1 - axis, None, None], share.flip(1), share))
     rows, columns = shares
     return rows @ values @ columns.transpose(1, 2)

@@ -35,6 +35,7 @@ STAMPS = ("core", "train", "ffcv", "test", "remote", "parquet")  # what make has
 
 # Workers share the cores: with a thread for each core, each would wait for the others' threads.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # nor do they spin while they wait
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 # Tests work in folders of their own; what they start finds this checkout all the same.

@@ -14,9 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from shards import Manifest, Plan
+from shards import Plan
 from shards.errors import UserError
 from shards.files import replacing, sweep, sync
+from shards.records import Records
 from train.recipes import Recipe
 from train.request import Run
 
@@ -175,17 +176,23 @@ def instead(path: Path) -> str:
     return "name a run, a checkpoint of it, or a file of `kamim export`"
 
 
-def run_facts(run: Run, manifest: Manifest, detector: str | None, plan: Plan) -> dict[str, Any]:
-    """What a checkpoint belongs to: a run goes on only where all of it is equal."""
+def run_facts(run: Run, records: Records, detector: str | None, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run goes on only where all of it is equal.
+
+    Of several sets it has all fingerprints, in their order, and the samples an epoch shows of each.
+    """
     plain = asdict(run.recipe)
     recipe = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    prints, mixture = [one.manifest.fingerprint for one in records.sets], plan.mixture
+    windows = mixture.orders if mixture else [plan.windows] if plan.windows else []
     return {
         "recipe": recipe,
         "seed": run.seed,
         "detector": detector or "",
         "bank": run.bank,
-        "shards": manifest.fingerprint,
-        "window": plan.windows.limit if plan.windows else 0,
+        "shards": prints if mixture else prints[0],
+        "shares": mixture.quotas if mixture else None,
+        "window": max((each.limit for each in windows if each.an_epoch > 1), default=0),
         "decode": run.decode,  # another decoder has other pixels
     }
 
@@ -217,6 +224,7 @@ def restore(
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
         "window": 0,
+        "shares": None,
         "decode": "cpu",
         **state["run"],
         **{f"recipe.{k}": v for k, v in known.items()},

@@ -16,13 +16,17 @@ from shards.remote.retry import PATIENCE
 
 app = typer.Typer()
 
-Folder = Annotated[str, typer.Argument(help="Folder of a finished set of shards, or its URL.")]
+Folders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FOLDER[:SHARE]...", help="Folder of a finished set of shards, or its URL."
+    ),
+]
 
 
 @app.command()
 def pretrain(
-    folder: Folder,
-    word: Annotated[str, typer.Argument(hidden=True)] = "",
+    folders: Folders,
     recipe: Annotated[
         str,
         typer.Option(help="See `kamim recipes`; or any timm ViT. Default: demo, on CUDA vit_base."),
@@ -115,6 +119,9 @@ def pretrain(
     FOLDER may be an s3://, gs://, hf:// or https:// URL: shards are then fetched into --cache,
     ahead of need, and read in windows of --window shards.
 
+    Several FOLDERs are trained on at once, evenly mixed: each image is shown once an epoch, or,
+    with shares as A:0.7 B:0.3, an epoch has as many images as all sets together, 0.7 of them of A.
+
     Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
     attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
     known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
@@ -132,9 +139,10 @@ def pretrain(
     from shards.remote.storage import is_url
     from train.progress import busy, say
     from train.recipes import changed, find_recipe
-    from train.request import Run, check_device, check_folder, check_wandb
+    from train.request import Run, check_device, check_folder, check_wandb, take_shares
 
-    folder, resume = take_word(folder, word, resume)
+    folders, resume = take_word(folders, resume)
+    folders, shares = take_shares(folders)
     limit = parse_bytes(cache_limit)
     if recipe:
         changed(find_recipe(recipe), set_ or ())
@@ -142,11 +150,13 @@ def pretrain(
         raise UserError("--extend needs --epochs, more than the run was to have")
     check_device(device)
     check_wandb(wandb)
-    check_folder(folder)
+    for folder in folders:
+        check_folder(folder)
     if probe_set and not probe_every:
         raise UserError("--probe-set needs --probe-every, the epochs between two looks at it")
     if probe_set:
         check_folder(probe_set)
+    places = tuple(folder if is_url(folder) else Path(folder) for folder in folders)
     with busy("loading torch"):
         from train.distributed import Stopped
         from train.loop import pretrain
@@ -164,7 +174,8 @@ def pretrain(
     changes |= {"batch": batch} if batch else {}
     changes |= {"micro_batch": micro_batch} if micro_batch else {}
     run = Run(
-        shards=folder if is_url(folder) else Path(folder),
+        shards=places if len(places) > 1 else places[0],
+        shares=shares if len(places) > 1 else None,
         out=out or Path("runs") / recipe,
         recipe=replace(chosen, **changes),
         seed=seed,
@@ -199,18 +210,16 @@ def pretrain(
     print(run.out)
 
 
-def take_word(folder: str, word: str, resume: bool) -> tuple[str, bool]:
-    """(folder, whether to resume), where --resume may still have its value of old, auto or no.
+def take_word(words: list[str], resume: bool) -> tuple[list[str], bool]:
+    """(folders, whether to resume), where --resume may still have its value of old, auto or no.
 
-    Click gives that to the argument before or after FOLDER. Raises UserError for other words.
+    Click gives that to the folders: to the first or the last.
     """
-    if not word:
-        return folder, resume
-    if resume and folder in ("auto", "no"):
-        folder, word = word, folder
-    if not resume or word not in ("auto", "no"):
-        raise UserError(f"pretrain takes one FOLDER; what is {word!r}?")
-    return folder, word == "auto"
+    for place in (0, -1) if resume and len(words) > 1 else ():
+        if words[place] in ("auto", "no"):
+            word = words.pop(place)
+            return words, word == "auto"
+    return words, resume
 
 
 def parse_bytes(text: str) -> int:

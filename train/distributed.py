@@ -70,7 +70,7 @@ def gathered(process: Process, fact: Answer) -> list[Answer]:
     return facts
 
 
-def agree(process: Process, out: Path, first: int, fingerprint: str) -> None:
+def agree(process: Process, out: Path, first: int, fingerprint: str | list[str]) -> None:
     """UserError unless all go on after step `first` with the shards of `fingerprint`."""
     host, step, shards = socket.gethostname(), first, fingerprint
     for other, its_step, its_shards in gathered(process, (host, step, shards)):

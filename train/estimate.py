@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from shards import Plan, ShardSet
+from shards import Mixture, Plan
 from shards.errors import UserError
+from shards.records import Records
 from train.metrics import duration
 from train.models import Cells, in_bf16
 from train.progress import say
@@ -146,7 +147,7 @@ def time_lines(seconds: float, micro_steps: int, steps: int, device: torch.devic
 
 def describe(
     run: Run,
-    records: ShardSet,
+    records: Records,
     facts: dict[str, Any],
     model: nn.Module,
     hiding: str,
@@ -160,8 +161,9 @@ def describe(
     parameters = sum(p.numel() for p in model.parameters())
     source = "stored crops" if run.bank else "maps"
     weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
-    crop = records.manifest.settings.crop
-    if name and crop != recipe.size:
+    for crop in {one.manifest.settings.crop for one in records.sets} if name else ():
+        if crop == recipe.size:
+            continue
         say(
             f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
             f"shards built with --crop {recipe.size} are nearer to detection on them"
@@ -173,15 +175,42 @@ def describe(
         f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
         f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
     )
-    if records.copies:
-        say(
-            f"{run.shards} by way of {records.folder}, {facts['window'] or len(records.shards)} of "
-            f"{len(records.shards):,} shards at a time"
-        )
+    for one in records.sets:
+        if one.copies:
+            shards = len(one.shards)
+            say(
+                f"{one.copies.store.url} by way of {one.folder}, {facts['window'] or shards} of "
+                f"{shards:,} shards at a time"
+            )
+    if plan.mixture:
+        say(*mixed(records, plan.mixture, name))
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
-    text = json.dumps(facts | {"shards_folder": str(run.shards), "versions": versions}, indent=2)
+    several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
+    place = several or str(run.shards)
+    text = json.dumps(facts | {"shards_folder": place, "versions": versions}, indent=2)
     (run.out / "run.json").write_text(text + "\n")
+
+
+def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:
+    """What an epoch shows of each of several sets, and what is not alike in them."""
+    lines = [
+        f"{one.folder}: {quota:,} of {mixture.total:,} samples an epoch, each record "
+        f"{quota / len(one):.3g} times"
+        for one, quota in zip(records.sets, mixture.quotas, strict=True)
+    ]
+    lines += [
+        f"note: {one.folder} has no class names, its labels stay numbers"
+        for one in records.sets
+        if not one.manifest.classes
+    ]
+    first, *others = [
+        [each for each in one.manifest.settings.detectors if each.name == detector]
+        for one in records.sets
+    ]
+    if any(other != first for other in others):
+        lines.append(f"note: {detector} has other options, or another edge rule, from set to set")
+    return lines
 
 
 def say_where(

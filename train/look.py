@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 import shards
-from shards import Plan
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from train.diagnosis import diagnose
@@ -47,13 +46,14 @@ class Looks:
         self.size, self.device, self.every, self.total = recipe.size, device, run.probe_every, total
         self.epoch = len(data.records) / recipe.batch  # steps
         self.batch, self.classes, self.warned = recipe.batch, 0, False
-        records, load = data.records, partial(data.load, processes=False)
+        records = data.records.sets[0]  # of several, the first
         if run.probe_set is not None:
             cache = run.cache if is_url(run.probe_set) else None
             records = shards.open(run.probe_set, cache=cache, patience=run.patience)
-            load = partial(records.loader, device=str(device), workers=run.workers)
+        skip = run.skip_damaged and run.probe_set is None
+        load = partial(records.loader, device=str(device), workers=run.workers, skip=skip)
         self.without = ""
-        self.where = str(run.probe_set or run.shards)
+        self.where = str(run.probe_set or records.folder)
         try:
             self.classes = count_classes({self.where: records})
         except UserError as error:
@@ -66,11 +66,9 @@ class Looks:
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
         self.share = self.count * cost / images
-        counts = [shard.count for shard in records.shards]
-        windows = shards.Windows(counts, WINDOW, SEED) if records.copies else None
-        plan = partial(Plan, len(records), seed=SEED, windows=windows)
-        self.load = partial(load, plan(batch=self.count // steps), 0, steps)
-        self.few = partial(load, plan(batch=min(SEEN, len(records))), 0, 1)
+        plan = partial(records.plan, seed=SEED, window=WINDOW if records.copies else 0)
+        self.load = partial(load, plan(self.count // steps), 0, steps)
+        self.few = partial(load, plan(min(SEEN, len(records))), 0, 1)
 
     def due(self, done: int) -> bool:
         """Whether the features are looked at after `done` steps: after the first, every so many

@@ -71,13 +71,13 @@ def pretrain(run: Run) -> None:
     steps_an_epoch = len(records) / recipe.batch
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
     rates = total, warmup, recipe.peak, recipe.floor, recipe.start
-    facts = checkpoint.run_facts(run, records.manifest, crops.weights, plan)
+    facts = checkpoint.run_facts(run, records, crops.weights, plan)
 
     # --- Model, and where it left off
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
         model = make_model(recipe).to(device)
-        masking = Masking(recipe, run.seed, records.manifest, model.encoder, steps_an_epoch, device)
+        masking = Masking(recipe, run.seed, records, model.encoder, steps_an_epoch, device)
         optimizer = make_optimizer(model, recipe, device)
         first, seconds, epochs = together(
             process, lambda: checkpoint.restore(run, facts, model, optimizer, device)
@@ -122,7 +122,8 @@ def pretrain(run: Run) -> None:
 
     def every_record(step: int, looking: Doing) -> Iterator[Batch]:
         """Each record once, for a look at its attention before `step`; crops are not used."""
-        once = replace(plan, batch=part * ranks, micro_steps=1)
+        order = plan.mixture.by_size() if plan.mixture else None
+        once = replace(plan, batch=part * ranks, micro_steps=1, mixture=order)
         whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
         for batch in stop.heeded(whole, step, ranks):
             yield batch

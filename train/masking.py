@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shards import Batch, Manifest
+from shards import Batch
 from shards.errors import UserError
+from shards.records import Records
 from shards.rng import Purpose, mix
-from shards.weighting import crop_grid, crop_maps, edge_rule
+from shards.weighting import EdgeRule, crop_grid, crop_maps
 from train.attention import check_attention, read_attention, write_attention
 from train.distributed import Process
 from train.models import Cells
@@ -54,13 +55,13 @@ class Masking:
         self,
         recipe: Recipe,
         seed: int,
-        manifest: Manifest,
+        records: Records,
         encoder: Any,
         steps_an_epoch: float,
         device: torch.device,
     ) -> None:
         self.recipe, self.seed, self.device = recipe, seed, device
-        self.steps_an_epoch, self.records = steps_an_epoch, manifest.count
+        self.steps_an_epoch, self.records = steps_an_epoch, len(records)
         self.patches_a_side = recipe.size // encoder.patch_embed.patch_size[0]
         self.side = self.patches_a_side if recipe.method == "mae" else recipe.size // recipe.cell
         self.guides = guides(recipe)
@@ -70,11 +71,11 @@ class Masking:
         self.begin = self._step_of(0)  # of drawing by maps; before, at random
         self.random = counts(self.side**2, recipe.random_mask_ratio, 0, recipe.method)
         self.counts = counts(self.side**2, recipe.mask_ratio, recipe.throw_ratio, recipe.method)
-        self.visible: dict[str, Tensor] = {}  # by map: what a crop keeps of it near its edges
-        for name in guide_maps(recipe):
-            row, settings = manifest.detectors.index(name), manifest.settings
-            sight = edge_rule(settings, settings.detectors[row], recipe.size, self.side)
-            self.visible[name] = sight.to(device)
+        # By map: what a crop keeps of it near its edges.
+        self.edges = {
+            name: EdgeRule(records, name, recipe.size, self.side).to(device)
+            for name in guide_maps(recipe)
+        }
 
     def _step_of(self, number: int) -> int:
         """The first step of the phase that refresh `number` begins."""
@@ -179,7 +180,7 @@ class Masking:
         product = torch.ones(len(boxes), self.side, self.side, device=self.device)
         for name in self.guides:
             if name != ATTENTION:
-                maps, visible = tensors["maps"][name], self.visible[name]
+                maps, visible = tensors["maps"][name], self.edges[name](tensors["samples"])
                 product = product * crop_maps(maps, boxes, flips, self.side, visible)
                 continue
             assert self.attention is not None

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from train.recipes import Recipe, nearest
 if TYPE_CHECKING:
     from shards import ShardSet
 
+SHARE = re.compile(r"(.*[^/:]):(\d+(?:\.\d+)?)")
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -23,9 +25,10 @@ DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 class Run:
     """Where and how to train; what decides the numbers is in the recipe and the seed."""
 
-    shards: Path | str  # a folder, or the URL of one
+    shards: Path | str | tuple[Path | str, ...]  # a folder, the URL of one, or several
     out: Path
     recipe: Recipe
+    shares: tuple[float, ...] | None = None  # of several sets in an epoch; None: as they are large
     seed: int = 0
     detector: str | None = None  # None: the only one of keypoints in the shards
     bank: bool = False  # stored crops with their exact counts, not new crops read off maps
@@ -85,6 +88,24 @@ def check_folder(folder: str) -> None:
             f"{folder} is an FFCV set, and FFCV is not installed; {install('ffcv')}; or train on "
             "the set that it was made from"
         )
+
+
+def take_shares(words: Sequence[str]) -> tuple[list[str], tuple[float, ...] | None]:
+    """(folders, their shares if they have any) of what is typed as FOLDER or FOLDER:SHARE.
+
+    Raises UserError if some have one and some have none. A folder may end as if it had one.
+    """
+    folders, shares = [], []
+    for word in words:
+        found = None if Path(word).exists() else SHARE.fullmatch(word)
+        folders.append(found[1] if found else word)
+        shares += [float(found[2])] if found else []
+    if shares and len(shares) < len(words):
+        raise UserError(
+            f"{len(shares)} of {len(words)} sets have a share: give every set one, as "
+            f"{folders[0]}:1 {folders[1]}:2, or none, and each image is shown as often as any other"
+        )
+    return folders, tuple(shares) or None
 
 
 def check_wandb(project: str) -> None:

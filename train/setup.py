@@ -1,11 +1,11 @@
 """Before the first step: the device, the shards, and whether they and the recipe fit together."""
 
+import itertools
 import math
 import os
 import socket
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import shards
-from shards import Plan, ShardSet, WeightedCrops, Windows
+from shards import Plan, WeightedCrops
 from shards.crops import FLIPS
 from shards.decoding import check_decoding
 from shards.errors import UserError
-from shards.remote.storage import is_url
+from shards.records import Records
 from shards.verification import damaged_files
 from train.controls import check_source, control_weights
 from train.cuda import make_deterministic, warn_of_what_is_missing
@@ -79,10 +79,11 @@ def count_micro_steps(recipe: Recipe, ranks: int, most: int) -> int:
     return next(n for n in range(fewest, mine + 1) if mine % n == 0)
 
 
-def open_records(run: Run) -> ShardSet:
-    """The set to train on, from its folder or through the cache. UserError if it cannot be."""
+def open_records(run: Run) -> Records:
+    """The sets to train on, from folders or through the cache. UserError if they cannot be."""
     return shards.open(
-        run.shards,
+        run.shards if isinstance(run.shards, tuple) else (run.shards,),
+        shares=run.shares,
         cache=run.cache,
         cache_limit=run.cache_limit,
         patience=run.patience,
@@ -93,7 +94,7 @@ def open_records(run: Run) -> ShardSet:
 class Data(NamedTuple):
     """What a run trains on. `load` gives the batches of steps of a plan, as ShardSet.loader."""
 
-    records: ShardSet
+    records: Records
     crops: WeightedCrops
     maps: list[str]  # those that a step reads
     plan: Plan  # in one micro-step
@@ -126,27 +127,20 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     return Data(records, crops, wanted_maps(recipe, crops.weights), plan, load)
 
 
-def make_plan(run: Run, records: ShardSet) -> Plan:
+def make_plan(run: Run, records: Records) -> Plan:
     """The plan of the run; UserError if the cache cannot hold its windows."""
-    recipe, count = run.recipe, len(records.shards)
-    window = run.window or (WINDOW if records.copies else count)
-    windows = None
-    if window < count:
-        windows = Windows([shard.count for shard in records.shards], window, run.seed)
-    if records.copies:
-        records.copies.check(min(window, count))
-    return Plan(
-        len(records),
-        recipe.batch,
-        run.seed,
-        area=recipe.area,
-        vertical=recipe.vertical,
-        windows=windows,
-    )
+    recipe = run.recipe
+    remote = any(one.copies for one in records.sets)
+    window = run.window or (WINDOW if remote else 0)
+    for one in records.sets:
+        if one.copies:
+            one.copies.check(min(window, len(one.shards)))
+    crops: dict[str, Any] = {"area": recipe.area, "vertical": recipe.vertical}
+    return records.plan(recipe.batch, run.seed, window=window, **crops)
 
 
 def weighted_crops(
-    recipe: Recipe, records: ShardSet, detector: str | None, bank: bool = False
+    recipe: Recipe, records: Records, detector: str | None, bank: bool = False
 ) -> WeightedCrops:
     """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
     rule = None
@@ -201,22 +195,21 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "bias_table"))
 
 
-def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
+def check(run: Run, records: Records, process: Process) -> WeightedCrops:
     """The crops to train on, once it is sure that the shards can serve the recipe.
 
     The processes of a machine hash all shards between them: it may have a copy of its own, and
     where all machines share one, each reads it once, as every epoch does. Raises UserError if the
     shards cannot serve the recipe, or are damaged.
     """
-    recipe, manifest = run.recipe, records.manifest
-    settings = manifest.settings
+    recipe, settings = run.recipe, records.sets[0].manifest.settings
     if recipe.size % recipe.cell:
         raise UserError(
             f"crop size {recipe.size} is no multiple of the mask cell, {recipe.cell} px; "
             f"use {recipe.size // recipe.cell * recipe.cell or recipe.cell}"
         )
     check_source(recipe.weights)
-    if run.skip_damaged and manifest.container == "ffcv":
+    if run.skip_damaged and [one.manifest.container for one in records.sets] == ["ffcv"]:
         raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     if run.bank:
         check_bank(run, records)
@@ -231,36 +224,46 @@ def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
             f"built with --frame {better}"
         )
     # Of a remote set every shard is hashed when it arrives, or is found in the cache.
-    if run.checksum and not is_url(run.shards):
+    for one in records.sets:
+        if not run.checksum or one.copies:
+            continue
         part = process.local_rank, process.local_ranks
-        damage = damaged_files(Path(run.shards), manifest, *part)
+        damage = damaged_files(one.folder, one.manifest, *part)
         if damage:
             where = "" if process.ranks == 1 else f"on {socket.gethostname()}: "
             raise UserError(f"{where}{damage[0]}")
     return crops
 
 
-def choose_detector(run: Run, records: ShardSet) -> str | None:
+def choose_detector(run: Run, records: Records) -> str | None:
     """The detector whose maps the recipe weighs by; UserError if it is not clear which."""
     if run.recipe.temperature is None:
         return None
-    detectors = records.manifest.settings.detectors
-    usual = [each.name for each in detectors if each.has_keypoints]
+    first, *others = (one.manifest for one in records.sets)
+    common = [
+        each
+        for each in first.settings.detectors
+        if all(each.name in other.detectors for other in others)
+    ]
+    usual = [each.name for each in common if each.has_keypoints]
+    if run.detector is None and not common:
+        raise UserError("the sets have no maps of one detector in common; build one anew with it")
     if run.detector is None and len(usual) != 1:
-        names = ", ".join(records.manifest.detectors)
+        names = ", ".join(each.name for each in common)
         raise UserError(f"the shards have maps of {names}; choose one by --detector")
     return run.detector or usual[0]
 
 
-def check_guides(run: Run, records: ShardSet) -> None:
+def check_guides(run: Run, records: Records) -> None:
     """UserError unless the shards have the maps that the recipe draws its cells by."""
-    wanted, names = guide_maps(run.recipe), records.manifest.detectors
-    for name in wanted:
+    wanted = guide_maps(run.recipe)
+    for one, name in itertools.product(records.sets, wanted):
+        names, folder = one.manifest.detectors, one.folder
         if name not in names:
             raise UserError(
-                f"the recipe draws cells by {name!r}, and {run.shards} has maps of "
+                f"the recipe draws cells by {name!r}, and {folder} has maps of "
                 f"{', '.join(names)} only; build it with --detector "
-                f"{','.join([*names, name])}, and --reuse {run.shards} saves what is there"
+                f"{','.join([*names, name])}, and --reuse {folder} saves what is there"
             )
     if wanted and run.bank:
         raise UserError(f"--bank loads no maps, and the recipe draws cells by {wanted[0]!r}")
@@ -268,14 +271,16 @@ def check_guides(run: Run, records: ShardSet) -> None:
         raise UserError("refresh_epochs must be above 0, and random_epochs at least 0")
 
 
-def check_bank(run: Run, records: ShardSet) -> None:
+def check_bank(run: Run, records: Records) -> None:
     """UserError unless the set has a bank, of the crops of the recipe."""
     records.find_maps([], bank=True)
-    settings = records.manifest.settings
-    stored = {"size": settings.crop, "area": tuple(settings.area), "vertical": FLIPS[1]}
-    for name, value in stored.items():
-        if getattr(run.recipe, name) != value:
-            raise UserError(
-                f"the bank's crops have {name} {value}, the recipe's {getattr(run.recipe, name)}; "
-                "build a bank for it (--crop, --area), or train on the maps"
-            )
+    for one in records.sets:
+        settings = one.manifest.settings
+        stored = {"size": settings.crop, "area": tuple(settings.area), "vertical": FLIPS[1]}
+        for name, value in stored.items():
+            if getattr(run.recipe, name) != value:
+                raise UserError(
+                    f"the bank's crops have {name} {value}, the recipe's "
+                    f"{getattr(run.recipe, name)}; build a bank for it (--crop, --area), or train "
+                    "on the maps"
+                )

@@ -64,7 +64,7 @@ class Training:
         self.model: Any = make_model(recipe).to(device)
         steps_an_epoch = len(records) / recipe.batch
         encoder = self.model.encoder
-        self.masking = Masking(recipe, 0, records.manifest, encoder, steps_an_epoch, device)
+        self.masking = Masking(recipe, 0, records, encoder, steps_an_epoch, device)
         if ATTENTION in self.masking.guides:
             shape = len(records), self.masking.patches_a_side**2
             self.masking.attention = torch.randint(256, shape, dtype=torch.uint8, device=device)

@@ -6,11 +6,12 @@ masks, what an attention pass costs, and both over a run as AMT published its ph
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from kamim.bench.measuring import in_turn
@@ -34,11 +35,29 @@ PHASES = {"MAE": (400, 40, 40), "SimMIM": (200, 40, 40)}  # AMT's epochs: run, r
 
 @dataclass(frozen=True)
 class Facts:
-    """What Masking asks of a manifest."""
+    """What crops and masking ask of a set."""
 
-    settings: Any
-    detectors: list[str]
+    settings: Settings
     count: int
+
+    @property
+    def sets(self) -> list[Any]:
+        return [self]
+
+    @property
+    def manifest(self) -> Any:
+        return self
+
+    @property
+    def set_ends(self) -> Any:
+        return np.array([self.count])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
+        known = [detector.name for detector in self.settings.detectors]
+        return [known.index(name) for name in names]
 
 
 def made_up(batch: int, device: torch.device) -> dict[str, Any]:
@@ -73,7 +92,7 @@ def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tu
     settings = Settings(
         detectors=(detector_settings("frequency"),), shard_size=1000, crop=recipe.size
     )
-    facts: Any = Facts(settings, ["frequency"], recipe.batch)
+    facts: Any = Facts(settings, recipe.batch)
     masking = Masking(recipe, 0, facts, model.encoder, 1, device)
     crops = weighted_crops(recipe, facts, None).to(device)
     patches = masking.patches_a_side**2

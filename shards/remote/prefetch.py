@@ -1,12 +1,16 @@
 """Fetching the shards of a set at a URL: those of a window while the one before it is read."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
 from shards.dataset import Held, ShardSet
+from shards.errors import UserError
 from shards.order import Plan, Windows
+from shards.records import Records
 
+Reached = Callable[[int], int]
 DOWNLOADS = 8  # at once: one stream rarely fills a network
 PAUSE = 0.02  # seconds
 
@@ -16,17 +20,18 @@ class Closed(Exception):
 
 
 class Prefetch:
-    """Shards for steps `first` to `last` - 1 of `batch` samples.
+    """Shards of one set for steps `first` to `last` - 1.
 
-    `begin`, `wait_for` and `close` are for the loader's own thread, `open` is for any.
+    reached: how many of the set's samples come before a step. `begin`, `wait_for` and `close` are
+    for the loader's own thread, `open` is for any.
     """
 
     def __init__(
-        self, records: ShardSet, windows: Windows, batch: int, first: int, last: int
+        self, records: ShardSet, windows: Windows, reached: Reached, first: int, last: int
     ) -> None:
-        self.records, self.windows, self.batch = records, windows, batch
-        self.end = windows.window(max(last * batch - 1, first * batch))
-        self.oldest = self.newest = self.next = windows.window(first * batch)
+        self.records, self.windows, self.reached = records, windows, reached
+        self.oldest = self.newest = self.next = windows.window(reached(first))
+        self.end = max(self.next, self._upto(last))
         # For each window asked for, its shards; one of two windows may go in between, and return.
         self.held: dict[int, dict[int, Future[Held]]] = {}
         self.closing = threading.Event()
@@ -41,7 +46,7 @@ class Prefetch:
 
     def begin(self, step: int) -> None:
         """Ask for the shards of `step`, and of the window after it."""
-        last = self.windows.window((step + 1) * self.batch - 1)
+        last = self._upto(step + 1)
         while self.next <= min(last + 1, self.end):
             self.held[self.next] = {shard: Future() for shard in self.windows.shards(self.next)}
             for shard, future in self.held[self.next].items():
@@ -59,10 +64,14 @@ class Prefetch:
 
     def wait_for(self, step: int) -> None:
         """Let go of the shards that only steps before `step` read; its own are needed now."""
-        oldest = self.windows.window(step * self.batch)
+        oldest = self.windows.window(self.reached(step))
         for window in [window for window in self.held if window < oldest]:
             del self.held[window]
-        self.oldest, self.newest = oldest, self.windows.window((step + 1) * self.batch - 1)
+        self.oldest, self.newest = oldest, max(oldest, self._upto(step + 1))
+
+    def _upto(self, step: int) -> int:
+        """The window of the last sample before `step`."""
+        return self.windows.window(max(0, self.reached(step) - 1))
 
     def close(self) -> None:
         """End all downloads."""
@@ -94,10 +103,27 @@ class Prefetch:
         return self.records.hold(shard, needed, lambda: self.windows.next_use(self.oldest))
 
 
-def windows_of(records: ShardSet, plan: Plan) -> Windows:
-    """The plan's windows; without any, all shards are one. UserError if the cache is too small."""
-    counts = [shard.count for shard in records.shards]
-    windows = plan.windows or Windows(counts, max(1, len(counts)), plan.seed)
-    if records.copies:
-        records.copies.check(min(windows.limit, len(counts)))
-    return windows
+def walks_of(records: Records, plan: Plan) -> list[tuple[Windows, Reached]]:
+    """For each set the windows in which `plan` walks through it, and how far it is before a step.
+
+    UserError if a cache is too small, or the plan mixes sets at URLs without an order of each.
+    """
+    mixture, batch = plan.mixture, plan.batch
+    if mixture:
+        orders = mixture.orders
+    elif len(records.sets) == 1:
+        orders = [plan.windows or each.windows(0, plan.seed) for each in records.sets]
+    elif any(each.copies for each in records.sets):
+        raise UserError("sets at URLs are mixed by a plan of their own: records.plan(batch, seed)")
+    else:  # on local disks in any order
+        orders = [each.windows(0, plan.seed) for each in records.sets]
+    for each, windows in zip(records.sets, orders, strict=True):
+        if each.copies:
+            each.copies.check(min(windows.limit, len(each.shards)))
+
+    def walk(number: int) -> Reached:
+        if mixture:
+            return lambda step: mixture.reached(step * batch)[number]
+        return lambda step: step * batch
+
+    return [(windows, walk(number)) for number, windows in enumerate(orders)]

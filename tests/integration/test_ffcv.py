@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import contents, copied, errors, settings
+from test_cli import kamim
 
 import preprocess
 from preprocess import build_shards, open_source
@@ -197,16 +198,12 @@ def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     assert not [name for name in os.listdir("/dev/shm") if name in mine or named.search(name)]
 
 
-def test_a_truncated_beton_is_one_line(built, tmp_path):
+def test_a_truncated_beton_is_one_line(built, tmp_path, monkeypatch):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
     path = tmp_path / "raw" / layout.BETON
     os.truncate(path, path.stat().st_size // 2)
-    done = subprocess.run(
-        [sys.executable, "-m", "kamim", "pretrain", str(tmp_path / "raw"), "--recipe", "small"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    monkeypatch.chdir(tmp_path)
+    done = kamim("pretrain", tmp_path / "raw", "--recipe", "small")
     assert done.returncode == 2
     assert errors(done) == 1
     assert "bytes, the manifest says" in done.stderr

@@ -238,17 +238,18 @@ def test_ctrl_c_cuts_a_pass_over_the_records_short(signals, capsys):
 
 
 @pytest.mark.parametrize(
-    ("folder", "word", "resume", "found"),
+    ("words", "resume", "found"),
     [
-        ("shards", "", True, ("shards", True)),
-        ("shards", "", False, ("shards", False)),
-        ("shards", "auto", True, ("shards", True)),
-        ("auto", "shards", True, ("shards", True)),
-        ("shards", "no", True, ("shards", False)),
+        (["shards"], True, (["shards"], True)),
+        (["shards"], False, (["shards"], False)),
+        (["shards", "auto"], True, (["shards"], True)),
+        (["auto", "shards", "more"], True, (["shards", "more"], True)),
+        (["shards", "more", "no"], True, (["shards", "more"], False)),
+        (["shards", "auto"], False, (["shards", "auto"], False)),
     ],
 )
-def test_resume_takes_no_word_and_still_knows_the_old_ones(folder, word, resume, found):
-    assert take_word(folder, word, resume) == found
+def test_resume_takes_no_word_and_still_knows_the_old_ones(words, resume, found):
+    assert take_word(words, resume) == found
 
 
 def times_of(folder):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import preprocess
 import train.cuda
+from kamim.bench.throw import Facts
 from train import checkpoint
 from train.cuda import PEAK_FLOPS, peak_flops, warn_of_what_is_missing
 from train.estimate import MOST_PART, Memory, largest_part, memory_of, memory_told
@@ -46,23 +47,13 @@ FEW = (
 REST = [name for name in recipe_names() if name not in FEW]
 
 
-class Facts:
+DETECTORS = ("fast", "frequency")
+
+
+def facts():
     """What crops and masking ask of a set."""
-
-    detectors = ("fast", "frequency")
-    settings = settings(
-        crop=96,
-        grid=54,
-        detectors=tuple(preprocess.detector_settings(name) for name in ("fast", "frequency")),
-    )
-    count = 40
-
-    def find_maps(self, names, bank=False):
-        return [self.detectors.index(name) for name in names]
-
-    @property
-    def manifest(self):
-        return self
+    chosen = tuple(map(preprocess.detector_settings, DETECTORS))
+    return Facts(settings(crop=96, grid=54, detectors=chosen), 40)
 
 
 def batch_of(images, size):
@@ -71,8 +62,7 @@ def batch_of(images, size):
     return {
         "frames": torch.randint(256, (images, size, size, 3), dtype=torch.uint8),
         "maps": {
-            name: torch.randint(256, (images, 54, 54), dtype=torch.uint8)
-            for name in Facts.detectors
+            name: torch.randint(256, (images, 54, 54), dtype=torch.uint8) for name in DETECTORS
         },
         "counts": {},
         "boxes": square,
@@ -92,14 +82,14 @@ def reduced(name):
 def parts_of(recipe):
     """(step, masking) of a recipe, as the trainer makes them, with attention of all records."""
     torch.manual_seed(0)
-    facts = Facts()
+    records = facts()
     model = make_model(recipe)
-    masking = Masking(recipe, 0, facts, model.encoder, 1, CPU)
+    masking = Masking(recipe, 0, records, model.encoder, 1, CPU)
     if ATTENTION in masking.guides:
-        levels = torch.randint(256, (facts.count, masking.patches_a_side**2), dtype=torch.uint8)
+        levels = torch.randint(256, (len(records), masking.patches_a_side**2), dtype=torch.uint8)
         masking.attention = levels
     detector = "fast" if recipe.temperature else None
-    return Step(model, weighted_crops(recipe, facts, detector)), masking
+    return Step(model, weighted_crops(recipe, records, detector)), masking
 
 
 # Every tensor of a step is on the device.
@@ -131,8 +121,8 @@ def on_fake_cuda(recipe, mode):
     with unset_fake_temporarily():
         step, masking = parts_of(recipe)
     masking.device = CUDA
-    for name, visible in masking.visible.items():
-        masking.visible[name] = mode.from_tensor(visible).to("cuda")
+    for edge in masking.edges.values():
+        faked(edge, mode)
     if masking.attention is not None:
         masking.attention = mode.from_tensor(masking.attention).to("cuda")
     with torch.device("cuda"):

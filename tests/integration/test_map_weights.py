@@ -94,10 +94,11 @@ def test_a_correction_rises_with_density_and_stays_above_it_by_less_for_larger_c
         found = correction(detector_settings(name), "ring", temperature, w_ps, 192 // w_ps)
         assert np.isfinite(found.likely).all()
         assert (np.diff(found.likely) > -1e-3).all()
-        assert (np.minimum(found.least, 20 * temperature) <= found.likely + 1e-9).all()  # clipped
+        assert (found.least <= found.likely).all()
         assert (found.least >= 0).all()
         wider = correction(detector_settings(name), "ring", temperature, 2 * w_ps, 96 // w_ps)
-        assert (wider.likely <= found.likely + 2e-3).all()
+        if temperature > 0.05:  # below, exp is clipped, and less spread means less of that
+            assert (wider.likely <= found.likely + 2e-3).all()
     assert correction(detector_settings("fast"), "disc", 0.25, 8, 24) is None
     assert correction(detector_settings("gftt"), "ring", 0.25, 8, 24) is None
 

@@ -1,6 +1,8 @@
 """The examples of densities beside a data set as it is: each lowers its loss, by the right maps."""
 
 import importlib.util
+import subprocess
+import sys
 import tarfile
 
 import cv2
@@ -47,6 +49,31 @@ def test_a_webdataset_by_key(images, tmp_path, printed):
                 tar.add(path, path.name)
     out = maps_of(f"webdataset:{tmp_path / 'tars'}", tmp_path / "maps")
     lowered(printed("maps_webdataset", tmp_path / "tars", out, STEPS))
+
+
+CHUNKS = """
+import sys
+from pathlib import Path
+import litdata
+
+def item(name):
+    return {"image": (Path(sys.argv[1]) / name).read_bytes(), "name": name}
+
+if __name__ == "__main__":
+    names = sorted(str(p.relative_to(sys.argv[1])) for p in Path(sys.argv[1]).rglob("*.jpg"))
+    litdata.optimize(item, names, sys.argv[2], chunk_bytes="1MB", num_workers=1)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_litdata_by_name(images, tmp_path, printed):
+    if importlib.util.find_spec("litdata") is None:
+        pytest.skip("litdata is not installed")
+    (tmp_path / "chunks.py").write_text(CHUNKS)
+    words = [sys.executable, tmp_path / "chunks.py", images, tmp_path / "chunks"]
+    subprocess.run(list(map(str, words)), check=True, capture_output=True)
+    out = maps_of(images, tmp_path / "maps")
+    lowered(printed("maps_litdata", tmp_path / "chunks", out, STEPS))
 
 
 class Squares:

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 import timm
 from test_pretrain import losses
 
+from kamim.bench.throw import Facts
 from train import checkpoint
 from train.attention import class_attention, read_attention, write_attention
 from train.distributed import Process
@@ -212,20 +213,10 @@ def test_attention_is_the_last_blocks_by_head():
     assert found.shape == (2, 36)
 
 
-class Manifest:
-    """What Masking asks a manifest."""
-
-    count = 4
-    detectors = ("fast", "frequency")
-    settings = settings(
-        crop=96,
-        grid=54,
-        detectors=tuple(preprocess.detector_settings(n) for n in ("fast", "frequency")),
-    )
-
-
 def masking(recipe):
-    return Masking(recipe, 0, Manifest, make_model(recipe).encoder, 4, CPU)
+    detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "frequency"))
+    facts = Facts(settings(crop=96, grid=54, detectors=detectors), 4)
+    return Masking(recipe, 0, facts, make_model(recipe).encoder, 4, CPU)
 
 
 @pytest.mark.parametrize("flips", [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -433,7 +424,7 @@ def test_seconds_of_training_go_on_and_lost_attention_is_told(shards, tmp_path):
     (out / "attention-00000008.npy").unlink()
     with pytest.raises(ValueError, match=r"attention-00000008.npy is missing or damaged"):
         run(shards, out, recipe, resume=True)
-    np.save(out / "attention-00000008.npy", np.array([Manifest], object), allow_pickle=True)
+    np.save(out / "attention-00000008.npy", np.array([Facts], object), allow_pickle=True)
     with pytest.raises(ValueError, match="missing or damaged"):
         run(shards, out, recipe, resume=True)
 

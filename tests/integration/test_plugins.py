@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,7 +16,14 @@ from conftest import REPOSITORY, contents, settings
 
 import preprocess
 import shards
-from preprocess import BuildError, build_shards, detector_settings, measure_fidelity, open_source
+from preprocess import (
+    BuildError,
+    build_shards,
+    detector_settings,
+    isolation,
+    measure_fidelity,
+    open_source,
+)
 from preprocess.detectors import CREATE, parsed_detectors
 from preprocess.edges import measure_edge
 from preprocess.plugins import Rejected, checked, found
@@ -48,6 +57,26 @@ def nonsense(rgb):
 
 def broken(rgb):
     raise SystemExit(3)
+
+def hangs(rgb):
+    while rgb.max() < 50:
+        pass
+    return ramp(rgb)
+
+def dies(rgb):
+    if rgb.max() < 50:
+        os.kill(os.getpid(), 9)
+    return ramp(rgb)
+
+def leaves(rgb):
+    if rgb.max() < 50:
+        os._exit(0)
+    return ramp(rgb)
+
+def waits(rgb):
+    with open("waits.pid", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(9999)
 '''
 
 
@@ -125,6 +154,77 @@ def test_an_image_that_it_fails_on_is_rejected_and_the_build_goes_on(
     assert shards.verify(out, "decode") == []
     with pytest.raises(BuildError, match=rf"\.jpg' was rejected \({reason}: {own}:{name}"):
         build_shards(source, tmp_path / "strict", chosen, 1, "fail")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "words"),
+    [
+        ("hangs", "detector-hung", "hangs: no answer in 3 s; --detector-seconds allows more"),
+        ("dies", "detector-died", "dies: its process ended, signal 9"),
+        ("leaves", "detector-died", "leaves: its process ended, exit status 0"),
+    ],
+)
+def test_an_image_that_it_hangs_or_dies_on_is_rejected_and_the_build_goes_on(
+    own, name, reason, words, small_source, tmp_path, allowed
+):
+    folder = small_source / "class0"
+    black = [sorted(folder.iterdir())[number] for number in (5, 9)]
+    for path in black:
+        cv2.imwrite(str(path), np.zeros((80, 96, 3), np.uint8))
+    chosen = settings(detectors=(detector_settings(f"{own}:{name}"),))
+    allowed(3)
+    for jobs, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        manifest = build_shards(open_source(str(folder)), out, chosen, jobs, max_rejected=1)
+        assert (manifest.ledger.written, manifest.ledger.rejected) == (8, {reason: 2})
+        lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        assert [line["source"] for line in lines] == [path.name for path in black]
+        assert all(words in line["detail"] for line in lines)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.fixture
+def allowed():
+    yield isolation.allow
+    isolation.allow(isolation.SECONDS)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_seconds_that_are_none_are_refused(seconds):
+    with pytest.raises(UserError, match="is out of range; give 0"):
+        isolation.allow(seconds)
+
+
+def test_what_hangs_ends_with_the_build_that_was_killed(own, tmp_path):
+    code = (
+        "import numpy as np; from preprocess import detector_settings, isolation; "
+        f"isolation.allow(0); isolation.found(detector_settings('{own}:waits'), "
+        "np.zeros((8, 8, 3), np.uint8))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    pid = tmp_path / "waits.pid"
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while True:  # the test's own limit ends it
+        status = Path(f"/proc/{pid.read_text()}/status")
+        try:
+            if "State:\tZ" in status.read_text():
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.02)
+
+
+def test_what_it_prints_is_no_result(own, tmp_path, small_source):
+    with (tmp_path / f"{own}.py").open("a") as file:
+        file.write("\ndef Loud(rgb):\n    print('HERE')\n    return ramp(rgb)\n")
+    words = ["build", str(small_source / "class0"), str(tmp_path / "out"), "--frame", "64"]
+    done = kamim(*words, "--detector", f"{own}:Loud", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "HERE" not in done.stdout
+    assert "HERE" in done.stderr
 
 
 def test_one_that_leaves_rejects_all_and_nothing_is_published(own, small_source, tmp_path):
@@ -218,6 +318,37 @@ def test_points_and_maps_of_any_float_are_taken():
 def test_what_cannot_be_named_is_one_line(call, words):
     with pytest.raises(UserError, match=words):
         parsed_detectors(call, [])
+
+
+@pytest.mark.parametrize("name", ["aliked", "disk"])
+def test_a_network_is_a_file_of_the_users(name, tmp_path, monkeypatch):
+    """No published file is at hand: what OpenCV finds by one is stood in for."""
+    path = tmp_path / "network.onnx"
+    with pytest.raises(UserError, match=rf"there is no file .*name {name}'s network"):
+        detector_settings(f"{name}:{path}")
+    path.write_bytes(b"no network")
+    if hasattr(cv2, f"{name.upper()}_create"):
+        with pytest.raises(UserError, match=rf"network.onnx is no network for {name}: "):
+            detector_settings(f"{name}:{path}")
+
+    class Network:
+        def detect(self, pixels):
+            assert pixels[0, 0].tolist() == [3, 2, 1]  # BGR, as OpenCV's own code has it
+            return [cv2.KeyPoint(4.5, 2.25, 1), cv2.KeyPoint(0, 0, 1)]
+
+    monkeypatch.setattr(cv2, f"{name.upper()}_create", lambda path: Network(), raising=False)
+    detector = detector_settings(f"{name}:{path}")
+    assert (detector.name, detector.options) == (name, {})
+    assert detector.plugin.version == cv2.__version__
+    assert detector_settings(f"mine={name}:{path}").name == "mine"
+    rgb = np.tile(np.array([1, 2, 3], np.uint8), (6, 8, 1))
+    assert found(detector, rgb).tolist() == [[4.5, 2.25], [0, 0]]
+    path.write_bytes(b"another")
+    with pytest.raises(BuildError, match=r"network.onnx is not the one of these shards"):
+        found(replace(detector, plugin=replace(detector.plugin, sha256="0" * 64)), rgb)
+    monkeypatch.delattr(cv2, f"{name.upper()}_create")
+    with pytest.raises(UserError, match=rf"has no {name}; version 5 has: type pip install"):
+        detector_settings(f"{name}:{path}")
 
 
 def test_a_package_offers_its_own_by_entry_point(own, tmp_path, monkeypatch):

@@ -120,6 +120,30 @@ def test_processes_read_what_the_loader_holds_of_the_cache(http, folder, tmp_pat
     assert bytes_of(cache) <= limit
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", [{}, {"workers": 2, "processes": True}])
+def test_of_several_sets_those_elsewhere_are_fetched_window_by_window(
+    how, http, folder, small_source, tmp_path
+):
+    """Each set's windows go on at the pace of its share, below a limit that evicts."""
+    build_shards(open_source(str(small_source)), tmp_path / "b", settings(frame=120, crop=96), 1)
+    local, cache = shards.open([folder, tmp_path / "b"], shares=[3, 1]), tmp_path / "cache"
+    remote = local.sets[0]
+    limit = 8 * max(shard.bytes for shard in remote.shards) + remote.manifest.index.bytes
+    where = [http.url, tmp_path / "b"]
+    records = shards.open(where, shares=[3, 1], cache=cache, cache_limit=limit)
+    plan = local.plan(8, 3, window=4)
+    theirs = records.loader(plan, 3, 47, maps=["fast"], **how)
+    for a, b in zip(local.loader(plan, 3, 47, maps=["fast"]), theirs, strict=True):
+        assert equal(a, b)
+        assert bytes_of(cache) <= limit
+    wide = records.plan(8, 3)
+    with pytest.raises(ValueError, match="is too small: a window of 20 shards"):
+        records.loader(wide)
+    with pytest.raises(ValueError, match=r"by a plan of their own: records.plan\(batch, seed\)"):
+        records.loader(Plan(120, 8))
+
+
 @pytest.mark.parametrize(("room", "fetches"), [(8, 84), (13, 50)])
 def test_batches_are_those_of_the_local_set_and_the_limit_is_kept(
     room, fetches, http, folder, tmp_path

@@ -21,6 +21,7 @@ SECTIONS = (
     "fuzz",
     "damage",
     "faults",
+    "plugins",
     "stores",
     "power",
     "network",

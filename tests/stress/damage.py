@@ -36,6 +36,9 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
     process = spawn(kamim, "shards", "build", source, tars, *SMALL, *flags, log=log)
     assert process.wait(LIMIT) == 0, process.text()
     convert_to_ffcv(tars, arena / "ffcv")
+    maps, bare = arena / "maps", ["--grid", 16, "--map-crops", 1, "--max-rejected", 1]
+    process = spawn(kamim, "maps", "build", source, maps, *bare, log=log)
+    assert process.wait(LIMIT) == 0, process.text()
     beton = arena / "ffcv" / load(arena / "ffcv").shards[0].name
     count = max(5, round(CHANGES * scale))
     files = {
@@ -44,6 +47,8 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
         INDEX: [tars / INDEX],
         REJECTED: [tars / REJECTED],
         ".beton": [beton],
+        "densities without frames": [maps / shard.name for shard in load(maps).shards],
+        "their names": [maps / file.name for file in load(maps).names],
     }
     for name, paths in files.items():
         yield changes(name, paths, count, f"{name} {seed}")

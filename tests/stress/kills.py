@@ -97,7 +97,7 @@ def warm_up() -> None:
 
 
 def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
-    """A case a command, of 275 kills in all at scale 1."""
+    """A case a command, of 310 kills in all at scale 1."""
     warm_up()
     for job in jobs(arena, seed):
         yield kill(job, arena, max(1, round(job.share * scale)), seed)
@@ -122,6 +122,10 @@ def jobs(arena: Path, seed: int) -> list[Job]:
         flags = [*SMALL, "--shard-size", 4, "--jobs", processes]
         return lambda out: ["shards", "build", source, out, *flags]
 
+    def maps(out: Path) -> list[object]:
+        flags = ["--crop", 96, "--map-crops", 1, "--grid", 16, "--shard-size", 4, "--jobs", 2]
+        return ["maps", "build", source, out, *flags]
+
     def convert(frames: str) -> Callable[[Path], list[object]]:
         return lambda out: ["shards", "convert", arena / "set", "--out", out, "--frames", frames]
 
@@ -144,6 +148,7 @@ def jobs(arena: Path, seed: int) -> list[Job]:
     return [
         Job("build, 1 process", build(1), bytes_of, end, 35),
         Job("build, 2 processes", build(2), bytes_of, end, 25, workers=True),
+        Job("maps build, 2 processes", maps, bytes_of, end, 35, workers=True),
         Job("convert, JPEG frames", convert("jpeg"), bytes_of, end, 20),
         Job("convert, raw frames", convert("raw"), bytes_of, end, 20),
         Job("copy", copy, bytes_of, end, 15),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import contents
+from conftest import contents, copied
 
 from shards import ShardSet, decode_frame, load
 from shards import beton as layout
@@ -52,9 +52,20 @@ def test_refusals(built, converted, tmp_path):
         convert_to_ffcv(built, tmp_path / "full", "jpeg")
 
 
-def test_the_plain_loader_and_skipping_refuse_an_ffcv_set(converted, tmp_path):
-    with pytest.raises(ValueError, match="is an FFCV set"):
-        Loader(ShardSet(converted), Plan(40, 8), 0, 1)
+@pytest.mark.parametrize("frames", ["jpeg", "raw"])
+@pytest.mark.parametrize("bank", [False, True])
+def test_the_plain_loader_reads_an_ffcv_set(built, tmp_path, frames, bank):
+    """As it does among several sets."""
+    convert_to_ffcv(built, tmp_path / "ffcv", frames)
+    plan, how = Plan(40, 12, seed=2), {"maps": ["fast", "orb"], "bank": bank}
+    ours = copied(Loader(ShardSet(built), plan, 0, 9, **how))
+    for one, other in zip(
+        ours, Loader(ShardSet(tmp_path / "ffcv"), plan, 0, 9, **how), strict=True
+    ):
+        np.testing.assert_equal(one._asdict(), other._asdict())
+
+
+def test_skipping_refuses_an_ffcv_set(converted, tmp_path):
     pytest.importorskip("torch")
     from test_pretrain import run
 

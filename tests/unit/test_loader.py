@@ -1,6 +1,7 @@
 """The loader: the plan's records, whatever the threads; damage named; memory bounded."""
 
 import gc
+import json
 import os
 import resource
 import signal
@@ -15,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import copied, settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.loader import Loader, open_files
 from shards.order import Plan
+from shards.reading import NO_CROP, crop_of, finder
 from shards.spec import to_json, write_file
 from shards.tar import INDEX_DTYPE
 
@@ -192,12 +196,12 @@ def test_a_sample_costs_few_steps_of_the_interpreter(records, bank):
     """All threads share its lock, so what they do in it bounds how many are of use."""
     loader = Loader(records, Plan(40, 40), 0, 1, maps=["fast", "sift"], bank=bank)
     samples = np.arange(40)
-    places = loader._places(samples, records.index[samples])
+    places = loader._places(0, samples, samples, records.index[samples])
     calls = []
     for count in (8, 40):
         seen = []
         sys.setprofile(lambda frame, event, argument, seen=seen: seen.append(event))
-        loader.reader.read(loader.buffers[0], places[:count])
+        loader.readers[0].read(loader.buffers[0][0], places[:count])
         sys.setprofile(None)
         calls.append(sum(event.endswith("call") for event in seen))
     # The files are open by now: preadv, decoding, and what simplejpeg asks of NumPy.
@@ -270,7 +274,7 @@ def test_memory_is_the_prefetch_whatever_the_length(records):
         tracemalloc.stop()
         held = sum(
             sum(a.nbytes for a in (b.frames, b.heads, *b.maps.values(), *b.counts.values()))
-            for b in loader.buffers
+            for (b,) in loader.buffers
         )
         assert held == 4 * batch_bytes
     assert peaks[1] < peaks[0] + 100_000
@@ -358,3 +362,49 @@ def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):
     seconds, kilobytes = map(float, done.stdout.split())
     assert seconds < 2
     assert kilobytes < 300_000
+
+
+NUMBERS = st.integers(0, 10**9 - 1)
+
+
+@given(
+    st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=5),
+    st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    st.text(max_size=20),
+    st.sampled_from([(",", ":"), (", ", ": ")]),
+    st.booleans(),
+)
+def test_a_crop_of_the_bank_is_read_as_json_is(boxes, turns, source, separators, in_order):
+    flips = [[turn & 1, turn >> 1] for turn in turns[: len(boxes)]]
+    meta = {"height": 3, "boxes": boxes, "flips": flips, "source": f'"flips":[[1,1]]{source}'}
+    text = json.dumps(meta, sort_keys=in_order, separators=separators).encode("ascii")
+    for slot, box in enumerate(boxes):
+        block = memoryview(text + bytes(512 - len(text) % 512))
+        crop = b"%d,%d,%d,%d,%d,%d" % (*box, *flips[slot])
+        assert crop_of(block, slot) == crop
+        found = finder(slot)(block)
+        plain = in_order and separators == (",", ":")
+        assert (found is not None) == plain
+        assert not found or b",".join(found.groups()) == crop
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\0" * 512,
+        b"\xff" * 512,
+        b'{"boxes":[[1,2,3,4]],"flips":[[0,1]',
+        b'{"boxes":[[1,2,3]],"flips":[[0,1]]}',
+        b'{"boxes":[[1,2,3,4]],"flips":[[0,1]]}',  # no crop 1
+        b'{"boxes":[[1,2,3,4],[1,2,3,"4"]],"flips":[[0,1],[0,1]]}',
+        b'{"boxes":[[1,2,3,4],[1,2,3,%d]],"flips":[[0,1],[0,1]]}' % 10**400,
+        b'{"boxes":[0,0],"flips":[[0,1],[0,1]]}',
+        b'{"flips":[[0,1],[0,1]]}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_bank_that_is_none_is_told(text):
+    assert finder(1)(memoryview(text)) is None
+    with pytest.raises(NO_CROP):
+        crop_of(memoryview(text), 1)

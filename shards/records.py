@@ -1,0 +1,219 @@
+"""What is trained on, of one set or of several: batches, a loader, a Dataset."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.crops import Ints
+from shards.errors import UserError
+from shards.order import Plan
+from shards.spec import AREA
+
+if TYPE_CHECKING:
+    from shards.dataset import ShardSet
+    from shards.ffcv_loader import FfcvLoader
+    from shards.loader import Loader
+    from shards.record import Record
+    from shards.torchdata import RecordDataset
+    from shards.weighting import Crops
+
+Decode = Literal["cpu", "gpu"]
+
+
+class Records:
+    """Records 0 to len - 1: of a ShardSet, or of the sets of ShardSets one after the other."""
+
+    @property
+    @abstractmethod
+    def sets(self) -> "list[ShardSet]":
+        """The sets."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, number: int) -> "Record": ...
+
+    @abstractmethod
+    def plan(self, batch: int, seed: int = 0, *, window: int = 0, **crops: Any) -> Plan:
+        """The order of training."""
+
+    @abstractmethod
+    def rows(self, samples: Ints) -> NDArray[np.void]:
+        """Rows of the index of `samples`."""
+
+    @abstractmethod
+    def locate(self, number: int) -> tuple[Path, NDArray[np.void]]:
+        """The shard's path and the index row of record `number`."""
+
+    @abstractmethod
+    def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
+        """Rows of the detectors `names` among the maps of the (first) set."""
+
+    @property
+    def set_ends(self) -> Ints:
+        """Where each set ends."""
+        return np.cumsum([len(each) for each in self.sets], dtype=np.int64)
+
+    def batches(
+        self,
+        size: int = 192,
+        batch: int = 256,
+        *,
+        epochs: float = 1,
+        seed: int = 0,
+        weights: str | None = None,
+        temperature: float = 0.25,
+        w_ps: int = 8,
+        normalise: Literal["min", "mean", "batch"] = "min",
+        bank: bool = False,
+        correct: bool = True,
+        area: tuple[float, float] = AREA,
+        flips: tuple[float, float] = (0.5, 0.5),
+        device: str = "auto",
+        decode: Decode = "cpu",
+        workers: int = 0,
+        first: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Iterator["Crops"]:
+        """Random crops with their loss weights, on `device`, for the steps from `first` on.
+
+        Each is a Crops: images float32 [b, 3, size, size] of 0 to 1, weights float32 [b, c, c] with
+        c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
+        boxes (area: least and most share of the source; flips: chance of a horizontal and a
+        vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
+        its part of each batch. bank: show the stored crops with their exact densities. correct: as
+        of WeightedCrops, decode: as of `loader`. Raises UserError, with the first batch, if set or
+        arguments cannot serve.
+        """
+        from shards.weighting import WeightedCrops, find_device, to_device
+
+        plan = self.plan(batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        if plan.steps(epochs) < 1:
+            make = f"{epochs:g} epochs of {len(self)} records make no batch of {batch}"
+            raise UserError(f"{make}; give more epochs or a smaller batch")
+        where = find_device(device)
+        how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
+        how["correct"] = correct
+        crops = WeightedCrops(self, weights, size=size, w_ps=w_ps, bank=bank, **how).to(where)
+        loader = self.loader(
+            plan,
+            first,
+            plan.steps(epochs),
+            maps=[weights] if weights else [],
+            bank=bank,
+            workers=workers,
+            rank=rank,
+            ranks=ranks,
+            device=str(where),
+            decode=decode,
+        )
+        for _, tensors in to_device(loader, where):
+            yield crops(tensors)
+
+    def loader(
+        self,
+        plan: Plan,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        maps: Sequence[str] = (),
+        bank: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        prefetch: int = 3,
+        skip: bool = False,
+        device: str = "cpu",
+        decode: Decode = "cpu",
+        processes: bool = False,
+    ) -> "Loader | FfcvLoader":
+        """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
+
+        maps: the detectors whose densities are wanted; with `bank` those of the stored crops. Each
+        Batch holds uint8 frames and densities, boxes and flips, in arrays that are used again for
+        a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
+        in the place of a damaged one. device: `cuda` has buffers pinned. decode: `gpu` leaves
+        JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
+        processes: workers are processes, which take less of this one's interpreter lock.
+        """
+        self._check_frames()
+        last = plan.steps() if last is None else last
+        if decode == "gpu":
+            from shards.decoding import check_decoding
+            from shards.weighting import find_device
+
+            check_decoding(self, find_device(device), skip)
+        if not plan.in_order and [each.manifest.container for each in self.sets] == ["ffcv"]:
+            from shards.ffcv_loader import FfcvLoader
+
+            if skip:
+                raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
+            return FfcvLoader(
+                self.sets[0],
+                plan,
+                first,
+                last,
+                maps=maps,
+                bank=bank,
+                rank=rank,
+                ranks=ranks,
+                workers=workers,
+                prefetch=prefetch,
+            )
+        from shards.loader import Loader
+
+        allocate, shared = None, None
+        if processes and decode == "cpu":  # what only reads needs none
+            from shards.processes import Shared
+
+            shared = Shared()
+        if device.startswith("cuda"):
+            from shards.weighting import pin, pinned
+
+            allocate = pinned
+            if shared:
+                shared.pin = pin
+        return Loader(
+            self,
+            plan,
+            first,
+            last,
+            maps=maps,
+            bank=bank,
+            rank=rank,
+            ranks=ranks,
+            workers=workers,
+            prefetch=prefetch,
+            skip=skip,
+            coded=decode == "gpu",
+            shared=shared,
+            allocate=allocate,
+        )
+
+    def dataset(
+        self, plan: Plan, *, maps: Sequence[str] = (), bank: bool = False
+    ) -> "RecordDataset":
+        """A map-style torch Dataset of the frames, densities, boxes and flips.
+
+        An item is asked for by (epoch, sample), as PlanSampler does, or by sample, of epoch 0. For
+        a DataLoader; `loader` is several times as fast.
+        """
+        from shards.torchdata import RecordDataset
+
+        self._check_frames()
+        return RecordDataset(self, plan, maps, bank)
+
+    def _check_frames(self) -> None:
+        """UserError if a set has none."""
+        for each in self.sets:
+            if each.manifest.container == "maps":
+                raise UserError(
+                    f"{each.folder} holds densities without frames: load images as you do, and "
+                    "read each one's by `density`; shards with frames come from kamim shards build"
+                )

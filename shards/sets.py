@@ -1,0 +1,108 @@
+"""Several finished sets as one: their records one after the other, their classes joined by name."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.crops import Ints
+from shards.dataset import ShardSet
+from shards.errors import UserError
+from shards.mixture import Mixture
+from shards.order import Plan
+from shards.record import Record
+from shards.records import Records
+from shards.rng import Purpose, mix
+from shards.tar import INDEX_DTYPE
+
+
+class ShardSets(Records):
+    """The records of `sets`, numbered through; `shares` says how much of an epoch each gives.
+
+    classes: the names of all sets, each once, in the order in which they come; labels are places
+    in it. A set without names keeps its numbers. Each set may be of another container, elsewhere,
+    with options of detectors and edge rules of its own. Raises UserError if frames differ in size.
+    """
+
+    def __init__(self, sets: Sequence[ShardSet], shares: Sequence[float] | None = None) -> None:
+        if not sets:
+            raise UserError("no set is named; name one or more")
+        if shares is not None and len(shares) != len(sets):
+            raise UserError(f"{len(shares)} shares for {len(sets)} sets: give each one, or none")
+        self._sets, self.shares = list(sets), shares
+        self._check_frames()
+        self._check("frames", "px", "--frame", [one.manifest.settings.frame for one in sets])
+        names = [name for one in sets for name in one.manifest.classes]
+        self.classes = list(dict.fromkeys(names))
+        places = {name: place for place, name in enumerate(self.classes)}
+        self._labels = [np.array([places[n] for n in one.manifest.classes], int) for one in sets]
+
+    @property
+    def sets(self) -> list[ShardSet]:
+        """The sets, in their order."""
+        return self._sets
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets))
+
+    def plan(self, batch: int, seed: int = 0, *, window: int = 0, **crops: Any) -> Plan:
+        """The order of training, by the shares. window: shards of each set that are shuffled
+        together, 0 for all. crops: area, ratio, horizontal, vertical of Plan.
+        """
+        keys = [int(mix(Purpose.SET, seed, number)) for number in range(len(self.sets))]
+        orders = [one.windows(window, key) for one, key in zip(self.sets, keys, strict=True)]
+        return Plan(len(self), batch, seed, mixture=Mixture(orders, self.shares), **crops)
+
+    def rows(self, samples: Ints) -> NDArray[np.void]:
+        """Rows of the index of `samples`, INDEX_DTYPE [n]: places are those in their own set,
+        labels those of all.
+        """
+        found = np.empty(len(samples), INDEX_DTYPE)
+        owners, begin = np.searchsorted(self.set_ends, samples, side="right"), 0
+        for number, one in enumerate(self.sets):
+            mine = np.flatnonzero(owners == number)
+            rows, labels = one.rows(samples[mine] - begin), self._labels[number]
+            named = rows["label"] < len(labels)
+            rows["label"][named] = np.append(labels, -1)[rows["label"][named]]
+            found[mine] = rows
+            begin += len(one)
+        return found
+
+    def locate(self, number: int) -> tuple[Path, NDArray[np.void]]:
+        """As ShardSet.locate."""
+        one, inside = self._owner(number)
+        return one.locate(inside)[0], self.rows(np.array([number]))[0]
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`, with its label among all classes, as ShardSet's."""
+        one, inside = self._owner(number)
+        return replace(one[inside], label=int(self.rows(np.array([number]))["label"][0]))
+
+    def _owner(self, number: int) -> tuple[ShardSet, int]:
+        """The set of record `number`, and its number there."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of sets of {len(self)}")
+        owner = int(np.searchsorted(self.set_ends, number, side="right"))
+        return self.sets[owner], number - int(self.set_ends[owner]) + len(self.sets[owner])
+
+    def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
+        """UserError unless every set has maps of `names`, with `bank` counts, all of one shape."""
+        rows = [one.find_maps(names, bank) for one in self.sets]
+        settings = [one.manifest.settings for one in self.sets]
+        if bank:
+            self._check("crops of the bank", "px", "--crop", [each.crop for each in settings])
+        elif names:
+            self._check("maps", "cells a side", "--grid", [each.grid for each in settings])
+        return rows[0]
+
+    def _check(self, what: str, unit: str, option: str, sides: list[int]) -> None:
+        """UserError unless `sides` are the same in all sets."""
+        for one, side in zip(self.sets, sides, strict=True):
+            if side != sides[0]:
+                raise UserError(
+                    f"{self.sets[0].folder} has {what} of {sides[0]} {unit}, {one.folder} of "
+                    f"{side}: sets of one size are mixed; build one anew with {option}"
+                )
