@@ -26,6 +26,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import kamim.bench.cli
+import kamim.compare
 import kamim.evaluate.cli
 import preprocess.cli
 import preprocess.edges_cli
@@ -46,6 +47,7 @@ app.add_typer(preprocess.cli.app, name="shards")
 app.add_typer(preprocess.maps_cli.app, name="maps")
 app.add_typer(train.cli.app)
 app.add_typer(kamim.evaluate.cli.app)
+app.add_typer(kamim.compare.app)
 app.add_typer(kamim.bench.cli.app)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from shards.errors import UserError
 
 MANIFEST = "manifest.json"  # of a finished set
 LOCK = ".lock"
+PART = 1 << 20  # bytes that are hashed at once
 LEFT = re.compile(r"\.[0-9a-f]{12}\.tmp")  # how names of temporary_of end
 
 
@@ -109,10 +110,14 @@ def naming_if_full(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, f"the disk is full; {what}", str(folder)) from error
 
 
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise UserError unless the content of `path` can be read and has this sha256 (hex)."""
+def check_sha256(
+    path: Path, expected: str, told: Callable[[int], object] = lambda count: None
+) -> None:
+    """Raise UserError unless the content of `path` can be read and has this sha256 (hex); `told`
+    as of sha256_of.
+    """
     try:
-        actual = sha256_of(path)
+        actual = sha256_of(path, told)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {mending(path)}") from None
     if actual != expected:
@@ -122,10 +127,14 @@ def check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, told: Callable[[int], object] = lambda count: None) -> str:
+    """sha256 (hex) of a file's content; `told` the bytes of each part as it is hashed."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PART))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            told(count)
+    return digest.hexdigest()
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -1,5 +1,6 @@
 """Where records and their arrays lie: a set's index, loaded and checked, and its files, hashed."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from shards.record import Array, fields_of
 from shards.spec import INDEX, File, Manifest
 from shards.tar import INDEX_DTYPE
 from shards.tar import places_of as places_in_tar
+
+NEVER = 1e9  # seconds: of a bar that nobody shall see
 
 
 def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
@@ -67,24 +70,26 @@ def misplaced(rows: NDArray[np.void], size: int, arrays: int) -> NDArray[np.bool
     return np.asarray(wrong | (rows["arrays"] < rows["frame"] + rows["frame_bytes"]))
 
 
-def flaws_of_files(folder: Path, files: list[File]) -> dict[str, str]:
-    """What is wrong with each of `files` whose bytes are not as written, by name."""
-    flaws = {}
+def flaws_of_files(folder: Path, files: list[File], shown: bool = True) -> dict[str, str]:
+    """What is wrong with each of `files` whose bytes are not as written, by name; `shown`: with a
+    bar if it takes longer than a second.
+    """
+    lock, delay = threading.Lock(), 1 if shown else NEVER
+
+    def flaw(file: File) -> str:
+        try:
+            check_sha256(folder / file.name, file.sha256, told)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def told(count: int) -> None:
+        with lock:
+            bar.update(count)
+
     with (
         ThreadPoolExecutor(joblib.cpu_count()) as pool,
-        progress("hashing", sum(file.bytes for file in files), unit="B", delay=1) as bar,
+        progress("hashing", sum(file.bytes for file in files), unit="B", delay=delay) as bar,
     ):
-        found = pool.map(lambda file: _flaw_of_file(folder / file.name, file.sha256), files)
-        for file, flaw in zip(files, found, strict=True):
-            bar.update(file.bytes)
-            if flaw:
-                flaws[file.name] = flaw
-    return flaws
-
-
-def _flaw_of_file(path: Path, sha256: str) -> str:
-    try:
-        check_sha256(path, sha256)
-    except ValueError as error:
-        return str(error)
-    return ""
+        found = zip(files, pool.map(flaw, files), strict=True)
+        return {file.name: problem for file, problem in found if problem}

@@ -3,8 +3,6 @@
 The page holds its pictures and runs no scripts; every name from the data is escaped.
 """
 
-import base64
-import html
 from collections.abc import Sequence
 
 import cv2
@@ -15,20 +13,14 @@ from shards.correction import correction
 from shards.crops import read_crop, read_map, weights
 from shards.dataset import ShardSet
 from shards.errors import UserError
+from shards.html import encoded, image, page, text
 from shards.order import Plan
 from shards.record import Record, decode_frame
 from shards.spec import Manifest
 
 SHADES = "#440154,#3b528b,#21918c,#5ec962,#fde725"  # viridis, dark to light
-STYLE = f"""body{{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;
-padding:0 1rem;color:#1d2026;background:#fff;overflow-wrap:break-word}}
-h1{{font-size:1.5rem}}h2{{font-size:1.1rem;margin-top:2rem}}
-table{{border-collapse:collapse}}td,th{{padding:.25rem .8rem .25rem 0;text-align:left;
-vertical-align:top}}td{{overflow-wrap:anywhere}}td.n{{text-align:right;
-font-variant-numeric:tabular-nums}}
+STYLE = f"""svg text{{font:11px system-ui,sans-serif;fill:#555}}
 .plots{{display:flex;flex-wrap:wrap;gap:1.5rem}}.plots svg{{max-width:100%;height:auto}}
-figure{{margin:0;min-width:0}}figcaption{{font-size:12px;margin-top:3px;color:#555}}
-svg text{{font:11px system-ui,sans-serif;fill:#555}}
 .card{{display:grid;grid-template-columns:repeat(5,1fr);gap:.8rem .6rem;
 border-top:1px solid #ddd;padding:.9rem 0}}.card dl{{grid-column:1/-1;margin:0}}
 dl div{{display:flex;gap:.5rem}}dt{{flex:0 0 2.6rem;color:#555}}dd{{margin:0;min-width:0}}
@@ -62,9 +54,6 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
     measured = [records[n].maps for n in _spread(len(records), 512)]
     cells = crop // w_ps
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{_text(records.folder.name)}</title><style>{STYLE}</style><h1>{_text(records.folder.name)}</h1>",
         _facts(manifest),
         _ledger(manifest),
         f"<h2>Weights at T = {temperature:g}, w_ps = {w_ps}</h2><p>Over {len(measured)} whole "
@@ -87,12 +76,7 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
     )
     for n in _spread(len(records), samples):
         parts.append(_card(records[n], n, manifest, cells, temperature))
-    return "".join(parts) + "</html>\n"
-
-
-def _text(value: object) -> str:
-    """`value` as harmless HTML text; bytes that are no UTF-8 show as question marks."""
-    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+    return page(records.folder.name, parts, STYLE)
 
 
 def _spread(count: int, samples: int) -> list[int]:
@@ -124,7 +108,7 @@ def _facts(manifest: Manifest) -> str:
         "versions": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
         "fingerprint": manifest.fingerprint[:16],
     }
-    rows = "".join(f"<tr><th>{name}<td>{_text(value)}" for name, value in facts.items())
+    rows = "".join(f"<tr><th>{name}<td>{text(value)}" for name, value in facts.items())
     return f"<table>{rows}</table>"
 
 
@@ -145,7 +129,7 @@ def _ledger(manifest: Manifest) -> str:
     ledger = manifest.ledger
     lines = {"inputs": ledger.inputs, "written": ledger.written}
     lines |= {f"rejected: {reason}": n for reason, n in sorted(ledger.rejected.items())}
-    rows = "".join(f"<tr><th>{_text(name)}<td class=n>{n:,}" for name, n in lines.items())
+    rows = "".join(f"<tr><th>{text(name)}<td class=n>{n:,}" for name, n in lines.items())
     verdict = "balances" if ledger.balanced else "DOES NOT BALANCE"
     return f"<h2>Ledger</h2><table>{rows}</table><p>The ledger {verdict}.</p>"
 
@@ -176,8 +160,8 @@ def _histogram(name: str, values: NDArray[np.float64]) -> str:
     return (
         f"<figure style='flex:0 1 {width}px'>"
         f"<svg viewBox='0 0 {width} {height + 32}' width='{width}' role='img' "
-        f"aria-label='weights of {_text(name)}'>{bars}{ticks}</svg><figcaption>"
-        f"<b>{_text(name)}</b>, share of cells by weight (log scale): mean {values.mean():.2f}, "
+        f"aria-label='weights of {text(name)}'>{bars}{ticks}</svg><figcaption>"
+        f"<b>{text(name)}</b>, share of cells by weight (log scale): mean {values.mean():.2f}, "
         f"median {np.median(values):.2f}, largest {values.max():.1f}; highest bar "
         f"{shares.max():.0%} of cells</figcaption></figure>"
     )
@@ -221,14 +205,14 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
 
 def _heading(record: Record, manifest: Manifest) -> str:
     """File name, class and size, a line each; a long name may break after / _ and - alone."""
-    name = _text(record.source or f"record {record.key}")
+    name = text(record.source or f"record {record.key}")
     for mark in "/_-":
         name = name.replace(mark, f"{mark}<wbr>")
     known = 0 <= record.label < len(manifest.classes)
     of_class = f"{manifest.classes[record.label]} (label {record.label})" if known else "none"
     lines = {
         "file": name,
-        "class": _text(of_class),
+        "class": text(of_class),
         "size": f"{record.width} x {record.height} px, the source's",
     }
     rows = "".join(f"<div><dt>{title}<dd>{line}</div>" for title, line in lines.items())
@@ -264,10 +248,7 @@ def _figure(
     """A picture over its caption: cells and the bar of their colours where there are `ends`, and
     `box`, of the unit square, drawn on it.
     """
-    bgr = np.ascontiguousarray(rgb[:, :, ::-1]).astype(np.uint8)
-    form, options = (".png", []) if ends else (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 88])
-    data = base64.b64encode(cv2.imencode(form, bgr, options)[1].tobytes()).decode("ascii")
-    mime, inside, bar = ("png" if ends else "jpeg"), "", ""
+    form, inside, bar = ("png" if ends else "jpg"), "", ""
     if box:
         style = ";".join(
             f"{side}:{100 * part:.2f}%"
@@ -278,6 +259,6 @@ def _figure(
         bar = f"<div class=bar></div><div class=ends><span>{ends[0]}</span>{ends[1]}</div>"
     return (
         f"<figure class='{kind}'><div class='picture{' cells' if ends else ''}'>"
-        f"<img alt='' src='data:image/{mime};base64,{data}'>{inside}</div>{bar}"
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        f"{image(encoded(rgb, form), form)}{inside}</div>{bar}"
+        f"<figcaption>{text(caption)}</figcaption></figure>"
     )

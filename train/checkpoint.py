@@ -5,6 +5,7 @@ not in them: it follows from (seed, epoch, sample) and (seed, step).
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -76,8 +77,12 @@ class Saver:
         """Whether the last checkpoint is as old as one may be, by the clock."""
         return time.monotonic() - self.saved >= self.seconds
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Have `state` written as the checkpoint after `step` steps, once the one before is."""
+    def save(
+        self, step: int, state: dict[str, Any], after: Callable[[], object] = lambda: None
+    ) -> None:
+        """Have `state` written as the checkpoint after `step` steps, once the one before is;
+        `after` it is written, call that.
+        """
         self.wait()
         self.saved, cuda = time.monotonic(), self.device.type == "cuda"
         self._copy = _copied(state, self._copy, cuda)
@@ -88,7 +93,9 @@ class Saver:
                 copied.synchronize()
             if self.rows:
                 sync(self.rows)
-            return save(self.folder, step, self._copy)
+            path = save(self.folder, step, self._copy)
+            after()
+            return path
 
         self._writing = self._pool.submit(write)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shards import Mixture, Plan
 from shards.errors import UserError
 from shards.records import Records
+from train.metrics import duration
 from train.models import Cells, in_bf16
 from train.progress import say
 from train.request import Run
@@ -142,14 +143,6 @@ def time_lines(seconds: float, micro_steps: int, steps: int, device: torch.devic
             "--epochs; Ctrl-C saves and stops"
         )
     return lines
-
-
-def duration(seconds: float) -> str:
-    """`seconds` as a person says it."""
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def describe(

@@ -14,29 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.files import write_atomically
+from train.metrics import METRICS, trim
 from train.progress import Progress
-
-METRICS = "metrics.jsonl"
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run, one a step, in order; a line that a kill cut short is left out."""
-    path = run / METRICS
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def trim(run: Path, step: int) -> None:
-    """Drop the rows from `step` on, which a killed run wrote after its last checkpoint."""
-    kept = [row for row in read_metrics(run) if row["step"] < step]
-    lines = "".join(json.dumps(row) + "\n" for row in kept)
-    write_atomically(run / METRICS, lines.encode("ascii"))
 
 
 class Log:

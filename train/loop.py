@@ -29,11 +29,13 @@ from train.estimate import (
     say_where,
     time_lines,
 )
-from train.log import METRICS, Log, Window
+from train.log import Log, Window
+from train.look import Looks
 from train.masking import Masking
+from train.metrics import METRICS
 from train.models import in_bf16, make_model, model_flops
-from train.pictures import PICTURES, draw_loss, draw_reconstructions
-from train.progress import Progress, busy, say
+from train.pictures import FOLLOWED, PICTURES, Followed, draw_loss, draw_reconstructions
+from train.progress import Doing, Progress, busy, say
 from train.request import Run, compiler_missing
 from train.schedule import learning_rate
 from train.setup import (
@@ -95,6 +97,10 @@ def pretrain(run: Run) -> None:
         plan = replace(plan, micro_steps=micro_steps)
         part = recipe.batch // (ranks * micro_steps)
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
+        looks = None
+        if run.probe_every:
+            given = run, data, model.encoder, flops, total, device
+            looks = together(process, lambda: Looks(*given))
     alone: nn.Module = Step(model, crops)
     parallel: Any = in_parallel(alone) if ranks > 1 else alone
     compiles = device.type == "cuda" and run.compile and not compiler_missing()
@@ -103,6 +109,7 @@ def pretrain(run: Run) -> None:
     if writes:
         describe(run, records, facts, model, masking.describe(), plan, ranks, device)
         say(*filter(None, [attention]), *memory_lines(memory.needed(part), part, device))
+        say(*([looks.describe()] if looks else []))
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 
@@ -113,16 +120,19 @@ def pretrain(run: Run) -> None:
     if ranks > 1:
         stop.listen()
 
-    def every_record(step: int) -> Iterator[Batch]:
+    def every_record(step: int, looking: Doing) -> Iterator[Batch]:
         """Each record once, for a look at its attention before `step`; crops are not used."""
         order = plan.mixture.by_size() if plan.mixture else None
         once = replace(plan, batch=part * ranks, micro_steps=1, mixture=order)
         whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
-        return stop.heeded(whole, step, ranks)
+        for batch in stop.heeded(whole, step, ranks):
+            yield batch
+            looking.update(once.batch)
 
     progress = Progress(first, last, total, recipe.batch, writes)
     pace = Pace(batches, device)
     window = Window(seconds, recipe.batch, steps_an_epoch, ranks, peak and flops / (peak * ranks))
+    followed: Followed | None = None
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
     with (
@@ -137,9 +147,10 @@ def pretrain(run: Run) -> None:
         for step in range(first, last):
             progress.begin(step)
             if masking.due(step):
-                saver.wait()  # a signal would have it said that all is saved
-                with progress.busy("looking at attention"):
-                    frames = partial(every_record, step)
+                with progress.busy("saving"):
+                    saver.wait()  # a signal would have it said that all is saved
+                with progress.busy("looking at attention", len(records)) as looking:
+                    frames = partial(every_record, step, looking)
                     window.since += masking.refresh(run.out, step, model.encoder, frames, process)
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
@@ -187,21 +198,30 @@ def pretrain(run: Run) -> None:
             saving = (saving or masking.due(done)) and done > saved
             # The first row shows that all is well. On a CPU there is no queue to wait for.
             paced = device.type == "cpu" and ranks == 1 and window.age > ROWS_PACE
-            due = saving or paced or step == first or done % run.log_every == 0
+            look = looks is not None and not cut and looks.due(done)
+            due = saving or paced or look or step == first or done % run.log_every == 0
             if window.pending and due:
                 rows = window.rows(pace.take(), len(loader.damaged))
+                if looks and look and rank == 0:  # the others wait in the next step
+                    rows[-1] |= looks.look(model.encoder, progress.busy)
+                    window.since += rows[-1]["look_seconds"]
+                    say(*looks.lines(rows[-1], done))
                 if log is not None:
                     log.rows(rows, progress)
             if saving and rank == 0:
                 state = {"run": facts, "seconds": window.seconds}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 with progress.busy("saving"):
-                    saver.save(done, state)
+                    followed = followed or follow(run, data, plan, model, masking)
+                    saver.save(done, state, followed.taken(model, done))
             saved = done if saving else saved
             if stopping:
-                saver.wait()
+                with progress.busy("saving"):
+                    saver.wait()
                 batches.close()
                 stop.end(done, rank)
+        with progress.busy("saving"):
+            saver.wait()
 
     # --- Pictures
     if rank == 0 and last == total and not (idle and (run.out / "reconstructions.png").exists()):
@@ -210,6 +230,14 @@ def pretrain(run: Run) -> None:
             draw_last_step(run, data, plan, model, masking)
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def follow(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> Followed:
+    """The run's first images, as every save shows what the model makes of them."""
+    few = replace(plan, batch=min(FOLLOWED, len(data.records)), micro_steps=1)
+    _, tensors = next(to_device(data.load(few, 0, 1, maps=data.maps), masking.device))
+    images, weights, *_ = data.crops(tensors)
+    return Followed(run.out, images, masking.fixed(len(images)), weights, model)
 
 
 def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> None:

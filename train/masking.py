@@ -159,6 +159,11 @@ class Masking:
         counts = self.random if early and self.begin else self.counts
         return self._split(torch.arange(self.side**2, device=self.device)[None], counts)
 
+    def fixed(self, count: int) -> Cells:
+        """Cells of `count` images, drawn at random, the same at any step; as many as the first."""
+        order = drawn(races(self.seed, 0, count, self.side**2)).to(self.device)
+        return self._split(order, self.random if self.guides else self.counts)
+
     def _split(self, order: Tensor, counts: tuple[int, int, int]) -> Cells:
         """Cells of numbers in the `order` drawn, int64 [b, n]."""
         masked, thrown, _ = counts

@@ -306,7 +306,7 @@ def encoder_options(
     return {"img_size": size, "num_classes": 0, **swin, **(options or {})}
 
 
-def model_flops(model: nn.Module, size: int, cells: Cells | None = None) -> float:
+def model_flops(model: nn.Module, size: int, cells: Cells | tuple[()] | None = None) -> float:
     """Floating-point operations of forward and backward for one image: three times forward's.
 
     cells: of one image; None is SimMIM's mask.

@@ -1,5 +1,10 @@
-"""Pictures at the end of a run: the loss curve, and reconstructions with masks and weights."""
+"""Pictures of a run: its loss curve, and reconstructions with masks and weights.
 
+At each save the same few images are reconstructed: RUN/pictures holds a strip of them per save, one
+above the other, and strips of their crops, weights and visible cells.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.log import read_metrics
-from train.models import MEAN, STD, Cells
+from shards.files import write_atomically
+from shards.html import encoded
+from train.metrics import read_metrics
+from train.models import MEAN, STD, Cells, in_bf16
+from train.page import GIVEN, pictures_of, write_page
 from train.progress import say
 
 PICTURES = 8  # images
+WHITE = (255, 255, 255)
+FOLLOWED, TILE = 6, 128  # images that every save shows; most px of a side there
 
 
 def draw_loss(run: Path) -> None:
@@ -52,12 +62,7 @@ def draw_reconstructions(
     reconstruction of what it does not see.
     """
     images, cells = images[:count], cells.first(count)
-    model.eval()
-    output, *where = model.picture(model(images, *cells), images, cells)
-    model.train()
-    masked, visible = (F.interpolate(each[:, None].float(), images.shape[-1]) for each in where)
-    seen = images * visible
-    pasted = seen + output.float() * masked  # what was thrown stays grey
+    seen, pasted = reconstructed(model, images, cells)
     columns = [_pixels(images)]
     titles = ["crop"]
     if weights is not None:
@@ -75,6 +80,58 @@ def draw_reconstructions(
     path = run / "reconstructions.png"
     cv2.imwrite(str(path), np.concatenate([bar, rows])[:, :, ::-1])
     say(f"look at {path}: crop, loss weight, what the model sees, and what it makes of the rest")
+
+
+def reconstructed(model: Any, images: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+    """(what the model sees, that with what it makes of the masked), normalised [b, 3, S, S]; what
+    was thrown is grey.
+    """
+    training = model.training
+    model.eval()
+    with torch.no_grad(), in_bf16(images.device):
+        output, *where = model.picture(model(images, *cells), images, cells)
+    model.train(training)
+    masked, visible = (F.interpolate(each[:, None].float(), images.shape[-1]) for each in where)
+    seen = images * visible
+    return seen, seen + output.float() * masked
+
+
+class Followed:
+    """The images of a run that every save shows, and their strips in RUN/pictures."""
+
+    def __init__(
+        self, run: Path, images: Tensor, cells: Cells, weights: Tensor | None, model: Any
+    ) -> None:
+        self.folder, self.images, self.cells = pictures_of(run), images, cells
+        self.folder.mkdir(exist_ok=True)
+        seen, _ = reconstructed(model, images, cells)
+        strips = {"crop": _pixels(images), "visible": _pixels(seen)}
+        if weights is not None:
+            strips["weight"] = _heat(weights, images.shape[-1])
+        for name, strip in strips.items():
+            write_atomically(
+                self.folder / f"{name}.{GIVEN[name]}", _strip(strip, GIVEN[name]), durable=False
+            )
+
+    def taken(self, model: Any, step: int) -> Callable[[], None]:
+        """What writes the strip of `model` after `step` steps, and then the page of the run."""
+        pixels = _pixels(reconstructed(model, self.images, self.cells)[1])
+
+        def write() -> None:
+            path = self.folder / f"step-{step:08d}.jpg"
+            write_atomically(path, _strip(pixels), durable=False)
+            write_page(self.folder.parent)
+
+        return write
+
+
+def _strip(images: np.ndarray, form: str = "jpg") -> bytes:
+    """uint8 [b, S, S, 3] one above the other, as a file."""
+    side = min(TILE, images.shape[1])
+    how = cv2.INTER_AREA if side < images.shape[1] else cv2.INTER_NEAREST
+    tiles = [cv2.resize(each, (side, side), interpolation=how) for each in images]
+    apart = [cv2.copyMakeBorder(t, 0, 3, 0, 0, cv2.BORDER_CONSTANT, value=WHITE) for t in tiles]
+    return encoded(np.concatenate(apart), form)
 
 
 def _pixels(images: Tensor) -> np.ndarray:

@@ -45,25 +45,41 @@ def ticking(draw: Callable[[], None], line: Callable[[], str]) -> Iterator[None]
         thread.join()
 
 
+class Doing:
+    """What is done, since when, and how much of `total` by now, where that can be counted."""
+
+    def __init__(self, what: str, total: float = 0) -> None:
+        self.what, self.total, self.done, self.since = what, total, 0.0, time.monotonic()
+
+    def update(self, more: float) -> None:
+        """So much more is done."""
+        self.done += more
+
+    def line(self) -> str:
+        """For a person: how much is done and the time left, or else the time spent."""
+        spent = time.monotonic() - self.since
+        if not self.done or not self.total:
+            return f"{self.what}, {spent:.0f} s"
+        share = min(1.0, self.done / self.total)
+        return f"{self.what}, {share:.0%}, {spent / share - spent:.0f} s left"
+
+
 @contextmanager
 def busy(what: str, shown: bool = True) -> Iterator[None]:
     """Show `what` and its seconds for as long as the block takes."""
     if not shown:
         yield
         return
-    began, terminal = time.monotonic(), sys.stderr.isatty()
-
-    def line() -> str:
-        return f"{what}, {time.monotonic() - began:.0f} s"
+    doing, terminal = Doing(what), sys.stderr.isatty()
 
     def draw() -> None:
-        sys.stderr.write(f"\r\x1b[K{line()}")
+        sys.stderr.write(f"\r\x1b[K{doing.line()}")
         sys.stderr.flush()
 
     if terminal:
         draw()
     try:
-        with ticking(draw, line):
+        with ticking(draw, doing.line):
             yield
     finally:
         if terminal:
@@ -79,7 +95,8 @@ class Progress:
 
     def __init__(self, first: int, last: int, total: int, batch: int, shown: bool) -> None:
         self.total, self.batch, self.shown = total, batch, shown
-        self.step, self.images, self.what, self.since = first, 0, "", time.monotonic()
+        self.step, self.images, self.since = first, 0, time.monotonic()
+        self.doing: Doing | None = None
         self.bar: Any = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
@@ -100,20 +117,22 @@ class Progress:
             yield
             return
         try:
-            with ticking(lambda: self.bar.refresh(), self._line):
+            with ticking(self._title, self._line):
                 yield
         finally:
             if self.bar is not None:
                 self.bar.close()
 
     @contextmanager
-    def busy(self, what: str) -> Iterator[None]:
-        """Name what is done in place of a step."""
-        self._now(what)
+    def busy(self, what: str, total: float = 0) -> Iterator[Doing]:
+        """Show what is done in place of a step; of `total` as much as it is told."""
+        self.doing = doing = Doing(what, total)
+        self._title()
         try:
-            yield
+            yield doing
         finally:
-            self._now("")
+            self.doing, self.since = None, time.monotonic()
+            self._title()
 
     def begin(self, step: int) -> None:
         """`step` begins."""
@@ -133,17 +152,15 @@ class Progress:
         elif self.shown:
             say(line)
 
-    def _now(self, what: str) -> None:
-        self.what, self.since = what, time.monotonic()
-        self._title()
-
     def _title(self) -> None:
+        """The bar anew."""
         if self.bar is not None:
-            self.bar.set_description_str(self.what or f"step {self.step + 1}/{self.total}")
+            doing, step = self.doing, f"step {self.step + 1}/{self.total}"
+            self.bar.set_description_str(doing.line() if doing else step)
 
     def _line(self) -> str:
+        step, doing = f"step {self.step + 1}/{self.total}", self.doing
+        if doing:
+            return f"{step}: {doing.line()}"
         spent = f"{time.monotonic() - self.since:.0f} s"
-        step = f"step {self.step + 1}/{self.total}"
-        if self.what:
-            return f"{step}: {self.what}, {spent}"
         return f"{step}: {self.images:,} of {self.batch:,} images, {spent}"

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shards.errors import UserError, install
 from shards.remote.retry import PATIENCE
 from train.recipes import Recipe, nearest
+
+if TYPE_CHECKING:
+    from shards import ShardSet
 
 SHARE = re.compile(r"(.*[^/:]):(\d+(?:\.\d+)?)")
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -39,6 +42,8 @@ class Run:
     save_every: int = 500  # steps
     save_minutes: float = 15  # and at the latest
     log_every: int = 20
+    probe_every: float = 0  # epochs between looks at the features; 0: never
+    probe_set: Path | str | None = None  # labelled shards to look at; None: those trained on
     skip_damaged: bool = False
     checksum: bool = True  # of every shard before the first step: seconds, and it warms the cache
     compile: bool = True  # on CUDA
@@ -107,6 +112,28 @@ def check_wandb(project: str) -> None:
     """UserError if a `project` is named and the package is not there."""
     if project and find_spec("wandb") is None:
         raise UserError("--wandb needs the package; type: pip install wandb")
+
+
+def count_classes(sets: dict[str, "ShardSet"]) -> int:
+    """The number of classes of `sets`, by folder or URL.
+
+    Raises UserError unless all have the same two or more classes, and every label is one of them.
+    """
+    known: list[str] | None = None
+    for where, records in sets.items():
+        classes = records.manifest.classes
+        if len(classes) < 2:
+            raise UserError(f"{where} has {len(classes)} classes; a probe needs two or more")
+        labels = records.index["label"]
+        outside = labels[(labels < 0) | (labels >= len(classes))]
+        if len(outside):
+            raise UserError(
+                f"{where}: label {int(outside[0])} is none of its {len(classes)} classes"
+            )
+        if known not in (None, classes):
+            raise UserError(f"{' and '.join(sets)} have different classes")
+        known = classes
+    return len(known or ())
 
 
 def compiler_missing() -> str:

@@ -24,7 +24,7 @@ from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
 from train.models import MEAN, STD
-from train.progress import busy, say
+from train.progress import say
 from train.recipes import Recipe
 from train.request import Run, check_device
 
@@ -228,8 +228,7 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
         if not run.checksum or one.copies:
             continue
         part = process.local_rank, process.local_ranks
-        with busy(f"hashing {len(one.shards):,} shards", process.rank == 0):
-            damage = damaged_files(one.folder, one.manifest, *part)
+        damage = damaged_files(one.folder, one.manifest, *part)
         if damage:
             where = "" if process.ranks == 1 else f"on {socket.gethostname()}: "
             raise UserError(f"{where}{damage[0]}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from kamim.bench.markdown import line, renewed_parts, table
 from kamim.bench.provenance import provenance
-from train.log import read_metrics
+from train.metrics import read_metrics
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
 TITLES = {

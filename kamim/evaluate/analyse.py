@@ -1,6 +1,11 @@
-"""Several encoders side by side: attention, frequencies, tokens and reconstructions on one page."""
+"""Several encoders side by side: attention, frequencies, tokens and reconstructions on one page.
 
-import html
+analysis.html is for reading, analysis.svg has all its panels as one figure, analysis.json and the
+tables have the numbers.
+"""
+
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,22 +14,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kamim.evaluate.attention import COLLAPSED, diagnose
-from kamim.evaluate.encoder import Encoder, tokens
 from shards import ShardSet, crop_frames, decode_frame
+from shards.html import page, table, text
 from shards.progress import waiting
 from train import checkpoint
+from train.charts import COLOURS, WIDTH, Line, chart, grid, scatter, svg, words
+from train.diagnosis import diagnose
+from train.features import Encoder, tokens
 from train.masking import block_masks, counts, drawn, races
+from train.metrics import COLLAPSED
 from train.models import MEAN, STD, Cells, make_model, normalised
 from train.recipes import Recipe, recipe_of
 
 MASK_RATIO = {"simmim": 0.6, "mae": 0.75}  # at random, whatever a run drew by
 TOKENS = 2000  # that t-SNE draws of each encoder
+CLASSES = 8  # that t-SNE tells apart, by colour
+PANELS = {  # a row of the grid each
+    "distance": "attention distance, px (dotted: uniform)",
+    "nmi": "mutual information of query and key",
+    "frequency": "log amplitude, high against low",
+}
+STYLE = """.panels{display:grid;gap:.8rem}.panels figcaption{font-weight:600}
+.panels svg{width:100%;height:auto;display:block}
+.warning{border-left:4px solid #d1495b;padding-left:.7rem}
+pre{overflow-x:auto;user-select:all;font-size:12px}summary{cursor:pointer}"""
 
 
-def images_of(records: ShardSet, size: int, count: int) -> Tensor:
-    """`count` whole frames, spread over the set, normalised, float32 [count, 3, size, size]."""
-    numbers = np.unique(np.linspace(0, len(records) - 1, count).astype(int)).tolist()
+def spread(records: ShardSet, count: int) -> list[int]:
+    """The numbers of `count` records, spread over the set."""
+    return np.unique(np.linspace(0, len(records) - 1, count).astype(int)).tolist()
+
+
+def of_classes(records: ShardSet, count: int) -> tuple[list[int], list[int], list[str]]:
+    """(numbers of about `count` records, group of each, names of groups): as many of each of up to
+    CLASSES classes; of a set without classes, CLASSES records by their sources' names.
+    """
+    labels, classes = records.index["label"].astype(int), records.manifest.classes
+    there = np.unique(labels[(labels >= 0) & (labels < len(classes))])
+    if len(there) < 2:
+        numbers = spread(records, CLASSES)
+        named = [records[n].source or f"record {records[n].key}" for n in numbers]
+        return numbers, list(range(len(numbers))), named
+    shown = there[np.unique(np.linspace(0, len(there) - 1, CLASSES).astype(int))]
+    numbers, groups = [], []
+    for group, label in enumerate(shown):
+        mine = np.flatnonzero(labels == label)[: max(1, count // len(shown))]
+        numbers += mine.tolist()
+        groups += [group] * len(mine)
+    return numbers, groups, [classes[label] for label in shown]
+
+
+def images_of(records: ShardSet, size: int, numbers: list[int]) -> Tensor:
+    """Whole frames of records `numbers`, normalised, float32 [count, 3, size, size]."""
     frames = torch.from_numpy(np.stack([decode_frame(records[n].frame) for n in numbers]))
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(frames), 4)
     flips = torch.zeros(len(frames), 2, dtype=torch.bool)
@@ -74,7 +115,7 @@ def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> Cells:
 def analyse(
     encoders: dict[str, Encoder], models: dict[str, Path], records: ShardSet, out: Path, count: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write analysis.html, its plots and analysis.json into `out`; returns the figures, and a
+    """Write analysis.html, analysis.svg and analysis.json into `out`; returns the figures, and a
     warning for each encoder whose attention collapsed.
 
     `models` are the checkpoints of ours among them, for reconstructions. Swins have no figures of
@@ -82,11 +123,12 @@ def analyse(
     """
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
-    warnings = []
+    maps, warnings = [], []
+    numbers, groups, named = of_classes(records, count)
     for number, (title, encoder) in enumerate(encoders.items(), start=1):
         which = f"{title} ({number} of {len(encoders)})"
         with waiting(f"{which}: attention"):
-            images = images_of(records, encoder.size, count)
+            images = images_of(records, encoder.size, spread(records, count))
             rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
         found[title] = {"blocks": rows}
         if rows and max(row["nmi"] for row in rows) < COLLAPSED:
@@ -98,86 +140,106 @@ def analyse(
             with waiting(f"{which}: reconstructions"):
                 found[title] |= reconstruction(models[title], images, seed=0)
         with waiting(f"{which}: t-SNE of tokens"), torch.inference_mode():
+            images = images_of(records, encoder.size, numbers)
             patches, _ = tokens(encoder, images, encoder.default_block)
-            _draw_tokens(patches, out / f"tokens-{number}.png", title)
+            places, of = _places(patches, groups)
+            block = f"t-SNE of tokens after block {encoder.default_block}"
+            maps.append(scatter(block, places, of, named))
     (out / "analysis.json").write_text(json.dumps(found, indent=2) + "\n")
-    _draw_blocks(found, out / "blocks.png")
-    (out / "analysis.html").write_text(_page(found, warnings), encoding="utf-8")
+    panels = {**_panels(found), "tokens": maps}
+    headed = [[_heading(title) for title in found], *panels.values()]
+    (out / "analysis.svg").write_text(grid(headed), encoding="utf-8")
+    (out / "analysis.html").write_text(_page(found, warnings, panels, records), encoding="utf-8")
     return found, warnings
 
 
-def _draw_tokens(patches: Tensor, path: Path, title: str) -> None:
-    """t-SNE of up to TOKENS patch tokens, coloured by image."""
-    from matplotlib import pyplot
+def _places(patches: Tensor, groups: list[int]) -> tuple[np.ndarray, list[int]]:
+    """t-SNE of up to TOKENS of the `patches` [b, n, d]: places [m, 2], and the group of each."""
     from sklearn.manifold import TSNE
 
     b, n, _ = patches.shape
-    owner = np.repeat(np.arange(b), n)
     chosen = np.random.default_rng(0).permutation(b * n)[:TOKENS]
     flat = patches.flatten(0, 1).numpy()[chosen]
     perplexity = min(30, max(2, len(flat) // 4))
     places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
-    figure, axes = pyplot.subplots(figsize=(4, 4), layout="constrained")
-    axes.scatter(places[:, 0], places[:, 1], c=owner[chosen], cmap="tab20", s=3)
-    axes.set(xticks=[], yticks=[], title=title)
-    axes.title.set_fontsize(9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return places, np.repeat(groups, n)[chosen].tolist()
 
 
-def _draw_blocks(found: dict[str, Any], path: Path) -> None:
-    """Distance, mutual information and frequency by block, a line per encoder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    names = {
-        "distance": "attention distance, px",
-        "nmi": "normalised mutual information",
-        "frequency": "log amplitude, highest against lowest frequency",
-    }
-    for panel, (key, label) in zip(axes, names.items(), strict=True):
-        for title, facts in found.items():
+def _panels(found: dict[str, Any]) -> dict[str, list[str]]:
+    """By figure a chart of each encoder, all of a row on the same axes."""
+    rows = [row for facts in found.values() for row in facts["blocks"]]
+    most = max((int(row["block"]) for row in rows), default=1)
+    made: dict[str, list[str]] = {}
+    for key, title in PANELS.items():
+        values = [row[key] for row in rows] or [0.0]
+        low, high = min(values) if key == "frequency" else 0.0, max(values)
+        if key == "distance":
+            high = max([high, *(row["uniform"] for row in rows)])
+        made[key] = []
+        for facts in found.values():
             blocks = [row["block"] for row in facts["blocks"]]
-            panel.plot(blocks, [row[key] for row in facts["blocks"]], "o-", ms=3, label=title)
-            if key == "distance" and blocks:
-                panel.axhline(facts["blocks"][0]["uniform"], color="#999999", ls=":")
-        panel.set(xlabel="block", title=label)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.title.set_fontsize(9)
-        panel.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            lines = [Line("", blocks, [row[key] for row in facts["blocks"]])]
+            if key == "distance":
+                uniform = [row["uniform"] for row in facts["blocks"]]
+                lines.append(Line("", blocks, uniform, COLOURS[7], dotted=True))
+            made[key].append(chart(title, lines, "block", low, high, True, (1, most)))
+    return made
 
 
-def _page(found: dict[str, Any], warnings: list[str]) -> str:
-    """Tables and pictures, self-explaining, every name escaped."""
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        "<title>Analysis</title><style>"
-        "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;"
-        "padding:0 1rem;overflow-wrap:anywhere}img{max-width:100%;height:auto}"
-        ".wide{overflow-x:auto}td,th{padding:.2rem .8rem .2rem 0;text-align:right;"
-        "overflow-wrap:normal}</style><h1>Analysis</h1>"
-    ]
-    parts += [f"<p><b>{html.escape(warning)}</b>" for warning in warnings]
-    parts.append("<p><img src=blocks.png alt='figures by block'><p>Dotted: uniform attention.")
-    for number, (title, facts) in enumerate(found.items(), start=1):
-        parts.append(f"<h2>{html.escape(title)}</h2>")
-        if "psnr_masked" in facts:
-            psnr, ssim = facts["psnr_masked"], facts["ssim_masked"]
-            parts.append(f"<p>Masked pixels: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
-        if facts["blocks"]:
-            parts.append(
-                "<div class=wide><table><tr>" + "".join(f"<th>{key}" for key in facts["blocks"][0])
-            )
-            for row in facts["blocks"]:
-                parts.append("<tr>" + "".join(f"<td>{value}" for value in row.values()))
-            parts.append("</table></div>")
-        parts.append(f"<img src=tokens-{number}.png alt='t-SNE of tokens'>")
-    return "".join(parts) + "</html>\n"
+def _heading(title: str) -> str:
+    """The name of a column of the figure."""
+    return svg([words(title, 8, 16)], title, WIDTH, 22)
+
+
+def _page(
+    found: dict[str, Any], warnings: list[str], panels: dict[str, list[str]], records: ShardSet
+) -> str:
+    """Tables and panels, self-explaining, every name escaped."""
+    count = len(found)
+    columns = f"repeat(auto-fill,minmax(max(220px,calc((100% - {count - 1}*.8rem)/{count})),1fr))"
+    style = f"body{{max-width:{max(720, 360 * count)}px}}.panels{{grid-template-columns:{columns}}}"
+    parts = [f"<p class=warning>{text(warning)}" for warning in warnings]
+    parts.append(
+        f"<p>{count} encoders on images of {text(records.folder.name)}. All panels of a kind have "
+        "the same axes. <code>analysis.svg</code> beside this page holds them as one figure, "
+        "<code>analysis.json</code> the numbers."
+    )
+    for row in panels.values():
+        parts.append("<div class=panels>")
+        for title, panel in zip(found, row, strict=True):
+            parts.append(f"<figure><figcaption>{text(title)}</figcaption>{panel}</figure>")
+        parts.append("</div>")
+    head, rows = _table(found)
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows([head, *rows])
+    parts += ["<h2>Numbers</h2>", _summary(found)]
+    parts.append(f"<details><summary>Every block</summary>{table(head, rows)}</details>")
+    parts.append(
+        "<details><summary>The same as CSV: one click selects all of it</summary>"
+        f"<pre>{text(sheet.getvalue())}</pre></details>"
+    )
+    return page("Analysis", parts, STYLE + style)
+
+
+def _table(found: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Head and rows: each block of each encoder."""
+    keys = ["block", "distance", "uniform", "nmi", "frequency"]
+    of = [(title, row) for title, facts in found.items() for row in facts["blocks"]]
+    return ["encoder", *keys], [[title, *(row[key] for key in keys)] for title, row in of]
+
+
+def _summary(found: dict[str, Any]) -> str:
+    """A table of what encoders have one figure of."""
+    rows = []
+    for title, facts in found.items():
+        blocks = facts["blocks"]
+        distance = f"{np.mean([row['distance'] for row in blocks]):.1f}" if blocks else ""
+        best = f"{max(row['nmi'] for row in blocks):.4f}" if blocks else ""
+        psnr = f"{facts['psnr_masked']:.2f}" if "psnr_masked" in facts else ""
+        ssim = f"{facts['ssim_masked']:.3f}" if "ssim_masked" in facts else ""
+        rows.append([title, distance, best, psnr, ssim])
+    note = (
+        "<p>Distance is the mean of the blocks, information that of the block with most; PSNR and "
+        "SSIM are of masked pixels."
+    )
+    return table(["encoder", "distance, px", "information", "PSNR, dB", "SSIM"], rows) + note

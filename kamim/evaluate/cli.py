@@ -16,7 +16,6 @@ from kamim.evaluate.checks import (
     CONFIG,
     check_encoders,
     check_installed,
-    count_classes,
     file_of,
     folder_for,
 )
@@ -25,8 +24,8 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from kamim.evaluate.encoder import Encoder
     from shards import ShardSet
+    from train.features import Encoder
 
 app = typer.Typer()
 
@@ -85,8 +84,8 @@ def probe(
     """
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
-    from kamim.evaluate.probe import linear_probe, nearest_neighbours
     from shards.files import alone
+    from train.probe import linear_probe, nearest_neighbours
 
     folder, count = out or folder_for("probe", encoder), round(epochs) or 30
 
@@ -192,7 +191,7 @@ def _open(
 ) -> _Task:
     """The task of a command, checked before any work."""
     from shards.progress import waiting
-    from train.request import check_device
+    from train.request import check_device, count_classes
 
     check_encoders([encoder])
     check_device(device)
@@ -273,7 +272,7 @@ def analyse(
     encoders: Annotated[
         list[str], typer.Argument(help="Encoders as for probe, then the shards: a folder or a URL.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the page and the figure.")] = Path(
         "runs/analysis"
     ),
     images: Annotated[int, typer.Option(min=2, help="Frames to look at.")] = 32,
@@ -282,14 +281,15 @@ def analyse(
 ) -> None:
     """Attention, frequencies, tokens and reconstructions of several encoders on one page.
 
-    Attention distance stands beside that of uniform attention, and a warning where attention has
-    collapsed.
+    analysis.html has a column per encoder, on the same axes, with attention distance beside that of
+    uniform attention, tokens coloured by class, and tables; analysis.svg has all of it as one
+    figure. It warns where attention has collapsed.
     """
     *names, where = encoders
     if not names:
         raise UserError("name at least one encoder, then the folder of the shards")
     check_encoders(names)
-    check_installed("sklearn", "skimage", "matplotlib")
+    check_installed("sklearn", "skimage")
     from shards.files import alone
     from shards.progress import waiting
 

@@ -1,9 +1,8 @@
-"""A frozen encoder from whatever holds one, and the tokens of any of its blocks."""
+"""A frozen encoder from whatever holds one."""
 
 import json
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,9 @@ from kamim.evaluate.huggingface import is_huggingface, options_of, to_timm
 from shards.errors import UserError
 from train import checkpoint
 from train.export import encoder_state
+from train.features import Encoder
 from train.models import make_encoder
 from train.recipes import Recipe, find_recipe, nearest, recipe_names
-
-
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px."""
-
-    title: str
-    model: Any
-    size: int
-
-    @property
-    def is_swin(self) -> bool:
-        return hasattr(self.model, "layers")
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a ViT, stages of a Swin."""
-        return len(self.model.layers if self.is_swin else self.model.blocks)
-
-    @property
-    def default_block(self) -> int:
-        """The published probe's: block 8 of 12, two thirds of any ViT; a Swin's last stage."""
-        return self.blocks if self.is_swin else max(1, round(self.blocks * 2 / 3))
 
 
 def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
@@ -160,23 +137,3 @@ def fitted(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Modul
         raise UserError(f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such)")
     model.load_state_dict(tensors)
     return model
-
-
-def tokens(
-    encoder: Encoder, images: Tensor, block: int, norm: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(patch tokens [b, n, d], class token [b, d]) after `block`, counted from 1.
-
-    After the last block, the final norm is applied unless `norm` is false; a Swin's class token is
-    its mean token.
-    """
-    model = encoder.model
-    last = norm and block == encoder.blocks
-    options = {"indices": [block - 1], "norm": last, "stop_early": True, "intermediates_only": True}
-    if encoder.is_swin:
-        (out,) = model.forward_intermediates(images, **options)
-        patches = out.flatten(2).transpose(1, 2)
-        return patches, patches.mean(1)
-    options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
-    ((patches, prefix),) = model.forward_intermediates(images, **options)
-    return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)

@@ -4,46 +4,17 @@ The file is used again only for the very same set, encoder, block and pooling.
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kamim.evaluate.encoder import Encoder, tokens
-from shards import Plan, ShardSet, crop_frames, to_device
+from shards import Plan, ShardSet
 from shards.errors import UserError
-from shards.progress import progress
 from train.export import write_tensors
-from train.models import normalised
-
-Pool = Literal["mean", "cls"]
-
-
-def frames_of(
-    records: ShardSet,
-    plan: Plan,
-    first: int,
-    last: int,
-    size: int,
-    device: torch.device,
-    cropped: bool = False,
-) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """(frames float32 [b, 3, size, size] of 0 to 255, the batch's tensors) of steps first to
-    last - 1.
-
-    Whole frames, squeezed without antialias as the published validation does it, or `cropped`:
-    the plan's crops.
-    """
-    for batch, tensors in to_device(records.loader(plan, first, last, device=device.type), device):
-        boxes, flips = tensors["boxes"], tensors["flips"]
-        if not cropped:
-            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(len(batch.labels), 4)
-            flips = torch.zeros_like(flips)
-        yield crop_frames(tensors["frames"], boxes, flips, size), tensors
+from train.features import Encoder, Pool, features_of
 
 
 def extract(
@@ -60,16 +31,9 @@ def extract(
     Swin's features are those before its final norm, as in the published probe.
     """
     order = Plan(len(records), batch, in_order=True)
-    found, labels = [], []
-    bar = progress(f"features of {records.folder.name}", len(records))
-    with bar, torch.inference_mode():
-        for frames, rest in frames_of(records, order, 0, order.steps(), encoder.size, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                patches, cls = tokens(encoder, normalised(frames), block, not encoder.is_swin)
-            found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
-            labels.append(rest["labels"].cpu().clone())
-            bar.update(len(frames))
-    return torch.cat(found), torch.cat(labels)
+    batches = records.loader(order, 0, order.steps(), device=device.type)
+    title = f"features of {records.folder.name}"
+    return features_of(encoder, batches, len(records), block, pool, device, title)
 
 
 def cached(

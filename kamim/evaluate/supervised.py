@@ -16,8 +16,6 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from kamim.evaluate.augment import Augment, augment, mixed
-from kamim.evaluate.encoder import Encoder, tokens
-from kamim.evaluate.features import Pool, frames_of
 from shards import Plan, ShardSet, Windows
 from shards.errors import UserError
 from shards.progress import progress
@@ -25,7 +23,8 @@ from shards.rng import Purpose, mix
 from shards.spec import AREA
 from train import checkpoint
 from train.estimate import largest_part, memory_of
-from train.log import METRICS, trim
+from train.features import Encoder, Pool, frames_of, tokens
+from train.metrics import METRICS, trim
 from train.models import in_bf16, normalised
 from train.schedule import learning_rate
 from train.setup import WINDOW, decays
@@ -222,9 +221,10 @@ def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict
     """top-1 and top-5 of `model` on a set, shares of 0 to 1."""
     model.eval()
     order, size = Plan(len(records), 256, in_order=True), model.encoder[0].size
+    batches = records.loader(order, 0, order.steps(), device=device.type)
     right = torch.zeros(2)
     with torch.inference_mode(), progress("test", len(records)) as bar:
-        for frames, batch in frames_of(records, order, 0, order.steps(), size, device):
+        for frames, batch in frames_of(batches, size, device):
             logits = model(normalised(frames))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch["labels"][:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
@@ -275,7 +275,8 @@ def train_supervised(
         part = largest_part(0, 0, device, memory_of(model, (), model.encoder[0].size, device))
     forward = compiled(model) if cuda else model
     size, cropped = model.encoder[0].size, recipe.area is not None
-    stream = frames_of(learn, plan, first, total, size, device, cropped)
+    batches = learn.loader(plan, first, total, device=device.type)
+    stream = frames_of(batches, size, device, cropped)
     done = first * plan.batch
     with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
         for step, (frames, batch) in enumerate(stream, start=first):

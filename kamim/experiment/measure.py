@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kamim.evaluate.attention import diagnose
-from kamim.evaluate.encoder import Encoder, tokens
 from kamim.experiment.data import Labelled, Photos
 from kamim.experiment.steps import Arm, Trainer, hidden
+from train.diagnosis import diagnose
+from train.features import Encoder, tokens
 from train.models import MEAN, STD
+from train.probe import effective_rank
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 0.1  # of the training features, to choose the penalty on
@@ -96,7 +97,7 @@ def probe(
 def neighbours(
     known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], k: int = 20, heat: float = 0.07
 ) -> float:
-    """Top-1 by the votes of the k nearest, as kamim.evaluate.probe.nearest_neighbours."""
+    """Top-1 by the votes of the k nearest, as train.probe.nearest_neighbours."""
     mean, classes = known[0].mean(0), int(known[1].max()) + 1
     base = F.normalize(known[0] - mean)
     right = 0
@@ -106,14 +107,6 @@ def neighbours(
         votes.scatter_add_(1, known[1][which], (near / heat).exp())
         right += int((votes.argmax(1) == labels).sum())
     return right / len(asked[0])
-
-
-def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the singular values of centred features [n, d], as shares."""
-    centred = (features - features.mean(0)).double()
-    values = torch.linalg.eigvalsh((centred.T @ centred).cpu()).clamp_min(0).sqrt()
-    shares = values / values.sum().clamp_min(1e-12)
-    return float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum()))
 
 
 def retrieval(encoder: Encoder, trainer: Trainer, held: Photos, block: int) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kamim.evaluate.attention import COLLAPSED
 from kamim.experiment.keypoints import COLLAPSE, MAIN, METHODS, MORE, read
+from train.metrics import COLLAPSED
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 POINTS = 0.5  # a gain below this is none that matters

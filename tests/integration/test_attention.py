@@ -4,8 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kamim.evaluate import attention
 from kamim.evaluate.encoder import load_encoder
+from train import diagnosis as attention
 
 
 def test_uniform_attention_has_the_published_distance_and_no_information():

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 from shards.errors import UserError
 from shards.weighting import loss_weights
 from train.controls import check_source, contrast, control_weights
-from train.log import read_metrics
 from train.loop import pretrain
+from train.metrics import read_metrics
 from train.recipes import changed, find_recipe
 from train.request import Run
 

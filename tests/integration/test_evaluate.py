@@ -1,5 +1,6 @@
 """Evaluation: probes that can only be right, features of the block asked for, others' weights."""
 
+import csv
 import json
 import os
 import socketserver
@@ -10,6 +11,7 @@ import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -31,10 +33,9 @@ import kamim.evaluate.supervised
 import preprocess
 from kamim.__main__ import app
 from kamim.evaluate.checks import folder_for
-from kamim.evaluate.encoder import load_encoder, tokens
+from kamim.evaluate.encoder import load_encoder
 from kamim.evaluate.features import extract
 from kamim.evaluate.huggingface import from_timm, to_timm
-from kamim.evaluate.probe import linear_probe, nearest_neighbours
 from kamim.evaluate.supervised import (
     Classifier,
     LabelRecipe,
@@ -47,6 +48,8 @@ from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.beton import convert_to_ffcv
 from train import checkpoint
+from train.features import tokens
+from train.probe import linear_probe, nearest_neighbours
 
 CPU = torch.device("cpu")
 
@@ -581,7 +584,7 @@ def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
     assert len(result["encoders"]["random:small"]["blocks"]) == 4
     page = (tmp_path / result["page"]).read_text()
     assert "<meta name=viewport" in page
-    assert "img{max-width:100%" in page
+    assert "random:small" in page
 
 
 @pytest.mark.parametrize(("package", "extra"), [("sklearn", "train"), ("skimage", "demo")])
@@ -622,8 +625,25 @@ def test_the_page_of_several_encoders_warns_of_collapse(labelled, tmp_path, monk
     assert facts[str(tmp_path / "flat.pt")]["blocks"][0]["nmi"] == 0
     page = (tmp_path / "page" / "analysis.html").read_text()
     assert "flat.pt: attention has collapsed" in page
-    assert "img{max-width:100%" in page  # its third plot was cut off
+    assert page.count("<svg ") == 3 * 4  # a column per encoder
+    assert all(f">class{number}</text>" in page for number in range(4))  # t-SNE had named none
+    rows = list(csv.reader(page.split("<pre>")[1].split("</pre>")[0].splitlines()))
+    assert rows[0] == ["encoder", "block", "distance", "uniform", "nmi", "frequency"]
+    for title, block, *values in rows[1:]:
+        row = facts[title]["blocks"][int(block) - 1]
+        assert [float(value) for value in values] == [row[name] for name in rows[0][2:]]
+    figure = ElementTree.fromstring((tmp_path / "page" / "analysis.svg").read_text())
+    assert figure.get("width") == str(3 * 340)
+    panels = [each for each in figure if each.get("aria-label").startswith("attention distance")]
+    axes = [[text.text for text in panel if text.get("text-anchor")] for panel in panels]
+    assert axes[0] == axes[1]
+    assert axes[2] == [*axes[0], "none of this kind"]  # a Swin's
+    assert len(axes[0]) > 5
     for what in ("1 of 3): attention", "1 of 3): reconstructions", "3 of 3): t-SNE of tokens"):
         assert any(title.endswith(what) for title in told)  # all of it was silent
-    assert len(list((tmp_path / "page").glob("*.png"))) == 4
+    assert sorted(path.suffix for path in (tmp_path / "page").iterdir()) == [
+        ".html",
+        ".json",
+        ".svg",
+    ]
     assert collapsed.blocks == 2

@@ -21,9 +21,10 @@ import preprocess
 from kamim.experiment import keypoints, page
 from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
-from kamim.experiment.measure import effective_rank, neighbours, probe
+from kamim.experiment.measure import neighbours, probe
 from kamim.experiment.steps import make_order
 from shards.errors import UserError
+from train.probe import effective_rank
 
 
 @pytest.fixture

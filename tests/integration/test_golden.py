@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 
 from preprocess import build_shards, detector_settings, open_source
 from shards import Settings
-from train.log import read_metrics
 from train.loop import pretrain
+from train.metrics import read_metrics
 from train.recipes import find_recipe
 from train.request import Run
 

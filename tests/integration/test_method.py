@@ -410,7 +410,7 @@ def test_killed_across_refreshes_losses_and_attention_are_those_of_a_calm_run(sh
 
 
 def test_seconds_of_training_go_on_and_lost_attention_is_told(shards, tmp_path):
-    from train.log import read_metrics
+    from train.metrics import read_metrics
 
     out, recipe = tmp_path / "run", TINY["small_mae_famt"]
     run(shards, out, recipe, steps=6)

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from kamim.evaluate.augment import augment, posterized, rand_augment
-from kamim.evaluate.encoder import Encoder, load_encoder, tokens
+from kamim.evaluate.encoder import load_encoder
 from kamim.evaluate.features import extract
 from kamim.evaluate.supervised import (
     Classifier,
@@ -29,6 +29,7 @@ from kamim.evaluate.supervised import (
 )
 from preprocess import build_shards, open_source
 from shards import ShardSet
+from train.features import Encoder, tokens
 from train.models import MAE, SimMIM, make_model
 from train.recipes import find_recipe
 from train.schedule import learning_rate

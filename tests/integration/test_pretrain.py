@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from shards.files import alone
 from train import checkpoint, setup
 from train.export import export
-from train.log import read_metrics
 from train.loop import pretrain
+from train.metrics import read_metrics
 from train.models import encoder_options
 from train.recipes import find_recipe, simmim
 from train.request import Run

@@ -372,7 +372,7 @@ def test_killed_and_resumed_from_s3_losses_are_those_of_a_calm_local_run(
     s3_client, folder, tmp_path, monkeypatch
 ):
     pytest.importorskip("torch")
-    from train.log import read_metrics
+    from train.metrics import read_metrics
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

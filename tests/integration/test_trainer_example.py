@@ -12,7 +12,7 @@ from test_cli import kamim
 from test_golden import build
 
 from shards.beton import convert_to_ffcv
-from train.log import read_metrics
+from train.metrics import read_metrics
 
 STEPS = 6
 

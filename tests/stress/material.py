@@ -64,7 +64,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def run_digest(folder: str) -> dict[str, Any]:
     """Losses of a training run, to the last bit, its newest weights, attention maps, leftovers."""
-    from train.log import read_metrics
+    from train.metrics import read_metrics
 
     run = Path(folder)
     timed = ("images_per_s", "waiting", "seconds")

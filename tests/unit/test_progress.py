@@ -1,11 +1,17 @@
 """Progress: a line in a log however long nothing ends, and none where work is short."""
 
 import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 import shards.bar
+import train.progress
+from shards.index import flaws_of_files
 from shards.progress import progress, waiting
+from shards.spec import File
+from train.progress import Doing, Progress
 
 
 @pytest.fixture
@@ -72,3 +78,40 @@ def test_a_bar_that_nobody_has_ends(fast, monkeypatch):
     ticker = progress("left", 10).ticker
     ticker.join(300)
     assert not ticker.is_alive()
+
+
+def test_hashing_says_how_far_it_is_within_a_file(monkeypatch, tmp_path):
+    """An FFCV set is one file: its bar had stood at nothing until the end."""
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    told = []
+
+    @contextmanager
+    def bar(title, total, **named):
+        told.extend([total, named["delay"]])
+        yield SimpleNamespace(update=told.append)
+
+    monkeypatch.setattr("shards.index.progress", bar)
+    files = [File("a", 1, 3_000_000, "0" * 64)]
+    assert list(flaws_of_files(tmp_path, files)) == ["a"]
+    assert told == [3_000_000, 1, 1 << 20, 1 << 20, 3_000_000 - 2 * (1 << 20)]
+
+
+def test_what_is_counted_says_the_time_left_and_what_is_not_the_time_spent(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(train.progress.time, "monotonic", lambda: now[0])
+    doing = Doing("looking at attention", 400)
+    now[0] = 106.0
+    assert doing.line() == "looking at attention, 6 s"
+    doing.update(100)
+    assert doing.line() == "looking at attention, 25%, 18 s left"
+    assert Doing("compiling").line() == "compiling, 0 s"
+
+
+def test_a_log_has_a_line_of_what_is_done_in_place_of_a_step(monkeypatch):
+    monkeypatch.setattr(train.progress, "LOG_PACE", 0.0)
+    monkeypatch.setattr("sys.stderr", log := Log(2))
+    progress = Progress(0, 10, 10, 8, True)
+    with progress.running(), progress.busy("looking at attention", 4) as doing:
+        doing.update(3)
+        assert log.full.wait(30)
+    assert log.text.startswith("step 1/10: looking at attention, 75%, 0 s left")

@@ -30,6 +30,7 @@ def start(*words):
         "pretrain --help",
         "probe --help",
         "analyse --help",
+        "compare --help",
         "export-hf --help",
         "bench --help",
         "recipes",

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLLAPSED = 0.01  # normalised mutual information below which attention ignores what it sees
-
 
 def attention_of(block: Any, inputs: Tensor, prefix: int) -> Tensor:
     """Attention among patch tokens in `block` of a timm ViT, float32 [b, heads, n, n], rows sum 1.

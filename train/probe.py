@@ -1,4 +1,4 @@
-"""Linear probe and nearest neighbours on cached features: what frozen features are worth."""
+"""Linear probe, nearest neighbours and effective rank: what frozen features are worth."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.progress import progress
+from train.features import Bar
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set
@@ -29,6 +30,7 @@ def linear_probe(
     epochs: int = 30,
     batch: int = 1024,
     device: torch.device | str = "cpu",
+    bar: Bar = progress,
 ) -> Score:
     """The fast protocol: a linear head behind a BatchNorm without parameters, by AdamW and cosine.
 
@@ -53,7 +55,7 @@ def linear_probe(
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     steps = epochs * -(-len(features) // batch)
     step = 0
-    with progress(f"heads of seed {seed}", epochs * len(features)) as bar:
+    with bar(f"heads of seed {seed}", epochs * len(features)) as shown:
         for _ in range(epochs):
             for part in torch.randperm(len(features), generator=shuffle).split(batch):
                 for group in optimizer.param_groups:
@@ -65,7 +67,7 @@ def linear_probe(
                 loss.backward()
                 optimizer.step()
                 step += 1
-                bar.update(len(part))
+                shown.update(len(part))
     with torch.inference_mode():
         held_x = (chosen_on[0] - mean) / std
         scores = [(head(held_x).argmax(1) == chosen_on[1]).float().mean().item() for head in heads]
@@ -82,6 +84,7 @@ def nearest_neighbours(
     k: int = 20,
     temperature: float = 0.07,
     batch: int = 1024,
+    bar: Bar = progress,
 ) -> float:
     """Share of the validation set that its `k` nearest training features get right, 0 to 1.
 
@@ -91,12 +94,20 @@ def nearest_neighbours(
     mean = train[0].mean(0)
     known = F.normalize(train[0] - mean)
     right = 0
-    with progress("nearest neighbours", len(val[0])) as bar:
+    with bar("nearest neighbours", len(val[0])) as shown:
         for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
             similarity = F.normalize(features - mean) @ known.T
             near, which = similarity.topk(min(k, len(known)), dim=1)
             votes = torch.zeros(len(features), classes)
             votes.scatter_add_(1, train[1][which], (near / temperature).exp())
             right += int((votes.argmax(1) == labels).sum())
-            bar.update(len(features))
+            shown.update(len(features))
     return right / len(val[0])
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the singular values of centred features [n, d], as shares."""
+    centred = (features - features.mean(0)).double()
+    values = torch.linalg.eigvalsh((centred.T @ centred).cpu()).clamp_min(0).sqrt()
+    shares = values / values.sum().clamp_min(1e-12)
+    return float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum()))

@@ -1,0 +1,185 @@
+"""Several runs on one page: their curves together, and means and deviations over seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shards.errors import UserError
+
+app = typer.Typer()
+FIGURES = {  # by the name in metrics.jsonl: a title, what to multiply by, digits
+    "loss": ("loss, last epoch", 1, 4),
+    "probe_top1": ("linear probe, %", 100, 2),
+    "knn_top1": ("20-NN, %", 100, 2),
+    "effective_rank": ("effective rank", 1, 1),
+    "attention_distance": ("attention distance, px", 1, 1),
+    "attention_nmi": ("mutual information", 1, 4),
+    "images_per_s": ("images per second", 1, 0),
+    "waiting": ("waiting for data, %", 100, 1),
+    "seconds": ("hours", 1 / 3600, 2),
+}
+MEDIANS = ("images_per_s", "waiting")  # of all rows: one row's is noise
+APART = ("seed", "versions", "extended", "shards_folder")  # what runs of a row may differ by
+Group = dict[str, Any]
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs of `kamim pretrain`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("runs/comparison"),
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print means and deviations as JSON.")
+    ] = False,
+) -> None:
+    """Put several runs on one page: curves together, pictures side by side, and a table.
+
+    Runs that differ by their seed alone are one row: mean and standard deviation over seeds.
+    """
+    for run in runs:
+        if not (run / "run.json").is_file():
+            raise UserError(f"{run} is no run; name folders that `kamim pretrain` wrote")
+    from shards.files import alone, write_atomically
+    from train.page import PAGE, Read
+
+    found = [Read(run) for run in dict.fromkeys(runs)]
+    for each in found:
+        if not each.rows:
+            raise UserError(f"{each.run} has no step yet; leave it out, or train it first")
+    groups = grouped(found)
+    result = [{k: v for k, v in group.items() if k != "runs"} for group in groups]
+    for row, group in zip(result, groups, strict=True):
+        row["runs"] = [str(each.run) for each in group["runs"]]
+    with alone(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / PAGE, _page(groups).encode("utf-8"), durable=False)
+    print(json.dumps(result, indent=2) if json_output else out / PAGE)
+
+
+def grouped(found: Sequence[Any]) -> list[Group]:
+    """Runs (train.page.Read) that differ by their seed alone, together: name, seeds, epochs, and
+    of each of FIGURES mean, deviation (None for one run) and count.
+    """
+    alike: dict[str, list[Any]] = {}
+    for each in found:
+        facts = {k: v for k, v in each.facts.items() if k not in APART}
+        alike.setdefault(json.dumps(facts, sort_keys=True), []).append(each)
+    groups = []
+    for of, name in zip(alike.values(), names(list(alike.values())), strict=True):
+        group: Group = {"name": name, "seeds": [each.facts["seed"] for each in of]}
+        group |= {"epochs": [round(each.rows[-1]["epoch"], 2) for each in of], "runs": of}
+        for figure in FIGURES:
+            values = [value for each in of if math.isfinite(value := figure_of(each, figure))]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                mean = statistics.fmean(values)
+                group[figure] = {"mean": mean, "deviation": spread, "count": len(values)}
+        groups.append(group)
+    return groups
+
+
+def figure_of(run: Any, name: str) -> float:
+    """A run's newest value; the mean loss of its last epoch, the median of speeds; nan if none."""
+    epochs, values = run.of(name)
+    if name == "loss":
+        late = (epoch > epochs[-1] - 1 for epoch in epochs)
+        return statistics.fmean(compress(values, late))
+    if name in MEDIANS and values:
+        return statistics.median(values)
+    return float(run.last(name))
+
+
+def names(groups: Sequence[Sequence[Any]]) -> list[str]:
+    """What tells each of `groups` from the others: the settings in which they differ."""
+    facts = [{**of[0].recipe, **of[0].facts} for of in groups]
+    keys = [k for k in facts[0] if len({str(f.get(k)) for f in facts}) > 1]
+    keys = [k for k in keys if k not in ("recipe", *APART)]
+    if not keys:
+        return [of[0].run.name for of in groups]
+    return [", ".join(f"{k} {f.get(k) or 'none'}" for k in keys) for f in facts]
+
+
+def _page(groups: Sequence[Group]) -> str:
+    from shards.html import page, table, text
+    from train.page import STYLE
+
+    rows: list[list[object]] = [
+        ["seeds", *(len(group["seeds"]) for group in groups)],
+        ["epochs", *(f"{statistics.fmean(group['epochs']):g}" for group in groups)],
+    ]
+    for name, (title, times, digits) in FIGURES.items():
+        cells = [said(group.get(name), times, digits) for group in groups]
+        rows += [[title, *cells]] if any(cells) else []
+    parts = [
+        table(["", *(group["name"] for group in groups)], rows),
+        "<p>Mean ± standard deviation over runs that differ by their seed alone.",
+    ]
+    parts.append(f"<h2>Curves</h2><div class=charts>{''.join(_charts(groups))}</div>")
+    pictures = "".join(_strip(group["runs"][0], group["name"]) for group in groups)
+    if pictures:
+        parts.append(
+            f"<h2>What the models make of images</h2><div class=strips "
+            f"style='max-width:{140 * len(groups)}px'>{pictures}</div>"
+        )
+    listed = "".join(
+        f"<li>{text(group['name'])}: {text(', '.join(str(each.run) for each in group['runs']))}"
+        for group in groups
+    )
+    count = sum(len(group["runs"]) for group in groups)
+    return page(f"{count} runs compared", [*parts, f"<ul>{listed}</ul>"], STYLE)
+
+
+def said(figure: dict[str, float] | None, times: float, digits: int) -> str:
+    """Mean ± deviation of a `figure`; nothing if there is none."""
+    if figure is None:
+        return ""
+    spread = figure["deviation"]
+    more = "" if spread is None else f" ± {times * spread:,.{digits}f}"
+    return f"{times * figure['mean']:,.{digits}f}{more}"
+
+
+def _charts(groups: Sequence[Group]) -> list[str]:
+    """A chart per figure with a curve per run; the runs of a group have one colour."""
+    from train.charts import COLOURS, Line, chart
+
+    titles = {
+        "loss": "loss",
+        "probe_top1": "linear probe, top-1",
+        "knn_top1": "20-NN, top-1",
+        "effective_rank": "effective rank of the features",
+        "attention_distance": "attention distance, px",
+        "attention_nmi": "mutual information, best block",
+        "images_per_s": "images per second",
+    }
+    made = []
+    for name, title in titles.items():
+        lines = [
+            Line("" if nth else group["name"], x, y, COLOURS[number % len(COLOURS)])
+            for number, group in enumerate(groups)
+            for nth, run in enumerate(group["runs"])
+            for x, y in [run.of(name)]
+        ]
+        if any(line.x for line in lines):
+            low = None if name == "loss" else 0
+            made.append(chart(title, lines, low=low, marks=name not in ("loss", "images_per_s")))
+    return made
+
+
+def _strip(run: Any, name: str) -> str:
+    """The newest reconstructions of a run."""
+    from shards.html import image, text
+    from train.page import pictures_of
+
+    newest = max(pictures_of(run.run).glob("step-*.jpg"), default=None)
+    if newest is None:
+        return ""
+    title = f"{name}, step {int(newest.stem[5:]):,}"
+    return (
+        f"<figure>{image(newest.read_bytes(), 'jpg', title)}"
+        f"<figcaption>{text(title)}</figcaption></figure>"
+    )

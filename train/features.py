@@ -1,0 +1,102 @@
+"""What a frozen encoder makes of whole images: the tokens of any of its blocks, and features.
+
+The run's own encoder while it trains; any other by kamim/evaluate.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shards import Batch, crop_frames, to_device
+from shards.progress import progress
+from train.models import in_bf16, normalised
+
+Pool = Literal["mean", "cls"]
+Bar = Callable[[str, float], Any]  # (title, total) in, something with update() and a `with` out
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px."""
+
+    title: str
+    model: Any
+    size: int
+
+    @property
+    def is_swin(self) -> bool:
+        return hasattr(self.model, "layers")
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a ViT, stages of a Swin."""
+        return len(self.model.layers if self.is_swin else self.model.blocks)
+
+    @property
+    def default_block(self) -> int:
+        """The published probe's: block 8 of 12, two thirds of any ViT; a Swin's last stage."""
+        return self.blocks if self.is_swin else max(1, round(self.blocks * 2 / 3))
+
+
+def tokens(
+    encoder: Encoder, images: Tensor, block: int, norm: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(patch tokens [b, n, d], class token [b, d]) after `block`, counted from 1.
+
+    After the last block, the final norm is applied unless `norm` is false; a Swin's class token is
+    its mean token.
+    """
+    model = encoder.model
+    last = norm and block == encoder.blocks
+    options = {"indices": [block - 1], "norm": last, "stop_early": True, "intermediates_only": True}
+    if encoder.is_swin:
+        (out,) = model.forward_intermediates(images, **options)
+        patches = out.flatten(2).transpose(1, 2)
+        return patches, patches.mean(1)
+    options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
+    ((patches, prefix),) = model.forward_intermediates(images, **options)
+    return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)
+
+
+def frames_of(
+    batches: Iterable[Batch], size: int, device: torch.device, cropped: bool = False
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(frames float32 [b, 3, size, size] of 0 to 255, the batch's tensors) of a loader's batches.
+
+    Whole frames, squeezed without antialias as the published validation does it, or `cropped`:
+    the plan's crops.
+    """
+    for batch, tensors in to_device(batches, device):
+        boxes, flips = tensors["boxes"], tensors["flips"]
+        if not cropped:
+            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(len(batch.labels), 4)
+            flips = torch.zeros_like(flips)
+        yield crop_frames(tensors["frames"], boxes, flips, size), tensors
+
+
+def features_of(
+    encoder: Encoder,
+    batches: Iterable[Batch],
+    count: int,
+    block: int,
+    pool: Pool,
+    device: torch.device,
+    title: str,
+    bar: Bar = progress,
+) -> tuple[Tensor, Tensor]:
+    """(features float32 [count, d], labels int64 [count]) of all `batches`, on the CPU.
+
+    Of whole frames; a Swin's are those before its final norm, as in the published probe.
+    """
+    found, labels = [], []
+    with bar(title, count) as shown, torch.inference_mode():
+        for frames, rest in frames_of(batches, encoder.size, device):
+            with in_bf16(device):
+                patches, cls = tokens(encoder, normalised(frames), block, not encoder.is_swin)
+            found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
+            labels.append(rest["labels"].cpu().clone())
+            shown.update(len(frames))
+    return torch.cat(found), torch.cat(labels)

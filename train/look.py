@@ -1,0 +1,148 @@
+"""Looks at the features while a run trains: linear probe, neighbours, effective rank, attention.
+
+A look changes nothing of the run. It sees whole frames of a labelled set, by default of the shards
+that are trained on: a tenth of its images is held out from the heads and from the neighbours. The
+encoder may have been trained on their pixels, never on a label; that keeps a run the same with and
+without looks. A set of its own (`--probe-set`) holds them out from both.
+"""
+
+import math
+import time
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+
+import shards
+from shards.errors import UserError
+from shards.remote.storage import is_url
+from train.diagnosis import diagnose
+from train.features import Bar, Encoder, features_of, frames_of
+from train.metrics import COLLAPSED
+from train.models import model_flops, normalised
+from train.probe import effective_rank, linear_probe, nearest_neighbours
+from train.request import Run, count_classes
+from train.setup import WINDOW, Data
+
+LEAST, MOST = 500, 20_000  # images of a look, where there are as many
+SHARE, LIMIT = 0.01, 0.02  # of a run's computation: for forward passes; of its time, for all
+PART, SEEN = 128, 32  # images of a forward pass; whose attention is looked at
+HELD_OUT = 0.1
+SEED = 0  # of every run: seeds are compared on the same images
+NEIGHBOURS = 20
+
+
+class Looks:
+    """When a run's features are looked at, and on what. UserError if the set cannot serve.
+
+    `flops`: of training, per image. The encoder that is looked at is a copy.
+    """
+
+    def __init__(
+        self, run: Run, data: Data, encoder: Any, flops: float, total: int, device: torch.device
+    ) -> None:
+        recipe = run.recipe
+        self.size, self.device, self.every, self.total = recipe.size, device, run.probe_every, total
+        self.epoch = len(data.records) / recipe.batch  # steps
+        self.batch, self.classes, self.warned = recipe.batch, 0, False
+        records = data.records.sets[0]  # of several, the first
+        if run.probe_set is not None:
+            cache = run.cache if is_url(run.probe_set) else None
+            records = shards.open(run.probe_set, cache=cache, patience=run.patience)
+        skip = run.skip_damaged and run.probe_set is None
+        load = partial(records.loader, device=str(device), workers=run.workers, skip=skip)
+        self.without = ""
+        self.where = str(run.probe_set or records.folder)
+        try:
+            self.classes = count_classes({self.where: records})
+        except UserError as error:
+            if run.probe_set is not None:
+                raise
+            self.without = f"; no probe, only rank and attention: {error}"
+        images = self.every * len(data.records)  # that are trained on between two looks
+        cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
+        wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
+        steps = math.ceil(wanted / PART)
+        self.count = wanted // steps * steps
+        self.share = self.count * cost / images
+        plan = partial(records.plan, seed=SEED, window=WINDOW if records.copies else 0)
+        self.load = partial(load, plan(self.count // steps), 0, steps)
+        self.few = partial(load, plan(min(SEEN, len(records))), 0, 1)
+
+    def due(self, done: int) -> bool:
+        """Whether the features are looked at after `done` steps: after the first, every so many
+        epochs, at a tenth of the run, where attention should have left uniform, and at its end.
+        """
+        before, now = ((step / self.epoch + 1e-9) // self.every for step in (done - 1, done))
+        return done in (1, math.ceil(self.total / 10), self.total) or now > before
+
+    def look(self, encoder: Any, bar: Bar) -> dict[str, float]:
+        """Shares of the held-out tenth that a linear probe and 20 neighbours get right, effective
+        rank, and mean over blocks of the attention distance in px; mutual information of the block
+        that has most.
+        """
+        began = time.perf_counter()
+        frozen = Encoder("", deepcopy(encoder).eval().requires_grad_(False), self.size)
+        block, title = frozen.default_block, "looking at features"
+        features, labels = features_of(
+            frozen, self.load(), self.count, block, "mean", self.device, title, bar
+        )
+        found: dict[str, float] = {}
+        if self.classes:
+            held = max(1, round(HELD_OUT * self.count))
+            asked, known = (features[:held], labels[:held]), (features[held:], labels[held:])
+            score = linear_probe(known, asked, self.classes, SEED, device=self.device, bar=bar)
+            near = nearest_neighbours(known, asked, self.classes, NEIGHBOURS, bar=bar)
+            found |= {"probe_top1": score.top1, "knn_top1": near}
+        found["effective_rank"] = effective_rank(features)
+        if hasattr(frozen.model, "blocks"):
+            frames, _ = next(frames_of(self.few(), self.size, self.device))
+            rows = diagnose(frozen.model, normalised(frames))
+            found["attention_distance"] = sum(row["distance"] for row in rows) / len(rows)
+            found["attention_uniform"] = rows[0]["uniform"]
+            found["attention_nmi"] = max(row["nmi"] for row in rows)
+        return found | {"look_seconds": time.perf_counter() - began}
+
+    def describe(self) -> str:
+        """What a look is, and what it costs, in one line."""
+        held = f", {round(HELD_OUT * self.count):,} of them held out from the heads"
+        return (
+            f"features are looked at every {self.every:g} epochs, on {self.count:,} images of "
+            f"{self.where}{held if self.classes else ''}: about {self.share:.1%} more to compute"
+            f"{self.without}"
+        )
+
+    def lines(self, row: dict[str, float], done: int) -> list[str]:
+        """What the row of a look says, what it costs, and warnings, of which each comes once."""
+        parts = [f"features after epoch {row['epoch']:.2f}: "]
+        if self.classes:
+            parts.append(f"probe {row['probe_top1']:.2%}, {NEIGHBOURS}-NN {row['knn_top1']:.2%}, ")
+        parts.append(f"effective rank {row['effective_rank']:.1f}")
+        if "attention_nmi" in row:
+            parts.append(
+                f", attention {row['attention_distance']:.1f} px (uniform "
+                f"{row['attention_uniform']:.1f}), information {row['attention_nmi']:.4f}"
+            )
+        lines = []
+        between = self.every * self.epoch * self.batch / row["images_per_s"]
+        share = row["look_seconds"] / between
+        parts.append(f"; {row['look_seconds']:.1f} s")
+        if done > 1:  # a first step is slower than others
+            parts.append(f", {share:.1%} of the run")
+        if done > 1 and share > LIMIT:
+            rarer = max(self.every * share / LIMIT, self.every + 1)
+            lines.append(
+                f"note: looks at features take {share:.1%} of the run; --probe-every "
+                f"{math.ceil(rarer)} takes less"
+            )
+        flat = row.get("attention_nmi", 1.0) < COLLAPSED
+        if flat and not self.warned and done >= math.ceil(self.total / 10):
+            self.warned = True
+            lines.append(
+                f"warning: {done / self.total:.0%} of the run is done and attention is uniform "
+                f"still: mutual information of query and key is below {COLLAPSED} in every block, "
+                "so it does not depend on the image; features will be worth little: train longer, "
+                "or raise the peak learning rate"
+            )
+        return ["".join(parts), *lines]
