@@ -25,7 +25,10 @@ def pretrain(
     word: Annotated[str, typer.Argument(hidden=True)] = "",
     recipe: Annotated[
         str,
-        typer.Option(help="See `kamim recipes`; or any timm ViT. Default: demo, on CUDA vit_base."),
+        typer.Option(
+            help="See `kamim recipes`; any timm ViT; or a .toml of `kamim recipes --show` or of a "
+            "run. Default: demo, on CUDA vit_base."
+        ),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
     detector: Annotated[
@@ -35,8 +38,8 @@ def pretrain(
         bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, help="Decides order, crops, flips, masks, weights.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Decides order, crops, flips, masks, weights; 0.")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint, if any."),
@@ -69,8 +72,9 @@ def pretrain(
         bool, typer.Option("--processes", help="Loader workers are processes, not threads.")
     ] = False,
     decode: Annotated[
-        Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
-    ] = "cpu",
+        Literal["cpu", "gpu"] | None,
+        typer.Option(help="What decodes JPEG frames; cpu by default, gpu: by nvJPEG."),
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_minutes: Annotated[
         float, typer.Option(min=0, help="Minutes between checkpoints, at most; 0: by steps alone.")
@@ -108,6 +112,8 @@ def pretrain(
     FOLDER may be an s3://, gs://, hf:// or https:// URL: shards are then fetched into --cache,
     ahead of need, and read in windows of --window shards.
 
+    What a run used is in OUT/run.toml. With that as --recipe, it is repeated to the same losses.
+
     Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
     attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
     known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
@@ -119,13 +125,14 @@ def pretrain(
     """
     from shards.remote.storage import is_url
     from train.progress import busy, say
-    from train.recipes import changed, find_recipe
+    from train.recipe_file import default_out, read_recipe
+    from train.recipes import changed
     from train.request import Run, check_device, check_folder, check_wandb
 
     folder, resume = take_word(folder, word, resume)
     limit = parse_bytes(cache_limit)
     if recipe:
-        changed(find_recipe(recipe), set_ or ())
+        changed(read_recipe(recipe)[0], set_ or ())
     if extend and not epochs:
         raise UserError("--extend needs --epochs, more than the run was to have")
     check_device(device)
@@ -140,7 +147,8 @@ def pretrain(
         kind = find_device(device).type
         recipe = "vit_base" if kind == "cuda" else "demo"
         say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
-    chosen = changed(find_recipe(recipe), set_ or ())
+    written, kept = read_recipe(recipe)
+    chosen = changed(written, set_ or ())
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
@@ -149,14 +157,14 @@ def pretrain(
     changes |= {"micro_batch": micro_batch} if micro_batch else {}
     run = Run(
         shards=folder if is_url(folder) else Path(folder),
-        out=out or Path("runs") / recipe,
+        out=out or default_out(recipe),
         recipe=replace(chosen, **changes),
-        seed=seed,
-        detector=detector,
-        bank=bank,
+        seed=kept.get("seed", 0) if seed is None else seed,
+        detector=detector or kept.get("detector") or None,
+        bank=bank or kept.get("bank", False),
         device=device,
         workers=workers,
-        decode=decode,
+        decode=decode or kept.get("decode", "cpu"),
         processes=processes,
         resume=resume or extend,
         extend=extend,
@@ -165,11 +173,11 @@ def pretrain(
         save_minutes=save_minutes,
         log_every=log_every,
         compile=compiles,
-        deterministic=deterministic,
+        deterministic=deterministic or kept.get("deterministic", False),
         skip_damaged=on_error == "skip",
         checksum=check == "checksum",
         wandb=wandb,
-        window=window,
+        window=window or kept.get("window", 0),
         cache=cache,
         cache_limit=limit,
         patience=patience,
@@ -206,10 +214,17 @@ def parse_bytes(text: str) -> int:
 @app.command()
 def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="All their settings, as JSON.")] = False,
+    name: Annotated[
+        str, typer.Option("--show", help="One of them, or a .toml, as TOML to start from.")
+    ] = "",
 ) -> None:
     """List the recipes of `kamim pretrain` with what they set."""
+    from train.recipe_file import show
     from train.recipes import find_recipe, recipe_names
 
+    if name:
+        print(show(name), end="")
+        return
     made = {name: find_recipe(name) for name in recipe_names()}
     if as_json:
         print(json.dumps({name: asdict(recipe) for name, recipe in made.items()}, indent=2))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from shards import Plan, ShardSet
 from shards.errors import UserError
 from train.models import Cells, in_bf16
 from train.progress import say
+from train.recipe_file import RUN_FILE, used
 from train.request import Run
 from train.schedule import Rates, learning_rate
 from train.setup import device_name
@@ -161,9 +163,10 @@ def describe(
     ranks: int,
     device: torch.device,
 ) -> None:
-    """Say, and write into run.json, what is about to happen, with the sums a reader can check."""
+    """Say what is about to happen, with the sums a reader can check; run.json and run.toml."""
     recipe, name = run.recipe, facts["detector"]
     total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
+    part = recipe.batch // ranks // micro_steps
     parameters = sum(p.numel() for p in model.parameters())
     source = "stored crops" if run.bank else "maps"
     weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
@@ -178,7 +181,7 @@ def describe(
         f"{hiding}\n"
         f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
         f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
-        f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
+        f"{part}, on {device_name(device) or device.type}"
     )
     if records.copies:
         say(
@@ -187,6 +190,10 @@ def describe(
         )
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
+    options = {"deterministic": run.deterministic, **facts}
+    remarks = {"shards": run.shards, "fingerprint": facts["shards"], **versions}
+    text = used(replace(recipe, micro_batch=part), options, remarks)
+    (run.out / RUN_FILE).write_text(text, encoding="utf-8")
     text = json.dumps(facts | {"shards_folder": str(run.shards), "versions": versions}, indent=2)
     (run.out / "run.json").write_text(text + "\n")
 
