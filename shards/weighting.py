@@ -51,7 +51,8 @@ class WeightedCrops(nn.Module):
     [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
     epochs. The crop of the frame and that of the
     density are one and the same, and the density is read by the detector's edge rule, or from the
-    bank's counts where those are given.
+    bank's counts where those are given. A `temperature` in the batch, a tensor, goes before that of
+    the module: one that changes from step to step makes no new graph.
 
     weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
     of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
@@ -119,7 +120,7 @@ class WeightedCrops(nn.Module):
             density = crop_maps(maps, boxes, flips, self.cells, self.visible)
         if self.rule is not None and images is not None:
             return self.rule(density, images, batch)
-        return loss_weights(density, self.temperature, self.normalise)
+        return loss_weights(density, batch.get("temperature", self.temperature), self.normalise)
 
 
 def draw_crops(
@@ -225,7 +226,9 @@ def pool_counts(counts: Tensor, cells: int) -> Tensor:
     return F.avg_pool2d(counts[:, None].float(), part)[:, 0] / BANK_CELL**2
 
 
-def loss_weights(density: Tensor, temperature: float, normalise: Normalise = "min") -> Tensor:
+def loss_weights(
+    density: Tensor, temperature: float | Tensor, normalise: Normalise = "min"
+) -> Tensor:
     """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean, or
     by the mean of all.
 

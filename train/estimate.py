@@ -168,8 +168,11 @@ def describe(
     total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
     part = recipe.batch // ranks // micro_steps
     parameters = sum(p.numel() for p in model.parameters())
+    way = f"{recipe.temperature}"
+    if recipe.temperature_end is not None:
+        way += f" to {recipe.temperature_end} ({recipe.temperature_form})"
     source = "stored crops" if run.bank else "maps"
-    weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
+    weights = f"{name} weights from {source} at T = {way}" if name else "no weights"
     crop = records.manifest.settings.crop
     if name and crop != recipe.size:
         say(

@@ -35,7 +35,7 @@ from train.models import in_bf16, make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
 from train.progress import Progress, busy, say
 from train.request import Run, compiler_missing
-from train.schedule import learning_rate
+from train.schedule import learning_rate, temperature
 from train.setup import (
     Data,
     count_micro_steps,
@@ -44,7 +44,7 @@ from train.setup import (
     open_data,
     start_device,
 )
-from train.step import Pace, Step, compiled, in_parallel
+from train.step import Pace, Step, compiled, in_parallel, weighed
 
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
@@ -140,6 +140,9 @@ def pretrain(run: Run) -> None:
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            known, weighing = {"lr": rate}, temperature(step, total, recipe)
+            if weighing is not None:
+                known["temperature"] = weighing
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
@@ -148,6 +151,7 @@ def pretrain(run: Run) -> None:
             for micro_step in range(micro_steps):
                 batch, tensors = pace.next()
                 assert batch.step == step
+                tensors |= weighed(weighing, device)
                 begin = (micro_step * ranks + rank) * part
                 cells = masking.hidden(noise[begin : begin + part], step, tensors)
                 # Gradients are averaged over processes once, in the last micro-step.
@@ -173,7 +177,7 @@ def pretrain(run: Run) -> None:
             if not cut:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimizer.step()
-                window.add(step, rate, sums[0], norm.detach(), sums[1])
+                window.add(step, known, sums[0], norm.detach(), sums[1])
 
             # What is due after the step: rows, a checkpoint, the end.
             late = rank == 0 and saver.late()
@@ -215,6 +219,7 @@ def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Maskin
     alike = replace(plan, micro_steps=count_micro_steps(run.recipe, 1, max(PICTURES, part)))
     again = data.load(alike, step, step + 1, maps=data.maps)
     _, tensors = next(to_device(again, device))
+    tensors |= weighed(temperature(step, plan.steps(run.recipe.epochs), run.recipe), device)
     images, weights, *_ = data.crops(tensors)
     masking.restore(run.out, step, done=True)
     cells = masking.hidden(masking.noise(step)[: len(images)], step, tensors)

@@ -43,6 +43,12 @@ class Recipe:
     temperature: Annotated[
         float | None, "T of the weights exp(density / T); none: no weights, plain SimMIM or MAE"
     ] = 0.25
+    temperature_end: Annotated[
+        float | None, "T of the last step, to which T goes from the first on; none: T stays"
+    ] = None
+    temperature_form: Annotated[Literal["cosine", "linear"], "of the way from T to its end"] = (
+        "cosine"
+    )
     w_ps: Annotated[int, "side of a weight cell, px"] = 8
     normalise: Annotated[
         Literal["min", "mean", "batch"],

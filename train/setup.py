@@ -206,6 +206,7 @@ def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:
             f"use {recipe.size // recipe.cell * recipe.cell or recipe.cell}"
         )
     check_source(recipe.weights)
+    check_temperature(recipe)
     if run.skip_damaged and manifest.container == "ffcv":
         raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     if run.bank:
@@ -241,6 +242,17 @@ def choose_detector(run: Run, records: ShardSet) -> str | None:
         names = ", ".join(records.manifest.detectors)
         raise UserError(f"the shards have maps of {names}; choose one by --detector")
     return run.detector or usual[0]
+
+
+def check_temperature(recipe: Recipe) -> None:
+    """UserError unless the recipe's temperature can go to its end."""
+    last = recipe.temperature_end
+    if last is not None and recipe.temperature is None:
+        raise UserError(
+            f"temperature_end is {last}, and the recipe has no weights; set temperature"
+        )
+    if last is not None and not 0 < last < math.inf:
+        raise UserError(f"temperature_end {last} is out of range; give a number above 0")
 
 
 def check_guides(run: Run, records: ShardSet) -> None:

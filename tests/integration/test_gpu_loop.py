@@ -25,7 +25,7 @@ from train.models import make_model
 from train.recipes import find_recipe, recipe_names
 from train.request import compiler_missing
 from train.setup import find_device, make_optimizer, weighted_crops
-from train.step import Pace, Step, in_parallel
+from train.step import Pace, Step, in_parallel, weighed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 4}
@@ -158,17 +158,20 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 
 
 @pytest.mark.parametrize(
-    "name", ["small", "small:permuted", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
+    "name",
+    ["small", "small:permuted", "small:inverse", "small_mae_kamim", "small_famt", "swin_tiny_bf16"],
 )
 def test_a_step_is_one_graph_that_is_made_once(name):
-    """Of crops, weights, forward, loss and backward, over steps whose boxes and masks differ."""
+    """Of crops, weights, forward, loss and backward, over steps whose boxes, masks and temperatures
+    differ.
+    """
     recipe = reduced(name)
     step, masking = parts_of(recipe)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     graph = torch.compile(step, dynamic=False, fullgraph=True, backend=counter)
     for number in range(masking.begin, masking.begin + 3):
-        tensors = batch_of(2, recipe.size)
+        tensors = batch_of(2, recipe.size) | weighed(1 / (1 + number), CPU)
         begin = 2 * (number % 2)  # both halves of a step's noise
         noise = masking.noise(number)[begin : begin + 2]
         cells = masking.hidden(noise, number, tensors)
@@ -218,6 +221,7 @@ def test_a_step_waits_for_nothing(name, fake_cuda, monkeypatch):
     step, masking, tensors = on_fake_cuda(recipe, fake_cuda)
     plain = recipe.method == "simmim" and not (masking.guides or recipe.throw_ratio)
     with waits() as found:
+        tensors |= weighed(0.5, CUDA)
         if plain:  # its generator is on the card
             noise = torch.rand(4, masking.side, masking.side, device="cuda") < 0.6
         else:

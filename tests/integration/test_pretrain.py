@@ -25,8 +25,9 @@ from train.export import export
 from train.log import read_metrics
 from train.loop import pretrain
 from train.models import encoder_options
-from train.recipes import find_recipe, simmim
+from train.recipes import changed, find_recipe, simmim
 from train.request import Run
+from train.schedule import temperature
 
 TINY = replace(
     find_recipe("small"),
@@ -72,6 +73,42 @@ def test_stopping_between_steps_and_going_on_changes_nothing(shards, tmp_path, c
     b = checkpoint.load(checkpoint.newest(tmp_path / "parts" / "checkpoints"))
     assert a["step"] == b["step"] == 15
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+# What is no default, by --set: each goes on to the last bit.
+OPTIONS = {
+    "temperature": ["temperature_end=0.05", "temperature_form=linear"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_stopped_run_of_any_option_goes_on_to_the_last_bit(name, shards, tmp_path):
+    recipe = changed(TINY, OPTIONS[name])
+    whole = run(shards, tmp_path / "whole", recipe)
+    assert whole != run(shards, tmp_path / "plain")
+    run(shards, tmp_path / "parts", recipe, steps=5)
+    assert run(shards, tmp_path / "parts", recipe, resume=True) == whole
+    a, b = (
+        checkpoint.load(checkpoint.newest(tmp_path / each / "checkpoints"))
+        for each in ("whole", "parts")
+    )
+    for part in ("model", "ema") if "ema" in a else ("model",):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+@pytest.mark.parametrize("weights", ["detector", "inverse"])
+def test_a_temperature_that_moves_weighs_as_it_is_at_each_step(weights, shards, tmp_path):
+    recipe = replace(TINY, weights=weights, temperature=0.5, temperature_end=0.1)
+    run(shards, tmp_path / "run", recipe)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["temperature"] for row in rows] == [temperature(s, 15, recipe) for s in range(15)]
+    means = [row["mean_weight"] for row in rows]
+    run(shards, tmp_path / "first", replace(recipe, temperature_end=None), steps=1)
+    run(shards, tmp_path / "last", replace(recipe, temperature=0.1, temperature_end=None))
+    assert means[0] == read_metrics(tmp_path / "first")[0]["mean_weight"]
+    # The published form divides by T as a number, not as a tensor.
+    assert means[-1] == pytest.approx(read_metrics(tmp_path / "last")[-1]["mean_weight"], rel=1e-6)
+    assert "temperature" not in read_metrics(tmp_path / "last")[0]
 
 
 def test_a_swin_drops_the_same_layers_after_a_stop(shards, tmp_path):
@@ -222,6 +259,8 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ({}, replace(TINY, size=100), "100 is no multiple of the mask cell"),
         ({}, replace(TINY, size=160), r"maps of 16 cells per side cannot serve 20 weight cells"),
         ({}, replace(TINY, w_ps=7), "w_ps 7 does not divide"),
+        ({}, replace(TINY, temperature_end=0.0), "temperature_end 0.0 is out of range"),
+        ({}, replace(simmim(TINY), temperature_end=0.5), "the recipe has no weights"),
         ({}, replace(TINY, batch=10_000), "make no batch of 10000"),
         ({}, replace(TINY, model="vit_giant_patch3_1"), "timm has no model"),
         ({"device": "cuda:9"}, TINY, "no CUDA device"),
