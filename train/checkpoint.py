@@ -1,12 +1,13 @@
 """Checkpoints: everything a run needs to go on, written atomically, read without unpickling.
 
-RUN/checkpoints/step-00001234.pt hold model, optimizer, step and what the run is. Random state is
+RUN/checkpoints/step-00001234.pt hold model, a mean of its weights if
+there is one, optimizer, step and what the run is. Random state is
 not in them: it follows from (seed, epoch, sample) and (seed, step).
 """
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -179,12 +180,18 @@ def run_facts(run: Run, manifest: Manifest, detector: str | None, plan: Plan) ->
 
 
 def restore(
-    run: Run, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
+    run: Run,
+    facts: dict[str, Any],
+    model: nn.Module,
+    optimizer: Any,
+    device: torch.device,
+    average: nn.Module | None = None,
 ) -> tuple[int, float, float]:
     """Load the newest checkpoint if asked to; returns the first step to do, the seconds of
-    training that those before took, and the epochs the run was to have.
+    training that those before took, and the epochs the run was to have. `average`: of the weights.
 
-    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time.
+    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time; and
+    `micro_batch`, the images of its forward passes.
     """
     path = newest(run.out / "checkpoints")
     if path is None:
@@ -200,7 +207,7 @@ def restore(
         )
     state = load(path, device)
     # What an older checkpoint's recipe does not have was as the defaults are.
-    known = {each.name: each.default for each in fields(Recipe)} | state["run"]["recipe"]
+    known = asdict(Recipe(model="")) | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
         "window": 0,
@@ -224,9 +231,13 @@ def restore(
     extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
     if extended:
         facts["extended"] = extended
-    for group in state["optimizer"]["param_groups"]:  # as the device has it, not the run before
-        group["fused"] = optimizer.defaults["fused"]
+    facts["micro_batch"] = int(state["run"].get("micro_batch", 0))
+    if "fused" in optimizer.defaults:  # as the device has it, not the run before
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]
     model.load_state_dict(state["model"])
+    if average is not None:
+        average.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
     return step, float(state.get("seconds", 0.0)), epochs
 

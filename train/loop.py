@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from shards import Batch, Plan, to_device
@@ -22,7 +23,9 @@ from train.cuda import peak_flops, pin_attention
 from train.distributed import Stop, agree, connect, gathered, this_process, together
 from train.estimate import (
     describe,
+    fitting,
     largest_part,
+    memory_free,
     memory_lines,
     memory_of,
     memory_told,
@@ -76,8 +79,10 @@ def pretrain(run: Run) -> None:
         model = make_model(recipe).to(device)
         masking = Masking(recipe, run.seed, records.manifest, model.encoder, steps_an_epoch, device)
         optimizer = make_optimizer(model, recipe, device)
+        average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
+        beside = average and average.module
         first, seconds, epochs = together(
-            process, lambda: checkpoint.restore(run, facts, model, optimizer, device)
+            process, lambda: checkpoint.restore(run, facts, model, optimizer, device, beside)
         )
         agree(process, run.out, first, facts["shards"])
         together(process, lambda: masking.restore(run.out, first))
@@ -87,12 +92,17 @@ def pretrain(run: Run) -> None:
     # --- Micro-steps: how many, and one graph of each
     with busy("measuring the model", rank == 0):
         flops = model_flops(model, recipe.size, masking.example())
-        memory = memory_of(model, masking.example(early=True), recipe.size, device)
+        cells, asked = (
+            masking.example(early=True),
+            recipe.micro_batch or facts.get("micro_batch", 0),
+        )
+        memory = memory_of(model, cells, recipe.size, device, recipe.checkpoint)
         free = None if run.deterministic else memory  # what is free may differ from start to start
-        most = min(gathered(process, largest_part(recipe.micro_batch, flops, device, free)))
+        most = min(gathered(process, largest_part(asked, flops, device, free)))
         micro_steps = count_micro_steps(recipe, ranks, most)
         plan = replace(plan, micro_steps=micro_steps)
-        part = recipe.batch // (ranks * micro_steps)
+        part = facts["micro_batch"] = recipe.batch // (ranks * micro_steps)
+        fits = fitting(memory, memory_free(device))
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
     alone: nn.Module = Step(model, crops)
     parallel: Any = in_parallel(alone) if ranks > 1 else alone
@@ -101,7 +111,7 @@ def pretrain(run: Run) -> None:
     peak = peak_flops(device_name(device))
     if writes:
         describe(run, records, facts, model, masking.describe(), plan, ranks, device)
-        say(*filter(None, [attention]), *memory_lines(memory.needed(part), part, device))
+        say(*filter(None, [attention]), *memory_lines(memory, part, device))
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 
@@ -128,7 +138,7 @@ def pretrain(run: Run) -> None:
         Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
         checkpoint.Saver(run.out / "checkpoints", run.save_minutes, device) as saver,
         progress.running(),
-        memory_told(part),
+        memory_told(part, fits),
     ):
         for step in range(first, last):
             progress.begin(step)
@@ -177,6 +187,8 @@ def pretrain(run: Run) -> None:
             if not cut:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimizer.step()
+                if average is not None:
+                    average.update(model, step + 1)
                 window.add(step, known, sums[0], norm.detach(), sums[1])
 
             # What is due after the step: rows, a checkpoint, the end.
@@ -195,6 +207,7 @@ def pretrain(run: Run) -> None:
             if saving and rank == 0:
                 state = {"run": facts, "seconds": window.seconds}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"ema": average.module.state_dict()} if average is not None else {}
                 with progress.busy("saving"):
                     saver.save(done, state)
             saved = done if saving else saved

@@ -32,12 +32,22 @@ class Recipe:
     peak: Annotated[float, "learning rate after them"] = 8e-4
     floor: Annotated[float, "learning rate at the end, by a cosine"] = 1e-5
     start: Annotated[float, "learning rate of the first step"] = 1e-6
+    optimizer: Annotated[
+        str, "adamw, or another by its name in timm.optim: muon, lion, sgd ..."
+    ] = "adamw"
+    optimizer_options: Annotated[dict[str, Any], "for it, as `betas` or `momentum`"] = field(
+        default_factory=dict
+    )
     beta2: Annotated[float, "of AdamW: decay of its mean of squares"] = 0.999
     weight_decay: Annotated[float, "of the optimizer"] = 0.05
     decay_all: Annotated[
         bool, "norms, biases and positions decay too, as published; SimMIM: not"
     ] = True
     clip: Annotated[float, "most norm of the gradient"] = 1.0
+    ema: Annotated[
+        float,
+        "decay of a mean of the weights beside them, as 0.9999, less at first; 0: there is none",
+    ] = 0.0
     mask_ratio: Annotated[float, "share of cells that are masked"] = 0.6
     cell: Annotated[int, "side of a cell of simmim, px; a cell of mae is a patch"] = 32
     temperature: Annotated[
@@ -65,6 +75,9 @@ class Recipe:
     micro_batch: Annotated[
         int, "most images of a forward pass, of one process; 0: as many as serve"
     ] = 0
+    checkpoint: Annotated[
+        bool, "activations of the encoder are computed again, not kept: less memory, a third slower"
+    ] = False
     method: Annotated[Literal["simmim", "mae"], "model and loss"] = "simmim"
     decoder: Annotated[tuple[int, int, int], "of mae: width, blocks, heads"] = (512, 8, 16)
     norm_pix: Annotated[
@@ -238,7 +251,8 @@ def _value(text: str, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(p(t) for p, t in zip(parts, text.split(","), strict=True))
     if get_origin(kind) is dict:
-        return {str(k): int(v) for k, v in json.loads(text).items()}
+        whole = parts[1] is int
+        return {str(k): int(v) if whole else v for k, v in json.loads(text).items()}
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     if type(None) in parts:

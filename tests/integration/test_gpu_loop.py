@@ -22,7 +22,7 @@ from train.cuda import PEAK_FLOPS, peak_flops, warn_of_what_is_missing
 from train.estimate import MOST_PART, Memory, largest_part, memory_of, memory_told
 from train.masking import ATTENTION, Masking
 from train.models import make_model
-from train.recipes import find_recipe, recipe_names
+from train.recipes import changed, find_recipe, recipe_names
 from train.request import compiler_missing
 from train.setup import find_device, make_optimizer, weighted_crops
 from train.step import Pace, Step, in_parallel, weighed
@@ -83,9 +83,11 @@ def batch_of(images, size):
 
 def reduced(name):
     """The recipe `name`, or name:weights, with few and narrow layers, and of few images."""
-    name, _, weights = name.partition(":")
+    name, _, more = name.partition(":")
+    weights, words = ("", [more]) if "=" in more else (more, [])
     options = SWIN if name.startswith("swin") else SMALL
-    recipe = replace(find_recipe(name), options=options, batch=4, weights=weights or "detector")
+    recipe = changed(find_recipe(name), words)
+    recipe = replace(recipe, options=options, batch=4, weights=weights or "detector")
     return replace(recipe, decoder=(32, 1, 2)) if recipe.method == "mae" else recipe
 
 
@@ -159,7 +161,8 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 
 @pytest.mark.parametrize(
     "name",
-    ["small", "small:permuted", "small:inverse", "small_mae_kamim", "small_famt", "swin_tiny_bf16"],
+    ["small", "small:permuted", "small:inverse", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
+    + [f"{name}:checkpoint=true" for name in ("small", "small_mae_kamim")],
 )
 def test_a_step_is_one_graph_that_is_made_once(name):
     """Of crops, weights, forward, loss and backward, over steps whose boxes, masks and temperatures
@@ -344,9 +347,44 @@ def test_micro_batches_fill_a_card_unless_it_is_said_how_large_they_are(monkeypa
     assert largest_part(0, 1e6, CPU, base) == 256
 
 
-def test_a_full_card_is_told_with_what_to_type():
-    with pytest.raises(ValueError, match="--micro-batch 128 takes less"), memory_told(256):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        (100, "--micro-batch 100 fits, or --set checkpoint=true"),
+        (300, "--micro-batch 128 takes less"),
+        (0, "take a smaller model"),
+    ],
+)
+def test_full_memory_is_told_with_the_number_that_fits(fits, said):
+    with pytest.raises(ValueError, match=f"GPU's memory is full with 256 .*; {said}"):  # noqa: SIM117
+        with memory_told(256, fits):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(ValueError, match=f"the memory is full with 256 .*; {said}"):  # noqa: SIM117
+        with memory_told(256, fits):
+            torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="another"), memory_told(256, fits):
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("name", ["vit_small", "vit_small_mae", "swin_tiny"])
+def test_activations_that_are_computed_again_are_not_kept(name):
+    """The loss and its gradients are the same to the last bit; memory is a fraction."""
+    found = []
+    for words in ((), ("checkpoint=true",)):
+        recipe = replace(changed(find_recipe(name), words), batch=2)
+        step, masking = parts_of(recipe)
+        tensors, cells = batch_of(2, 256), masking.hidden(masking.noise(0), 0, {})
+        torch.manual_seed(1)
+        tensors["frames"] = torch.randint(256, (2, 256, 256, 3), dtype=torch.uint8)
+        loss, _ = step(tensors, cells)
+        loss.backward()
+        grads = [p.grad for p in step.model.parameters() if p.grad is not None]
+        memory = memory_of(step.model, masking.example(), recipe.size, CPU, recipe.checkpoint)
+        found.append((loss, grads, memory.image))
+    (loss, grads, plain), (again, theirs, less) = found
+    assert torch.equal(loss, again)
+    assert all(map(torch.equal, grads, theirs))
+    assert less < 0.6 * plain
 
 
 def test_a_run_of_attention_is_measured_as_it_begins():
