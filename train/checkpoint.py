@@ -171,6 +171,7 @@ def run_facts(run: Run, manifest: Manifest, detector: str | None, plan: Plan) ->
     return {
         "recipe": recipe,
         "seed": run.seed,
+        "init": run.init,
         "detector": detector or "",
         "bank": run.bank,
         "shards": manifest.fingerprint,
@@ -211,10 +212,13 @@ def restore(
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
         "window": 0,
+        "init": "",
         "decode": "cpu",
         **state["run"],
         **{f"recipe.{k}": v for k, v in known.items()},
     }
+    if not run.init and "init" in facts:  # it started long ago
+        facts["init"] = then["init"]
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
     longer = then["recipe.epochs"] != now["recipe.epochs"]
     apart = ("recipe", "recipe.micro_batch", *(LENGTHS if longer else ()))
@@ -231,6 +235,8 @@ def restore(
     extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
     if extended:
         facts["extended"] = extended
+    if "init_sha256" in then:
+        facts["init_sha256"] = then["init_sha256"]
     facts["micro_batch"] = int(state["run"].get("micro_batch", 0))
     if "fused" in optimizer.defaults:  # as the device has it, not the run before
         for group in state["optimizer"]["param_groups"]:

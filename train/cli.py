@@ -6,12 +6,13 @@ torch is imported only when one of them runs, and after what was typed is checke
 import json
 import re
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from shards.errors import UserError
+from shards.errors import UserError, install
 from shards.remote.retry import PATIENCE
 
 app = typer.Typer()
@@ -37,6 +38,13 @@ def pretrain(
     bank: Annotated[
         bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
     ] = False,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="Start the encoder from timm:NAME, a run, or what `kamim export` wrote, not from "
+            "random weights."
+        ),
+    ] = "",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Decides order, crops, flips, masks, weights; 0.")
     ] = None,
@@ -127,7 +135,7 @@ def pretrain(
     from train.progress import busy, say
     from train.recipe_file import default_out, read_recipe
     from train.recipes import changed
-    from train.request import Run, check_device, check_folder, check_wandb
+    from train.request import Run, check_device, check_encoders, check_folder, check_wandb
 
     folder, resume = take_word(folder, word, resume)
     limit = parse_bytes(cache_limit)
@@ -138,6 +146,9 @@ def pretrain(
     check_device(device)
     check_wandb(wandb)
     check_folder(folder)
+    if init.startswith("random:"):
+        raise UserError(f"--init {init}: without --init an encoder starts from random weights")
+    check_encoders([init] if init else [])
     with busy("loading torch"):
         from train.distributed import Stopped
         from train.loop import pretrain
@@ -159,6 +170,7 @@ def pretrain(
         shards=folder if is_url(folder) else Path(folder),
         out=out or default_out(recipe),
         recipe=replace(chosen, **changes),
+        init=init or kept.get("init", ""),
         seed=kept.get("seed", 0) if seed is None else seed,
         detector=detector or kept.get("detector") or None,
         bank=bank or kept.get("bank", False),
@@ -245,11 +257,25 @@ def recipes(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    run: Annotated[Path, typer.Argument(help="A run, or a checkpoint of one.")],
+    target: Annotated[
+        Path, typer.Argument(help="The .safetensors file to write; of timm and hf a folder.")
+    ],
+    to: Annotated[
+        Literal["safetensors", "timm", "hf"],
+        typer.Option(help="One file; a folder for timm; a folder for transformers, of a ViT."),
+    ] = "safetensors",
+    ema: Annotated[bool, typer.Option("--ema", help="The mean of the weights.")] = False,
 ) -> None:
-    """Write the encoder of a checkpoint as safetensors that timm loads unchanged."""
+    """Write the encoder of a checkpoint in a form that timm or transformers loads unchanged.
+
+    A folder has config.json, model.safetensors and a model card, README.md, made of what the run
+    knows: data, recipe and numbers. Its licence is for you to fill in.
+    """
     from train.checkpoint import chosen
+
+    if to == "hf" and find_spec("transformers") is None:
+        raise UserError(f"--to hf needs transformers; {install('transformers')}")
     from train.export import export
 
-    print(f"{target}: load it into {export(chosen(checkpoint), target)}")
+    print(f"{target}: load it into {export(chosen(run), target, to, ema)}")

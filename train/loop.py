@@ -48,6 +48,7 @@ from train.setup import (
     start_device,
 )
 from train.step import Pace, Step, compiled, in_parallel, weighed
+from train.weights import start_from
 
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
@@ -76,7 +77,11 @@ def pretrain(run: Run) -> None:
     # --- Model, and where it left off
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
-        model = make_model(recipe).to(device)
+        model = make_model(recipe)
+        if run.init and checkpoint.newest(run.out / "checkpoints") is None:
+            start = partial(start_from, run.init, model.encoder, recipe.size)
+            facts["init_sha256"] = together(process, start)
+        model = model.to(device)
         masking = Masking(recipe, run.seed, records.manifest, model.encoder, steps_an_epoch, device)
         optimizer = make_optimizer(model, recipe, device)
         average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
@@ -112,6 +117,8 @@ def pretrain(run: Run) -> None:
     if writes:
         describe(run, records, facts, model, masking.describe(), plan, ranks, device)
         say(*filter(None, [attention]), *memory_lines(memory, part, device))
+    if rank == 0 and "init_sha256" in facts and not first:
+        say(f"the encoder starts from {run.init}, SHA-256 {facts['init_sha256'][:12]}")
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 

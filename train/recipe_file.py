@@ -17,6 +17,7 @@ from train.recipes import Recipe, changed, find_recipe, nearest
 RUN_FILE = "run.toml"
 RUN: dict[str, type] = {  # options of `kamim pretrain` that are kept with what a run used
     "seed": int,
+    "init": str,
     "detector": str,
     "bank": bool,
     "window": int,

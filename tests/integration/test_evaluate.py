@@ -32,7 +32,6 @@ from kamim.__main__ import app
 from kamim.evaluate.checks import folder_for
 from kamim.evaluate.encoder import load_encoder, tokens
 from kamim.evaluate.features import extract
-from kamim.evaluate.huggingface import from_timm, to_timm
 from kamim.evaluate.probe import linear_probe, nearest_neighbours
 from kamim.evaluate.supervised import (
     Classifier,
@@ -46,6 +45,7 @@ from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.beton import convert_to_ffcv
 from train import checkpoint
+from train.huggingface import from_timm, to_timm
 
 CPU = torch.device("cpu")
 
