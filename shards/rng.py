@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     RACE = 10  # order in which cells are masked and thrown
     AUGMENT = 11  # augmentations of training with labels
     LAYERS = 12  # layers that a step leaves out, Swin's
+    FEW = 15  # images and patches whose labels an evaluation takes
 
 
 # Arrays, not scalars: an operation with a scalar takes NumPy twice as long, and warns of wrapping.

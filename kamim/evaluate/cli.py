@@ -59,8 +59,8 @@ def probe(
     train: Train,
     val: Val,
     protocol: Annotated[
-        Literal["fast", "paper"],
-        typer.Option(help="Cached features and swept rates, or the published augmented recipe."),
+        Literal["fast", "paper", "fewshot"],
+        typer.Option(help="Cached features, the published augmented recipe, or 1 and 10 %."),
     ] = "fast",
     block: Block = 0,
     pool: Pooling = "mean",
@@ -76,8 +76,9 @@ def probe(
     """Linear probe of frozen features, and their nearest neighbours.
 
     fast: features are computed once and kept, learning rates are swept on a tenth of the training
-    set, no augmentation. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or
-    CutMix. Killed, the same command goes on from what is finished.
+    set, no augmentation. fewshot: the same with the labels of 1 % and 10 % of the training set, as
+    many of each class, others for each seed. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide,
+    erasing, MixUp or CutMix. Killed, the same command goes on from what is finished.
     """
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
@@ -90,6 +91,14 @@ def probe(
             cached(folder, task.model, records, task.block, pool, task.device)
             for records in (task.learn, task.test)
         )
+        if protocol == "fewshot":
+            from kamim.evaluate.fewshot import SHARES, few_shot
+
+            how = seeds, neighbours, task.device
+            few = [few_shot(known, asked, task.classes, share, *how) for share in SHARES]
+            row = task.facts() | {"protocol": protocol, "few": few}
+            _report_few(row, folder / "probe.json", json_output)
+            return
         near = nearest_neighbours(known, asked, task.classes, neighbours)
         row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
         if protocol == "fast":
@@ -235,12 +244,28 @@ def _supervised(
     return found
 
 
-def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
+def _keep(row: dict[str, Any], path: Path, json_output: bool) -> None:
     from shards.files import write_atomically
 
     write_atomically(path, (json.dumps(row, indent=2) + "\n").encode("ascii"))
     if json_output:
         print(json.dumps(row))
+
+
+def _report_few(row: dict[str, Any], path: Path, json_output: bool) -> None:
+    _keep(row, path, json_output)
+    for each in [] if json_output else row["few"]:
+        top1, near = (statistics.mean(each[name]) for name in ("top1", "knn"))
+        spread = f" +- {statistics.stdev(each['top1']):.2%}" if len(each["top1"]) > 1 else ""
+        print(
+            f"{row['encoder']}, labels of {each['images']:,} images ({each['share']:.0%}): top-1 "
+            f"{top1:.2%}{spread}, nearest neighbours {near:.2%}, {len(each['top1'])} seeds"
+        )
+
+
+def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
+    _keep(row, path, json_output)
+    if json_output:
         return
     count = len(row["top1"])
     spread = f" +- {statistics.stdev(row['top1']):.2%}" if count > 1 else ""
@@ -322,8 +347,8 @@ def export_hf(
         import torch
 
         from kamim.evaluate.encoder import load_encoder
-        from kamim.evaluate.huggingface import config_of, from_timm
         from train.export import write_tensors
+        from train.huggingface import config_of, from_timm
 
         model = load_encoder(encoder, torch.device("cpu")).model
     if not hasattr(model, "blocks"):
