@@ -97,10 +97,8 @@ def pretrain(run: Run) -> None:
     # --- Micro-steps: how many, and one graph of each
     with busy("measuring the model", rank == 0):
         flops = model_flops(model, recipe.size, masking.example())
-        cells, asked = (
-            masking.example(early=True),
-            recipe.micro_batch or facts.get("micro_batch", 0),
-        )
+        cells = masking.example(early=True)
+        asked = recipe.micro_batch or facts.get("micro_batch", 0)
         memory = memory_of(model, cells, recipe.size, device, recipe.checkpoint)
         free = None if run.deterministic else memory  # what is free may differ from start to start
         most = min(gathered(process, largest_part(asked, flops, device, free)))

@@ -11,6 +11,7 @@ import pytest
 from conftest import settings
 
 torch = pytest.importorskip("torch")
+from timm.utils import ModelEmaV3
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -230,6 +231,16 @@ def test_a_step_waits_for_nothing(name, fake_cuda, monkeypatch):
         else:
             noise = masking.noise(masking.begin)
         step(tensors, masking.hidden(noise, masking.begin, tensors))
+    assert found == []
+
+
+def test_a_mean_of_the_weights_waits_for_nothing(fake_cuda):
+    with unset_fake_temporarily():
+        step, _ = parts_of(reduced("small_mae"))
+        average = ModelEmaV3(step.model, 0.99, use_warmup=True)
+    faked(step, fake_cuda), faked(average.module, fake_cuda)
+    with waits() as found:
+        average.update(step.model, 3)
     assert found == []
 
 
