@@ -10,7 +10,7 @@ from kamim.evaluate.probe import linear_probe, nearest_neighbours
 from shards.rng import Purpose, mix
 
 SHARES = (0.01, 0.10)
-STEPS, BATCH = 1000, 1024  # of a head, at least; images of a step at most
+STEPS, BATCH = 300, 1024  # of a head, at least; images of a step at most
 
 
 def few(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:

@@ -80,9 +80,9 @@ def test_what_colour_tells_is_segmented_from_the_command_line(by, tmp_path):
     again = json.loads(kamim(*words, "--out", tmp_path / "other", "--json").stdout)
     assert again == row
     (val / "masks" / "a" / "2.png").unlink()
-    refused = kamim(*words, check=False, cwd=tmp_path)
+    refused = kamim(*words, check=False)
     assert (refused.returncode, "2.jpg has no mask" in refused.stderr) == (2, True)
-    refused = kamim("dense", "random:small", tmp_path, val, check=False, cwd=tmp_path)
+    refused = kamim("dense", "random:small", tmp_path, val, check=False)
     assert "has no images; lay them into" in refused.stderr
 
 

@@ -6,21 +6,28 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import errors
+from typer.testing import CliRunner
 
+from kamim.__main__ import app
+from shards.errors import UserError
 from train.recipe_file import documented, read_recipe, show
 from train.recipes import Recipe, find_recipe, recipe_names
 
 TINY = ['options={"embed_dim": 32, "depth": 2, "num_heads": 2}', "batch=8", "epochs=3"]
 
 
-def kamim(*words, check=True, **options):
-    line = [sys.executable, "-m", "kamim", *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, **options)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+def kamim(*words, check=True):
+    """The command as a user types it, in this process: importing torch anew takes seconds."""
+    result = CliRunner().invoke(app, list(map(str, words)))
+    error = result.exception
+    if error is not None and (check or not isinstance(error, UserError)):
+        raise error
+    said = result.stderr + (f"kamim: {error}\n" if error else "")
+    return SimpleNamespace(returncode=2 if error else 0, stdout=result.stdout, stderr=said)
 
 
 def losses(out):
