@@ -1,13 +1,13 @@
 """Encoders that load anywhere, and runs that start from them, as typed."""
 
 import json
-import os
 import tomllib
 
 import pytest
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_recipe_file import TINY, kamim, losses, pretrain, setting
 
@@ -41,7 +41,7 @@ def test_timm_loads_what_is_exported_for_it(trained, tmp_path):
     model = eval(line.partition("load it into ")[2], {"timm": timm})
     assert torch.equal(features(model, images), wanted)
     assert (model.num_classes, model.pretrained_cfg["input_size"]) == (0, (3, 96, 96))
-    assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+    assert tuple(model.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
     assert torch.equal(features(load_encoder(str(tmp_path / "timm"), CPU).model, images), wanted)
     left = {path.name for path in tmp_path.iterdir()} - {"source", "built"}
     assert left == {"run", "timm"}
@@ -157,13 +157,12 @@ def test_a_run_starts_from_weights_of_timm(built, tmp_path, monkeypatch):
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("main1")
     save_file(model.state_dict(), folder / "snapshots" / "main1" / "model.safetensors")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     flags = ("--recipe", "vit_tiny", *setting("batch=8", "epochs=1", "size=96", "decay_all=true"))
     pretrain(built, tmp_path / "out", *flags, "--init", f"timm:{name}", "--steps", 1)
     state = checkpoint.load(checkpoint.chosen(tmp_path / "out"))["model"]
     found, wanted = state["encoder.blocks.3.mlp.fc1.weight"], model.blocks[3].mlp.fc1.weight
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
     nothing = pretrain(built, tmp_path / "x", *flags, "--init", "random:small", check=False)
     assert (nothing.returncode, "without --init" in nothing.stderr) == (2, True)
