@@ -377,9 +377,13 @@ def test_full_memory_is_told_with_the_number_that_fits(fits, said):
         raise RuntimeError("another")
 
 
-@pytest.mark.parametrize("name", ["vit_small", "vit_small_mae", "swin_tiny"])
-def test_activations_that_are_computed_again_are_not_kept(name):
-    """The loss and its gradients are the same to the last bit; memory is a fraction."""
+@pytest.mark.parametrize(
+    ("name", "share"), [("vit_small", 0.6), ("vit_small_mae", 0.75), ("swin_tiny", 0.6)]
+)
+def test_activations_that_are_computed_again_are_not_kept(name, share):
+    """The loss and its gradients are the same to the last bit; memory is a fraction, of MAE a
+    larger one: its decoder keeps its own.
+    """
     found = []
     for words in ((), ("checkpoint=true",)):
         recipe = replace(changed(find_recipe(name), words), batch=2)
@@ -395,7 +399,7 @@ def test_activations_that_are_computed_again_are_not_kept(name):
     (loss, grads, plain), (again, theirs, less) = found
     assert torch.equal(loss, again)
     assert all(map(torch.equal, grads, theirs))
-    assert less < 0.6 * plain
+    assert less < share * plain
 
 
 def test_a_run_of_attention_is_measured_as_it_begins():
