@@ -30,14 +30,14 @@ NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_m
 $(error there is no variable $(UNKNOWN)$(if $(NEAREST),; did you mean $(NEAREST)?,;) the variables are $(KNOWN))
 endif
 
-.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
+.PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-spread bench-frames bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
 	@echo '                    |folder|webdataset|parquet|shards DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
-	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder] [JOBS=n]'
+	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder or URL] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
 	@echo 'make maps                                  the same words: densities without frames'
@@ -46,7 +46,7 @@ help:  ## Show this list.
 setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
 
 # What a URL, Parquet or a cluster needs is installed when it is asked for.
-NEEDS = $(if $(findstring ://,$(DATA)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
+NEEDS = $(if $(findstring ://,$(DATA) $(OUT)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
 
 # Before anything is installed or built.
 words:
@@ -78,11 +78,15 @@ ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 	@$(BIN)/kamim doctor
 
-test: $(VENV)/test  ## Run the tests (about ten minutes on two cores).
+test: $(VENV)/test  ## Run the tests (about six minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/test  ## Run the long tests too.
-	$(BIN)/python -m pytest -q -m '(slow or not slow) and not dist and not stress'
+	$(BIN)/python -m pytest -q --hypothesis-profile=new -m '(slow or not slow) and not dist and not stress'
+
+.PHONY: test-readme
+test-readme: $(VENV)/test  ## Run the README's commands as they are printed (minutes; trains).
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_readme.py
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
@@ -95,9 +99,11 @@ check: $(VENV)/check  ## Lint, formatting and types; seconds, no torch.
 	$(VENV)/check/bin/mypy --allow-subclassing-any --allow-untyped-decorators --no-warn-unused-ignores \
 	  --no-warn-redundant-casts --no-warn-unreachable shards preprocess train kamim
 
-dist: $(VENV)/dist  ## Build wheel and sdist, install the wheel beside other packages, and try it.
+dist: $(VENV)/dist  ## Build wheel, sdist and bill of materials; try the wheel beside other packages.
 	@rm -rf build/dist && mkdir -p build/dist
 	@$(VENV)/dist/bin/python -m build --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
+	@$(VENV)/dist/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml \
+	  --output-reproducible -o build/dist/kamim.cdx.json 2>>build/dist.log
 	$(VENV)/dist/bin/python -m pytest -q -m dist --noconftest -p no:cacheprovider tests/integration/test_dist.py
 
 bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
@@ -107,17 +113,24 @@ bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m kamim.bench.loader "$(if $(DATA),$(DATA),demo)"
 
 abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="-k kills --scale 0.05".
-	$(BIN)/python -m pytest -s -m stress tests/stress $(FLAGS)
+	$(BIN)/python -m pytest -s -m stress tests/stress -k "not soak" $(FLAGS)
 
-lock: $(VENV)/audit  ## Choose anew the versions and hashes that tests can be run with.
-	$(VENV)/audit/bin/uv pip compile pyproject.toml --extra demo --extra train --extra test -q \
-	  --universal --python-version 3.11 --generate-hashes --upgrade --no-annotate --no-header \
-	  --no-emit-index-url --no-emit-find-links -o requirements-test.lock
+.PHONY: soak
+soak: $(VENV)/test  ## Build, train, evaluate and kill for an hour, and look at what is left: FLAGS="--scale 0.2".
+	$(BIN)/python -m pytest -s -m stress tests/stress -k soak $(FLAGS)
+
+LOCK := pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --upgrade \
+  --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra demo --extra train
+lock: $(VENV)/audit  ## Choose anew the versions and hashes to install, and to run the tests, with.
+	$(VENV)/audit/bin/uv $(LOCK) --extra remote --extra parquet --extra dask --extra ffcv -o requirements.lock
+	$(VENV)/audit/bin/uv $(LOCK) --extra test -o requirements-test.lock
+	@sed -i '1i # What kamim and its extras need, for Python 3.11 to 3.13; chosen by `make lock`.' requirements.lock
 	@sed -i '1i # What the tests need, for Python 3.11 to 3.13; chosen by `make lock`.' requirements-test.lock
 
 audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; fails where it cannot.
-	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-test.lock || { \
-	  echo 'audit: vulnerabilities were found, or they could not be looked up (above); nothing is vouched for' >&2; exit 1; }
+	@for locked in requirements.lock requirements-test.lock; do \
+	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r $$locked || { \
+	  echo 'audit: vulnerabilities were found, or they could not be looked up (above); nothing is vouched for' >&2; exit 1; }; done
 
 readme: $(VENV)/core  ## Render the pages' tables, from docs/results/bench and the fields of recipes.
 	$(BIN)/python -m kamim.bench.readme
@@ -141,6 +154,12 @@ bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training take
 bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
 
+bench-spread: $(VENV)/train  ## Measure the correction of map weights on half of the photos, and hold it to the others: DATA, OUT.
+	$(BIN)/python -m kamim.bench.spread "$(if $(DATA),$(DATA),demo)" "$(OUT)"
+
+bench-frames: $(VENV)/train  ## Measure what larger frames cost and keep, in the folder OUT, where it goes on: DATA, OUT.
+	$(BIN)/python -m kamim.bench.frames "$(if $(DATA),$(DATA),demo)" "$(OUT)"
+
 bench-maps: $(VENV)/core  ## Measure look-ups by name in densities of 1.28 million images.
 	$(BIN)/python -m kamim.bench.maps
 
@@ -148,6 +167,10 @@ bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: REC
 	$(BIN)/python -m kamim.bench.throw $(RECIPES)
 
 KEYPOINTS := data/keypoints
+.PHONY: mutants
+mutants: $(VENV)/test $(VENV)/mutants  ## Break lines of what numbers rest on, and ask the tests: FLAGS="--count 10".
+	$(VENV)/mutants/bin/python tests/mutants/mutate.py --python $(BIN)/python $(FLAGS)
+
 .PHONY: experiment
 experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=keypoints, DATA (photos, cifar10), FLAGS.
 	@if [ "$(NAME)" != keypoints ]; then echo 'experiment needs NAME=keypoints, see docs/results/keypoints/PLAN.md' >&2; exit 2; fi
@@ -191,7 +214,12 @@ $(VENV)/check: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/dist: pyproject.toml | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@
-	$(call install,build and pytest,50 MB,$@/bin,build pytest pytest-timeout)
+	$(call install,build$(comma) pytest and CycloneDX,60 MB,$@/bin,build pytest pytest-timeout cyclonedx-bom)
+	@touch $@
+
+$(VENV)/mutants: | $(VENV)/bin/python
+	@$(PYTHON) -m venv $@
+	$(call install,Cosmic Ray,50 MB,$@/bin,cosmic-ray)
 	@touch $@
 
 # An environment of its own: what audits and locks is not part of what is audited and locked.

@@ -1,7 +1,7 @@
 """KAMIM on WebDataset tars as they are: python maps_webdataset.py TARS MAPS STEPS."""
 
 import sys
-from itertools import chain, islice, repeat
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -23,16 +23,21 @@ def weighted(sample):
     return crop, density, torch.tensor(box) / torch.tensor([*image.shape[1:]] * 2)
 
 
+def batches(tars):
+    """Batches without end, each epoch in another order."""
+    for epoch in count():
+        data = webdataset.WebDataset(tars, shardshuffle=False).shuffle(1000, seed=epoch)
+        data = data.decode("pil").map(weighted)
+        yield from torch.utils.data.DataLoader(data, 64, num_workers=1)
+
+
 maps = shards.open(sys.argv[2])
 torch.manual_seed(0)
 weigh = shards.WeightedCrops(maps, "fast", size=96).weigh
 model = SimMIM("vit_tiny_patch16_224", 96, {"embed_dim": 128, "depth": 4, "num_heads": 4})
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 tars = sorted(map(str, Path(sys.argv[1]).glob("*.tar")))
-data = webdataset.WebDataset(tars, shardshuffle=False).shuffle(1000).decode("pil").map(weighted)
-loader = torch.utils.data.DataLoader(data, 64, num_workers=1)
-batches = islice(chain.from_iterable(repeat(loader)), int(sys.argv[3]))
-for step, (images, density, boxes) in enumerate(batches):
+for step, (images, density, boxes) in enumerate(islice(batches(tars), int(sys.argv[3]))):
     flips = torch.zeros(len(images), 2, dtype=torch.bool)
     weights = weigh({"maps": {"fast": density}, "boxes": boxes, "flips": flips})
     mask = block_masks(0, step, len(images), 3, 0.6, images.device)

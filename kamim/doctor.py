@@ -33,7 +33,8 @@ FOR = {"webdataset": "only to read our shards without us", "wandb": "only for --
 def examine() -> list[Row]:
     """Every part in turn; the third column is empty where nothing is missing."""
     rows = [("Python", platform.python_version(), "")]
-    rows += [_package(part, module) for part, module in PACKAGES.items()]
+    known = importlib.metadata.packages_distributions()  # reads the lists of all that is installed
+    rows += [_package(part, module, known.get(module, [])) for part, module in PACKAGES.items()]
     return [
         *rows,
         _checked("CUDA", _cuda),
@@ -44,11 +45,11 @@ def examine() -> list[Row]:
     ]
 
 
-def _package(part: str, module: str) -> Row:
+def _package(part: str, module: str, distributions: list[str]) -> Row:
     if importlib.util.find_spec(module) is None:
         wanted = f" ({FOR[module]})" if module in FOR else ""
         return part, "missing", install(module) + wanted
-    for distribution in importlib.metadata.packages_distributions().get(module, []):
+    for distribution in distributions:
         return part, importlib.metadata.version(distribution), ""
     return part, "there", ""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from preprocess.densities import bank_of, density_maps
     from preprocess.detectors import detector_settings
     from preprocess.fidelity import draw_fidelity, measure_fidelity, storage, write_picture
+    from preprocess.parts import build_part, join_parts
     from preprocess.redetect import redetect_maps
     from preprocess.source import Source
 
@@ -24,6 +25,7 @@ _HOMES = {
     "densities": "bank_of density_maps",
     "detectors": "detector_settings",
     "fidelity": "draw_fidelity measure_fidelity storage write_picture",
+    "parts": "build_part join_parts",
     "redetect": "redetect_maps",
     "source": "Source",
 }
@@ -34,11 +36,13 @@ __all__ = [
     "Source",
     "bank_of",
     "build",
+    "build_part",
     "build_shards",
     "decode_image",
     "density_maps",
     "detector_settings",
     "draw_fidelity",
+    "join_parts",
     "measure_fidelity",
     "open_source",
     "redetect_maps",

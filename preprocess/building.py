@@ -4,11 +4,14 @@ Shards are tasks for any backend; each publishes itself. What is finished surviv
 restart does only what is missing, and the manifest, written last, says that all is there.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -22,19 +25,28 @@ from numpy.typing import NDArray
 
 from preprocess import BuildError
 from preprocess import executors as backends
-from preprocess.compare import WORK, Facts, check_folder, check_reuse, facts_of
+from preprocess.compare import (
+    WORK,
+    Facts,
+    check_folder,
+    check_reuse,
+    compare,
+    facts_begun,
+    facts_of,
+)
 from preprocess.datasets import check_outside, open_source
 from preprocess.detectors import detector_settings
-from preprocess.shard import FACTS, Job, confirm, read_row, write_shard
+from preprocess.shard import FACTS, Job, confirm, read_rows, write_shard
 from preprocess.source import Source
 from shards import spec
-from shards.card import write_card
+from shards.card import card
 from shards.errors import UserError
-from shards.files import alone, sweep, write_atomically
-from shards.names import write_names
+from shards.files import MANIFEST, alone, locked, naming_if_full, sweep
+from shards.names import KEYS, NAMES, lists_of
 from shards.progress import progress, waiting
 from shards.record import npy_bytes
-from shards.spec import INDEX, REJECTED, File, Ledger, Manifest, Settings, fingerprint
+from shards.remote.place import Place
+from shards.spec import CARD, INDEX, REJECTED, File, Ledger, Manifest, Settings, fingerprint
 from shards.tar import INDEX_DTYPE
 
 TRIES = 5  # connections to a lost engine without a shard in between
@@ -69,7 +81,8 @@ def build(
     scheduler: str = "",
     **settings: Any,
 ) -> Manifest:
-    """Build shards of `source` in the folder `out`, or finish that; returns the manifest.
+    """Build shards of `source` in the folder or at the URL `out`, or finish that; returns the
+    manifest.
 
     source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH; split and
     partial as open_source. detectors: by name, with OpenCV's defaults. settings: fields of
@@ -93,14 +106,12 @@ def build(
         settings.setdefault("quality", 0)
     chosen = Settings(detectors=tuple(map(detector_settings, detectors)), **settings)
     listed, old = open_source(source, split, partial), Path(reuse) if reuse else None
-    return build_shards(
-        listed, Path(out), chosen, jobs, on_error, max_rejected, old, backend, scheduler
-    )
+    return build_shards(listed, out, chosen, jobs, on_error, max_rejected, old, backend, scheduler)
 
 
 def build_shards(
     source: Source,
-    out: Path,
+    out: Path | str,
     settings: Settings,
     jobs: int = 0,
     on_error: str = "quarantine",
@@ -111,60 +122,125 @@ def build_shards(
 ) -> Manifest:
     """Write `source` into shards under `out` by `jobs` processes (0: one per core), or finish that.
 
-    `backend` loky, dask or ray runs them, here or on the cluster of `scheduler`. The finished set
+    `out` is a folder, or the URL of a store, where each shard goes once it is whole. `backend`
+    loky, dask or ray runs the processes, here or on the cluster of `scheduler`. The finished set
     `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
     or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
     UserError if `out` lies in the source or holds anything else or other settings or inputs,
     BuildError if a finished set lacks a file or one has another size (repair_shards mends it), if
     an input is rejected and on_error is `fail`, if no input could be used, if the engine is lost
-    for good, or, after a complete build, if more than the share `max_rejected` was rejected.
+    for good, or, after a complete build, if more than the share `max_rejected` was rejected;
+    OSError if a store cannot be reached.
     """
     backends.check(backend, scheduler)
-    check_outside(source, out)
+    place, settings, facts, complete = prepare(source, out, settings, reuse)
+    if complete is None:
+        old, fail = reuse.resolve() if reuse else None, on_error == "fail"
+        with claim(source, settings, place, facts, reuse=old, fail=fail) as job:
+            write_missing(source, job, range(shards_of(facts)), backend, scheduler, jobs)
+            complete = publish(place, facts, source.classes)
+    elif WORK in place.sizes():
+        finish_tidying(place)
+    check_rejected(complete.ledger, max_rejected, f"see {place}/{REJECTED}")
+    return complete
+
+
+def prepare(
+    source: Source, out: Path | str, settings: Settings, reuse: Path | None
+) -> tuple[Place, Settings, Facts, Manifest | None]:
+    """Where to build, with which settings and facts, and the manifest if that is done already.
+
+    Raises UserError if `out` or `reuse` is not for such a build.
+    """
+    place = Place.of(out)
+    check_outside(source, str(place))
     settings = sized(settings, source)
     facts = facts_of(source, settings)
-    complete = check_folder(out, facts)
-    if complete is None:
-        if reuse:
-            check_reuse(reuse, facts)
-        old = reuse.resolve() if reuse else None
-        with claim(source, settings, out, facts, reuse=old, fail=on_error == "fail") as job:
-            numbers = range(-(-len(source.entries) // settings.shard_size))
-            write_missing(source, job, numbers, backend, scheduler, jobs)
-            with waiting("writing the index"):
-                complete = _publish(source, job, facts)
-    elif (out / WORK).exists():  # killed between the manifest and the tidying up
-        with suppress(ValueError), alone(out, out / WORK / "lock"):  # or a repair is under way
-            shutil.rmtree(out / WORK, ignore_errors=True)  # as whoever finished it may do now
-    if complete.ledger.rejected_share > max_rejected:
+    complete = check_folder(place, facts)
+    if reuse and complete is None:
+        check_reuse(reuse, facts)
+    return place, settings, facts, complete
+
+
+def shards_of(facts: Facts) -> int:
+    """How many shards a build of these facts has."""
+    return -(-int(facts["source"]["inputs"]) // int(facts["settings"]["shard_size"]))
+
+
+def check_rejected(ledger: Ledger, most: float, where: str) -> None:
+    """BuildError if more than the share `most` of the inputs was rejected."""
+    if ledger.rejected_share > most:
         raise BuildError(
-            f"{complete.ledger.rejected_share:.1%} of the inputs were rejected, more than "
-            f"{max_rejected:.1%}: {complete.ledger.rejected}; the shards are complete without "
-            f"them, see {out / REJECTED}, and accept with a larger --max-rejected"
+            f"{ledger.rejected_share:.1%} of the inputs were rejected, more than {most:.1%}: "
+            f"{ledger.rejected}; the shards are complete without them, {where}, and accept with a "
+            "larger --max-rejected"
         )
-    return complete
 
 
 @contextmanager
 def claim(
-    source: Source, settings: Settings, out: Path, facts: Facts, **options: Any
+    source: Source, settings: Settings, out: Place, facts: Facts, part: str = "", **options: Any
 ) -> Iterator[Job]:
-    """The build of `facts`, which are written into its work folder for all of its processes.
+    """The build of `facts`, or a `part` of it; they are written into its work folder for all of its
+    processes, unless they stand there.
 
-    This process alone holds that folder; it goes when the build is finished. options: of Job.
+    The work folder goes when the build is finished, not when a part is. options: of Job.
     """
     work = out / WORK
-    with alone(out, work / "lock"):
-        sweep(work)
-        write_atomically(work / FACTS, json.dumps(facts).encode("ascii"))
+    with hold(out, part) as scratch:
+        work.create(FACTS, json.dumps(facts).encode("ascii"))
+        compare(out, facts_begun(out) or facts, facts)  # another may have begun at the same time
         bare = replace(source, entries=[], classes=[])
-        folders = out.resolve(), work.resolve()
         if any(detector.plugin for detector in settings.detectors):
             # An engine's processes may be older than what this one has come to know.
             options["modules"] = (*sys.path, os.getcwd())
-        yield Job(settings, bare, *folders, fingerprint(facts), **options)
-        sweep(out)  # a killed build's orphan may have outlived the kill
-        shutil.rmtree(work, ignore_errors=True)  # the next build finds what is left, and removes it
+        there = out if out.is_url else Place(str(out.folder.resolve()))
+        yield Job(settings, bare, there, there / WORK, scratch, fingerprint(facts), **options)
+        if not part:
+            tidy(out)
+
+
+@contextmanager
+def hold(out: Place, part: str = "") -> Iterator[Path]:
+    """Build in `out` as no other process does, or this `part` of it; gives a folder for scratch.
+
+    In a store only processes of this machine are kept out: what others write there is the same.
+    """
+    if out.is_url:
+        digest = hashlib.sha256(f"{out} {part}".encode()).hexdigest()[:16]
+        scratch = Path(tempfile.gettempdir(), f"kamim-{os.getuid()}-{digest}")
+        with locked(scratch.with_suffix(".lock"), out), naming_if_full(scratch.parent):
+            shutil.rmtree(scratch, ignore_errors=True)  # what a killed build left
+            scratch.mkdir(mode=0o700)
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return
+    work = (out / WORK).folder
+    if part:
+        with (
+            locked(work / "lock", out, shared=True),
+            locked(work / f"{part}.lock", out),
+            naming_if_full(out.folder),
+        ):
+            yield work
+        return
+    with alone(out.folder, work / "lock"):
+        sweep(work)
+        yield work
+
+
+def tidy(out: Place) -> None:
+    """Remove what a finished build leaves; the next one finds what is left, and removes it."""
+    out.sweep()  # a killed build's orphan may have outlived the kill
+    (out / WORK).remove_all()
+
+
+def finish_tidying(out: Place) -> None:
+    """Tidy up after a build that was killed between its manifest and that."""
+    with suppress(ValueError), hold(out):  # or a repair is under way
+        tidy(out)
 
 
 def write_missing(
@@ -183,14 +259,15 @@ def write_missing(
     size = job.settings.shard_size
     parts = {n: slice(n * size, n * size + size) for n in numbers}
     inputs = sum(len(source.entries[part]) for part in parts.values())
-    missing = {n for n in parts if read_row(job.work, job.out, n) is None}
+    with waiting(f"looking at what is in {job.out}"):
+        missing = set(parts) - _finished(job, parts)
     seen = inputs - sum(len(source.entries[parts[n]]) for n in missing)
     tries = TRIES  # until a first shard arrives, a failure is for the user to see
     with progress(title, inputs, initial=seen) as bar:
         while missing:
             tasks = ((job, n, source.entries[parts[n]]) for n in sorted(missing))
             most = min(jobs or joblib.cpu_count(), len(missing)) if not scheduler else jobs
-            results = backends.run(backend, scheduler, most, write_shard, tasks, job.work)
+            results = backends.run(backend, scheduler, most, write_shard, tasks, job.scratch)
             try:
                 for written in results:
                     if backend != "loky":
@@ -199,8 +276,8 @@ def write_missing(
                     bar.update(written.inputs)
                     tries = 0
             except backends.Lost as lost:
-                if any(read_row(job.work, job.out, n) for n in missing):  # out of our sight
-                    tries = 0
+                found = _finished(job, missing)  # out of our sight
+                tries = 0 if found else tries
                 tries += 1
                 if tries > TRIES:
                     raise BuildError(
@@ -208,11 +285,16 @@ def write_missing(
                     ) from None
                 bar.write(f"{lost}; trying again, {tries} of {TRIES}", file=sys.stderr)
                 time.sleep(PAUSE_SECONDS * tries)
-                for n in [n for n in missing if read_row(job.work, job.out, n)]:
+                for n in found | _finished(job, missing):
                     missing.discard(n)
                     bar.update(len(source.entries[parts[n]]))
             finally:
                 results.close()
+
+
+def _finished(job: Job, numbers: Iterable[int]) -> set[int]:
+    """Those shards of `numbers` that are published whole."""
+    return {n for n, _ in read_rows(job.work, job.out, job.fingerprint, numbers)}
 
 
 def names_in(source: Source, index: NDArray[np.void]) -> list[str]:
@@ -225,41 +307,64 @@ def index_in(row: Mapping[str, Any]) -> NDArray[np.void]:
     return np.array([tuple(each) for each in row["index"]], INDEX_DTYPE)
 
 
-def _publish(source: Source, job: Job, facts: Facts) -> Manifest:
-    """Join the rows into index, list of rejected inputs and manifest, in that order."""
-    size, inputs = job.settings.shard_size, len(source.entries)
-    files, indexes, reasons, rejected = [], [], dict[str, int](), []
-    for number in range(-(-inputs // size)):
-        row = read_row(job.work, job.out, number)
-        assert row is not None, f"shard {number} was published without a row"
-        files.append(File(**row["file"]))
-        indexes.append(index_in(row))
-        for line in row["rejected"]:
-            reasons[line["reason"]] = reasons.get(line["reason"], 0) + 1
-            rejected.append(json.dumps(line, sort_keys=True) + "\n")
-    index = np.concatenate(indexes)
-    if len(index) == 0:
-        raise BuildError(f"all {inputs} inputs were rejected: {reasons}; nothing was published")
-    ledger, lines = Ledger(inputs, len(index), reasons), "".join(rejected).encode("ascii")
-    names = []
-    if job.settings.frame == 0:
-        names = write_names(job.out, names_in(source, index), source.kind)
-    manifest = Manifest(
-        format_version=spec.FORMAT_VERSION,
-        container="webdataset" if job.settings.frame else "maps",
-        settings=job.settings,
-        source=facts["source"],
-        classes=source.classes,
-        versions=facts["versions"],
-        fingerprint=fingerprint(facts),
-        ledger=ledger,
-        shards=files,
-        index=spec.write_file(job.out / INDEX, npy_bytes(index), len(index)),
-        rejected=spec.write_file(job.out / REJECTED, lines, len(rejected)),
-        fidelity={},
-        names=names,
-    )
-    assert ledger.balanced
-    write_card(job.out, manifest)
-    spec.write(job.out, manifest)
+def ledger_of(inputs: int, written: int, rejected: Iterable[Mapping[str, str]]) -> Ledger:
+    """The ledger of inputs with these lines of rejected ones. BuildError if it does not balance."""
+    ledger = Ledger(inputs, written, dict(Counter(line["reason"] for line in rejected)))
+    if not ledger.balanced:
+        raise BuildError(f"the rows of the shards do not account for {inputs} inputs: {ledger}")
+    return ledger
+
+
+def publish(out: Place, facts: Facts, classes: list[str]) -> Manifest:
+    """Join the rows into index, list of rejected inputs and manifest, in that order.
+
+    Raises BuildError if a shard is not there, or if no input could be used.
+    """
+    settings, source = spec.settings_of(facts["settings"]), facts["source"]
+    files, indexes, rejected, names = list[File](), [], list[dict[str, str]](), list[str]()
+    with waiting("writing the index"):
+        numbers, mark = range(shards_of(facts)), fingerprint(facts)
+        for _, row in read_rows(out / WORK, out, mark, numbers):
+            files.append(File(**row["file"]))
+            indexes.append(index_in(row))
+            rejected += row["rejected"]
+            names += row["names"]
+        if len(files) < len(numbers):
+            raise BuildError(
+                f"{len(numbers) - len(files)} shards of {out} are gone again, or another process "
+                "has finished it meanwhile; run the same command again"
+            )
+        index = np.concatenate(indexes)
+        ledger = ledger_of(source["inputs"], len(index), rejected)
+        if len(index) == 0:
+            raise BuildError(
+                f"all {ledger.inputs} inputs were rejected: {ledger.rejected}; nothing was "
+                "published"
+            )
+        lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejected)
+        lists = [(INDEX, npy_bytes(index), len(index)), (REJECTED, lines.encode(), len(rejected))]
+        if settings.frame == 0:
+            found = lists_of(names, source["kind"])
+            lists += [(n, data, len(names)) for n, data in zip((NAMES, KEYS), found, strict=True)]
+        for name, data, _ in lists:
+            out.write(name, data)
+        rows = [spec.file_of(*each) for each in lists]
+        manifest = Manifest(
+            format_version=facts["format_version"],
+            container="webdataset" if settings.frame else "maps",
+            settings=settings,
+            source=source,
+            classes=classes,
+            versions=facts["versions"],
+            fingerprint=mark,
+            ledger=ledger,
+            shards=files,
+            index=rows[0],
+            rejected=rows[1],
+            fidelity={},
+            names=rows[2:],
+        )
+        if CARD not in out.sizes():  # there may be one of somebody's
+            out.write(CARD, card(manifest).encode("ascii"))
+        out.write(MANIFEST, spec.to_json(manifest))
     return manifest

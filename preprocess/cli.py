@@ -2,13 +2,9 @@
 imported; results go to stdout, notes to stderr.
 """
 
-import json
-import math
-import shlex
-import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -16,7 +12,7 @@ from typer import Option
 import preprocess
 import shards
 from preprocess import BuildError
-from preprocess.detectors import check_detector
+from preprocess.build_cli import print_json, run_build, say, settings_of, weights_of, within
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -37,6 +33,7 @@ from preprocess.options import (
     MaxRejected,
     OnError,
     Out,
+    Part,
     Partial,
     Repair,
     Reuse,
@@ -49,12 +46,8 @@ from preprocess.options import (
 from shards.errors import UserError
 from shards.files import mending, write_atomically
 from shards.progress import waiting
-from shards.spec import REJECTED, Settings
-
-DOORS = "kamim shards build", "kamim maps build"  # of frames with densities, of these alone
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
-Number = TypeVar("Number", int, float)
 
 
 @app.command()
@@ -96,15 +89,17 @@ def build(
     on_error: OnError = "quarantine",
     max_rejected: MaxRejected = 0.01,
     reuse: Reuse = None,
+    part: Part = "",
     repair: Repair = False,
     partial: Partial = False,
     json_output: Json = False,
 ) -> None:
     """Write frames and keypoint densities of every image of SOURCE into shards under OUT.
 
+    OUT is a folder, or a URL as s3://bucket/set, where each shard goes once it is whole.
     Stopped or killed, the same command goes on where it was. On a finished set it checks that each
     file is there with its size; --repair hashes them, too. The bytes written depend on inputs and
-    settings only, never on --jobs or --backend. EXIF orientation is ignored, as the field's
+    settings only, never on --jobs, --backend or --part. EXIF orientation is ignored, as the field's
     loaders do.
     """
     settings = settings_of(
@@ -119,126 +114,11 @@ def build(
         detect_on=detect_on,
         detectors=detectors_of(detector, detector_option, edge_rule),
         shard_size=shard_size,
-        weights=_weights(weights),
+        weights=weights_of(weights),
         levels=levels,
     )
     how = jobs, on_error, max_rejected, reuse, backend, scheduler
-    run_build(source, split, partial, out, settings, how, repair, json_output)
-
-
-def settings_of(**options: Any) -> Settings:
-    """Settings from options. Raises UserError, calling a field as its option is called."""
-    try:
-        return Settings(**options)
-    except UserError as error:
-        name, _, rule = str(error).partition(" ")
-        if name not in {field.name for field in fields(Settings)}:
-            raise
-        raise UserError(f"--{name.replace('_', '-')} {rule}") from None
-
-
-def run_build(
-    source: str,
-    split: str,
-    partial: bool,
-    out: Path,
-    settings: Settings,
-    how: tuple[int, str, float, Path | None, str, str],
-    repair: bool,
-    json_output: bool,
-) -> None:
-    """Build or repair as asked, and say what came of it; `how` are build_shards' arguments."""
-    jobs, _, max_rejected, reuse, backend, scheduler = how
-    within("--jobs", jobs, 0)
-    within("--max-rejected", max_rejected, 0, 1)
-    if repair and reuse:
-        raise UserError("--repair builds from the source itself; leave --reuse out")
-    from preprocess import compare, executors
-    from preprocess.building import shard_size_for
-    from preprocess.repair import repair_shards
-
-    for each in settings.detectors:
-        check_detector(each)
-    executors.check(backend, scheduler)  # listing a large source takes a while
-    _warn(settings, jobs, scheduler, source)
-    with waiting(f"listing {source}"):
-        listed = preprocess.open_source(source, split, partial)
-    _say_what_is_listed(listed)
-    try:
-        if repair:
-            mended = repair_shards(listed, out, settings, jobs, backend, scheduler)
-            more = f" and {len(mended) - 5} more" if len(mended) > 5 else ""
-            names = ", ".join(mended[:5])
-            say(f"{out}: " + (f"repaired {names}{more}" if mended else "nothing to repair"))
-        manifest = preprocess.build_shards(listed, out, settings, *how)
-    except (UserError, BuildError) as error:
-        if " SOURCE " not in str(error):
-            raise
-        # What it says to type can be typed.
-        words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
-        size = shard_size_for(len(listed.entries), settings.frame > 0)
-        words += f"{compare.flags_of(settings, size)} "
-        text = str(error).replace(" SOURCE ", words)
-        raise type(error)(text if settings.frame else text.replace(*DOORS)) from None
-    ledger = manifest.ledger
-    if json_output:
-        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        print_json({**facts, **asdict(ledger)})
-        return
-    rejected = "".join(f", {n} {reason}" for reason, n in ledger.rejected.items())
-    print(
-        f"{out}: {ledger.inputs} inputs = {ledger.written} written + "
-        f"{ledger.inputs - ledger.written} rejected{rejected}; {len(manifest.shards)} shards, "
-        f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
-    )
-    if ledger.rejected:
-        say(f"the rejected inputs and their reasons are in {out / REJECTED}")
-
-
-def _weights(text: str) -> tuple[float, int] | None:
-    """(T, w_ps) of `0.25,8`, or None of nothing. Raises UserError, saying what is meant."""
-    if not text:
-        return None
-    try:
-        temperature, w_ps = text.split(",")
-        return float(temperature), int(w_ps)
-    except ValueError:
-        raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
-
-
-def _warn(settings: Settings, jobs: int, scheduler: str, source: str) -> None:
-    """Say what will work less well than it seems."""
-    import joblib
-
-    from shards.crops import RINGS
-
-    for each in settings.detectors:
-        if each.has_keypoints and each.name not in RINGS and not each.edge:
-            call = f"{each.name}={each.plugin.function}" if each.plugin else each.name
-            say(
-                f"{each.name} has no edge rule: its map is read as if it found as much near a "
-                f"crop's edge; measure one by kamim shards edge-rule {call} {shlex.quote(source)}"
-            )
-
-    least = math.ceil(settings.crop / math.sqrt(settings.area[0]))
-    if 0 < settings.frame < least:
-        say(
-            f"--frame {settings.frame} is small for --crop {settings.crop} and --area "
-            f"{settings.area[0]}: crops will be enlarged; give --frame {least} or more"
-        )
-    if jobs > joblib.cpu_count() and not scheduler:
-        cores = joblib.cpu_count()
-        say(f"--jobs {jobs} on {cores} cores is not faster than --jobs {cores}, and needs memory")
-
-
-def _say_what_is_listed(listed: "preprocess.Source") -> None:
-    if listed.ignored:
-        say(f"{listed.ignored} files are not named as images and were ignored")
-    if listed.sets:
-        say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
-    unlabelled = sum(entry.label < 0 for entry in listed.entries)
-    if unlabelled:
-        say(f"{unlabelled} of {len(listed.entries)} images have no label")
+    run_build(source, split, partial, out, settings, how, part, repair, json_output)
 
 
 @app.command()
@@ -260,6 +140,8 @@ def verify(
     """
     within("--samples", samples, 1)
     if not folder.exists():
+        if ":/" in str(folder):
+            shards.load(folder)  # raises, and says what to do with a URL
         raise UserError(
             f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
         )
@@ -335,7 +217,8 @@ def fidelity(
 ) -> None:
     """Measure densities read off maps and bank against detection on the crop itself.
 
-    wrong is the share of an image's loss weight on the wrong cell. Beside them stand rulers:
+    wrong is the share of an image's loss weight on the wrong cell, bias that of the mean weight; of
+    the map as training corrects its weights, and uncorrected. Beside them stand rulers:
     weights that ignore the image, detection on a crop 2 px aside or flipped, and torchvision's
     resize. The headline goes into the manifest, examples into FOLDER/fidelity.png.
     """
@@ -357,11 +240,9 @@ def fidelity(
     if json_output:
         print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
         return
-    print(f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}")
-    for name, errors in found.items():
-        for what, e in errors.items():
-            line = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
-            print(f"{name + ' ' + what:18s}{line}")
+    from preprocess.fidelity import table
+
+    print(*table(found), sep="\n")
     kinds = ("frame", "maps", "bank", "weights")
     parts = ", ".join(f"{kind} {sizes[f'{kind}_bytes']:,}" for kind in kinds)
     print(
@@ -380,19 +261,3 @@ def _source_of(records: "shards.ShardSet", where: str | None, split: str) -> "pr
         )
     with waiting(f"listing {where or 'demo'}"):
         return preprocess.open_source(where or "demo", split, partial=True)  # as it was when built
-
-
-def within(option: str, value: Number, least: float, most: float = math.inf) -> Number:
-    """`value`, or UserError if it is not a number from `least` to `most`."""
-    if not least <= value <= most:
-        give = f"at least {least}" if most == math.inf else f"{least} to {most}"
-        raise UserError(f"{option} {value} is out of range; give {give}")
-    return value
-
-
-def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, indent=2, sort_keys=True))
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -3,6 +3,8 @@ says what to type.
 """
 
 import json
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,18 @@ from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, check_size
 from shards.progress import waiting
-from shards.spec import EXTRAS, FORMAT_VERSION, INDEX, Manifest, Plugin, Settings, fingerprint, load
+from shards.remote.place import Place
+from shards.spec import (
+    EXTRAS,
+    FORMAT_VERSION,
+    INDEX,
+    Manifest,
+    Plugin,
+    Settings,
+    fingerprint,
+    load,
+    parse,
+)
 from shards.spec import plain as as_plain
 from shards.tar import shard_name
 from shards.verification import damaged_files
@@ -43,13 +56,13 @@ def _facts(version: int, settings: Settings, source: Facts, versions: Facts) -> 
     return {"format_version": version, "settings": plain, "source": source, "versions": versions}
 
 
-def check_folder(out: Path, facts: Facts) -> Manifest | None:
+def check_folder(out: Place, facts: Facts) -> Manifest | None:
     """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
-    if out.exists() and not out.is_dir():
+    if not out.is_url and out.folder.exists() and not out.folder.is_dir():
         raise UserError(f"{out} is a file; name a folder for the shards")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    names = set(out.sizes())
     if MANIFEST in names:
-        finished = load(out)
+        finished = parse(f"{out}/{MANIFEST}", out.read(MANIFEST) or b"")
         there = facts_of_set(finished)
         compare(out, there, facts, reuse_hint(out, there, facts))
         if finished.container == "ffcv":
@@ -60,23 +73,23 @@ def check_folder(out: Path, facts: Facts) -> Manifest | None:
     if begun:
         compare(out, begun, facts)
         return None
-    check_manifest_is_not_lost(out)
+    check_manifest_is_not_lost(out, names)
     if names - {WORK} - EXTRAS:
         some = ", ".join(sorted(names - {WORK} - EXTRAS)[:3])
         raise UserError(f"{out} holds other files ({some}); name a new or empty folder")
     return None
 
 
-def facts_begun(out: Path) -> Facts | None:
+def facts_begun(out: Place) -> Facts | None:
     """The facts of the unfinished build in `out`, if there is one."""
     for name in (FACTS, "plan.json"):  # as it was called before
-        if (out / WORK / name).is_file():
-            facts: Facts = json.loads((out / WORK / name).read_bytes())
+        with suppress(ValueError, TypeError):  # half of it, or nothing, is there
+            facts: Facts = json.loads((out / WORK).read(name))  # type: ignore[arg-type]
             return facts
     return None
 
 
-def compare(out: Path, there: Facts, asked: Facts, hint: str = "") -> None:
+def compare(out: Path | Place, there: Facts, asked: Facts, hint: str = "") -> None:
     """UserError unless all that `asked` says is so `there`, in `out`; it ends in `hint`."""
     changed = [
         line
@@ -121,11 +134,9 @@ def _facts_of_detector(row: Facts) -> Facts:
     return {**row["options"], "edge": edge} | row.get("plugin", dict.fromkeys(PLUGIN))
 
 
-def check_manifest_is_not_lost(out: Path) -> None:
-    """UserError if `out` holds shards of a set whose manifest is gone."""
-    if not (out / MANIFEST).exists() and any(
-        (out / name).exists() for name in (INDEX, shard_name(0), "shard-000000.npy")
-    ):
+def check_manifest_is_not_lost(out: Place, names: Collection[str]) -> None:
+    """UserError if `out`, which holds `names`, has shards of a set whose manifest is gone."""
+    if MANIFEST not in names and {INDEX, shard_name(0), "shard-000000.npy"} & set(names):
         raise UserError(
             f"{out} has shards but no {MANIFEST}, without which nobody knows what they hold; "
             "restore that file, or build into a new folder"
@@ -152,21 +163,28 @@ def check_reuse(reuse: Path, facts: Facts) -> None:
         raise UserError(damage[0])
 
 
-def check_files(out: Path, finished: Manifest) -> None:
+def check_files(out: Place, finished: Manifest) -> None:
     """BuildError unless each file of the finished set is there, with its size."""
+    sizes = out.sizes() if out.is_url else {}
     for file in finished.files:
-        try:
-            check_size(out / file.name, file.bytes)
-        except UserError as error:
-            raise BuildError(str(error)) from None
+        if not out.is_url:
+            try:
+                check_size(out.folder / file.name, file.bytes)
+            except UserError as error:
+                raise BuildError(str(error)) from None
+        elif sizes.get(file.name) != file.bytes:
+            raise BuildError(
+                f"{out}/{file.name} has {sizes.get(file.name, 'no')} bytes, the manifest says "
+                f"{file.bytes}; restore it, or build into a new place"
+            )
 
 
-def reuse_hint(out: Path, there: Facts, asked: Facts) -> str:
+def reuse_hint(out: Place, there: Facts, asked: Facts) -> str:
     """What to type where the frames of the finished set in `out` can be kept; else empty."""
     same = all(there[part] == asked[part] for part in ("source", "format_version"))
     versions = there["versions"].items()
     same = same and all(asked["versions"].get(name, value) == value for name, value in versions)
-    if not same or _frames(there) != _frames(asked):
+    if out.is_url or not same or _frames(there) != _frames(asked):
         return ""
     before, now = ([d["name"] for d in facts["settings"]["detectors"]] for facts in (there, asked))
     added = "-".join(name for name in now if name not in before) or "new"

@@ -154,10 +154,14 @@ def split_of(name: str, split: str) -> str:
     return split or next(iter(splits))
 
 
-def check_outside(source: Source, out: str | os.PathLike[str]) -> None:
+def check_outside(source: Source, out: str) -> None:
     """UserError if `out` is in the source's folder, whose next listing would then be another."""
     root = source.root
-    if not is_url(root) and os.path.isdir(root) and inside(str(out), os.path.realpath(root)):
+    if is_url(root):
+        within = f"{out}/".startswith(f"{root}/")
+    else:
+        within = not is_url(out) and os.path.isdir(root) and inside(out, os.path.realpath(root))
+    if within:
         raise UserError(
             f"{out} lies in the source's folder {root}, and its files would be inputs of the next "
             "build; name a folder outside of it (make: OUT=folder)"

@@ -5,7 +5,13 @@ alpha dropped, the first frame of an animation. JPEGs take OpenCV's faster, equa
 """
 
 import io
+import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -13,12 +19,14 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from shards.bar import STDERR
 from shards.record import jpeg_header
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; the largest photo of ImageNet-1K has 24 million
 # Formats that only hold pixels: EPS and PDF run programs, SVG and the like fetch things.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 END_OF_IMAGE = b"\xff\xd9"
+LONGEST_MESSAGE = 10_000  # bytes kept of what a library prints about one input
 
 
 class Rejected(Exception):
@@ -42,6 +50,48 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         if pixels is not None:
             return pixels
     return _decode_with_pillow(data)
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Put the name of the input before each line that libtiff or libjpeg prints meanwhile.
+
+    They write to descriptor 2, past Python: it is turned aside, unless another thread writes there.
+    """
+    if not STDERR.acquire(blocking=False):
+        yield
+        return
+    try:
+        aside, kept = _aside(os.getpid()), os.dup(2)
+        try:
+            os.dup2(aside, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            _say(aside, source)
+    finally:
+        STDERR.release()
+
+
+@lru_cache(maxsize=1)
+def _aside(pid: int) -> int:
+    """A file without a name, of this process alone."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("stderr")
+    descriptor, path = tempfile.mkstemp()
+    os.unlink(path)
+    return descriptor
+
+
+def _say(aside: int, source: str) -> None:
+    if not os.fstat(aside).st_size:
+        return
+    text = os.pread(aside, LONGEST_MESSAGE, 0).decode(errors="replace")
+    os.ftruncate(aside, 0)
+    os.lseek(aside, 0, os.SEEK_SET)
+    for line in filter(None, map(str.strip, text.splitlines())):
+        sys.stderr.write(f"{source}: {line}\n")
 
 
 def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:

@@ -7,7 +7,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 import preprocess
-from preprocess.cli import app, print_json, say, within
+from preprocess.build_cli import print_json, say, within
+from preprocess.cli import app
 from preprocess.detectors import check_detector, parsed_detectors
 from preprocess.options import DetectorOptions, Jobs, Json, Mark, Split
 from shards import Settings

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,18 +101,24 @@ def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> 
                 memory_limit=0,
                 silence_logs=logging.CRITICAL,
             )
-            stack.callback(place.close, timeout=5)
+            stack.callback(_close, place, 30)
         try:
             client = Client(place, timeout=CONNECT_SECONDS, set_as_default=False)
         except OSError:
             raise Lost(f"no Dask scheduler answers at {place}") from None
-        stack.callback(client.close, timeout=2)
+        stack.callback(_close, client, 2)
         try:
             if not scheduler:
                 client.run(_deafen)
             yield from _dask_results(client, jobs if scheduler else 0, work, tasks)
         except (CommClosedError, CancelledError):
             raise Lost("the Dask scheduler is gone, or it was restarted") from None
+
+
+def _close(part: Any, timeout: float) -> None:
+    """Close a cluster or client; what takes longer goes on closing, and is no error of a build."""
+    with suppress(TimeoutError):
+        part.close(timeout=timeout)
 
 
 def _dask_results(client: Any, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:

@@ -4,7 +4,7 @@ The truth is the published way, detection on the crop. Beside the errors stand r
 ignore the image, detection on the crop a little to the side or flipped, and another resize.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from preprocess.decode import Rejected, decode_image
 from preprocess.densities import View, crop_counts, published_grey, squeezed
 from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
+from shards.correction import correction
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
 from shards.errors import UserError
@@ -28,7 +29,9 @@ from shards.rng import Purpose
 from shards.spec import BANK_CELL
 
 Floats = NDArray[np.float64]
+Weigh = Callable[[Floats, float], Floats]  # (densities of a crop, T) in, weights out
 FULL = BANK_CELL**2
+TEMPERATURES = (0.1, 0.25, 1.0)
 SHIFT = 2  # px of the source
 SIDE, BAR, GAP = 192, 22, 6  # of a picture: px of a tile, of the text above it, between tiles
 TITLES = ("crop", "detected on the crop", "read off the map", "difference (red: too much)")
@@ -54,10 +57,12 @@ def measure_fidelity(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{detector: {what: errors}} over one new random crop each of `samples` records.
 
-    what: map; bank (on one of its own crops); uniform, shifted, flipped, torchvision: rulers.
+    what: map; uncorrected, the map by weights of its densities as they are (shards/correction.py);
+    bank (on one of its own crops); uniform, shifted, flipped, torchvision: rulers.
     Errors, against detection on the crop: correlation of densities over all cells; wrong, the mean
     share of an image's loss weight on the wrong cell (total variation); bias of the mean weight,
-    as a share of it; equal, the share of cells with the very same density.
+    as a share of it; equal, the share of cells with the very same density. `wrong at T`, `bias at
+    T`: at each of TEMPERATURES.
     Raises UserError if the source is not that of the set.
     """
     settings = records.manifest.settings
@@ -74,13 +79,33 @@ def measure_fidelity(
     tasks = (work(*looked_up(records, source, n), settings, seed, part) for n in numbers)
     found = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)
     pairs = list(progress("fidelity", len(numbers), found))
-    return {
-        detector: {
-            what: _errors([pair[detector][what] for pair in pairs], temperature)
-            for what in pairs[0][detector]
-        }
-        for detector in pairs[0]
-    }
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for detector in keypoint_detectors(settings):
+        of_detector = [pair[detector.name] for pair in pairs]
+        corrected, errors = weighing(detector, settings, w_ps), {}
+        for what in of_detector[0]:
+            of_what = [pair[what] for pair in of_detector]
+            if what == "map":
+                errors["map"] = _errors(of_what, temperature, corrected)
+                what = "uncorrected"
+            errors[what] = _errors(of_what, temperature, weights)
+        result[detector.name] = errors
+    return result
+
+
+def weighing(detector: Detector, settings: Settings, w_ps: int) -> Weigh:
+    """How training weighs by densities that it reads off the detector's map."""
+    tables = {}
+
+    def weigh(density: Floats, temperature: float) -> Floats:
+        if temperature not in tables:
+            tables[temperature] = correction(
+                detector, settings.mark, temperature, w_ps, len(density)
+            )
+        table = tables[temperature]
+        return table.weights(density, temperature) if table else weights(density, temperature)
+
+    return weigh
 
 
 def looked_up(records: ShardSet, source: Source, number: int) -> tuple[Record, NDArray[np.uint8]]:
@@ -192,23 +217,53 @@ def _torchvision(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.ui
     return np.ascontiguousarray(turned.permute(1, 2, 0).numpy())
 
 
-def _errors(pairs: list[tuple[Floats, Floats]], temperature: float) -> dict[str, float]:
+def _errors(
+    pairs: list[tuple[Floats, Floats]], temperature: float, weigh: Weigh
+) -> dict[str, float]:
     estimates, truths = (np.stack(side) for side in zip(*pairs, strict=True))
-    wrong, means = [], []
-    for estimate, truth in pairs:
-        a, b = weights(estimate, temperature), weights(truth, temperature)
-        wrong.append(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
-        means.append((a.mean(), b.mean()))
     varies = bool(np.ptp(estimates) > 0 and np.ptp(truths) > 0)
     correlation = np.corrcoef(estimates.ravel(), truths.ravel())[0, 1] if varies else 0.0
-    ours, published = np.mean(means, axis=0)
-    return {
+    wrong, bias = _of_weights(pairs, temperature, weigh)
+    found = {
         "correlation": round(float(correlation), 4),
-        "wrong": round(float(np.mean(wrong)), 4),
-        "bias": round(float(ours / published - 1), 4),
+        "wrong": wrong,
+        "bias": bias,
         "equal": round(float((estimates == truths).mean()), 4),
         "samples": len(pairs),
     }
+    for each in TEMPERATURES:
+        found[f"wrong at {each:g}"], found[f"bias at {each:g}"] = _of_weights(pairs, each, weigh)
+    return found
+
+
+def _of_weights(
+    pairs: list[tuple[Floats, Floats]], temperature: float, weigh: Weigh
+) -> tuple[float, float]:
+    """(share of an image's weight on the wrong cell, bias of the mean weight)."""
+    wrong, means = [], []
+    for estimate, truth in pairs:
+        a, b = weigh(estimate, temperature), weights(truth, temperature)
+        wrong.append(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
+        means.append((a.mean(), b.mean()))
+    ours, published = np.mean(means, axis=0)
+    return round(float(np.mean(wrong)), 4), round(float(ours / published - 1), 4)
+
+
+def table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Lines for a terminal of what measure_fidelity found."""
+    lines = [f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}"]
+    rows = [(f"{n} {what}", e) for n, each in found.items() for what, e in each.items()]
+    for name, e in rows:
+        figures = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
+        lines.append(f"{name:18s}{figures}")
+    lines.append(f"{'wrong, bias':18s}" + "".join(f"{f'T {t:g}':>15s}" for t in TEMPERATURES))
+    for name, e in rows:
+        if name.endswith((" map", " uncorrected")):
+            pairs = ((e[f"wrong at {t:g}"], e[f"bias at {t:g}"]) for t in TEMPERATURES)
+            lines.append(
+                f"{name:18s}" + "".join(f"{wrong:8.3f}{bias:+7.2f}" for wrong, bias in pairs)
+            )
+    return lines
 
 
 def storage(records: ShardSet) -> dict[str, float]:

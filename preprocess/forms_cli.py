@@ -1,12 +1,15 @@
-"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format, place."""
+"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format, place;
+`join`: one of parts.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from preprocess.cli import app, print_json, within
-from preprocess.options import Folder, Json
+from preprocess.build_cli import print_json, print_set, within
+from preprocess.cli import app
+from preprocess.options import Folder, Json, MaxRejected
 
 
 @app.command()
@@ -76,3 +79,23 @@ def copy(
         print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
     else:
         print(f"{target}: {manifest.count} records, {copied} files copied")
+
+
+@app.command()
+def join(
+    out: Annotated[str, Argument(help="Folder or URL that all parts were built into.")],
+    max_rejected: MaxRejected = 0.01,
+    json_output: Json = False,
+) -> None:
+    """Make one finished set of the parts that `kamim shards build --part I/N` wrote into OUT.
+
+    Every part is checked: the same inputs, settings and versions, all shards with their sizes, and
+    a ledger that balances. What is missing is named with the command to type. The set is, byte for
+    byte, that of one build. For parts of `kamim maps build`, too.
+    """
+    from preprocess.parts import join_parts
+    from shards.remote.place import Place
+
+    place = Place.of(out)
+    manifest = join_parts(place.where, within("--max-rejected", max_rejected, 0, 1))
+    print_set(place, manifest, json_output)

@@ -2,7 +2,7 @@
 
 import typer
 
-from preprocess.cli import run_build, settings_of
+from preprocess.build_cli import run_build, settings_of
 from preprocess.options import (
     DEFAULTS,
     Area,
@@ -20,6 +20,7 @@ from preprocess.options import (
     MaxRejected,
     OnError,
     Out,
+    Part,
     Partial,
     Repair,
     Reuse,
@@ -57,6 +58,7 @@ def build(
     on_error: OnError = "quarantine",
     max_rejected: MaxRejected = 0.01,
     reuse: Reuse = None,
+    part: Part = "",
     repair: Repair = False,
     partial: Partial = False,
     json_output: Json = False,
@@ -78,4 +80,4 @@ def build(
         shard_size=shard_size,
     )
     how = jobs, on_error, max_rejected, reuse, backend, scheduler
-    run_build(source, split, partial, out, settings, how, repair, json_output)
+    run_build(source, split, partial, out, settings, how, part, repair, json_output)

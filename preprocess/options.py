@@ -25,7 +25,9 @@ Built = Annotated[
         f"NAME:PATH: {', '.join(DATASETS)}."
     ),
 ]
-Out = Annotated[Path, Argument(help="Destination folder: new, or an unfinished set.")]
+Out = Annotated[
+    str, Argument(help="Destination folder, or URL as s3://bucket/set: new, or an unfinished set.")
+]
 Detectors = Annotated[
     str,
     Option(
@@ -62,6 +64,13 @@ MaxRejected = Annotated[
 ]
 Reuse = Annotated[
     Path | None, Option(help="Finished set of this source whose frames and equal maps are copied.")
+]
+Part = Annotated[
+    str,
+    Option(
+        metavar="I/N",
+        help="Build only the i-th of n parts of the set; then, of all: kamim shards join OUT.",
+    ),
 ]
 Repair = Annotated[
     bool, Option("--repair", help="Hash a finished set and rebuild its damaged files.")

@@ -23,7 +23,7 @@ from preprocess.compare import (
 )
 from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
-from preprocess.shard import Job, read_row, rejected_line, row_path
+from preprocess.shard import Job, read_rows, rejected_line, row_name
 from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
@@ -31,13 +31,14 @@ from shards.index import flaws_of_files
 from shards.names import lists_of
 from shards.progress import progress
 from shards.record import npy_bytes
+from shards.remote.place import Place
 from shards.spec import File, Manifest, Settings, load, sha256_of_bytes
 from shards.tar import index_of
 
 
 def repair_shards(
     source: Source,
-    out: Path,
+    out: Path | str,
     settings: Settings,
     jobs: int = 0,
     backend: str = "loky",
@@ -50,10 +51,17 @@ def repair_shards(
     BuildError if a file can no longer be built to the bytes that the manifest says.
     """
     backends.check(backend, scheduler)
-    check_outside(source, out)
-    if facts_begun(out) and not (out / MANIFEST).exists():
+    place = Place.of(out)
+    if place.is_url:
+        raise UserError(
+            f"--repair works in a folder: fetch the files of {place} with the store's own tool, "
+            "repair them here, and put back the ones that it names"
+        )
+    out = place.folder
+    check_outside(source, str(place))
+    if facts_begun(place) and not (out / MANIFEST).exists():
         raise UserError(f"{out} is unfinished; the same command without --repair goes on")
-    check_manifest_is_not_lost(out)
+    check_manifest_is_not_lost(place, place.sizes())
     settings = sized(settings, source)
     finished, facts = load(out), facts_of(source, settings)
     if finished.container == "ffcv":
@@ -61,29 +69,31 @@ def repair_shards(
     size = shard_size_for(len(source.entries), settings.frame > 0)
     flags = flags_of(finished.settings, size)
     compare(out, facts_of_set(finished), facts, f"give those of the set to repair it: {flags}")
-    with claim(source, settings, out, facts) as job:
+    with claim(source, settings, place, facts) as job:
         files = finished.files
         flaws = flaws_of_files(out, files)
         job = replace(job, out=job.work)
         every = finished.container == "maps" and finished.index.name in flaws  # only rows have it
         numbers = [n for n, shard in enumerate(finished.shards) if every or shard.name in flaws]
         write_missing(source, job, numbers, backend, scheduler, jobs, "repairing")
+        built = read_rows(job.work, job.out, job.fingerprint, numbers)
+        hashes = {number: row["file"]["sha256"] for number, row in built}
         for number in numbers:
-            _put(job, number, out / finished.shards[number].name, finished.shards[number])
+            file = finished.shards[number]
+            _put(job, number, hashes.get(number), out / file.name, file)
         sync(out)
         if flaws.keys() - {shard.name for shard in finished.shards}:
             _restore_lists(source, job, out, finished, numbers if every else [])
     return [file.name for file in files if file.name in flaws]
 
 
-def _put(job: Job, number: int, path: Path, file: File) -> None:
+def _put(job: Job, number: int, sha256: str | None, path: Path, file: File) -> None:
     """Shard `number` from the work folder to `path`, if it is what the manifest says."""
-    row, built = read_row(job.work, job.out, number), job.out / file.name
-    if row is None or row["file"]["sha256"] != file.sha256:
-        row_path(job.work, number).unlink(missing_ok=True)  # or it would be found finished
-        built.unlink(missing_ok=True)
+    if sha256 != file.sha256:
+        job.work.remove(row_name(number))  # or it would be found finished
+        job.out.remove(file.name)
         raise _changed(path)
-    built.replace(path)
+    (job.out.folder / file.name).replace(path)
 
 
 def _changed(path: Path) -> BuildError:
@@ -101,7 +111,8 @@ def _restore_lists(
     it lacks, and the names, if the set has them, from the source.
     """
     if built:
-        index = np.concatenate([index_in(read_row(job.work, out, n) or {}) for n in built])
+        rows = read_rows(job.work, Place(str(out)), job.fingerprint, built)
+        index = np.concatenate([index_in(row) for _, row in rows])
     elif finished.container == "maps":
         index = np.load(out / finished.index.name, allow_pickle=False)
     else:

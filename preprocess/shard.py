@@ -11,10 +11,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import cv2
@@ -24,18 +26,20 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from preprocess import BuildError
-from preprocess.decode import Rejected, decode_image
+from preprocess.decode import Rejected, decode_image, naming
 from preprocess.densities import bank_of, maps_of, weights_of
+from preprocess.files import of_each
 from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
-from shards.files import write_atomically
 from shards.maps import MapsWriter
 from shards.record import key_of
+from shards.remote.place import Place
 from shards.spec import FORMAT_VERSION, fingerprint
 from shards.tar import shard_name
 
 FACTS = "facts.json"  # in the work folder: settings, source and versions of the build under way
 UNREAD = ("vanished", "unreadable", "changed")  # reasons that another machine may not share
+ROWS = 256  # held in memory at a time
 PATIENCE_SECONDS = 60  # for which a network file system may not yet show what another wrote
 
 
@@ -45,8 +49,9 @@ class Job:
 
     settings: Settings
     source: Source  # without its entries
-    out: Path
-    work: Path
+    out: Place
+    work: Place
+    scratch: Path  # on the driver's machine, for what the engine needs and goes to a store
     fingerprint: str  # of the FACTS in `work`: who does not see them works elsewhere
     reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
     fail: bool = False  # stop at the first input that is rejected
@@ -74,9 +79,9 @@ def library_versions(settings: Settings) -> dict[str, str]:
     return {name: library.__version__ for name, library in known}
 
 
-def row_path(work: Path, number: int) -> Path:
-    """Where the row of shard `number` lies while the build is unfinished."""
-    return work / f"{number:06d}.json"
+def row_name(number: int) -> str:
+    """What the row of shard `number` is called while the build is unfinished."""
+    return f"{number:06d}.json"
 
 
 def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
@@ -92,12 +97,16 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
     if multiprocessing.current_process().name != "MainProcess" and in_main_thread:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     first = number * job.settings.shard_size
-    rejected, unread = [], -1
-    path = job.out / shard_name(number, job.settings)
-    with ShardWriter(path) if job.settings.frame else MapsWriter(path, job.settings) as writer:
+    rejected, names, unread = list[dict[str, str]](), list[str](), -1
+    with (
+        _publishing(job, shard_name(number, job.settings)) as path,
+        ShardWriter(path) if job.settings.frame else MapsWriter(path, job.settings) as writer,
+    ):
         for index, (entry, read) in enumerate(job.source.read_in_order(entries), start=first):
             try:
-                rgb = decode_image(read())
+                data = read()
+                with naming(entry.name):
+                    rgb = decode_image(data)
                 old = _old_record(job.reuse, index) if job.reuse else None
                 record = describe(rgb, index, entry, job.settings, old)
             except Rejected as error:
@@ -111,10 +120,25 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
                     unread = index - first
                 continue
             writer.add(record)
+            names += [] if job.settings.frame else [entry.name]
     row = {"file": asdict(writer.file), "index": writer.index.tolist(), "rejected": rejected}
+    row |= {"names": names, "fingerprint": job.fingerprint}
     # A row that a power cut damages or loses only means that its shard is built again.
-    write_atomically(row_path(job.work, number), json.dumps(row).encode("ascii"), durable=False)
+    job.work.write(row_name(number), json.dumps(row).encode("ascii"), durable=False)
     return Written(number, len(entries), writer.file.bytes, socket.gethostname(), unread)
+
+
+@contextmanager
+def _publishing(job: Job, name: str) -> Iterator[Path]:
+    """Where to write the shard `name`, which is in its place when the block ends."""
+    if not job.out.is_url:
+        yield job.out.folder / name
+        return
+    near = job.scratch if job.scratch.is_dir() else None  # this may be another machine
+    with TemporaryDirectory(dir=near) as folder:
+        yield Path(folder) / name
+        _check_here(job)  # or a killed build's orphan writes into what another has finished
+        job.out.put(name, Path(folder) / name)
 
 
 def rejected_line(index: int, entry: Entry, error: Rejected) -> dict[str, str]:
@@ -125,12 +149,17 @@ def rejected_line(index: int, entry: Entry, error: Rejected) -> dict[str, str]:
 
 def _check_here(job: Job) -> None:
     """BuildError unless this machine sees the driver's work folder and has its libraries."""
-    host = socket.gethostname()
+    host, data = socket.gethostname(), job.work.read(FACTS)
     try:
-        facts = json.loads((job.work / FACTS).read_bytes())
-    except (OSError, ValueError):
+        facts = json.loads(data or b"{}")
+    except ValueError:
         facts = {}
     if fingerprint(facts) != job.fingerprint:
+        if job.out.is_url:
+            raise BuildError(
+                f"{job.work}/{FACTS} is not that of this build: another one has finished there, or "
+                "taken the place, or this machine sees another store; run the same command again"
+            )
         raise BuildError(
             f"the worker on {host} does not see the folder {job.out} of this build; source and "
             "shards must be on a file system that all machines see, under the same path"
@@ -149,14 +178,18 @@ def confirm(job: Job, written: Written, entries: Sequence[Entry]) -> None:
 
     The shard is there, with its size, and inputs that could not be read there cannot be read here.
     """
-    path, begin = job.out / shard_name(written.number, job.settings), time.monotonic()
-    while (size := _size(path)) != written.bytes or not row_path(job.work, written.number).exists():
+    row, begin = row_name(written.number), time.monotonic()
+    # What was put into a store was looked at there.
+    path = job.out.folder / shard_name(written.number, job.settings)
+    while not job.out.is_url and (
+        (size := _size(path)) != written.bytes or _size(job.work.folder / row) is None
+    ):
         if time.monotonic() - begin > PATIENCE_SECONDS:
             raise BuildError(
                 f"the worker on {written.host} wrote {path} with {written.bytes} bytes, here it "
                 f"has {size}; shards must be on a file system that all machines see"
             )
-        os.listdir(job.out)  # has NFS look again
+        os.listdir(job.out.folder)  # has NFS look again
         time.sleep(0.1)
     if written.unread < 0:
         return
@@ -165,7 +198,7 @@ def confirm(job: Job, written: Written, entries: Sequence[Entry]) -> None:
         job.source.read(entry)
     except Rejected:
         return
-    row_path(job.work, written.number).unlink()  # the next build does it again
+    job.work.remove(row)  # the next build does it again
     raise BuildError(
         f"the worker on {written.host} could not read {entry.name!r} below "
         f"{job.source.root}, this machine can; the source must be on a file system that all see, "
@@ -180,14 +213,26 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def read_row(work: Path, out: Path, number: int) -> dict[str, Any] | None:
-    """The row of shard `number` if that shard was published whole, else None."""
-    try:
-        row: dict[str, Any] = json.loads(row_path(work, number).read_bytes())
-        whole = (out / row["file"]["name"]).stat().st_size == row["file"]["bytes"]
-    except (FileNotFoundError, ValueError):
-        return None
-    return row if whole else None
+def read_rows(
+    work: Place, out: Place, mark: str, numbers: Iterable[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of those shards of `numbers` that a build of the fingerprint `mark` published
+    whole, in order.
+    """
+    sizes, there = out.sizes(), work.sizes()
+    known = [number for number in sorted(numbers) if row_name(number) in there]
+    for at in range(0, len(known), ROWS):  # a store is asked for many at a time
+        some = known[at : at + ROWS]
+        for number, data in zip(
+            some, of_each(work.where, work.read, map(row_name, some)), strict=True
+        ):
+            try:
+                row = json.loads(data or b"")
+                file = row["file"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if row.get("fingerprint") == mark and sizes.get(file["name"]) == file["bytes"]:
+                yield number, row
 
 
 def describe(

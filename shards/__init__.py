@@ -85,7 +85,8 @@ __all__ = [
 def build(
     source: str, out: "str | Path", detectors: tuple[str, ...] = ("fast",), **options: Any
 ) -> "Manifest":
-    """Build shards of `source` in the folder `out`, as `kamim shards build` does, or finish that.
+    """Build shards of `source` in the folder or at the URL `out`, as `kamim shards build` does, or
+    finish that.
 
     source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH. options: the
     fields of Settings, and those of preprocess.build: split, jobs, on_error, max_rejected, reuse,

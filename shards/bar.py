@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 1.0  # between two looks at the clock when nothing is reported
+STDERR = threading.Lock()  # whose thread writes there, or has turned it aside
 
 
 class Bar(tqdm):  # type: ignore[misc]
@@ -57,7 +58,8 @@ def _tick(bar: "weakref.ref[Bar]", ended: threading.Event, delay: float, pace: f
         wait, shown = pace, bar()
         if shown is None:
             return
-        shown.refresh()
+        with STDERR:
+            shown.refresh()
         del shown  # or this thread would be who has it
 
 

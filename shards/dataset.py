@@ -123,6 +123,7 @@ class ShardSet:
         w_ps: int = 8,
         normalise: Literal["min", "mean", "batch"] = "min",
         bank: bool = False,
+        correct: bool = True,
         area: tuple[float, float] = AREA,
         flips: tuple[float, float] = (0.5, 0.5),
         device: str = "auto",
@@ -138,8 +139,9 @@ class ShardSet:
         c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
         boxes (area: least and most share of the source; flips: chance of a horizontal and a
         vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
-        its part of each batch. bank: show the stored crops with their exact densities. decode: as
-        of `loader`. Raises UserError, with the first batch, if set or arguments cannot serve.
+        its part of each batch. bank: show the stored crops with their exact densities. correct: as
+        of WeightedCrops, decode: as of `loader`. Raises UserError, with the first batch, if set or
+        arguments cannot serve.
         """
         from shards.weighting import WeightedCrops, find_device, to_device
 
@@ -149,6 +151,7 @@ class ShardSet:
             raise UserError(f"{make}; give more epochs or a smaller batch")
         where = find_device(device)
         how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
+        how["correct"] = correct
         crops = WeightedCrops(self, weights, size=size, w_ps=w_ps, bank=bank, **how).to(where)
         loader = self.loader(
             plan,
@@ -194,7 +197,8 @@ class ShardSet:
         self._check_frames()
         last = plan.steps() if last is None else last
         if decode == "gpu":
-            from shards.weighting import check_decoding, find_device
+            from shards.decoding import check_decoding
+            from shards.weighting import find_device
 
             check_decoding(self, find_device(device), skip)
         if self.manifest.container == "ffcv" and plan.in_order:

@@ -68,34 +68,45 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
     """Write into `folder`, made if need be, as nobody else does, or raise UserError.
 
     `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
-    the process dies, however it dies. What a killed process left half written there goes. The
-    OSError of a full disk names the folder and what to do.
+    the process dies, however it dies. What a killed process left half written there goes.
     """
-    lock = lock or folder / LOCK
+    with locked(lock or folder / LOCK, folder), naming_if_full(folder):
+        sweep(folder)
+        yield
+
+
+@contextmanager
+def locked(lock: Path, place: object, shared: bool = False) -> Iterator[None]:
+    """Hold the file `lock`, made here, while writing into `place`; UserError if someone else does.
+
+    `shared` with others who share it; it is removed only by who held it alone.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
+    with lock.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
         except OSError:  # held, or its last holder removed it since it was opened
             ours = False
         if not ours:
-            raise UserError(f"another process is writing into {folder}; wait for it")
+            raise UserError(f"another process is writing into {place}; wait for it")
         try:
-            sweep(folder)
             yield
-        except OSError as error:
-            raise _named_if_full(error, folder) from error
         finally:
-            lock.unlink(missing_ok=True)
+            if not shared:
+                lock.unlink(missing_ok=True)
 
 
-def _named_if_full(error: OSError, folder: Path) -> OSError:
-    """`error`, or what to do about it if the disk of `folder` is full."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    words = "the disk is full; free space, then run the same command again (what is done is kept)"
-    return OSError(error.errno, words, str(folder))
+@contextmanager
+def naming_if_full(folder: Path) -> Iterator[None]:
+    """Have the OSError of a full disk name the `folder` that is on it, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = "free space, then run the same command again (what is done is kept)"
+        raise OSError(error.errno, f"the disk is full; {what}", str(folder)) from error
 
 
 def check_sha256(path: Path, expected: str) -> None:

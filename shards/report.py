@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.correction import correction
 from shards.crops import read_crop, read_map, weights
 from shards.dataset import ShardSet
 from shards.errors import UserError
@@ -208,7 +209,9 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
         parts.append(_figure(lit, f"{name}: the frame lit by it"))
         if not detector.has_keypoints:
             continue
-        read = weights(read_crop(density, detector, settings, box, flips, cells), temperature)
+        found = read_crop(density, detector, settings, box, flips, cells)
+        table = correction(detector, settings.mark, temperature, settings.crop // cells, cells)
+        read = table.weights(found, temperature) if table else weights(found, temperature)
         levels = np.rint(255 * (read - 1) / max(float(read.max()) - 1, 1e-9)).astype(np.uint8)
         title = f"{name}: weights of the crop, mean {read.mean():.2f}"
         ends = ("x 1", f"x {read.max():.3g} the least")

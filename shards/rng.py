@@ -22,8 +22,9 @@ class Purpose(IntEnum):
     SHARDS = 8  # order of the shards of an epoch
     WINDOW = 9  # order of the samples of a window
     RACE = 10  # order in which cells are masked and thrown
-    AUGMENT = 11  # augmentations of training with labels
-    LAYERS = 12  # layers that a step leaves out, Swin's
+    AUGMENT = 11  # augmentation of an image in training with labels
+    LAYERS = 12  # paths that a step drops
+    BLEND = 13  # how a step's images are mixed in training with labels
     FEW = 15  # images and patches whose labels an evaluation takes
 
 

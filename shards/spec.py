@@ -249,7 +249,12 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
 def write_file(path: Path, data: bytes, count: int) -> File:
     """Write `data` to `path` atomically; returns its row: `count` records, size and sha256."""
     write_atomically(path, data)
-    return File(path.name, count, len(data), sha256_of_bytes(data))
+    return file_of(path.name, data, count)
+
+
+def file_of(name: str, data: bytes, count: int) -> File:
+    """The row of a file that holds `data`, `count` records."""
+    return File(name, count, len(data), sha256_of_bytes(data))
 
 
 def sha256_of_bytes(data: bytes) -> str:
@@ -335,6 +340,18 @@ def detector_of(row: dict[str, Any]) -> Detector:
     return Detector(**{**row, **plugin, **edge})
 
 
+def settings_of(plain: dict[str, Any]) -> Settings:
+    """The settings that plain() gave. Raises TypeError, KeyError or UserError if it is none."""
+    return Settings(
+        **{
+            **plain,
+            "area": tuple(plain["area"]),
+            "weights": plain["weights"] and tuple(plain["weights"]),
+            "detectors": tuple(map(detector_of, plain["detectors"])),
+        }
+    )
+
+
 def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
     damaged = UserError(
         f"{path} is damaged: its content does not match its checksum; restore it, or build the set "
@@ -345,14 +362,10 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
     if set(content) != {each.name for each in fields(Manifest)}:
         raise damaged
     try:
-        settings = content["settings"]
-        settings["area"] = tuple(settings["area"])
-        settings["weights"] = settings["weights"] and tuple(settings["weights"])
-        settings["detectors"] = tuple(map(detector_of, settings["detectors"]))
         manifest = Manifest(
             **{
                 **content,
-                "settings": Settings(**settings),
+                "settings": settings_of(content["settings"]),
                 "ledger": Ledger(**content["ledger"]),
                 "shards": [File(**row) for row in content["shards"]],
                 "index": File(**content["index"]),

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shards.correction import STEPS, Correction, correction
 from shards.crops import visible_cells
 from shards.dataset import ShardSet
+from shards.decoding import decode_files
 from shards.errors import UserError
 from shards.loader import Batch
 from shards.order import Plan
-from shards.record import encode_frame
 from shards.spec import BANK_CELL, Detector, Settings
 
 Normalise = Literal["min", "mean", "batch"]
@@ -57,10 +58,14 @@ class WeightedCrops(nn.Module):
     weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
     of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
     per channel, of 0 to 1, to take off the images. rule: what makes weights of densities instead of
-    loss_weights. Raises UserError where the set cannot serve.
+    loss_weights. correct: weights read off a map are the expected ones, not those of the expected
+    density, as far as shards/correction.py has the detector; a bank's and a rule's are as they are.
+    Raises UserError where the set cannot serve.
     """
 
     visible: Tensor
+    likely: Tensor
+    least: Tensor
     mean: Tensor
     std: Tensor
 
@@ -75,6 +80,7 @@ class WeightedCrops(nn.Module):
         normalise: Normalise = "min",
         bank: bool = False,
         rule: Rule | None = None,
+        correct: bool = True,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
@@ -89,14 +95,21 @@ class WeightedCrops(nn.Module):
             raise UserError(f"normalise is {normalise!r}; there are {known}")
         self.normalise, self.cells, self.rule = normalise, size // w_ps, rule
         sight = torch.ones(self.cells)
+        table: Correction | None = None
         if weights is not None:
             (row,) = records.find_maps([weights], bank)
             settings = records.manifest.settings
             check_cells(settings, size, w_ps, bank)
             if not temperature > 0:
                 raise UserError(f"temperature {temperature} is not positive; published is 0.25")
-            sight = edge_rule(settings, settings.detectors[row], self.cells)
+            detector = settings.detectors[row]
+            sight = edge_rule(settings, detector, size, self.cells)
+            if correct and rule is None:
+                table = correction(detector, settings.mark, temperature, w_ps, self.cells)
         self.register_buffer("visible", sight, persistent=False)
+        self.corrected = table is not None
+        for name, values in zip(Correction._fields, table or ((), ()), strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
         for name, values in (("mean", mean), ("std", std)):
             scaled = torch.tensor(values).view(3, 1, 1) * 255
             self.register_buffer(name, scaled, persistent=False)
@@ -118,6 +131,10 @@ class WeightedCrops(nn.Module):
         else:
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
             density = crop_maps(maps, boxes, flips, self.cells, self.visible)
+            if self.corrected and "temperature" not in batch:  # the tables are of one T
+                least = _between(self.least, density.flatten(1).amin(1))
+                density = _between(self.likely, density)
+                return loss_weights(density, self.temperature, self.normalise, least)
         if self.rule is not None and images is not None:
             return self.rule(density, images, batch)
         return loss_weights(density, batch.get("temperature", self.temperature), self.normalise)
@@ -157,9 +174,13 @@ def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) ->
         )
 
 
-def edge_rule(settings: Settings, detector: Detector, cells: int) -> Tensor:
-    """What `detector` finds of its marks by distance from a crop's edge, float32 [cells]."""
-    share = visible_cells(detector, settings.crop, cells, settings.mark)
+def edge_rule(settings: Settings, detector: Detector, size: int, cells: int) -> Tensor:
+    """What `detector` finds of its marks by distance from a crop's edge, float32 [cells].
+
+    The crop has `size` px, whatever the maps were made for: an edge rule is in px of what a
+    detector is shown.
+    """
+    share = visible_cells(detector, size, cells, settings.mark)
     return torch.from_numpy(share).float()
 
 
@@ -226,11 +247,22 @@ def pool_counts(counts: Tensor, cells: int) -> Tensor:
     return F.avg_pool2d(counts[:, None].float(), part)[:, 0] / BANK_CELL**2
 
 
+def _between(table: Tensor, density: Tensor) -> Tensor:
+    """`table` [STEPS + 1], of densities from 0 to 1, at each `density`: between entries linear."""
+    at = density.clamp(0, 1) * STEPS
+    low = at.long().clamp(max=STEPS - 1)
+    below = table[low]
+    return below + (table[low + 1] - below) * (at - low)
+
+
 def loss_weights(
-    density: Tensor, temperature: float | Tensor, normalise: Normalise = "min"
+    density: Tensor,
+    temperature: float | Tensor,
+    normalise: Normalise = "min",
+    least: Tensor | None = None,
 ) -> Tensor:
     """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean, or
-    by the mean of all.
+    by the mean of all. least: [b], the least densities, if not those of `density` itself.
 
     `min` is the published form (KAMIM utils/KAMIM.py): at least 1, so that detectors and
     temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1,
@@ -240,7 +272,12 @@ def loss_weights(
     if normalise == "batch":
         return raw / raw.mean()
     flat = raw.flatten(1)
-    base = flat.amin(1) if normalise == "min" else flat.mean(1)
+    if normalise == "mean":
+        base = flat.mean(1)
+    elif least is None:
+        base = flat.amin(1)
+    else:
+        base = torch.exp(torch.clamp(least / temperature, -20, 20))
     return raw / base[:, None, None]
 
 
@@ -303,47 +340,6 @@ def _tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
         return torch.from_numpy(leaf).to(device, non_blocking=True)
 
     return _each(move, {k: v for k, v in batch._asdict().items() if k != "step"})
-
-
-def decode_files(files: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-    """JPEG `files` of one size as pixels on `device`, uint8 [b, F, F, 3]: on CUDA by nvJPEG.
-
-    Its pixels are not those of the CPU's decoder to the last bit (docs/decisions.md). Raises
-    UserError if a file does not decode, or if torchvision or CUDA's decoder is missing.
-    """
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError as error:
-        raise UserError(
-            f"decoding on the GPU needs torchvision ({error}); decode on the CPU, or type: pip "
-            "install torchvision"
-        ) from None
-    tensors = [torch.from_numpy(file) for file in files]
-    try:
-        found = decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device)
-        return torch.stack(found).permute(0, 2, 3, 1)
-    except RuntimeError as error:
-        problem = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"torchvision does not decode these frames on {device} ({problem}); decode on the "
-            "CPU, or find damage with `kamim shards verify --level decode`"
-        ) from None
-
-
-def check_decoding(records: ShardSet, device: torch.device, skip: bool) -> None:
-    """UserError unless the set's frames can be decoded on `device`."""
-    where = f"{records.folder} cannot be decoded on the GPU"
-    if records.manifest.container != "webdataset":
-        raise UserError(f"{where}: FFCV decodes its frames; leave decode at cpu")
-    if records.manifest.settings.quality == 0:
-        raise UserError(f"{where}: its frames are raw pixels; leave decode at cpu")
-    if skip:
-        raise UserError(f"{where} if damage is to be skipped; leave decode at cpu")
-    if device.type != "cuda":
-        raise UserError(f"{where}: this runs on {device}; leave decode at cpu")
-    side = records.manifest.settings.frame
-    trial = encode_frame(np.zeros((side, side, 3), np.uint8), 90)
-    decode_files([np.frombuffer(bytearray(trial), np.uint8)], device)
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> None:

@@ -1,7 +1,9 @@
 """Shared fixtures: real photographs where they are at hand, small sources made on the spot."""
 
 import os
+import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,16 +21,21 @@ import shards
 from preprocess import build_shards, open_source
 from shards.beton import convert_to_ffcv
 
-# A build server tries the same examples each time; everyone else finds new ones.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# The same examples each time, however slow the machine; `make test-slow` tries new ones.
+patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("same", derandomize=True, **patient)
+hypothesis.settings.register_profile("new", **patient)
+hypothesis.settings.load_profile("same")
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("KAMIM_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
 CACHES = (".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", "__pycache__/")
 STAMPS = ("core", "train", "ffcv", "test", "remote", "parquet")  # what make has installed
 
+
+# Workers share the cores: with a thread for each core, each would wait for the others' threads.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 # Tests work in folders of their own; what they start finds this checkout all the same.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -90,6 +97,19 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     assert not changed, f"tests wrote into the checkout or took from it: {sorted(changed)}"
 
 
+@pytest.fixture(autouse=True)
+def alike() -> Iterator[None]:
+    """The same random numbers, and threads of torch, whichever tests ran before in this process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    if not (torch := sys.modules.get("torch")):
+        return (yield)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # FFCV sets it
+
+
 @pytest.fixture(scope="session")
 def photos() -> list[Path]:
     """Paths of the 800 ImageNet photographs; skips, visibly, where they are absent."""
@@ -106,15 +126,21 @@ def demo_images() -> list[np.ndarray]:
     return [preprocess.decode_image(source.read(entry)) for entry in source.entries]
 
 
-@pytest.fixture
-def small_source(tmp_path: Path, demo_images: list[np.ndarray]) -> Path:
+@pytest.fixture(scope="session")
+def forty(tmp_path_factory: pytest.TempPathFactory, demo_images: list[np.ndarray]) -> Path:
     """A folder of 4 classes with 10 small JPEGs each, cut from the demo images."""
-    root = tmp_path / "source"
+    root = tmp_path_factory.mktemp("forty")
     for number, image in enumerate(demo_images[::7][:40]):
         path = root / f"class{number % 4}" / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), cv2.resize(image, (96, 80))[:, :, ::-1])
     return root
+
+
+@pytest.fixture
+def small_source(forty: Path, tmp_path: Path) -> Path:
+    """A copy of `forty`, with its times of change: by them a build knows its source again."""
+    return Path(shutil.copytree(forty, tmp_path / "source"))
 
 
 def settings(**changes: object) -> shards.Settings:
@@ -140,18 +166,47 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory):
+    """build_once(small_source, out, settings) builds what was not built yet; `out` is a copy."""
+    made = {}
+
+    def build(source, out, chosen):
+        key = repr(chosen)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("made") / "set"
+            build_shards(open_source(str(source)), made[key], chosen, 1)
+        return Path(shutil.copytree(made[key], out))
+
+    return build
+
+
 @pytest.fixture
-def built(small_source, tmp_path):
+def built(small_source, tmp_path, build_once):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb"))
     chosen = settings(frame=120, detectors=detectors, crop=96, bank=2)
-    build_shards(open_source(str(small_source)), tmp_path / "built", chosen, 1)
-    return tmp_path / "built"
+    return build_once(small_source, tmp_path / "built", chosen)
 
 
 @pytest.fixture(params=["jpeg", "raw"])
 def converted(request, built, tmp_path):
     convert_to_ffcv(built, tmp_path / request.param, request.param)
     return tmp_path / request.param
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys, tmp_path):
+    """Runs an example as a script, in this process; gives the numbers that it prints."""
+
+    def run(name, *arguments):
+        path = str(REPOSITORY / "examples" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(path, run_name="__main__")
+        return [float(line) for line in capsys.readouterr().out.splitlines()]
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # where datasets writes
+    return run
 
 
 def copied(loader):

@@ -3,8 +3,7 @@
 Each serves the files of a folder at `url`. Run as a program, the S3 server.
 """
 
-import contextlib
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -13,27 +12,22 @@ from pathlib import Path
 BUCKET = "bucket"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Store:
     """A server of `folder`: `url`, `start`, `kill`, and the files it was asked for."""
 
     def __init__(self, folder: Path, log: Path) -> None:
-        self.folder, self.log, self.port = folder, log, free_port()
+        self.folder, self.log, self.port = folder, log, 0
         self.start()
 
     def start(self) -> None:
-        with self.log.open("a") as log:
+        """Begin to serve: at first on a port that is free, which the server says, then on it."""
+        with self.log.open("ab") as log:
+            begin = log.tell()
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log)
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-                return
+        while not (said := re.search(rb"port (\d+) ", self.log.read_bytes()[begin:])):
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
+        self.port = int(said[1])
 
     def kill(self) -> None:
         self.process.kill()
@@ -51,7 +45,7 @@ class HttpStore(Store):
 
     def command(self) -> list[str]:
         bind = ["--bind", "127.0.0.1", "--directory", str(self.folder)]
-        return [sys.executable, "-m", "http.server", str(self.port), *bind]
+        return [sys.executable, "-u", "-m", "http.server", str(self.port), *bind]
 
 
 class S3Store(Store):
@@ -74,20 +68,21 @@ class S3Store(Store):
 
 
 def serve(folder: Path, port: int) -> None:
-    """Serve `folder` as S3; it listens on `port` only once everything is there."""
+    """Serve `folder` as S3; it says its port only once everything is there."""
     import boto3
     from moto.server import ThreadedMotoServer
 
-    private = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    private = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     private.start()
     keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-    url = f"http://127.0.0.1:{private._port}"
+    url = f"http://127.0.0.1:{private.get_host_and_port()[1]}"
     client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
     client.create_bucket(Bucket=BUCKET)
     for path in sorted(folder.iterdir()):
         client.upload_file(str(path), BUCKET, f"sets/small/{path.name}")
     public = ThreadedMotoServer("127.0.0.1", port, verbose=False)  # the same store behind it
     public.start()
+    print(f"port {public.get_host_and_port()[1]} ", flush=True)
     while True:
         time.sleep(60)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shards import Manifest, Plan
 from shards.errors import UserError
-from shards.files import replacing, sweep
+from shards.files import replacing, sweep, sync
 from train.recipes import Recipe
 from train.request import Run
 
@@ -50,11 +50,14 @@ class Saver:
 
     On CUDA the host does not wait for the copies either: they go into pinned memory, kept for the
     next ones, in the order of what the device is given, so before the weights change again. A
-    write that failed raises at the next save, or at the end.
+    write that failed raises at the next save, or at the end. `rows`, the file of the run's rows, is
+    synced first: a power cut leaves no checkpoint without the rows of its steps.
     """
 
-    def __init__(self, folder: Path, minutes: float, device: torch.device) -> None:
-        self.folder, self.device = folder, device
+    def __init__(
+        self, folder: Path, minutes: float, device: torch.device, rows: Path | None = None
+    ) -> None:
+        self.folder, self.device, self.rows = folder, device, rows
         self.seconds = 60 * minutes or float("inf")
         self.saved = time.monotonic()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -83,6 +86,8 @@ class Saver:
         def write() -> Path:
             if copied is not None:
                 copied.synchronize()
+            if self.rows:
+                sync(self.rows)
             return save(self.folder, step, self._copy)
 
         self._writing = self._pool.submit(write)
@@ -207,8 +212,8 @@ def restore(
             "--resume, or name another --out"
         )
     state = load(path, device)
-    # What an older checkpoint's recipe does not have was as the defaults are.
-    known = asdict(Recipe(model="")) | state["run"]["recipe"]
+    # What an older checkpoint's recipe does not have was as the defaults are, or not known.
+    known = asdict(Recipe(model="")) | {"correct": False} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
         "window": 0,

@@ -36,7 +36,7 @@ def trim(run: Path, step: int) -> None:
     """Drop the rows from `step` on, which a killed run wrote after its last checkpoint."""
     kept = [row for row in read_metrics(run) if row["step"] < step]
     lines = "".join(json.dumps(row) + "\n" for row in kept)
-    write_atomically(run / METRICS, lines.encode("ascii"), durable=False)
+    write_atomically(run / METRICS, lines.encode("ascii"))
 
 
 class Log:

@@ -32,7 +32,7 @@ from train.estimate import (
     say_where,
     time_lines,
 )
-from train.log import Log, Window
+from train.log import METRICS, Log, Window
 from train.masking import Masking
 from train.models import in_bf16, make_model, model_flops
 from train.pictures import PICTURES, draw_loss, draw_reconstructions
@@ -41,6 +41,7 @@ from train.request import Run, compiler_missing
 from train.schedule import learning_rate, temperature
 from train.setup import (
     Data,
+    clipped,
     count_micro_steps,
     device_name,
     make_optimizer,
@@ -141,7 +142,9 @@ def pretrain(run: Run) -> None:
     with (
         writing.alone(run.out) if rank == 0 else nullcontext(),
         Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
-        checkpoint.Saver(run.out / "checkpoints", run.save_minutes, device) as saver,
+        checkpoint.Saver(
+            run.out / "checkpoints", run.save_minutes, device, run.out / METRICS
+        ) as saver,
         progress.running(),
         memory_told(part, fits),
     ):
@@ -190,7 +193,7 @@ def pretrain(run: Run) -> None:
                     break
             done = step if cut else step + 1
             if not cut:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                norm = clipped(model, recipe)
                 optimizer.step()
                 if average is not None:
                     average.update(model, step + 1)

@@ -73,7 +73,8 @@ class Masking:
         self.visible: dict[str, Tensor] = {}  # by map: what a crop keeps of it near its edges
         for name in guide_maps(recipe):
             row, settings = manifest.detectors.index(name), manifest.settings
-            self.visible[name] = edge_rule(settings, settings.detectors[row], self.side).to(device)
+            sight = edge_rule(settings, settings.detectors[row], recipe.size, self.side)
+            self.visible[name] = sight.to(device)
 
     def _step_of(self, number: int) -> int:
         """The first step of the phase that refresh `number` begins."""

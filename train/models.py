@@ -6,7 +6,7 @@ loads into timm unchanged.
 """
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import timm
@@ -82,11 +82,20 @@ class SimMIM(nn.Module):
         embed: int = encoder.patch_embed.proj.out_channels
         self.encoder: Any = encoder
         self.mask_token = nn.Parameter(torch.zeros(embed))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder: Any = nn.Sequential(
             nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size=1),
             nn.PixelShuffle(self.stride),
         )
+        self._start()
+
+    def _start(self) -> None:
+        """The published initialisation, where timm's and torch's differ from it."""
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if getattr(self.encoder, "cls_token", None) is not None:
+            nn.init.trunc_normal_(self.encoder.cls_token, std=0.02)
+        for convolution in (self.encoder.patch_embed.proj, self.decoder[0]):
+            nn.init.trunc_normal_(convolution.weight, std=0.02)
+            nn.init.zeros_(convolution.bias)
 
     def forward(self, images: Tensor, mask: Tensor, encoded: Tensor | None = None) -> Tensor:
         """Reconstructions [b, 3, S, S] of `images` [b, 3, S, S], normalised as they are.
@@ -203,8 +212,10 @@ class MAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions: Tensor
         self.register_buffer("positions", sincos(self.side, width)[None], persistent=False)
-        self.decoder = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(blocks)))
-        self.norm = nn.LayerNorm(width)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        block = partial(Block, width, heads, qkv_bias=True, norm_layer=norm)
+        self.decoder = nn.Sequential(*(block() for _ in range(blocks)))
+        self.norm = norm(width)
         self.head = nn.Linear(width, 3 * self.patch**2)
         self._start()
 
@@ -294,9 +305,10 @@ def encoder_options(
     name: str, size: int, options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The arguments that make timm build our encoder of `name` at `size` px."""
-    # Windows of 6 at 192 px, of 7 at 224: Swin's last stage is one window.
-    window = {"window_size": size // CELL} if "swin" in name else {}
-    return {"img_size": size, "num_classes": 0, **window, **(options or {})}
+    # Windows of 6 at 192 px, of 7 at 224: Swin's last stage is one window. timm's Swin drops 0.1 of
+    # its paths, as in supervised training; pretraining none, as published.
+    swin = {"window_size": size // CELL, "drop_path_rate": 0.0} if "swin" in name else {}
+    return {"img_size": size, "num_classes": 0, **swin, **(options or {})}
 
 
 def model_flops(model: nn.Module, size: int, cells: Cells | None = None) -> float:

@@ -22,7 +22,7 @@ class Recipe:
     """
 
     model: Annotated[str, "timm's name of the encoder: a ViT or Swin"]
-    options: Annotated[dict[str, int], "for timm beside it, as `depth`"] = field(
+    options: Annotated[dict[str, Any], "for timm beside it, as `depth`"] = field(
         default_factory=dict
     )
     size: Annotated[int, "side of a crop, px"] = 192
@@ -43,7 +43,7 @@ class Recipe:
     decay_all: Annotated[
         bool, "norms, biases and positions decay too, as published; SimMIM: not"
     ] = True
-    clip: Annotated[float, "most norm of the gradient"] = 1.0
+    clip: Annotated[float, "most norm of the gradient; 0: any"] = 1.0
     ema: Annotated[
         float,
         "decay of a mean of the weights beside them, as 0.9999, less at first; 0: there is none",
@@ -65,6 +65,11 @@ class Recipe:
         "weights are divided by their least, or mean, of an image, or by the mean of all",
     ] = "min"
     weights: Annotated[str, "the detector's, or a control (docs/masking.md)"] = "detector"
+    correct: Annotated[
+        bool,
+        "weights off a map as shards/correction.py has them; those of controls, and while T moves, "
+        "are as they are",
+    ] = True
     area: Annotated[tuple[float, float], "least and most area of a crop, of the image's"] = (
         0.67,
         1.0,
@@ -139,15 +144,23 @@ def mean_normalised(recipe: Recipe) -> Recipe:
 
 
 def mae(recipe: Recipe) -> Recipe:
-    """`recipe` as plain MAE (arXiv 2111.06377). Crops, flips and epochs stay, so that methods are
-    compared on the same data; MAE's own crops (area from 0.2) want larger frames.
+    """`recipe` as plain MAE (arXiv 2111.06377), of targets by patch and unclipped gradients. Crops,
+    flips, epochs and rates stay, so that methods are compared on the same data; MAE's own crops
+    (area from 0.2) want larger frames.
 
     The decoder is MAE's own for ViT-B; two thirds of a smaller encoder's width, 32 per head.
     """
     decoders = {"vit_tiny_patch16_224": (128, 8, 4), "vit_small_patch16_224": (256, 8, 8)}
     decoder = (96, 2, 3) if recipe.options == _REDUCED else decoders.get(recipe.model, (512, 8, 16))
     return replace(
-        recipe, method="mae", mask_ratio=0.75, temperature=None, decoder=decoder, beta2=0.95
+        recipe,
+        method="mae",
+        mask_ratio=0.75,
+        temperature=None,
+        decoder=decoder,
+        norm_pix=True,
+        beta2=0.95,
+        clip=0.0,
     )
 
 
@@ -159,10 +172,11 @@ def kamim(recipe: Recipe) -> Recipe:
 def sampled(recipe: Recipe, by: str) -> Recipe:
     """`recipe` with cells drawn, and some thrown, by `by` after a random phase, as AMT and FAMT.
 
-    40 epochs and 40 between looks, as published for 200 and 400; of a short run a tenth and a half.
+    41 epochs and 40 between looks, as published for 200 and 400 (`epoch > 40` from 0, mae-AMT
+    models_mae.py); of a short run a tenth and a half.
     """
     masked, thrown = (0.45, 0.40) if recipe.method == "mae" else (0.44, 0.26)
-    first, again = (40.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
+    first, again = (41.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
     return replace(
         recipe,
         sample_by=by,
@@ -251,8 +265,7 @@ def _value(text: str, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(p(t) for p, t in zip(parts, text.split(","), strict=True))
     if get_origin(kind) is dict:
-        whole = parts[1] is int
-        return {str(k): int(v) if whole else v for k, v in json.loads(text).items()}
+        return dict(json.loads(text).items())
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     if type(None) in parts:

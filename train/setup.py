@@ -16,10 +16,10 @@ from torch import nn
 import shards
 from shards import Plan, ShardSet, WeightedCrops, Windows
 from shards.crops import FLIPS
+from shards.decoding import check_decoding
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from shards.verification import damaged_files
-from shards.weighting import check_decoding
 from train.controls import check_source, control_weights
 from train.cuda import make_deterministic, warn_of_what_is_missing
 from train.distributed import Process, together
@@ -167,6 +167,7 @@ def weighted_crops(
         normalise=recipe.normalise,
         bank=bank,
         rule=rule,
+        correct=recipe.correct,
         mean=MEAN,
         std=STD,
     )
@@ -208,6 +209,11 @@ def apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]
     return found
 
 
+def clipped(model: nn.Module, recipe: Recipe) -> torch.Tensor:
+    """The norm of the model's gradient, which is cut to what the recipe allows."""
+    return nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
+
+
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameters by their weight decay: all of them as published, or SimMIM's exclusions."""
     decayed: list[nn.Parameter] = []
@@ -215,11 +221,15 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # MAE's positions
             continue
-        plain = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "bias_table"))
-        (free if plain and not recipe.decay_all else decayed).append(parameter)
+        (decayed if recipe.decay_all or decays(name, parameter) else free).append(parameter)
     decay = recipe.weight_decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether SimMIM lets the weight of `parameter` decay."""
+    return parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "bias_table"))
 
 
 def check(run: Run, records: ShardSet, process: Process) -> WeightedCrops:

@@ -15,7 +15,6 @@ from typing import Any
 
 import joblib
 import torch
-from torch import nn
 
 from kamim.bench.ceiling import as_many
 from kamim.bench.gpu import Bench, Case
@@ -27,7 +26,13 @@ from train.estimate import largest_part, memory_of
 from train.masking import ATTENTION, Masking, wanted_maps
 from train.models import make_model, model_flops
 from train.recipes import find_recipe
-from train.setup import count_micro_steps, device_name, make_optimizer, weighted_crops
+from train.setup import (
+    clipped,
+    count_micro_steps,
+    device_name,
+    make_optimizer,
+    weighted_crops,
+)
 from train.step import Pace, Step, compiled
 
 QUEUE = 6  # micro-steps that a loader and the copies hold at most
@@ -98,7 +103,7 @@ class Training:
         for number in range(self.micro_steps):
             _, tensors = pace.next()
             self.micro_step(number, noise, tensors, self.micro if micro is None else micro)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        clipped(self.model, self.recipe)
         self.optimizer.step()
         self.done += 1
 
@@ -316,7 +321,7 @@ def times(measured: Measured) -> dict[str, Any]:
     for _ in range(measured.bench.repeats):
         synchronize(measured.device)
         begin = time.perf_counter()
-        nn.utils.clip_grad_norm_(training.model.parameters(), training.recipe.clip)
+        clipped(training.model, training.recipe)
         training.optimizer.step()
         synchronize(measured.device)
         updates.append((time.perf_counter() - begin) * 1e3)

@@ -72,8 +72,8 @@ def processes_rate(records: ShardSet, cores: int) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def step_seconds(records: ShardSet, repeats: int) -> dict[str, list[float]]:
-    """Seconds of training steps on one batch with and without weights, in turn."""
+def step_seconds(records: ShardSet, repeats: int, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of training steps on one batch with and without weights, in turn, behind `warm`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, batch = ("vit_base", 256) if device.type == "cuda" else ("vit_tiny", 16)
     run = training(replace(find_recipe(name), batch=batch), records, device)
@@ -84,7 +84,7 @@ def step_seconds(records: ShardSet, repeats: int) -> dict[str, list[float]]:
         "weighted": lambda: run(still, 1, True)[0],
         "unweighted": lambda: run(still, 1, False)[0],
     }
-    return in_turn(works, repeats, warm=2)
+    return in_turn(works, repeats, warm)
 
 
 def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Works that are compared run in turn, so that whatever else the machine does meet
 ratios are taken within a repeat.
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import shards
 from kamim.bench.provenance import append, check_checkout, spread
 from shards import ShardSet
+from shards.files import write_atomically
 
 Figure = TypeVar("Figure")
 
@@ -38,6 +40,13 @@ def in_turn(
             if repeat >= warm:
                 found[name].append(figure)
     return found
+
+
+def once(path: Path, work: Callable[[], Any]) -> Any:
+    """What `work` gives, kept in `path`, or gave before a stop: for measurements that go on."""
+    if not path.exists():
+        write_atomically(path, json.dumps(work()).encode())
+    return json.loads(path.read_text())
 
 
 def figures(

@@ -14,6 +14,8 @@ from train.recipe_file import documented
 
 REPOSITORY = Path(__file__).parents[2]
 
+SPREAD_AT = ("0.1", "0.25", "1")
+
 Row = tuple[str, dict[str, float], int]
 
 
@@ -107,7 +109,58 @@ def render_fidelity() -> str:
     )
     row = found[names[0], 3]
     taken = f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; {row['date']}"
-    return "\n".join([*lines, "", f"{taken}. The bank is exact. Cost of more crops:", ""])
+    plain = "" if "wrong at 0.25" in row else "Weights are not corrected as below. "
+    return "\n".join([*lines, "", f"{taken}. {plain}The bank is exact. Cost of more crops:", ""])
+
+
+def render_spread() -> str:
+    """Bias and misplaced weight of map weights by temperature, corrected and not, as Markdown."""
+    rows = newest("spread")
+    lines = table(
+        ["bias of the mean weight; share on the wrong cell", *(f"T {t}" for t in SPREAD_AT)], []
+    )
+    for row in rows:
+        for what, title in {
+            "map": "read off the map, corrected",
+            "uncorrected": "not corrected",
+            "shifted": "ruler: the crop 2 px aside",
+        }.items():
+            cells = (
+                f"{row[what][f'bias at {t}']:+.1%}; {row[what][f'wrong at {t}']:.1%}"
+                for t in SPREAD_AT
+            )
+            lines.append(line([f"{row['detector'].upper()}, {title}", *cells]))
+    count = rows[0]["map"]["samples"]
+    taken = f"{count} ImageNet photos, none of those that the correction was measured on"
+    return "\n".join([*lines, "", f"{taken}; w_ps 8; {rows[0]['date']}.", ""])
+
+
+def render_frames() -> str:
+    """What frames of each size cost and keep, as Markdown."""
+    rows = list({row["frame"]: row for row in kept("frames")}.values())
+    heads = ["kB per image", "build", "loader", "gradient energy", "PSNR, dB", "FAST keypoints"]
+    lines = table(["frame", *heads], [])
+    for row in rows:
+        lines.append(
+            line(
+                [
+                    f"{row['frame']} px",
+                    f"{row['bytes'] / 1000:.1f}",
+                    *(f"{row[f'{what} / 256']['median']:.2f}" for what in ("build", "loader")),
+                    f"{row['energy']:.2f}",
+                    f"{row['psnr']:.1f}",
+                    f"{row['keypoints'] / row['published_keypoints']:.2f}",
+                ]
+            )
+        )
+    last = rows[-1]
+    note = (
+        "Crops of 192 px beside the published crops of the source; energy and keypoints as shares "
+        "of theirs. Build and loader: processor time per image over that of 256 px (medians of "
+        f"interleaved repeats). {last['images']} ImageNet photos; {last['cores']} cores of an "
+        f"{last['cpu']}; {last['date']}."
+    )
+    return "\n".join([*lines, "", note, ""])
 
 
 def render_versus() -> str:
@@ -264,7 +317,11 @@ PAGES = {
         "meaning": render_meaning,
         "ceiling": render_ceiling,
     },
-    "docs/fidelity.md": {"fidelity": render_fidelity},
+    "docs/fidelity.md": {
+        "fidelity": render_fidelity,
+        "spread": render_spread,
+        "frames": render_frames,
+    },
     "docs/maps.md": {"maps": render_maps},
     "docs/masking.md": {"throw": render_throw},
     "docs/recipes.md": {"fields": render_fields},

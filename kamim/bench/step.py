@@ -21,7 +21,7 @@ from train.cuda import peak_flops
 from train.masking import block_masks
 from train.models import CELL, Cells, make_model, model_flops
 from train.recipes import Recipe, find_recipe
-from train.setup import device_name, find_device, weighted_crops
+from train.setup import clipped, device_name, find_device, weighted_crops
 from train.step import Pace, Step, compiled
 
 WARM, STEPS, REPEATS = 8, 40, 5
@@ -56,7 +56,7 @@ def training(recipe: Recipe, records: ShardSet, device: torch.device) -> Run:
             mask = block_masks(0, step, recipe.batch, cells, recipe.mask_ratio, device)
             loss, _ = works[weighted](tensors, Cells(mask))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            clipped(model, recipe)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if cuda:

@@ -21,7 +21,7 @@ from train.attention import class_attention
 from train.masking import Masking
 from train.models import in_bf16, make_model, normalised
 from train.recipes import Recipe, find_recipe
-from train.setup import device_name, find_device, weighted_crops
+from train.setup import clipped, device_name, find_device, weighted_crops
 from train.step import Step, compiled
 
 SIZES = {"vit_tiny": 16, "vit_base": 8}  # batch of each on a CPU
@@ -86,7 +86,7 @@ def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tu
     def train() -> None:
         loss, _ = micro(tensors, masking.hidden(masking.noise(1), 1, tensors))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        clipped(model, recipe)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -66,8 +66,11 @@ def probe(
     pool: Pooling = "mean",
     seeds: Annotated[int, typer.Option(min=1, help="Heads trained, each with its own seed.")] = 3,
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest neighbours.")] = 20,
-    epochs: Annotated[float, typer.Option(min=0, help="Of the head; 0: 30 fast, 100 paper.")] = 0,
+    epochs: Annotated[float, typer.Option(min=0, help="Of the head; 0: 30 fast, 110 paper.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Of the paper's protocol.")] = 2048,
+    every_block: Annotated[
+        bool, typer.Option("--every-block", help="Beside --block, each block by the fast protocol.")
+    ] = False,
     device: Device = "auto",
     cache: Cache = None,
     out: Out = None,
@@ -78,40 +81,53 @@ def probe(
     fast: features are computed once and kept, learning rates are swept on a tenth of the training
     set, no augmentation. fewshot: the same with the labels of 1 % and 10 % of the training set, as
     many of each class, others for each seed. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide,
-    erasing, MixUp or CutMix. Killed, the same command goes on from what is finished.
+    erasing, MixUp or CutMix. Killed, the same command goes on from what is finished. --every-block
+    tells where in the encoder the features are that a line can use.
     """
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
     from kamim.evaluate.probe import linear_probe, nearest_neighbours
     from shards.files import alone
 
-    folder = out or folder_for("probe", encoder)
+    folder, count = out or folder_for("probe", encoder), round(epochs) or 30
+
+    def features(number: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+        """Of block `number`: of the set to learn on, and of that to test on."""
+        sets = task.learn, task.test
+        return [cached(folder, task.model, s, number, task.pool, task.device) for s in sets]
+
+    def fast(number: int) -> dict[str, Any]:
+        """Neighbours and heads of block `number`."""
+        known, asked = features(number)
+        near = nearest_neighbours(known, asked, task.classes, neighbours)
+        heads = range(seeds) if protocol == "fast" or every_block else ()
+        scores = [
+            linear_probe(known, asked, task.classes, seed, count, device=task.device)
+            for seed in heads
+        ]
+        found: dict[str, Any] = {"knn": round(near, 4)}
+        found["top1"] = [round(score.top1, 4) for score in scores]
+        found["top5"] = [round(score.top5, 4) for score in scores]
+        return found | {"rates": [score.rate for score in scores]}
+
     with alone(folder):
-        known, asked = (
-            cached(folder, task.model, records, task.block, pool, task.device)
-            for records in (task.learn, task.test)
-        )
         if protocol == "fewshot":
             from kamim.evaluate.fewshot import SHARES, few_shot
 
+            known, asked = features(task.block)
             how = seeds, neighbours, task.device
             few = [few_shot(known, asked, task.classes, share, *how) for share in SHARES]
             row = task.facts() | {"protocol": protocol, "few": few}
             _report_few(row, folder / "probe.json", json_output)
             return
-        near = nearest_neighbours(known, asked, task.classes, neighbours)
-        row = task.facts() | {"protocol": protocol, "knn": round(near, 4)}
-        if protocol == "fast":
-            count = round(epochs) or 30
-            scores = [
-                linear_probe(known, asked, task.classes, seed, count, device=task.device)
-                for seed in range(seeds)
-            ]
-            row["top1"] = [round(score.top1, 4) for score in scores]
-            row["top5"] = [round(score.top5, 4) for score in scores]
-            row["rates"] = [score.rate for score in scores]
-        else:
+        row = task.facts() | {"protocol": protocol} | fast(task.block)
+        near = row["knn"]
+        if protocol == "paper":
+            del row["rates"]
             row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
+        if every_block:
+            each = [{"block": n} | fast(n) for n in range(1, task.model.blocks + 1)]
+            row["by_block"] = each
         _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
 
 
@@ -123,7 +139,7 @@ def finetune(
     recipe: Annotated[
         Literal["kamim", "simmim"], typer.Option(help="KAMIM's, or SimMIM's with layer decay.")
     ] = "simmim",
-    epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's 100.")] = 0,
+    epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's, 100 or 110.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Decides order and augmentation.")] = 0,
     device: Device = "auto",
@@ -132,6 +148,9 @@ def finetune(
     json_output: Json = False,
 ) -> None:
     """Train all of an encoder with labels, and test it.
+
+    simmim: rates in proportion to the batch, 5e-3 at 2048, with layer decay; RandAugment, drop path
+    0.1. kamim: AdamW 5e-3, TrivialAugmentWide.
 
     Killed, the same command goes on from the last finished epoch, to the same numbers.
     """
@@ -221,19 +240,18 @@ def _supervised(
 ) -> dict[str, list[float]]:
     """Top-1 and top-5 of each seed's run by the recipe `name`, each in a folder of its own."""
     from copy import deepcopy
-    from dataclasses import replace
 
     import torch
 
-    from kamim.evaluate.supervised import RECIPES, Classifier, train_supervised
+    from kamim.evaluate.supervised import Classifier, recipe_for, train_supervised
 
-    recipe = replace(RECIPES[name], batch=batch, epochs=epochs or RECIPES[name].epochs)
+    recipe = recipe_for(name, task.model.is_swin, batch, epochs)
     same = {"encoder": task.encoder, "block": task.block, "pool": task.pool}
     found: dict[str, list[float]] = {"top1": [], "top5": []}
     for seed in seeds:
         torch.manual_seed(seed)
         model = deepcopy(task.model)
-        classifier = Classifier(model, task.block, task.pool, task.classes, recipe.frozen)
+        classifier = Classifier(model, task.block, task.pool, task.classes, recipe)
         classifier.to(task.device)
         run = folder / f"{name}-seed-{seed}"
         scores = train_supervised(
@@ -267,6 +285,8 @@ def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> No
     _keep(row, path, json_output)
     if json_output:
         return
+    for each in row.get("by_block", ()):
+        print(f"block {each['block']}: top-1 {statistics.mean(each['top1']):.2%}")
     count = len(row["top1"])
     spread = f" +- {statistics.stdev(row['top1']):.2%}" if count > 1 else ""
     print(

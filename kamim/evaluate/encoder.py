@@ -20,14 +20,18 @@ class Encoder:
     size: int
 
     @property
+    def is_swin(self) -> bool:
+        return hasattr(self.model, "layers")
+
+    @property
     def blocks(self) -> int:
         """Blocks of a ViT, stages of a Swin."""
-        return len(self.model.layers if hasattr(self.model, "layers") else self.model.blocks)
+        return len(self.model.layers if self.is_swin else self.model.blocks)
 
     @property
     def default_block(self) -> int:
         """The published probe's: block 8 of 12, two thirds of any ViT; a Swin's last stage."""
-        return self.blocks if hasattr(self.model, "layers") else max(1, round(self.blocks * 2 / 3))
+        return self.blocks if self.is_swin else max(1, round(self.blocks * 2 / 3))
 
 
 def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
@@ -49,15 +53,18 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
     return Encoder(what, model.to(device).eval().requires_grad_(False), size)
 
 
-def tokens(encoder: Encoder, images: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def tokens(
+    encoder: Encoder, images: Tensor, block: int, norm: bool = True
+) -> tuple[Tensor, Tensor]:
     """(patch tokens [b, n, d], class token [b, d]) after `block`, counted from 1.
 
-    After a ViT's last block, the final norm is applied; a Swin's class token is its mean token.
+    After the last block, the final norm is applied unless `norm` is false; a Swin's class token is
+    its mean token.
     """
     model = encoder.model
-    last = block == encoder.blocks
+    last = norm and block == encoder.blocks
     options = {"indices": [block - 1], "norm": last, "stop_early": True, "intermediates_only": True}
-    if hasattr(model, "layers"):
+    if encoder.is_swin:
         (out,) = model.forward_intermediates(images, **options)
         patches = out.flatten(2).transpose(1, 2)
         return patches, patches.mean(1)

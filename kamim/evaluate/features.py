@@ -6,7 +6,7 @@ The file is used again only for the very same set, encoder, block and pooling.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,18 +23,27 @@ from train.models import normalised
 Pool = Literal["mean", "cls"]
 
 
-def whole_frames(
-    records: ShardSet, plan: Plan, first: int, last: int, size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(whole frames float32 [b, 3, size, size] of 0 to 255, labels [b]) of steps first to last - 1.
+def frames_of(
+    records: ShardSet,
+    plan: Plan,
+    first: int,
+    last: int,
+    size: int,
+    device: torch.device,
+    cropped: bool = False,
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(frames float32 [b, 3, size, size] of 0 to 255, the batch's tensors) of steps first to
+    last - 1.
 
-    Squeezed without antialias, as the published validation does it.
+    Whole frames, squeezed without antialias as the published validation does it, or `cropped`:
+    the plan's crops.
     """
     for batch, tensors in to_device(records.loader(plan, first, last, device=device.type), device):
-        count = len(batch.labels)
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(count, 4)
-        flips = torch.zeros(count, 2, dtype=torch.bool, device=device)
-        yield crop_frames(tensors["frames"], boxes, flips, size), tensors["labels"]
+        boxes, flips = tensors["boxes"], tensors["flips"]
+        if not cropped:
+            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(len(batch.labels), 4)
+            flips = torch.zeros_like(flips)
+        yield crop_frames(tensors["frames"], boxes, flips, size), tensors
 
 
 def extract(
@@ -47,17 +56,18 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """(features float32 [N, d], labels int64 [N]) in the order of the set, on the CPU.
 
-    Images are the whole frames at the encoder's size, as the published validation has them.
+    Images are the whole frames at the encoder's size, as the published validation has them; a
+    Swin's features are those before its final norm, as in the published probe.
     """
     order = Plan(len(records), batch, in_order=True)
     found, labels = [], []
     bar = progress(f"features of {records.folder.name}", len(records))
     with bar, torch.inference_mode():
-        for frames, theirs in whole_frames(records, order, 0, order.steps(), encoder.size, device):
+        for frames, rest in frames_of(records, order, 0, order.steps(), encoder.size, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                patches, cls = tokens(encoder, normalised(frames), block)
+                patches, cls = tokens(encoder, normalised(frames), block, not encoder.is_swin)
             found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
-            labels.append(theirs.cpu().clone())
+            labels.append(rest["labels"].cpu().clone())
             bar.update(len(frames))
     return torch.cat(found), torch.cat(labels)
 
@@ -72,7 +82,8 @@ def cached(
 ) -> tuple[Tensor, Tensor]:
     """As `extract`, kept in `folder` so that a run that was killed does not do it again."""
     name = hashlib.sha256()
-    name.update(f"{records.manifest.fingerprint} {encoder.size} {block} {pool}".encode())
+    what = f"{records.manifest.fingerprint} {encoder.size} {block} {pool}"
+    name.update((what + " without norm" * encoder.is_swin).encode())
     for key, tensor in encoder.model.state_dict().items():
         name.update(key.encode())
         name.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -5,84 +5,127 @@ the same numbers.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
+from kamim.evaluate.augment import Augment, augment, mixed
 from kamim.evaluate.encoder import Encoder, tokens
-from kamim.evaluate.features import Pool, whole_frames
+from kamim.evaluate.features import Pool, frames_of
 from shards import Plan, ShardSet, Windows
 from shards.errors import UserError
 from shards.progress import progress
 from shards.rng import Purpose, mix
+from shards.spec import AREA
 from train import checkpoint
 from train.estimate import largest_part, memory_of
 from train.log import METRICS, trim
 from train.models import in_bf16, normalised
 from train.schedule import learning_rate
-from train.setup import WINDOW
+from train.setup import WINDOW, decays
 from train.step import compiled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelRecipe:
-    """How to train with labels. The defaults are KAMIM's (For GPUs/utils/config.py): peak, floor
-    and start are learning rates; epochs include the warm-up; layer_decay below 1 is SimMIM's.
+    """How to train with labels. The defaults are KAMIM's (For GPUs/utils/config.py).
+
+    peak, floor, start: learning rates. epochs: of all, the warm-up and `level`, the share at the
+    floor after the cosine, within. layer_decay: of the rate, for each layer from the head down.
+    clip: of the gradient's norm; 0: none. head: deviation of its first weights; None: torch's own.
+    area: of random crops, with horizontal flips; None: whole frames. mixup, cutmix: alpha.
     """
 
     frozen: bool = False
-    epochs: float = 100
+    epochs: float = 110
     warmup: float = 10
+    level: float = 10 / 110
     batch: int = 2048
     peak: float = 5e-3
     floor: float = 2.5e-6
     start: float = 2.5e-6
     weight_decay: float = 0.05
+    decay_all: bool = True
     layer_decay: float = 1.0
-    clip: float = 0.0  # of the gradient's norm; 0: none
+    clip: float = 0.0
+    head: float | None = None
+    drop_path: float = 0.0
     smoothing: float = 0.0
-    mixup: float = 1.0  # alpha; each batch is mixed up or cut-mixed, at random
+    augment: Augment = "trivial"
+    area: tuple[float, float] | None = None
+    mixup: float = 1.0
     cutmix: float = 1.0
 
 
-# SimMIM: configs/vit_base__800ep/simmim_finetune__vit_base__img224__800ep.yaml.
+# SimMIM: config.py, configs/vit_base__800ep/simmim_finetune__vit_base__img224__800ep.yaml and
+# models/vision_transformer.py. Rates are for a batch of 512.
 SIMMIM = LabelRecipe(
+    epochs=100,
     warmup=20,
+    level=0.0,
     peak=1.25e-3,
-    start=2.5e-7,
     floor=2.5e-7,
+    start=2.5e-7,
+    decay_all=False,
     layer_decay=0.65,
     clip=5.0,
+    head=0.02 * 0.001,
+    drop_path=0.1,
     smoothing=0.1,
+    augment="rand",
+    area=(0.08, 1.0),
     mixup=0.8,
 )
 RECIPES = {"paper-probe": LabelRecipe(frozen=True), "kamim": LabelRecipe(), "simmim": SIMMIM}
 
 
+def recipe_for(name: str, is_swin: bool, batch: int, epochs: float = 0) -> LabelRecipe:
+    """The recipe called `name` for a batch, and what is Swin's own in it; epochs 0: its own.
+
+    SimMIM's rates are in proportion to the batch, and its layers of Swin decay by 0.9; KAMIM clips
+    Swin's gradient, not a ViT's.
+    """
+    recipe = RECIPES[name]
+    recipe = replace(recipe, batch=batch, epochs=epochs or recipe.epochs)
+    if name != "simmim":
+        return replace(recipe, clip=1.0) if is_swin else recipe
+    times = batch / 512
+    rates = {each: getattr(recipe, each) * times for each in ("peak", "floor", "start")}
+    return replace(recipe, **rates, layer_decay=0.9 if is_swin else recipe.layer_decay)
+
+
 class Classifier(nn.Module):
-    """Pooled tokens of a block through one linear layer; images [b, 3, S, S] to logits [b, n]."""
+    """Pooled tokens of a block through one linear layer; images [b, 3, S, S] to logits [b, n].
+
+    A frozen Swin's tokens are those before its final norm, as published.
+    """
 
     def __init__(
-        self, encoder: Encoder, block: int, pool: Pool, classes: int, frozen: bool
+        self, encoder: Encoder, block: int, pool: Pool, classes: int, recipe: LabelRecipe
     ) -> None:
         super().__init__()
-        self.trunk, self.block, self.pool, self.frozen = encoder.model, block, pool, frozen
+        self.trunk, self.block, self.pool = encoder.model, block, pool
+        self.frozen = recipe.frozen
+        self.norm = not (encoder.is_swin and recipe.frozen)
         self.encoder = [encoder]  # in a list: the trunk is the one that is registered
         width = _width(encoder, block)
         self.head = nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-        self.trunk.requires_grad_(not frozen)
+        if recipe.head is not None:
+            nn.init.trunc_normal_(self.head.weight, std=recipe.head)
+            nn.init.zeros_(self.head.bias)
+        set_drop_path(encoder, recipe.drop_path)
+        self.trunk.requires_grad_(not recipe.frozen)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
         with torch.set_grad_enabled(not self.frozen and torch.is_grad_enabled()):
-            patches, cls = tokens(self.encoder[0], images, self.block)
+            patches, cls = tokens(self.encoder[0], images, self.block, self.norm)
         features = patches.mean(1) if self.pool == "mean" else cls
         logits: Tensor = self.head(features)
         return logits
@@ -95,6 +138,16 @@ class Classifier(nn.Module):
         return self
 
 
+def set_drop_path(encoder: Encoder, rate: float) -> None:
+    """Drop paths of `encoder` in training: of its first block none, of its last `rate`."""
+    stages = encoder.model.layers if encoder.is_swin else [encoder.model]
+    blocks = [block for stage in stages for block in stage.blocks]
+    for number, block in enumerate(blocks):
+        share = rate * number / max(1, len(blocks) - 1)
+        for name in ("drop_path1", "drop_path2"):
+            setattr(block, name, DropPath(share) if share else nn.Identity())
+
+
 def _width(encoder: Encoder, block: int) -> int:
     device = next(encoder.model.parameters()).device
     with torch.inference_mode():
@@ -103,41 +156,59 @@ def _width(encoder: Encoder, block: int) -> int:
 
 
 def parameter_groups(model: Classifier, recipe: LabelRecipe) -> list[dict[str, Any]]:
-    """A group a layer: its rate is layer_decay to the power of its distance from the head."""
-    layers: dict[int, list[nn.Parameter]] = {}
-    depth = model.encoder[0].blocks + 1
+    """A group a layer, or two by their weight decay: its rate is layer_decay to the power of its
+    distance from the head.
+    """
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    begins = _begins(model.encoder[0])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            layers.setdefault(_layer(name, depth), []).append(parameter)
+            layer, decay = _layer(name, begins), recipe.decay_all or decays(name, parameter)
+            groups.setdefault((layer, decay), []).append(parameter)
     return [
-        {"params": parameters, "scale": recipe.layer_decay ** (depth - layer)}
-        for layer, parameters in sorted(layers.items())
+        {
+            "params": parameters,
+            "scale": recipe.layer_decay ** (begins[-1] - layer),
+            "weight_decay": recipe.weight_decay * decay,
+        }
+        for (layer, decay), parameters in sorted(groups.items(), key=lambda each: each[0])
     ]
 
 
-def _layer(name: str, depth: int) -> int:
-    """0 for the embedding, 1.. for blocks or stages, `depth` for the head and the last norm."""
-    parts = name.split(".")
-    if parts[0] == "trunk" and parts[1] in ("blocks", "layers"):
-        return int(parts[2]) + 1
-    return 0 if parts[1] in ("patch_embed", "cls_token", "pos_embed") else depth
+def _begins(encoder: Encoder) -> list[int]:
+    """The layer of each first block, of a ViT's blocks or a Swin's stages, then the head's: the
+    embedding is layer 0, and each block one.
+    """
+    stages = encoder.model.layers if encoder.is_swin else ()
+    counts = [len(stage.blocks) for stage in stages] or [1] * encoder.blocks
+    return [1 + sum(counts[:number]) for number in range(len(counts) + 1)]
+
+
+def _layer(name: str, begins: list[int]) -> int:
+    """The layer of a parameter; what joins two stages is of the one before, the last norm the
+    head's.
+    """
+    _, part, *rest = name.split(".")
+    if part == "blocks":
+        return begins[int(rest[0])]
+    if part == "layers":
+        begin = begins[int(rest[0])]
+        return begin - 1 if rest[1] == "downsample" else begin + int(rest[2])
+    return 0 if part in ("patch_embed", "cls_token", "pos_embed") else begins[-1]
 
 
 def augmented(
-    frames: Tensor, labels: Tensor, classes: int, recipe: LabelRecipe, seed: int, step: int
+    frames: Tensor,
+    batch: Mapping[str, Tensor],
+    classes: int,
+    recipe: LabelRecipe,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
-    """A step's images, normalised, and soft labels [b, classes]: TrivialAugmentWide, erasing, then
-    MixUp or CutMix. frames: uint8 [b, 3, S, S]. All drawn from (seed, step).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(mix(Purpose.AUGMENT, seed, step)) >> 1)
-        trivial, erase = v2.TrivialAugmentWide(), v2.RandomErasing()
-        images = normalised(torch.stack([trivial(frame) for frame in frames]).float())
-        images = torch.stack([erase(image) for image in images])
-        mixup = v2.MixUp(alpha=recipe.mixup, num_classes=classes)
-        cutmix = v2.CutMix(alpha=recipe.cutmix, num_classes=classes)
-        mixed: tuple[Tensor, Tensor] = v2.RandomChoice([mixup, cutmix])(images, labels)
-    return mixed
+    """A step's images, normalised, and its soft labels [b, classes]. frames: of 0 to 255."""
+    pixels = frames.round().to(torch.uint8)
+    images = augment(pixels, batch["samples"], batch["epochs"], recipe.augment, seed)
+    return mixed(images, batch["labels"], classes, recipe.mixup, recipe.cutmix, seed, step)
 
 
 def windows_of(records: ShardSet, seed: int) -> Windows | None:
@@ -153,11 +224,11 @@ def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict
     order, size = Plan(len(records), 256, in_order=True), model.encoder[0].size
     right = torch.zeros(2)
     with torch.inference_mode(), progress("test", len(records)) as bar:
-        for frames, labels in whole_frames(records, order, 0, order.steps(), size, device):
+        for frames, batch in frames_of(records, order, 0, order.steps(), size, device):
             logits = model(normalised(frames))
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch["labels"][:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
-            bar.update(len(labels))
+            bar.update(len(frames))
     top1, top5 = (right / len(records)).tolist()
     return {"top1": round(top1, 4), "top5": round(top5, 4)}
 
@@ -179,12 +250,19 @@ def train_supervised(
     in a forward pass; 0: a step's on a CPU, on CUDA as many as free memory allows.
     """
     classes = model.head.out_features
-    plan = Plan(len(learn), min(recipe.batch, len(learn)), seed, windows=windows_of(learn, seed))
+    plan = Plan(
+        len(learn),
+        min(recipe.batch, len(learn)),
+        seed,
+        area=recipe.area or AREA,
+        vertical=0.0,
+        windows=windows_of(learn, seed),
+    )
     recipe = replace(recipe, batch=plan.batch)
     total, epoch = max(1, plan.steps(recipe.epochs)), max(1, len(learn) // plan.batch)
+    falling = round(total * (1 - recipe.level))  # the steps of the cosine
     warmup = min(round(recipe.warmup * len(learn) / plan.batch), total - 1)
-    groups = parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.peak, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.peak)
     facts = facts | {
         "supervised": asdict(recipe),
         "seed": seed,
@@ -196,14 +274,14 @@ def train_supervised(
     if cuda and not micro_batch:
         part = largest_part(0, 0, device, memory_of(model, (), model.encoder[0].size, device))
     forward = compiled(model) if cuda else model
-    stream = whole_frames(learn, plan, first, total, model.encoder[0].size, device)
+    size, cropped = model.encoder[0].size, recipe.area is not None
+    stream = frames_of(learn, plan, first, total, size, device, cropped)
     done = first * plan.batch
     with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
-        for step, (frames, labels) in enumerate(stream, start=first):
-            pixels = frames.round().to(torch.uint8)
-            images, soft = augmented(pixels, labels, classes, recipe, seed, step)
+        for step, (frames, batch) in enumerate(stream, start=first):
+            images, soft = augmented(frames, batch, classes, recipe, seed, step)
             torch.manual_seed(int(mix(Purpose.LAYERS, seed, step)) >> 1)
-            rate = learning_rate(step, total, warmup, recipe.peak, recipe.floor, recipe.start)
+            rate = learning_rate(step, falling, warmup, recipe.peak, recipe.floor, recipe.start)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad(set_to_none=True)

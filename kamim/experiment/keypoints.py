@@ -167,6 +167,8 @@ def recipe_of(task: Task, size: Size) -> Recipe:
         vertical=0.0,
         temperature=0.25,
         decoder=size.decoder,
+        norm_pix=False,
+        clip=1.0,
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 import simplejpeg
 from conftest import errors
 from PIL import Image
-from test_cli import kamim as typed_kamim
+from test_cli import kamim as typed
+from test_cli import kamim_process
 from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
@@ -153,7 +154,7 @@ def test_mistakes_are_one_line():
     ):
         result = CliRunner().invoke(app, ["bench", *arguments])
         assert words in str(result.exception)
-    done = typed_kamim("bench", "--only", "x")
+    done = typed("bench", "--only", "x")
     assert done.returncode == 2
     assert errors(done) == 1
 
@@ -163,7 +164,7 @@ def test_mistakes_are_one_line():
 def test_quick_needs_no_data_and_three_minutes():
     """In seconds of the processors: other work on them does not make them more."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = typed_kamim("bench", "--quick", "--json")
+    done = kamim_process("bench", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
@@ -283,9 +284,9 @@ def test_results_outside_a_checkout_are_refused_before_anything_is_measured(monk
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_cost_a_step_the_same_everywhere(tmp_path):
+def test_weights_cost_a_step_the_same_everywhere(small_source):
     """Both benchmarks of a weighted step run the same one, with weights and without."""
-    with temporary_set("demo", map_crops=0, frame=96) as records:
+    with temporary_set(str(small_source), map_crops=0, frame=96, jobs=1) as records:
         recipe = replace(find_recipe("small"), batch=4)
         run = training(recipe, records, torch.device("cpu"))
         loader = records.loader(Plan(len(records), 4), 0, 3, maps=["fast"])
@@ -293,7 +294,7 @@ def test_weights_cost_a_step_the_same_everywhere(tmp_path):
         for weighted in (True, False):
             spent, waited = run(pace, 1, weighted)
             assert 0 <= waited < spent
-        seconds = step_seconds(records, 1)
+        seconds = step_seconds(records, 1, warm=0)
         assert {name: len(each) for name, each in seconds.items()} == {
             "weighted": 1,
             "unweighted": 1,
@@ -308,7 +309,7 @@ def test_the_time_left_is_said_before_repeats(capsys):
 
 
 def test_doctor_speaks_json():
-    done = typed_kamim("doctor", "--json")
+    done = typed("doctor", "--json")
     assert done.returncode == 0, done.stderr
     parts = {row["part"]: row for row in json.loads(done.stdout)}
     assert parts["Python"]["type"] == ""

@@ -59,7 +59,7 @@ def test_map_readings_equal_a_plain_integral(demo_images):
         np.testing.assert_allclose(mine.numpy(), plain, atol=2e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 51), st.integers(0, 51), st.integers(0, 10**6), st.sampled_from(FLIPS))
 def test_a_marked_pixel_and_a_marked_cell_stay_together(row, column, number, flip):
     """The same square marked in frame and map is found at the same place of their crops."""

@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 import torch
 import torchvision
 
+import shards.decoding
 import shards.weighting
 from preprocess import build_shards, detector_settings, open_source
 from shards import Plan, ShardSet, decode_frame, to_device
@@ -23,13 +24,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def records(small_source, tmp_path):
+def records(small_source, tmp_path, build_once):
     chosen = settings(detectors=(detector_settings("fast"),), crop=64)
-    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
-    return ShardSet(tmp_path / "shards")
+    return ShardSet(build_once(small_source, tmp_path / "shards", chosen))
 
 
-@pytest.mark.timeout(60)
 def test_files_come_with_all_that_belongs_to_them(records):
     plan = Plan(40, 12, seed=3)
     decoded = copied(Loader(records, plan, 0, 9, maps=["fast"]))
@@ -42,7 +41,6 @@ def test_files_come_with_all_that_belongs_to_them(records):
             np.testing.assert_equal(getattr(batch, field), getattr(pixels, field))
 
 
-@pytest.mark.timeout(60)
 def test_the_device_decodes_what_the_threads_would(records):
     """By torchvision on the CPU, which has libjpeg-turbo too."""
     plan = Plan(40, 12, seed=3)
@@ -54,7 +52,6 @@ def test_the_device_decodes_what_the_threads_would(records):
         np.testing.assert_array_equal(tensors["maps"]["fast"].numpy(), pixels.maps["fast"])
 
 
-@pytest.mark.timeout(60)
 def test_a_file_without_an_end_is_named_or_skipped(records):
     path, row = records.locate(17)
     with path.open("r+b") as file:
@@ -80,10 +77,10 @@ def test_what_cannot_be_decoded_there_is_told_in_one_line(records, small_source,
         pretrain(run)
     cuda = torch.device("cuda")
     with pytest.raises(ValueError, match="if damage is to be skipped"):
-        shards.weighting.check_decoding(records, cuda, skip=True)
+        shards.decoding.check_decoding(records, cuda, skip=True)
     build_shards(open_source(str(small_source)), tmp_path / "raw", settings(quality=0), 1)
     with pytest.raises(ValueError, match="its frames are raw pixels"):
-        shards.weighting.check_decoding(ShardSet(tmp_path / "raw"), cuda, skip=False)
+        shards.decoding.check_decoding(ShardSet(tmp_path / "raw"), cuda, skip=False)
 
 
 def test_a_decoder_that_is_missing_or_fails_is_told_in_one_line(records, monkeypatch):
@@ -94,10 +91,10 @@ def test_a_decoder_that_is_missing_or_fails_is_told_in_one_line(records, monkeyp
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", broken)
     with pytest.raises(ValueError, match=r"on cuda \(nvjpeg is not here\); decode on the CPU"):
-        shards.weighting.check_decoding(records, cuda, skip=False)
+        shards.decoding.check_decoding(records, cuda, skip=False)
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     with pytest.raises(ValueError, match=r"needs torchvision .* pip install torchvision"):
-        shards.weighting.check_decoding(records, cuda, skip=False)
+        shards.decoding.check_decoding(records, cuda, skip=False)
 
 
 def test_a_trial_frame_goes_to_the_device(records, monkeypatch):
@@ -109,11 +106,10 @@ def test_a_trial_frame_goes_to_the_device(records, monkeypatch):
         return [torch.from_numpy(decode_frame(f.numpy().tobytes())).permute(2, 0, 1) for f in files]
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", decode)
-    shards.weighting.check_decoding(records, torch.device("cuda", 1), skip=False)
+    shards.decoding.check_decoding(records, torch.device("cuda", 1), skip=False)
     assert asked == [(1, "cuda:1")]
 
 
-@pytest.mark.timeout(60)
 def test_one_is_made_while_another_is_used(records):
     made = []
 

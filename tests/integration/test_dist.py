@@ -3,7 +3,9 @@
 Run by `make dist`, which builds them into build/dist.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-DIST = Path(__file__).parents[2] / "build" / "dist"
+ROOT = Path(__file__).parents[2]
+DIST = ROOT / "build" / "dist"
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -81,3 +84,15 @@ def test_hugging_faces_evaluate_is_its_own(place):
     done = run(place, "python", "-c", code, folder=".")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("evaluate.loading")
+
+
+def test_the_bill_of_materials_lists_what_is_locked_with_hashes():
+    listed = json.loads((DIST / "kamim.cdx.json").read_text())
+    assert listed["bomFormat"] == "CycloneDX"
+    assert listed["metadata"]["component"]["name"] == "kamim"
+    pins = re.findall(r"(?m)^([\w.-]+)==", (ROOT / "requirements.lock").read_text())
+    assert sorted(part["name"] for part in listed["components"]) == sorted(pins)
+    for part in listed["components"]:
+        hashes = [one for place in part["externalReferences"] for one in place.get("hashes", [])]
+        assert all(one["alg"] == "SHA-256" for one in hashes)
+        assert hashes, part["name"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, errors, settings
-from test_cli import kamim as typed_kamim
+from test_cli import kamim as typed_in_full
+from test_cli import kamim_process
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -84,10 +85,9 @@ def test_a_probe_depends_on_its_seed_alone():
 
 
 @pytest.fixture
-def labelled(small_source, tmp_path):
+def labelled(small_source, tmp_path, build_once):
     chosen = settings(frame=96, crop=96, detectors=(preprocess.detector_settings("fast"),))
-    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
-    return tmp_path / "set"
+    return build_once(small_source, tmp_path / "set", chosen)
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -207,17 +207,28 @@ def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled
     index = np.load(labelled / "index.npy")
     index["label"][7] = 4
     resigned(labelled, index)
-    done = typed_kamim(*words)
+    done = typed_in_full(*words)
     assert done.returncode == 2
     assert "label 4 is none of its 4 classes" in done.stderr
 
 
+def test_each_block_can_be_probed(labelled, tmp_path):
+    words = ["probe", "random:small", labelled, labelled, "--epochs", "1", "--seeds", "1"]
+    status, printed, error = typed(*words, "--every-block", "--json", "--out", tmp_path / "probe")
+    assert status == 0, error
+    row = json.loads(printed)
+    assert [each["block"] for each in row["by_block"]] == [1, 2, 3, 4]
+    chosen = row["by_block"][row["block"] - 1]
+    assert {name: chosen[name] for name in ("top1", "knn")} == {n: row[n] for n in ("top1", "knn")}
+    assert len(list((tmp_path / "probe").glob("features-*"))) == 4
+
+
 def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
     """A short run on the forty, a checkpoint an epoch."""
-    encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
+    encoder = load_encoder("random:small", CPU)
     torch.manual_seed(0)
-    model = Classifier(encoder, 4, "mean", 4, frozen)
     recipe = LabelRecipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
+    model = Classifier(encoder, 2, "mean", 4, recipe)
     records = ShardSet(labelled)
     facts = {"encoder": "x"}
     train_supervised(model, recipe, records, records, out, 0, CPU, facts, micro_batch)
@@ -243,7 +254,7 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="holds another run"):
         supervised(labelled, tmp_path / "parts", 2, frozen, peak=1.0)
-    start = load_encoder("random:vit_tiny_patch16_224", CPU, 96).model.state_dict()
+    start = load_encoder("random:small", CPU).model.state_dict()
     same = all(torch.equal(whole[f"trunk.{name}"], start[name]) for name in start)
     assert same == frozen
 
@@ -260,22 +271,25 @@ def test_a_step_in_parts_has_the_loss_of_a_whole_one(labelled, tmp_path):
 
 def test_layer_decay_and_augmentation(labelled):
     encoder = load_encoder("random:vit_tiny_patch16_224", CPU, 96)
-    model = Classifier(encoder, 12, "mean", 4, False)
-    groups = parameter_groups(model, LabelRecipe(layer_decay=0.5))
+    recipe = LabelRecipe(layer_decay=0.5)
+    model = Classifier(encoder, 12, "mean", 4, recipe)
+    groups = parameter_groups(model, recipe)
     assert [group["scale"] for group in groups] == [0.5**n for n in range(13, -1, -1)]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    frames = torch.randint(0, 256, (6, 3, 96, 96), dtype=torch.uint8)
-    labels = torch.arange(6) % 4
-    images, soft = augmented(frames, labels, 4, LabelRecipe(), 0, 3)
+    frames = torch.randint(0, 256, (6, 3, 96, 96)).float()
+    batch = {"labels": torch.arange(6) % 4, "samples": torch.arange(6), "epochs": torch.zeros(6)}
+    images, soft = augmented(frames, batch, 4, recipe, 0, 3)
     torch.testing.assert_close(soft.sum(1), torch.ones(6))
-    assert not torch.equal(images, augmented(frames, labels, 4, LabelRecipe(), 0, 4)[0])
+    later = batch | {"epochs": torch.ones(6)}
+    for other, step in ((batch, 4), (later, 3)):
+        assert not torch.equal(images, augmented(frames, other, 4, recipe, 0, step)[0])
     state = torch.get_rng_state()
-    assert torch.equal(images, augmented(frames, labels, 4, LabelRecipe(), 0, 3)[0])
+    assert torch.equal(images, augmented(frames, batch, 4, recipe, 0, 3)[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_finetune_and_the_papers_probe_from_the_command_line(labelled, tmp_path):
-    name = "random:vit_tiny_patch16_224"
+    name = "random:small"
     for words in (["finetune"], ["probe", "--protocol", "paper", "--seeds", "1"]):
         command, *options = words
         options += ["--epochs", "1", "--batch", "20", "--out", tmp_path / command]
@@ -496,7 +510,7 @@ def test_a_request_is_checked_before_torch_is_imported(labelled, tmp_path):
         (["export-hf", "nosuch.pt", tmp_path / "x"], "nosuch.pt is no file"),
         (["probe", "random:small", labelled, labelled], "torch is not installed"),
     ):
-        done = typed_kamim(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
+        done = kamim_process(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
         assert done.returncode == 2
         assert errors(done) == 1
         assert said in done.stderr
@@ -526,7 +540,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_after_one_call(labelled, tm
         nobody |= {"HF_HOME": str(tmp_path / "cache"), "no_proxy": "127.0.0.1"}
         name, environment = "timm:vit_tiny_patch16_224", {**os.environ, **nobody}
         words = ["probe", name, labelled, labelled, "--out", tmp_path / "p"]
-        done = typed_kamim(*words, env=environment)
+        done = kamim_process(*words, env=environment)
         server.shutdown()
     assert len(calls) == 1
     assert done.returncode == 2

@@ -23,16 +23,15 @@ from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
 from kamim.experiment.measure import effective_rank, neighbours, probe
 from kamim.experiment.steps import make_order
-from preprocess import build_shards, open_source
 from shards.errors import UserError
 
 
 @pytest.fixture
-def data(small_source, tmp_path):
+def data(small_source, tmp_path, build_once):
     """40 photos and 80 images of four classes in place of CIFAR-10's."""
     detectors = tuple(map(preprocess.detector_settings, ("fast", "orb", "sift")))
     chosen = settings(frame=128, crop=96, grid=24, detectors=detectors)
-    build_shards(open_source(str(small_source)), tmp_path / "photos", chosen, 1)
+    build_once(small_source, tmp_path / "photos", chosen)
     for split in ("train", "test"):
         files = {}
         for path in sorted(small_source.glob("*/*.jpg")):

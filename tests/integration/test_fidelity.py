@@ -29,13 +29,12 @@ def test_the_figures_are_those_of_the_demo(demo_set, capsys):
     assert "fidelity: 100%" in capsys.readouterr().err  # it was silent for as long as it took
     assert list(found) == ["fast", "orb"]
     for name, errors in found.items():
-        assert errors["bank"] == {
-            "correlation": 1,
-            "wrong": 0,
-            "bias": 0,
-            "equal": 1,
-            "samples": 60,
-        }
+        exact = {"correlation": 1, "wrong": 0, "bias": 0, "equal": 1, "samples": 60}
+        for each in ("0.1", "0.25", "1"):
+            exact |= {f"wrong at {each}": 0, f"bias at {each}": 0}
+        assert errors["bank"] == exact
+        assert errors["map"]["wrong"] == errors["map"]["wrong at 0.25"]
+        assert errors["uncorrected"]["correlation"] == errors["map"]["correlation"]
         assert errors["uniform"]["correlation"] == 0
         assert 0.85 < errors["map"]["correlation"] < 1
         assert errors["map"]["wrong"] < 0.6 * errors["uniform"]["wrong"]

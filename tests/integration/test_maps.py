@@ -157,7 +157,6 @@ def test_the_same_bytes_on_ray(small_source, tmp_path):
     assert contents(tmp_path / "ray") == contents(tmp_path / "loky")
 
 
-@pytest.mark.timeout(300)
 def test_the_same_bytes_after_kills(small_source, tmp_path):
     """SIGKILL to the whole build some shards into its work, the same command again after each."""
     out = tmp_path / "out"

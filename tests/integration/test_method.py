@@ -12,7 +12,6 @@ import pytest
 from conftest import settings
 
 import preprocess
-from preprocess import build_shards, open_source
 
 torch = pytest.importorskip("torch")
 import timm
@@ -314,7 +313,7 @@ def test_recipes_differ_in_what_their_names_say():
         base,
         mask_ratio=0.45,
         throw_ratio=0.4,
-        random_epochs=40,
+        random_epochs=41,
         random_mask_ratio=0.75,
         sample_by="attention*frequency",
     )
@@ -356,11 +355,10 @@ TINY = {
 
 
 @pytest.fixture
-def shards(small_source, tmp_path):
+def shards(small_source, tmp_path, build_once):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "frequency"))
     chosen = settings(frame=112, detectors=detectors, crop=96, map_crops=0, grid=24)
-    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
-    return tmp_path / "shards"
+    return build_once(small_source, tmp_path / "shards", chosen)
 
 
 def run(shards, out, recipe, **changes):

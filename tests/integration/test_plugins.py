@@ -245,7 +245,6 @@ def test_each_of_opencvs_is_built_or_says_what_to_install(name, demo_images):
 EXAMPLES = ["edges", "saliency", "attention"]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_each_example_gives_a_map_that_differs_from_place_to_place(name, demo_images, monkeypatch):
     monkeypatch.chdir(REPOSITORY)

@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
 FIDELITY = re.findall(
     r"^```console\n(.*?)^```", (REPOSITORY / "docs" / "fidelity.md").read_text(), re.M | re.S
 )
-DEVELOP = ["make check", "make test", "make dist"]
+DEVELOP = ["make check", "make test", "make test-readme", "make dist"]
 
 
 def commands(block):
@@ -40,13 +40,14 @@ def run(command, folder):
     return subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # make test-readme, which is a step of .ci/run
 @pytest.mark.timeout(1200)  # it trains for a minute on a quiet machine, for ten on a busy one
 def test_every_console_block_runs_as_printed(clone):
     seen = 0
     for block in [*BLOCKS[:-1], *FIDELITY]:
         for command, expected in commands(block):
             if command in DEVELOP:
-                continue  # this very run; the next test holds it to .ci/run
+                continue  # this very run; another test holds it to .ci/run
             done = run(command, clone)
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
             lines = done.stdout.strip().splitlines()
@@ -83,6 +84,8 @@ def test_ci_runs_what_the_readme_says_and_nothing_else():
     assert [line for line in script if line.startswith("make")] == DEVELOP
     others = [line for line in script if line and not line.startswith(("#", "make", "set", "cd"))]
     assert others == []
+    workflow = (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"run: (make .*)", workflow) == DEVELOP
 
 
 def test_the_first_command_comes_by_line_25():

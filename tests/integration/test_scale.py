@@ -13,10 +13,11 @@ import json, re, sys, time
 import preprocess.building
 from pathlib import Path
 from conftest import settings
+from shards.remote.place import Place
 started = time.process_time()
 source = preprocess.open_source(sys.argv[1])
 facts = preprocess.building.facts_of(source, settings(shard_size=1000))
-assert preprocess.building.check_folder(Path(sys.argv[2]), facts) is None
+assert preprocess.building.check_folder(Place.of(sys.argv[2]), facts) is None
 seconds = time.process_time() - started
 # Not ru_maxrss, which begins with what the process that started this one had.
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -31,7 +31,7 @@ def test_they_are_what_training_would_weigh_by(bank, small_source, tmp_path):
     records = shards.ShardSet(tmp_path / "set")
     assert redetect_maps(records, source) == []
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(1, 2, dtype=torch.bool)
-    sight = edge_rule(chosen, detectors[0], 6)
+    sight = edge_rule(chosen, detectors[0], 96, 6)
     for number in range(len(records)):
         record = records[number]
         assert list(record.weights) == ["fast"]

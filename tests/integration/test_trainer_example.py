@@ -1,7 +1,5 @@
 """examples/trainer.py, a loop of a user's own, gives the losses of `kamim pretrain`."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -10,6 +8,7 @@ from stores import HttpStore
 
 pytest.importorskip("torch")
 
+from test_cli import kamim
 from test_golden import build
 
 from shards.beton import convert_to_ffcv
@@ -23,19 +22,10 @@ def demo(tmp_path_factory):
     return build(tmp_path_factory.mktemp("example") / "demo")
 
 
-def example(*arguments):
-    """What the example prints."""
-    line = [sys.executable, str(REPOSITORY / "examples" / "trainer.py"), *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return [float(line) for line in done.stdout.splitlines()]
-
-
 def losses(where, out):
     """What `kamim pretrain` gives."""
-    line = [sys.executable, "-m", "kamim", "pretrain", str(where), "--recipe", "small"]
-    line += ["--batch", "64", "--detector", "fast", "--steps", str(STEPS), "--device", "cpu"]
-    done = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True)
+    line = ["pretrain", where, "--recipe", "small", "--batch", 64, "--detector", "fast"]
+    done = kamim(*line, "--steps", STEPS, "--device", "cpu", "--out", out)
     assert done.returncode == 0, done.stderr
     return [row["loss"] for row in read_metrics(out)]
 
@@ -45,19 +35,20 @@ def test_it_is_as_short_as_it_says():
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 25
 
 
-def test_from_tars_and_from_a_url(demo, tmp_path):
+def test_from_tars_and_from_a_url(demo, tmp_path, printed):
     ours = losses(demo, tmp_path / "run")
     assert len(ours) == STEPS
-    assert example(demo, STEPS) == ours
+    assert printed("trainer", demo, STEPS) == ours
     store = HttpStore(demo, tmp_path / "log")
     try:
-        assert example(store.url, STEPS, tmp_path / "cache") == ours
+        assert printed("trainer", store.url, STEPS, tmp_path / "cache") == ours
     finally:
         store.kill()
 
 
-def test_from_ffcv(demo, tmp_path):
-    if find_spec("ffcv") is None:  # to import it here would set torch's number of threads
+def test_from_ffcv(demo, tmp_path, printed):
+    if find_spec("ffcv") is None:
         pytest.skip("FFCV is not installed")
     convert_to_ffcv(demo, tmp_path / "raw", "raw")
-    assert example(tmp_path / "raw", STEPS) == losses(tmp_path / "raw", tmp_path / "run")
+    ours = losses(tmp_path / "raw", tmp_path / "run")
+    assert printed("trainer", tmp_path / "raw", STEPS) == ours

@@ -14,7 +14,19 @@ from kamim.bench.markdown import renewed_parts
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = REPOSITORY / "docs" / "reliability.md"
-SECTIONS = ("kills", "inputs", "fuzz", "damage", "faults", "archives")
+SECTIONS = (
+    "kills",
+    "inputs",
+    "strangers",
+    "fuzz",
+    "damage",
+    "faults",
+    "stores",
+    "power",
+    "network",
+    "archives",
+    "soak",
+)
 KEPT = 5  # descriptions of losses that a row keeps
 
 

@@ -38,7 +38,7 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
         for number in range(max(3, round(count * scale))):
             suffix, data = make(rng, photos)
             (folder / f"{number:04d}.{suffix}").write_bytes(data)
-        yield build(kind, folder, valid)
+        yield build(Case("inputs", kind), folder, valid)
         if kind != "bombs":
             everything.mkdir(exist_ok=True)
             folder.rename(everything / folder.parent.name)
@@ -49,13 +49,13 @@ def run(arena: Path, scale: float, seed: int) -> Iterator[Case]:
     yield case
 
 
-def build(kind: str, folder: Path, valid: bool) -> Case:
-    """One build by two processes, and where each input went."""
-    case = Case("inputs", kind)
-    names = {f"{folder.name}/{path.name}" for path in folder.iterdir()}
-    out = folder.parent.parent / f"out-{folder.parent.name}"
+def build(case: Case, folder: Path, valid: bool, *flags: object, peak: int = PEAK) -> Case:
+    """One build by two processes of what lies beside `folder`, and where each input went."""
+    root = folder.parent
+    out = root.parent / f"out-{root.name}"
+    names = set(call(listed, str(root), log=out.with_suffix(".names.log")))
     limit = LIMIT[0] + LIMIT[1] * len(names)
-    arguments = ["shards", "build", folder.parent, out, *FLAGS, "--jobs", 2]
+    arguments = ["shards", "build", root, out, *FLAGS, *flags, "--jobs", 2]
     process = spawn(kamim, *arguments, log=out.with_suffix(".log"))
     status = process.wait(limit)
     if status != 0:
@@ -64,7 +64,7 @@ def build(kind: str, folder: Path, valid: bool) -> Case:
         return case
     checked = call(written, str(out), log=out.with_suffix(".check.log"))
     flaws = [*checked["problems"]]
-    if process.peak > PEAK:
+    if process.peak > peak:
         flaws.append(f"{process.peak:.0f} MB were used")
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     places = Counter(checked["sources"]) + Counter(line["source"] for line in rejected)
@@ -82,6 +82,13 @@ def build(kind: str, folder: Path, valid: bool) -> Case:
         f"at most {process.peak:,.0f} MB a process"
     )
     return case
+
+
+def listed(root: str) -> list[str]:
+    """Names of all inputs of a source."""
+    from preprocess import open_source
+
+    return [entry.name for entry in open_source(root).entries]
 
 
 def written(folder: str) -> dict[str, list[str]]:

@@ -1,12 +1,16 @@
 """Decoding: every common kind of image, as the field's loaders see it; bad ones by reason."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from preprocess import Rejected, decode_image
+from preprocess.decode import naming
 from preprocess.source import Entry, Source
 
 GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[0:200:2, 0:240:2], 90), axis=-1).astype(np.uint8)
@@ -154,3 +158,26 @@ def test_a_file_that_changes_or_goes_is_rejected(tmp_path):
             Source("folder", str(tmp_path), [], []).read(entry)
         reasons.append(caught.value.reason)
     assert reasons == ["changed", "changed", "vanished", "unreadable"]
+
+
+def test_what_libraries_print_has_the_name_of_the_input(capfd):
+    with naming("a/b.tif"):
+        os.write(2, b"bad tag\n\nworse tag\n")
+    with naming("c.tif"):
+        pass
+    with naming("d.tif"):
+        os.write(2, b"third")
+    assert capfd.readouterr().err == "a/b.tif: bad tag\na/b.tif: worse tag\nd.tif: third\n"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_build_says_of_which_input_a_library_complains(jobs, small_source, tmp_path):
+    path = small_source / "class0" / "000.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + bytes(30) + data[-2:])
+    line = [sys.executable, "-m", "kamim", "shards", "build", small_source, tmp_path / "out"]
+    line += ["--frame", 64, "--crop", 64, "--map-crops", 1, "--grid", 16, "--jobs", jobs]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=True)
+    said = [line for line in done.stderr.splitlines() if "Corrupt JPEG" in line]
+    assert said
+    assert all(line.startswith("class0/000.jpg: ") for line in said)

@@ -19,7 +19,7 @@ from shards import Settings
 from shards.crops import cell_sums, read_map, visible_cells, weights
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(5, 90), st.integers(5, 90), st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_cell_sums_are_the_overlaps(height, width, cells, seed):
     rng = np.random.default_rng(seed)

@@ -9,7 +9,6 @@ from conftest import settings
 import preprocess
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame, inspect_page
-from shards.crops import visible_cells
 from shards.order import Plan
 from shards.report import crop_picture
 
@@ -40,11 +39,10 @@ def test_the_page_shows_frames_maps_histograms_and_the_ledger(small_source, tmp_
 
 
 @pytest.fixture
-def records(small_source, tmp_path):
+def records(small_source, tmp_path, build_once):
     detectors = tuple(preprocess.detector_settings(name) for name in ("fast", "sift"))
     chosen = settings(frame=96, crop=96, detectors=detectors)
-    build_shards(open_source(str(small_source)), tmp_path / "set", chosen, 1)
-    return ShardSet(tmp_path / "set")
+    return ShardSet(build_once(small_source, tmp_path / "set", chosen))
 
 
 def test_a_phone_shows_the_page_at_its_own_width_and_each_fact_in_a_line_of_its_own(records):
@@ -59,9 +57,9 @@ def test_a_phone_shows_the_page_at_its_own_width_and_each_fact_in_a_line_of_its_
 
 def test_the_crop_and_its_weights_are_those_of_training(records):
     torch = pytest.importorskip("torch")
-    from shards.weighting import crop_frames, crop_maps, loss_weights
+    from shards.weighting import WeightedCrops, crop_frames
 
-    number, cells, chosen = 39, 12, records.manifest.settings
+    number, chosen = 39, records.manifest.settings
     record, rows = records[number], records.index[[number]]
     size = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
     plan = Plan(40, 16, area=chosen.area)
@@ -74,9 +72,9 @@ def test_the_crop_and_its_weights_are_those_of_training(records):
         f"width:{wide:.2f}%'>"
     ) in page
     for detector in chosen.detectors:
-        visible = torch.from_numpy(visible_cells(detector, 96, cells, "ring")).float()
-        maps = torch.from_numpy(record.maps[detector.name][None])
-        read = loss_weights(crop_maps(maps, *place, cells, visible), 0.25)[0]
+        maps = {detector.name: torch.from_numpy(record.maps[detector.name][None])}
+        batch = {"maps": maps, "boxes": place[0], "flips": place[1]}
+        read = WeightedCrops(records, detector.name, size=96, w_ps=8).weigh(batch)[0]
         assert f"{detector.name}: weights of the crop, mean {read.mean():.2f}" in page
         assert f"x {read.max():.3g} the least" in page
         assert f"<div class=bar></div><div class=ends><span>x 1</span>x {read.max():.3g}" in page

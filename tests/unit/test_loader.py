@@ -26,11 +26,10 @@ from shards.tar import INDEX_DTYPE
 
 
 @pytest.fixture
-def records(small_source, tmp_path):
+def records(small_source, tmp_path, build_once):
     detectors = tuple(preprocess.detector_settings(n) for n in ("fast", "orb", "sift"))
     chosen = settings(detectors=detectors, crop=96, bank=3)
-    build_shards(open_source(str(small_source)), tmp_path / "shards", chosen, 1)
-    return ShardSet(tmp_path / "shards")
+    return ShardSet(build_once(small_source, tmp_path / "shards", chosen))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -77,7 +76,6 @@ def test_from_the_bank_come_its_crops_and_counts(records, wanted):
     assert (shown == 3).all()  # nine epochs, each slot in turn
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("bank", [False, True])
 def test_processes_give_the_batches_of_threads(records, bank):
     plan, wanted = Plan(40, 12, seed=3, micro_steps=3), ["sift", "fast"]
@@ -86,15 +84,14 @@ def test_processes_give_the_batches_of_threads(records, bank):
     stream = records.loader(plan, 1, 9, maps=wanted, bank=bank, workers=3, processes=True)
     for one, other in zip(threads, stream, strict=True):
         np.testing.assert_equal(one._asdict(), other._asdict())
-    assert set(children_of(os.getpid())) == children
+    assert not set(children_of(os.getpid())) - children
     for _ in records.loader(plan, 1, 900, workers=2, processes=True):
         assert len(set(children_of(os.getpid())) - children) == 2
         break  # the consumer leaves in the middle
     gc.collect()
-    assert set(children_of(os.getpid())) == children
+    assert not set(children_of(os.getpid())) - children
 
 
-@pytest.mark.timeout(60)
 def test_damage_is_told_across_processes(records):
     damage(records, 17, "frame", b"\0" * 60)
     damaged = ShardSet(records.folder)
@@ -111,15 +108,14 @@ def test_damage_is_told_across_processes(records):
         list(damaged.loader(Plan(40, 8), 0, 5, **given))
 
 
-@pytest.mark.timeout(60)
 def test_a_process_that_is_killed_ends_the_loader(records):
+    others = set(children_of(os.getpid()))  # of builds before, say
     with pytest.raises(RuntimeError, match=r"a process of the loader ended \(status -9\)"):  # noqa: PT012
         for batch in records.loader(Plan(40, 8), 0, 10**6, workers=2, processes=True):
             if batch.step == 3:
-                os.kill(max(children_of(os.getpid())), signal.SIGKILL)
+                os.kill(max({*children_of(os.getpid())} - others), signal.SIGKILL)
 
 
-@pytest.mark.timeout(60)
 def test_processes_end_with_a_loader_that_was_killed_and_not_by_ctrl_c(records):
     code = f"""if True:
         import os, shards

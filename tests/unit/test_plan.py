@@ -12,7 +12,7 @@ from shards.order import Plan, shuffled
 from shards.rng import mix, uniform
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 2**20))
 def test_an_epoch_holds_every_sample_exactly_once(count, seed, epoch):
     order = shuffled(count, seed, epoch, np.arange(count))
@@ -43,7 +43,7 @@ def slowly_shuffled(count, seed, epoch, place):
             return place
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([1, 2, 5, 1000, 1024, 1025, 2**20, 2**20 + 1, 1_281_167, 10**9]),
     st.integers(0, 2**62),
@@ -59,7 +59,7 @@ def test_the_order_is_what_it_is_defined_as(count, seed, wanted):
     assert mix(seed, epochs).tolist() == [hashed(seed, epoch) for epoch in epochs.tolist()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 9000),
     st.integers(1, 700),
@@ -167,7 +167,7 @@ def rule(u, height, width, area=(0.67, 1.0), ratio=(3 / 4, 4 / 3)):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 99), st.integers(0, 10**9))
 def test_boxes_follow_torchvisions_rule(height, width, epoch, sample):
     plan = Plan(2**30, 1, seed=9)

@@ -35,7 +35,7 @@ class Log:
 def test_a_log_gets_lines_while_nothing_ends(fast, monkeypatch):
     monkeypatch.setattr("sys.stderr", log := Log(4))
     with progress("building", 10) as bar:
-        assert log.full.wait(30)
+        assert log.full.wait(300)
         bar.update(10)
     lines = log.text.splitlines()
     assert "\r" not in log.text
@@ -63,12 +63,12 @@ def test_short_work_says_nothing(monkeypatch):
 def test_long_waiting_says_for_what(fast, monkeypatch):
     monkeypatch.setattr("sys.stderr", log := Log(2))
     with waiting("listing photos"):
-        assert log.full.wait(30)
+        assert log.full.wait(300)
     assert log.text.startswith("listing photos ... 00:01")
 
 
 def test_a_bar_that_nobody_has_ends(fast, monkeypatch):
     monkeypatch.setattr("sys.stderr", Log(0))
     ticker = progress("left", 10).ticker
-    ticker.join(30)
+    ticker.join(300)
     assert not ticker.is_alive()

@@ -1,6 +1,7 @@
 """The format: golden bytes, round trips, and slices of a tar that must not be taken for records."""
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 import preprocess
 from shards import Bank, Detector, Record, Settings, ShardSet, ShardWriter
+from shards.index import misplaced
 from shards.record import decode_frame, encode_frame, from_members, members, npy_bytes
+from shards.tar import INDEX_DTYPE as INDEX
 from shards.tar import _header, members_in, parse_record, places_of
 from shards.version2 import record_of
 
@@ -145,24 +148,107 @@ def test_any_bank_survives(slots, detectors, cells, seed):
     assert from_members(record.key, dict(members(record))).equals(record)
 
 
+def meta_of(record, **changes):
+    """The members of a record, with other metadata; a list goes in place of the field's last."""
+    parts = dict(members(record))
+    meta = json.loads(parts["json"])
+    for name, value in changes.items():
+        meta[name] = [*meta[name][:-1], value] if isinstance(value, list) else value
+    return parts | {"json": json.dumps(meta).encode()}
+
+
 @pytest.mark.parametrize(
-    "meta",
+    ("field", "value"),
     [
-        b'{"boxes":[[0,0,1]],"flips":[[0,0]],"height":1,"source":"","width":1}',
-        b'{"boxes":[[0,0,1,1.5]],"flips":[[0,0]],"height":1,"source":"","width":1}',
-        b'{"boxes":[[0,0,1,"1"]],"flips":[[0,0]],"height":1,"source":"","width":1}',
-        b'{"boxes":[[0,0,1,99999999999999999999]],"flips":[[0,0]],"height":1,"source":"","width":1}',
-        b'{"boxes":[[0,-1,1,1]],"flips":[[0,0]],"height":1,"source":"","width":1}',
-        b'{"boxes":[[0,0,1,1]],"flips":[[0,2]],"height":1,"source":"","width":1}',
-        b'{"boxes":[[0,0,1,1]],"flips":[[0,0]],"height":1,"source":"","width":1}',  # not 3
-        b'{"boxes":[],"flips":[],"height":1,"source":"","width":1}',
-        b'{"height":1,"source":"","width":1}',
-        b"[" * 100_000,
+        ("boxes", [0, 0, 1]),
+        ("boxes", [0, 0, 1, 1.5]),
+        ("boxes", [0, 0, 1, "1"]),
+        ("boxes", [0, 0, 1, 99999999999999999999]),
+        ("boxes", [0, 0, 1, 1 << 31]),
+        ("boxes", [0, -1, 1, 1]),
+        ("flips", [0, 2]),
+        ("flips", [0, -1]),
+        ("flips", [0, 0.5]),
+        ("flips", [0, True, 1]),
+        ("boxes", 3),
+        ("flips", None),
     ],
 )
-def test_boxes_of_a_bank_that_are_none_are_refused(meta):
+def test_boxes_of_a_bank_that_are_none_are_refused(field, value):
+    assert from_members("000000007", meta_of(RECORDS[0])).equals(RECORDS[0])
+    with pytest.raises(ValueError, match="does not parse"):
+        from_members("000000007", meta_of(RECORDS[0], **{field: value}))
+
+
+@pytest.mark.parametrize("meta", [b'{"height":1,"source":"","width":1}', b"[" * 100_000, b"7"])
+def test_metadata_that_are_none_are_refused(meta):
     with pytest.raises(ValueError, match="does not parse"):
         from_members("000000007", dict(members(RECORDS[0])) | {"json": meta})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("height", "5"), ("width", 1.5), ("source", 3), ("height", None)]
+)
+def test_metadata_of_other_types_are_refused(field, value):
+    with pytest.raises(ValueError, match="must be integers"):
+        from_members("000000007", meta_of(RECORDS[0], **{field: value}))
+
+
+@pytest.mark.parametrize(
+    "counts", [COUNTS[:2, 0], np.concatenate([COUNTS, COUNTS])[:4, 0], COUNTS[:, 0, 0]]
+)
+def test_counts_are_of_each_stored_crop(counts):
+    parts = dict(members(RECORDS[0])) | {"fast.counts.npy": npy_bytes(counts)}
+    with pytest.raises(ValueError, match="no counts of the 3 stored crops"):
+        from_members("000000007", parts)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(THIRD, key="1"),
+        replace(THIRD, frame=b"x"),
+        replace(THIRD, label=4),
+        replace(THIRD, height=1),
+        replace(THIRD, width=1),
+        replace(THIRD, source=""),
+        replace(THIRD, maps=MAPS),
+        replace(THIRD, weights={}),
+        replace(THIRD, bank=None),
+        replace(THIRD, bank=replace(BANK, boxes=BANK.boxes + 1)),
+        replace(THIRD, bank=replace(BANK, flips=~BANK.flips)),
+        replace(THIRD, bank=replace(BANK, counts={"fast": COUNTS[:, 0]})),
+    ],
+)
+def test_records_that_differ_anywhere_are_not_equal(other):
+    assert THIRD.equals(replace(THIRD))
+    assert not THIRD.equals(other)
+    assert not other.equals(THIRD)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("start", 1001),
+        ("bytes", 1000),
+        ("height", 0),
+        ("width", 0),
+        ("frame", 99),
+        ("frame", 301),
+        ("frame_bytes", 600),
+        ("arrays", 149),
+        ("arrays", 301),
+    ],
+)
+def test_an_index_of_places_elsewhere_is_found(field, value):
+    row = np.zeros(1, INDEX)
+    facts = {"start": 100, "bytes": 200, "height": 1, "width": 1, "frame": 100, "frame_bytes": 50}
+    for name, fact in (facts | {"arrays": 150}).items():
+        row[name] = fact
+    assert not misplaced(row, 300, 150).any()
+    assert misplaced(row, 300, 151).all()
+    row[field] = value
+    assert misplaced(row, 300, 150).all()
 
 
 @pytest.mark.parametrize("suffix", ["fast.density.npy", "orb.counts.npy", "orb.weights.npy"])

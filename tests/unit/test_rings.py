@@ -39,7 +39,7 @@ def test_rings_equal_the_published_drawing_on_demo_images(name, demo_images):
 
 @pytest.mark.parametrize("kind", MARKS)
 @pytest.mark.parametrize("whole", [True, False])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 40))
 def test_any_points_are_marked_as_drawn(kind, whole, seed, count):
     """Whole or fractional, inside, on and beyond the border, alone or crowded."""

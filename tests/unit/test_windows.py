@@ -14,7 +14,7 @@ def epoch_of(windows, epoch):
     return windows.samples(np.full(windows.total, epoch), np.arange(windows.total))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(COUNTS, st.integers(1, 33), st.integers(0, 2**40), st.integers(0, 2**20))
 def test_an_epoch_holds_every_sample_once_and_a_window_only_its_shards(counts, window, seed, epoch):
     windows = Windows(counts, window, seed)
@@ -35,7 +35,7 @@ def test_an_epoch_holds_every_sample_once_and_a_window_only_its_shards(counts, w
         assert shards == {s for s in windows.shards(number) if counts[s]}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(COUNTS, st.integers(1, 12), st.integers(0, 50), st.integers(1, 70))
 def test_any_step_is_the_same_batch_for_any_split(counts, window, step, parts):
     windows, batch = Windows(counts, window, 3), 2 * parts
@@ -65,7 +65,7 @@ def test_a_window_of_all_shards_is_the_full_permutation():
             np.testing.assert_array_equal(a, b)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 60))
 def test_the_next_use_is_the_first_window_that_reads_the_shard(shards, window, number):
     windows = Windows([3] * shards, window, 1)
