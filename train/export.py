@@ -89,7 +89,7 @@ def _save_timm(model: Any, options: dict[str, Any], folder: Path) -> None:
     own |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}
     model.pretrained_cfg = {"architecture": model.pretrained_cfg["architecture"], **own}
     arguments = {name: value for name, value in options.items() if name != "num_classes"}
-    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
 
 
 def _save_huggingface(model: Any, size: int, scratch: Path, folder: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
+import timm.optim
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 import shards
@@ -179,17 +179,25 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     Raises UserError for one that timm does not know, or that cannot be made.
     """
     name, groups = recipe.optimizer, parameter_groups(model, recipe)
-    known = [each for each in list_optimizers() if not get_optimizer_info(each).second_order]
+    factory: Any = timm.optim  # which exports its names at run time only
+    known: list[str] = [
+        each
+        for each in factory.list_optimizers()
+        if not factory.get_optimizer_info(each).second_order
+    ]
     if name not in known:
         near = nearest(name, known) or "; it has sgd, lion, muon ..."
         raise UserError(f"timm has no optimizer {name!r}{near}")
     try:
         if name == "adamw":
-            own = {"betas": (0.9, recipe.beta2), "fused": device.type == "cuda"}
+            own: dict[str, Any] = {"betas": (0.9, recipe.beta2), "fused": device.type == "cuda"}
             return torch.optim.AdamW(groups, **own | recipe.optimizer_options)
         rates = {"lr": recipe.peak, "weight_decay": recipe.weight_decay}
         by_kind = apart(groups, model)
-        return create_optimizer_v2(by_kind, opt=name, **rates | recipe.optimizer_options)
+        made: torch.optim.Optimizer = factory.create_optimizer_v2(
+            by_kind, opt=name, **rates | recipe.optimizer_options
+        )
+        return made
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0].rpartition("__init__() ")[2]
         raise UserError(f"the optimizer {name!r} cannot be made: {reason}") from None
