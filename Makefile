@@ -132,7 +132,7 @@ audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; f
 	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r $$locked || { \
 	  echo 'audit: vulnerabilities were found, or they could not be looked up (above); nothing is vouched for' >&2; exit 1; }; done
 
-readme: $(VENV)/core  ## Render the README's and docs/scaling.md's tables from docs/results/bench.
+readme: $(VENV)/core  ## Render the pages' tables, from docs/results/bench and the fields of recipes.
 	$(BIN)/python -m kamim.bench.readme
 	$(BIN)/python -m kamim.bench.scaling
 

@@ -52,7 +52,8 @@ class WeightedCrops(nn.Module):
     [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
     epochs. The crop of the frame and that of the
     density are one and the same, and the density is read by the detector's edge rule, or from the
-    bank's counts where those are given.
+    bank's counts where those are given. A `temperature` in the batch, a tensor, goes before that of
+    the module: one that changes from step to step makes no new graph.
 
     weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
     of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
@@ -127,13 +128,13 @@ class WeightedCrops(nn.Module):
             maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
             sight = self.sight(batch.get("samples"))
             density = crop_maps(maps, boxes, flips, self.cells, sight)
-            if self.corrected:
+            if self.corrected and "temperature" not in batch:  # the tables are of one T
                 least = _between(self.least, density.flatten(1).amin(1))
                 density = _between(self.likely, density)
                 return loss_weights(density, self.temperature, self.normalise, least)
         if self.rule is not None and images is not None:
             return self.rule(density, images, batch)
-        return loss_weights(density, self.temperature, self.normalise)
+        return loss_weights(density, batch.get("temperature", self.temperature), self.normalise)
 
 
 def draw_crops(
@@ -290,7 +291,7 @@ def _between(table: Tensor, density: Tensor) -> Tensor:
 
 def loss_weights(
     density: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     normalise: Normalise = "min",
     least: Tensor | None = None,
 ) -> Tensor:

@@ -1,13 +1,14 @@
 """Checkpoints: everything a run needs to go on, written atomically, read without unpickling.
 
-RUN/checkpoints/step-00001234.pt hold model, optimizer, step and what the run is. Random state is
+RUN/checkpoints/step-00001234.pt hold model, a mean of its weights if
+there is one, optimizer, step and what the run is. Random state is
 not in them: it follows from (seed, epoch, sample) and (seed, step).
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -188,6 +189,7 @@ def run_facts(run: Run, records: Records, detector: str | None, plan: Plan) -> d
     return {
         "recipe": recipe,
         "seed": run.seed,
+        "init": run.init,
         "detector": detector or "",
         "bank": run.bank,
         "shards": prints if mixture else prints[0],
@@ -198,12 +200,18 @@ def run_facts(run: Run, records: Records, detector: str | None, plan: Plan) -> d
 
 
 def restore(
-    run: Run, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
+    run: Run,
+    facts: dict[str, Any],
+    model: nn.Module,
+    optimizer: Any,
+    device: torch.device,
+    average: nn.Module | None = None,
 ) -> tuple[int, float, float]:
     """Load the newest checkpoint if asked to; returns the first step to do, the seconds of
-    training that those before took, and the epochs the run was to have.
+    training that those before took, and the epochs the run was to have. `average`: of the weights.
 
-    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time.
+    `facts` is given what the run was extended by: `extended`, [step, epochs before] each time; and
+    `micro_batch`, the images of its forward passes.
     """
     path = newest(run.out / "checkpoints")
     if path is None:
@@ -219,16 +227,18 @@ def restore(
         )
     state = load(path, device)
     # What an older checkpoint's recipe does not have was as the defaults are, or not known.
-    known = {each.name: each.default for each in fields(Recipe)} | {"correct": False}
-    known |= state["run"]["recipe"]
+    known = asdict(Recipe(model="")) | {"correct": False} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
         "window": 0,
         "shares": None,
+        "init": "",
         "decode": "cpu",
         **state["run"],
         **{f"recipe.{k}": v for k, v in known.items()},
     }
+    if not run.init and "init" in facts:  # it started long ago
+        facts["init"] = then["init"]
     now = {**facts, **{f"recipe.{k}": v for k, v in facts["recipe"].items()}}
     longer = then["recipe.epochs"] != now["recipe.epochs"]
     apart = ("recipe", "recipe.micro_batch", *(LENGTHS if longer else ()))
@@ -245,9 +255,15 @@ def restore(
     extended = state["run"].get("extended", []) + ([[step, epochs]] if longer else [])
     if extended:
         facts["extended"] = extended
-    for group in state["optimizer"]["param_groups"]:  # as the device has it, not the run before
-        group["fused"] = optimizer.defaults["fused"]
+    if "init_sha256" in then:
+        facts["init_sha256"] = then["init_sha256"]
+    facts["micro_batch"] = int(state["run"].get("micro_batch", 0))
+    if "fused" in optimizer.defaults:  # as the device has it, not the run before
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]
     model.load_state_dict(state["model"])
+    if average is not None:
+        average.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
     return step, float(state.get("seconds", 0.0)), epochs
 

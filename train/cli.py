@@ -6,12 +6,13 @@ torch is imported only when one of them runs, and after what was typed is checke
 import json
 import re
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from shards.errors import UserError
+from shards.errors import UserError, install
 from shards.remote.retry import PATIENCE
 
 app = typer.Typer()
@@ -29,7 +30,10 @@ def pretrain(
     folders: Folders,
     recipe: Annotated[
         str,
-        typer.Option(help="See `kamim recipes`; or any timm ViT. Default: demo, on CUDA vit_base."),
+        typer.Option(
+            help="See `kamim recipes`; any timm ViT; or a .toml of `kamim recipes --show` or of a "
+            "run. Default: demo, on CUDA vit_base."
+        ),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
     detector: Annotated[
@@ -38,9 +42,16 @@ def pretrain(
     bank: Annotated[
         bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
     ] = False,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="Start the encoder from timm:NAME, a run, or what `kamim export` wrote, not from "
+            "random weights."
+        ),
+    ] = "",
     seed: Annotated[
-        int, typer.Option(min=0, help="Decides order, crops, flips, masks, weights.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Decides order, crops, flips, masks, weights; 0.")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint, if any."),
@@ -73,8 +84,9 @@ def pretrain(
         bool, typer.Option("--processes", help="Loader workers are processes, not threads.")
     ] = False,
     decode: Annotated[
-        Literal["cpu", "gpu"], typer.Option(help="What decodes JPEG frames; gpu: by nvJPEG.")
-    ] = "cpu",
+        Literal["cpu", "gpu"] | None,
+        typer.Option(help="What decodes JPEG frames; cpu by default, gpu: by nvJPEG."),
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_minutes: Annotated[
         float, typer.Option(min=0, help="Minutes between checkpoints, at most; 0: by steps alone.")
@@ -122,6 +134,8 @@ def pretrain(
     Several FOLDERs are trained on at once, evenly mixed: each image is shown once an epoch, or,
     with shares as A:0.7 B:0.3, an epoch has as many images as all sets together, 0.7 of them of A.
 
+    What a run used is in OUT/run.toml. With that as --recipe, it is repeated to the same losses.
+
     Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
     attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
     known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
@@ -138,20 +152,31 @@ def pretrain(
     """
     from shards.remote.storage import is_url
     from train.progress import busy, say
-    from train.recipes import changed, find_recipe
-    from train.request import Run, check_device, check_folder, check_wandb, take_shares
+    from train.recipe_file import default_out, read_recipe
+    from train.recipes import changed
+    from train.request import (
+        Run,
+        check_device,
+        check_encoders,
+        check_folder,
+        check_wandb,
+        take_shares,
+    )
 
     folders, resume = take_word(folders, resume)
     folders, shares = take_shares(folders)
     limit = parse_bytes(cache_limit)
     if recipe:
-        changed(find_recipe(recipe), set_ or ())
+        changed(read_recipe(recipe)[0], set_ or ())
     if extend and not epochs:
         raise UserError("--extend needs --epochs, more than the run was to have")
     check_device(device)
     check_wandb(wandb)
     for folder in folders:
         check_folder(folder)
+    if init.startswith("random:"):
+        raise UserError(f"--init {init}: without --init an encoder starts from random weights")
+    check_encoders([init] if init else [])
     if probe_set and not probe_every:
         raise UserError("--probe-set needs --probe-every, the epochs between two looks at it")
     if probe_set:
@@ -166,7 +191,8 @@ def pretrain(
         kind = find_device(device).type
         recipe = "vit_base" if kind == "cuda" else "demo"
         say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
-    chosen = changed(find_recipe(recipe), set_ or ())
+    written, kept = read_recipe(recipe)
+    chosen = changed(written, set_ or ())
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
@@ -176,14 +202,15 @@ def pretrain(
     run = Run(
         shards=places if len(places) > 1 else places[0],
         shares=shares if len(places) > 1 else None,
-        out=out or Path("runs") / recipe,
+        out=out or default_out(recipe),
         recipe=replace(chosen, **changes),
-        seed=seed,
-        detector=detector,
-        bank=bank,
+        init=init or kept.get("init", ""),
+        seed=kept.get("seed", 0) if seed is None else seed,
+        detector=detector or kept.get("detector") or None,
+        bank=bank or kept.get("bank", False),
         device=device,
         workers=workers,
-        decode=decode,
+        decode=decode or kept.get("decode", "cpu"),
         processes=processes,
         resume=resume or extend,
         extend=extend,
@@ -194,11 +221,11 @@ def pretrain(
         probe_every=probe_every,
         probe_set=probe_set,
         compile=compiles,
-        deterministic=deterministic,
+        deterministic=deterministic or kept.get("deterministic", False),
         skip_damaged=on_error == "skip",
         checksum=check == "checksum",
         wandb=wandb,
-        window=window,
+        window=window or kept.get("window", 0),
         cache=cache,
         cache_limit=limit,
         patience=patience,
@@ -233,10 +260,17 @@ def parse_bytes(text: str) -> int:
 @app.command()
 def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="All their settings, as JSON.")] = False,
+    name: Annotated[
+        str, typer.Option("--show", help="One of them, or a .toml, as TOML to start from.")
+    ] = "",
 ) -> None:
     """List the recipes of `kamim pretrain` with what they set."""
+    from train.recipe_file import show
     from train.recipes import find_recipe, recipe_names
 
+    if name:
+        print(show(name), end="")
+        return
     made = {name: find_recipe(name) for name in recipe_names()}
     if as_json:
         print(json.dumps({name: asdict(recipe) for name, recipe in made.items()}, indent=2))
@@ -257,11 +291,25 @@ def recipes(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    run: Annotated[Path, typer.Argument(help="A run, or a checkpoint of one.")],
+    target: Annotated[
+        Path, typer.Argument(help="The .safetensors file to write; of timm and hf a folder.")
+    ],
+    to: Annotated[
+        Literal["safetensors", "timm", "hf"],
+        typer.Option(help="One file; a folder for timm; a folder for transformers, of a ViT."),
+    ] = "safetensors",
+    ema: Annotated[bool, typer.Option("--ema", help="The mean of the weights.")] = False,
 ) -> None:
-    """Write the encoder of a checkpoint as safetensors that timm loads unchanged."""
+    """Write the encoder of a checkpoint in a form that timm or transformers loads unchanged.
+
+    A folder has config.json, model.safetensors and a model card, README.md, made of what the run
+    knows: data, recipe and numbers. Its licence is for you to fill in.
+    """
     from train.checkpoint import chosen
+
+    if to == "hf" and find_spec("transformers") is None:
+        raise UserError(f"--to hf needs transformers; {install('transformers')}")
     from train.export import export
 
-    print(f"{target}: load it into {export(chosen(checkpoint), target)}")
+    print(f"{target}: load it into {export(chosen(run), target, to, ema)}")

@@ -45,7 +45,8 @@ def control_weights(
     batch's next crop (as it lies in a forward pass). permuted: of the crop's own densities in other
     places, by (sample, epoch). contrast: the crop's own densities again, the highest where its
     gradient is steepest. inverse: exp(-density / T) for exp(density / T).
-    images: the crops, [b, 3, S, S]. batch: samples and epochs, int64 [b], which `permuted` reads.
+    images: the crops, [b, 3, S, S]. batch: samples and epochs, int64 [b], which `permuted` reads,
+    and a temperature, a tensor, where it changes from step to step.
     """
     if source == "uniform" or source.startswith(CONSTANT):
         return torch.full_like(density, float(source.partition(":")[2] or 1))
@@ -57,7 +58,7 @@ def control_weights(
         density = placed(density, contrast(images, density.shape[-1]))
     elif source == "inverse":
         density = -density
-    return loss_weights(density, temperature, normalise)
+    return loss_weights(density, batch.get("temperature", temperature), normalise)
 
 
 def placed(density: Tensor, key: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from shards.records import Records
 from train.metrics import duration
 from train.models import Cells, in_bf16
 from train.progress import say
+from train.recipe_file import RUN_FILE, used
 from train.request import Run
 from train.schedule import Rates, learning_rate
 from train.setup import device_name
@@ -54,22 +56,37 @@ def largest_part(
         return max(1, min(asked or USUAL_PART, int(CPU_PART / flops)))
     if asked or memory is None:
         return asked or USUAL_PART
-    room = SHARE * memory_free(device) - memory.fixed
-    return max(1, min(MOST_PART, int(room / (MARGIN * memory.image))))
+    return max(1, min(MOST_PART, fitting(memory, memory_free(device))))
+
+
+def fitting(memory: Memory, free: float) -> int:
+    """Most images of a micro-step in `free` bytes; 0 where not one has room."""
+    room = SHARE * free - memory.fixed
+    return max(0, int(min(room / (MARGIN * memory.image), 1e9)))
 
 
 def memory_of(
-    model: nn.Module, cells: Cells | tuple[()], size: int, device: torch.device
+    model: Any,
+    cells: Cells | tuple[()],
+    size: int,
+    device: torch.device,
+    checkpoint: bool = False,
 ) -> Memory:
     """What training takes, from what one and two images leave for their backward pass; `cells` are
-    of one.
+    of one. `checkpoint`: the encoder's activations are computed again, of a block at a time.
 
     Compiled, five backbones took 1.00 to 1.06 times as much an image. Changes neither gradients nor
     random state.
     """
     one, two = (_kept(model, cells, size, count, device) for count in (1, 2))
     parameters = sum(p.numel() for p in model.parameters())
-    return Memory(PER_PARAMETER * parameters + 2 * one - two, two - one)
+    again = 0.0
+    if checkpoint:
+        model.encoder.set_grad_checkpointing(False)
+        whole = _kept(model, cells, size, 1, device)
+        model.encoder.set_grad_checkpointing(True)
+        again = (whole - one) / len(getattr(model.encoder, "blocks", None) or model.encoder.layers)
+    return Memory(PER_PARAMETER * parameters + 2 * one - two, two - one + again)
 
 
 def _kept(
@@ -106,30 +123,42 @@ def memory_free(device: torch.device) -> float:
     return 1024.0 * int(found[0]) if found else float("inf")
 
 
-def memory_lines(needed: float, part: int, device: torch.device) -> list[str]:
-    """What of a card is used; a warning if `needed` bytes are more than there are."""
-    free = memory_free(device)
+def memory_lines(memory: Memory, part: int, device: torch.device) -> list[str]:
+    """What of a card `part` images use; if it is more than there is, a warning with the number that
+    would fit.
+    """
+    needed, free = memory.needed(part), memory_free(device)
     if needed <= free and device.type == "cpu":
         return []
     if needed <= free:
         return [f"{part} images at once take about {needed / 1e9:.0f} of {free / 1e9:.0f} GB free"]
     name = "the GPU" if device.type == "cuda" else "this machine"
-    smaller = f"--micro-batch {part // 2} takes less" if part > 1 else "take a smaller model"
     return [
         f"warning: training needs about {needed / 1e9:.1f} GB and {name} has {free / 1e9:.1f} GB "
-        f"free; {smaller}"
+        f"free; {smaller(part, fitting(memory, free))}"
     ]
 
 
+def smaller(part: int, fits: int) -> str:
+    """What to do where `part` images have no room, and `fits` are reckoned to have."""
+    if 0 < fits < part:
+        return f"--micro-batch {fits} fits"
+    return f"--micro-batch {part // 2} takes less" if part > 1 and fits else "take a smaller model"
+
+
 @contextmanager
-def memory_told(part: int) -> Iterator[None]:
-    """What to type when `part` images at once were too many for the GPU."""
+def memory_told(part: int, fits: int) -> Iterator[None]:
+    """What to type when `part` images at once were too many, and `fits` were reckoned to fit."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        card = isinstance(error, torch.OutOfMemoryError)
+        if not card and "DefaultCPUAllocator" not in str(error):
+            raise
+        whose = "GPU's " if card else ""
         raise UserError(
-            f"the GPU's memory is full with {part} images at once; --micro-batch "
-            f"{max(1, part // 2)} takes less"
+            f"the {whose}memory is full with {part} images at once; {smaller(part, fits)}, or "
+            "--set checkpoint=true"
         ) from None
 
 
@@ -155,12 +184,16 @@ def describe(
     ranks: int,
     device: torch.device,
 ) -> None:
-    """Say, and write into run.json, what is about to happen, with the sums a reader can check."""
+    """Say what is about to happen, with the sums a reader can check; run.json and run.toml."""
     recipe, name = run.recipe, facts["detector"]
     total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
+    part = recipe.batch // ranks // micro_steps
     parameters = sum(p.numel() for p in model.parameters())
+    way = f"{recipe.temperature}"
+    if recipe.temperature_end is not None:
+        way += f" to {recipe.temperature_end} ({recipe.temperature_form})"
     source = "stored crops" if run.bank else "maps"
-    weights = f"{name} weights from {source} at T = {recipe.temperature}" if name else "no weights"
+    weights = f"{name} weights from {source} at T = {way}" if name else "no weights"
     for crop in {one.manifest.settings.crop for one in records.sets} if name else ():
         if crop == recipe.size:
             continue
@@ -173,7 +206,7 @@ def describe(
         f"{hiding}\n"
         f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
         f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
-        f"{recipe.batch // ranks // micro_steps}, on {device_name(device) or device.type}"
+        f"{part}, on {device_name(device) or device.type}"
     )
     for one in records.sets:
         if one.copies:
@@ -188,6 +221,10 @@ def describe(
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
     place = several or str(run.shards)
+    options = {"deterministic": run.deterministic, **facts}
+    remarks = {"shards": place, "fingerprint": facts["shards"], **versions}
+    text = used(replace(recipe, micro_batch=part), options, remarks)
+    (run.out / RUN_FILE).write_text(text, encoding="utf-8")
     text = json.dumps(facts | {"shards_folder": place, "versions": versions}, indent=2)
     (run.out / "run.json").write_text(text + "\n")
 

@@ -1,11 +1,13 @@
-"""The encoder of a checkpoint as safetensors that timm loads unchanged.
+"""The encoder of a checkpoint as others load it unchanged: one file, or a folder with a card.
 
-The file's metadata says how to make the model.
+A file's metadata says how to make the model, a folder's config.json.
 """
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save
 from torch import Tensor
@@ -13,15 +15,19 @@ from torch import Tensor
 from shards.errors import UserError
 from shards.files import write_atomically
 from train import checkpoint
-from train.models import encoder_options
+from train.card import card
+from train.huggingface import config_of, from_timm
+from train.models import MEAN, STD, encoder_options, make_encoder
+
+Form = Literal["safetensors", "timm", "hf"]
 
 
-def encoder_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The encoder's tensors of a loaded checkpoint, by timm's names."""
+def encoder_state(state: dict[str, Any], part: str = "model") -> dict[str, Any]:
+    """The encoder's tensors of a loaded checkpoint, by timm's names; of its `ema` if it has one."""
     prefix = "encoder."
     return {
         name.removeprefix(prefix): tensor.contiguous()
-        for name, tensor in state["model"].items()
+        for name, tensor in state[part].items()
         if name.startswith(prefix)
     }
 
@@ -35,18 +41,65 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str])
     write_atomically(path, save(tensors, facts))
 
 
-def export(source: Path, target: Path) -> str:
+def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = False) -> str:
     """Write the encoder of checkpoint `source` to `target`; returns the line that loads it.
 
-    Raises UserError if `source` is no checkpoint or `target` exists.
+    ema: the mean of its weights. Raises UserError if `source` is no checkpoint or has no mean, or
+    `target` exists.
     """
     if target.exists():
-        raise UserError(f"{target} exists; name another file or remove it")
+        kind = "file" if to == "safetensors" else "folder"
+        raise UserError(f"{target} exists; name another {kind} or remove it")
     state = checkpoint.load(source)
     recipe = state["run"]["recipe"]
+    if ema and "ema" not in state:
+        raise UserError(f"{source} has no mean of the weights; train with --set ema=0.9999")
+    tensors = encoder_state(state, "ema" if ema else "model")
     options = encoder_options(recipe["model"], recipe["size"], recipe["options"])
-    metadata = {"model": recipe["model"], "options": json.dumps(options), "format": "pt"}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(encoder_state(state), target, metadata)
-    arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return f"timm.create_model({recipe['model']!r}, {arguments})"
+    if to == "safetensors":
+        metadata = {"model": recipe["model"], "options": json.dumps(options), "format": "pt"}
+        write_tensors(tensors, target, metadata)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"timm.create_model({recipe['model']!r}, {arguments})"
+    model = make_encoder(recipe["model"], recipe["size"], recipe["options"])
+    model.load_state_dict(tensors)
+    if to == "timm":
+        line = f"timm.create_model('local-dir:{target}', pretrained=True)"
+    else:
+        line = f"transformers.AutoModel.from_pretrained('{target}', add_pooling_layer=False)"
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch) / target.name  # it appears when it is whole
+        if to == "timm":
+            _save_timm(model, options, folder)
+        else:
+            _save_huggingface(model, recipe["size"], Path(scratch), folder)
+        text = card(state, source, target.name, line.replace(str(target), target.name), to, ema)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        shutil.move(folder, target)
+    return line
+
+
+def _save_timm(model: Any, options: dict[str, Any], folder: Path) -> None:
+    """timm's own layout. The head of the model it is named after is not there."""
+    from timm.models import save_for_hf
+
+    size = options["img_size"]
+    own = {"input_size": (3, size, size), "mean": MEAN, "std": STD, "num_classes": 0}
+    own |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}
+    model.pretrained_cfg = {"architecture": model.pretrained_cfg["architecture"], **own}
+    arguments = {name: value for name, value in options.items() if name != "num_classes"}
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+
+
+def _save_huggingface(model: Any, size: int, scratch: Path, folder: Path) -> None:
+    """transformers' own layout, of whatever version, by way of the published names of a ViT."""
+    from transformers import ViTImageProcessor, ViTModel
+
+    if not hasattr(model, "blocks"):
+        raise UserError("this is no ViT; its tensors have no names in Hugging Face's; --to timm")
+    (scratch / "config.json").write_text(json.dumps(config_of(model)), encoding="utf-8")
+    write_tensors(from_timm(model.state_dict()), scratch / "model.safetensors", {"format": "pt"})
+    ViTModel.from_pretrained(scratch, add_pooling_layer=False).save_pretrained(folder)
+    side = {"height": size, "width": size}
+    ViTImageProcessor(size=side, image_mean=MEAN, image_std=STD).save_pretrained(folder)

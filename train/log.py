@@ -62,13 +62,16 @@ class Window:
     ) -> None:
         self.batch, self.steps_an_epoch = batch, steps_an_epoch
         self.ranks, self.share = ranks, share
-        self.pending: list[tuple[int, float, Tensor]] = []  # step, lr, [loss, norm, weight]
+        # step, what the host knows of it, [loss, norm, weight]
+        self.pending: list[tuple[int, dict[str, float], Tensor]] = []
         self.since = self.now = time.perf_counter()
         self.begun = self.now - seconds  # when training would have, had it never paused
 
-    def add(self, step: int, rate: float, loss: Tensor, norm: Tensor, weight: Tensor) -> None:
-        """What `step` gave."""
-        self.pending.append((step, rate, torch.stack([loss, norm, weight])))
+    def add(
+        self, step: int, known: dict[str, float], loss: Tensor, norm: Tensor, weight: Tensor
+    ) -> None:
+        """What `step` gave; `known` are columns whose values need no waiting for."""
+        self.pending.append((step, known, torch.stack([loss, norm, weight])))
 
     def rows(self, waited: float, damaged: int) -> list[dict[str, Any]]:
         """The rows of these steps, the last with their speed; begins anew. The one synchronisation
@@ -96,7 +99,7 @@ class Window:
 
 
 def make_rows(
-    pending: list[tuple[int, float, Tensor]], steps_an_epoch: float, ranks: int
+    pending: list[tuple[int, dict[str, float], Tensor]], steps_an_epoch: float, ranks: int
 ) -> list[dict[str, Any]]:
     """One row a step, with losses and weights averaged over processes. Waits for the device."""
     values = torch.stack([value for _, _, value in pending])
@@ -104,13 +107,13 @@ def make_rows(
         dist.all_reduce(values)
         values /= ranks
     rows = []
-    for (step, rate, _), (loss, norm, weight) in zip(pending, values.tolist(), strict=True):
+    for (step, known, _), (loss, norm, weight) in zip(pending, values.tolist(), strict=True):
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {step + 1}; the last checkpoint is sound: lower the "
                 "peak learning rate or raise the temperature"
             )
-        row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, "lr": rate}
+        row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, **known}
         rows.append(row | {"grad_norm": norm, "mean_weight": weight})
     return rows
 

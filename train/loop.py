@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from shards import Batch, Plan, to_device
@@ -22,7 +23,9 @@ from train.cuda import peak_flops, pin_attention
 from train.distributed import Stop, agree, connect, gathered, this_process, together
 from train.estimate import (
     describe,
+    fitting,
     largest_part,
+    memory_free,
     memory_lines,
     memory_of,
     memory_told,
@@ -37,7 +40,7 @@ from train.models import in_bf16, make_model, model_flops
 from train.pictures import FOLLOWED, PICTURES, Followed, draw_loss, draw_reconstructions
 from train.progress import Doing, Progress, busy, say
 from train.request import Run, compiler_missing
-from train.schedule import learning_rate
+from train.schedule import learning_rate, temperature
 from train.setup import (
     Data,
     clipped,
@@ -47,7 +50,8 @@ from train.setup import (
     open_data,
     start_device,
 )
-from train.step import Pace, Step, compiled, in_parallel
+from train.step import Pace, Step, compiled, in_parallel, weighed
+from train.weights import start_from
 
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
@@ -76,11 +80,17 @@ def pretrain(run: Run) -> None:
     # --- Model, and where it left off
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
-        model = make_model(recipe).to(device)
+        model = make_model(recipe)
+        if run.init and checkpoint.newest(run.out / "checkpoints") is None:
+            start = partial(start_from, run.init, model.encoder, recipe.size)
+            facts["init_sha256"] = together(process, start)
+        model = model.to(device)
         masking = Masking(recipe, run.seed, records, model.encoder, steps_an_epoch, device)
         optimizer = make_optimizer(model, recipe, device)
+        average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
+        beside = average and average.module
         first, seconds, epochs = together(
-            process, lambda: checkpoint.restore(run, facts, model, optimizer, device)
+            process, lambda: checkpoint.restore(run, facts, model, optimizer, device, beside)
         )
         agree(process, run.out, first, facts["shards"])
         together(process, lambda: masking.restore(run.out, first))
@@ -90,12 +100,15 @@ def pretrain(run: Run) -> None:
     # --- Micro-steps: how many, and one graph of each
     with busy("measuring the model", rank == 0):
         flops = model_flops(model, recipe.size, masking.example())
-        memory = memory_of(model, masking.example(early=True), recipe.size, device)
+        cells = masking.example(early=True)
+        asked = recipe.micro_batch or facts.get("micro_batch", 0)
+        memory = memory_of(model, cells, recipe.size, device, recipe.checkpoint)
         free = None if run.deterministic else memory  # what is free may differ from start to start
-        most = min(gathered(process, largest_part(recipe.micro_batch, flops, device, free)))
+        most = min(gathered(process, largest_part(asked, flops, device, free)))
         micro_steps = count_micro_steps(recipe, ranks, most)
         plan = replace(plan, micro_steps=micro_steps)
-        part = recipe.batch // (ranks * micro_steps)
+        part = facts["micro_batch"] = recipe.batch // (ranks * micro_steps)
+        fits = fitting(memory, memory_free(device))
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
         looks = None
         if run.probe_every:
@@ -108,8 +121,10 @@ def pretrain(run: Run) -> None:
     peak = peak_flops(device_name(device))
     if writes:
         describe(run, records, facts, model, masking.describe(), plan, ranks, device)
-        say(*filter(None, [attention]), *memory_lines(memory.needed(part), part, device))
+        say(*filter(None, [attention]), *memory_lines(memory, part, device))
         say(*([looks.describe()] if looks else []))
+    if rank == 0 and "init_sha256" in facts and not first:
+        say(f"the encoder starts from {run.init}, SHA-256 {facts['init_sha256'][:12]}")
     if rank == 0:
         say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
 
@@ -142,7 +157,7 @@ def pretrain(run: Run) -> None:
             run.out / "checkpoints", run.save_minutes, device, run.out / METRICS
         ) as saver,
         progress.running(),
-        memory_told(part),
+        memory_told(part, fits),
     ):
         for step in range(first, last):
             progress.begin(step)
@@ -155,6 +170,9 @@ def pretrain(run: Run) -> None:
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            known, weighing = {"lr": rate}, temperature(step, total, recipe)
+            if weighing is not None:
+                known["temperature"] = weighing
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
@@ -163,6 +181,7 @@ def pretrain(run: Run) -> None:
             for micro_step in range(micro_steps):
                 batch, tensors = pace.next()
                 assert batch.step == step
+                tensors |= weighed(weighing, device)
                 begin = (micro_step * ranks + rank) * part
                 cells = masking.hidden(noise[begin : begin + part], step, tensors)
                 # Gradients are averaged over processes once, in the last micro-step.
@@ -188,7 +207,9 @@ def pretrain(run: Run) -> None:
             if not cut:
                 norm = clipped(model, recipe)
                 optimizer.step()
-                window.add(step, rate, sums[0], norm.detach(), sums[1])
+                if average is not None:
+                    average.update(model, step + 1)
+                window.add(step, known, sums[0], norm.detach(), sums[1])
 
             # What is due after the step: rows, a checkpoint, the end.
             late = rank == 0 and saver.late()
@@ -211,6 +232,7 @@ def pretrain(run: Run) -> None:
             if saving and rank == 0:
                 state = {"run": facts, "seconds": window.seconds}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"ema": average.module.state_dict()} if average is not None else {}
                 with progress.busy("saving"):
                     followed = followed or follow(run, data, plan, model, masking)
                     saver.save(done, state, followed.taken(model, done))
@@ -247,6 +269,7 @@ def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Maskin
     alike = replace(plan, micro_steps=count_micro_steps(run.recipe, 1, max(PICTURES, part)))
     again = data.load(alike, step, step + 1, maps=data.maps)
     _, tensors = next(to_device(again, device))
+    tensors |= weighed(temperature(step, plan.steps(run.recipe.epochs), run.recipe), device)
     images, weights, *_ = data.crops(tensors)
     masking.restore(run.out, step, done=True)
     cells = masking.hidden(masking.noise(step)[: len(images)], step, tensors)

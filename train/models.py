@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -43,12 +44,16 @@ class Cells(NamedTuple):
 
 def make_model(recipe: Recipe) -> "SimMIM | MAE":
     """The recipe's model, untrained. Raises UserError if its encoder cannot serve."""
+    model: SimMIM | MAE
     if recipe.method == "mae":
         decoder, narrow = recipe.decoder, recipe.bf16_residual
-        return MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
-    model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual, recipe.cell)
-    if recipe.throw_ratio:
-        check_tokens(model.encoder, recipe.model)
+        model = MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
+    else:
+        model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual, recipe.cell)
+        if recipe.throw_ratio:
+            check_tokens(model.encoder, recipe.model)
+    if recipe.checkpoint:
+        model.encoder.set_grad_checkpointing(True)
     return model
 
 
@@ -116,7 +121,7 @@ class SimMIM(nn.Module):
         encoder = self.encoder
         tokens = self._hide(self._embedded(images), self._cells(mask))
         tokens = self._narrowed(encoder.norm_pre(encoder._pos_embed(tokens)))
-        tokens = encoder.norm(encoder.blocks(tokens))[:, encoder.num_prefix_tokens :]
+        tokens = encoder.norm(through_blocks(encoder, tokens))[:, encoder.num_prefix_tokens :]
         side = images.shape[-1] // self.patch
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
@@ -389,7 +394,16 @@ def encode(encoder: Any, tokens: Tensor, index: Tensor, narrow: bool = False) ->
         first = first + positions[:, :ahead] if ahead else first
         tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
-    out: Tensor = encoder.norm(encoder.blocks(narrowed(tokens) if narrow else tokens))
+    out: Tensor = encoder.norm(through_blocks(encoder, narrowed(tokens) if narrow else tokens))
+    return out
+
+
+def through_blocks(encoder: Any, tokens: Tensor) -> Tensor:
+    """`tokens` after the blocks of a ViT. What they compute is kept for the backward pass, or
+    computed again there, as set_grad_checkpointing says. (Swin's layers see to it themselves.)
+    """
+    again = torch.is_grad_enabled() and getattr(encoder, "grad_checkpointing", False)
+    out: Tensor = checkpoint_seq(encoder.blocks, tokens) if again else encoder.blocks(tokens)
     return out
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from shards.errors import UserError
 
@@ -18,50 +18,90 @@ from shards.errors import UserError
 class Recipe:
     """All that decides the numbers of a run, beside the shards and the seed.
 
-    model: a timm name; options: for timm beside it. size: crop side, px. batch: samples an
-    optimizer step, over all processes.
-    warmup: epochs. peak, floor, start: learning rates. temperature None: no weights (plain SimMIM
-    or MAE). w_ps: side of a weight cell, px. weights: the detector's, or a control by its name in
-    train/controls.py. correct: as of WeightedCrops; of controls nothing is corrected, so compare
-    them with a detector's weights that are not. area: of crops.
-    mask_ratio, throw_ratio: shares of cells, of `cell` px for simmim, of a patch for mae.
-    sample_by: what cells are drawn by, `none` (at random), `attention`, a map of the shards, or
-    several with `*` between. Before random_epochs, random_mask_ratio is masked at random and
-    nothing thrown; attention is looked at then, and again every refresh_epochs.
+    What is said of a field here is its line in docs/recipes.md and in `kamim recipes --show`.
     """
 
-    model: str
-    options: dict[str, int] = field(default_factory=dict)
-    size: int = 192
-    epochs: float = 100
-    batch: int = 2048
-    warmup: float = 10
-    peak: float = 8e-4
-    floor: float = 1e-5
-    start: float = 1e-6
-    beta2: float = 0.999
-    weight_decay: float = 0.05
-    decay_all: bool = True  # published: norms, biases and positions decay too; SimMIM: not
-    clip: float = 1.0  # of the gradient's norm; 0: none
-    mask_ratio: float = 0.6
-    cell: int = 32
-    temperature: float | None = 0.25
-    w_ps: int = 8
-    normalise: Literal["min", "mean", "batch"] = "min"
-    weights: str = "detector"
-    correct: bool = True
-    area: tuple[float, float] = (0.67, 1.0)
-    vertical: float = 0.5  # probability of a vertical flip: published; SimMIM has none
-    micro_batch: int = 0  # most samples a forward pass, of one process; 0: as many as serve
-    method: Literal["simmim", "mae"] = "simmim"
-    decoder: tuple[int, int, int] = (512, 8, 16)  # of mae: width, blocks, heads
-    norm_pix: bool = False  # of mae: each patch's pixels by their own mean and spread
-    throw_ratio: float = 0.0
-    sample_by: str = "none"
-    random_epochs: float = 0.0
-    random_mask_ratio: float = 0.6
-    refresh_epochs: float = 40.0
-    bf16_residual: bool = False  # on CUDA tokens between blocks in bfloat16, patches by a product
+    model: Annotated[str, "timm's name of the encoder: a ViT or Swin"]
+    options: Annotated[dict[str, Any], "for timm beside it, as `depth`"] = field(
+        default_factory=dict
+    )
+    size: Annotated[int, "side of a crop, px"] = 192
+    epochs: Annotated[float, "passes over the shards"] = 100
+    batch: Annotated[int, "images of an optimizer step, over all processes"] = 2048
+    warmup: Annotated[float, "epochs in which the learning rate rises"] = 10
+    peak: Annotated[float, "learning rate after them"] = 8e-4
+    floor: Annotated[float, "learning rate at the end, by a cosine"] = 1e-5
+    start: Annotated[float, "learning rate of the first step"] = 1e-6
+    optimizer: Annotated[
+        str, "adamw, or another by its name in timm.optim: muon, lion, sgd ..."
+    ] = "adamw"
+    optimizer_options: Annotated[dict[str, Any], "for it, as `betas` or `momentum`"] = field(
+        default_factory=dict
+    )
+    beta2: Annotated[float, "of AdamW: decay of its mean of squares"] = 0.999
+    weight_decay: Annotated[float, "of the optimizer"] = 0.05
+    decay_all: Annotated[
+        bool, "norms, biases and positions decay too, as published; SimMIM: not"
+    ] = True
+    clip: Annotated[float, "most norm of the gradient; 0: any"] = 1.0
+    ema: Annotated[
+        float,
+        "decay of a mean of the weights beside them, as 0.9999, less at first; 0: there is none",
+    ] = 0.0
+    mask_ratio: Annotated[float, "share of cells that are masked"] = 0.6
+    cell: Annotated[int, "side of a cell of simmim, px; a cell of mae is a patch"] = 32
+    temperature: Annotated[
+        float | None, "T of the weights exp(density / T); none: no weights, plain SimMIM or MAE"
+    ] = 0.25
+    temperature_end: Annotated[
+        float | None, "T of the last step, to which T goes from the first on; none: T stays"
+    ] = None
+    temperature_form: Annotated[Literal["cosine", "linear"], "of the way from T to its end"] = (
+        "cosine"
+    )
+    w_ps: Annotated[int, "side of a weight cell, px"] = 8
+    normalise: Annotated[
+        Literal["min", "mean", "batch"],
+        "weights are divided by their least, or mean, of an image, or by the mean of all",
+    ] = "min"
+    weights: Annotated[str, "the detector's, or a control (docs/masking.md)"] = "detector"
+    correct: Annotated[
+        bool,
+        "weights off a map as shards/correction.py has them; those of controls, and while T moves, "
+        "are as they are",
+    ] = True
+    area: Annotated[tuple[float, float], "least and most area of a crop, of the image's"] = (
+        0.67,
+        1.0,
+    )
+    vertical: Annotated[float, "probability of a vertical flip, as published; SimMIM has none"] = (
+        0.5
+    )
+    micro_batch: Annotated[
+        int, "most images of a forward pass, of one process; 0: as many as serve"
+    ] = 0
+    checkpoint: Annotated[
+        bool, "activations of the encoder are computed again, not kept: less memory, a third slower"
+    ] = False
+    method: Annotated[Literal["simmim", "mae"], "model and loss"] = "simmim"
+    decoder: Annotated[tuple[int, int, int], "of mae: width, blocks, heads"] = (512, 8, 16)
+    norm_pix: Annotated[
+        bool, "of mae: targets are each patch's pixels by their own mean and spread"
+    ] = False
+    throw_ratio: Annotated[float, "share of cells that are neither masked nor seen"] = 0.0
+    sample_by: Annotated[
+        str,
+        "what cells are drawn by: `none` (at random), `attention`, a map of the shards, or several "
+        "with `*` between",
+    ] = "none"
+    random_epochs: Annotated[
+        float, "epochs before that: `random_mask_ratio` masked at random, nothing thrown"
+    ] = 0.0
+    random_mask_ratio: Annotated[float, "share of cells that are masked in them"] = 0.6
+    refresh_epochs: Annotated[float, "epochs from one look at attention to the next"] = 40.0
+    bf16_residual: Annotated[
+        bool, "on CUDA: tokens between blocks in bfloat16, patches by a product"
+    ] = False
 
 
 _REDUCED = {"embed_dim": 128, "depth": 4, "num_heads": 4}  # a ViT of 0.9 million parameters
@@ -225,7 +265,7 @@ def _value(text: str, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(p(t) for p, t in zip(parts, text.split(","), strict=True))
     if get_origin(kind) is dict:
-        return {str(k): int(v) for k, v in json.loads(text).items()}
+        return dict(json.loads(text).items())
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     if type(None) in parts:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SHARE = re.compile(r"(.*[^/:]):(\d+(?:\.\d+)?)")
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+NAMED = ("timm", "random")
+HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
+CONFIG = "config.json"  # what a folder of either has beside it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,7 @@ class Run:
     recipe: Recipe
     shares: tuple[float, ...] | None = None  # of several sets in an epoch; None: as they are large
     seed: int = 0
+    init: str = ""  # what the encoder starts from; nothing: from the seed
     detector: str | None = None  # None: the only one of keypoints in the shards
     bank: bool = False  # stored crops with their exact counts, not new crops read off maps
     device: str = "auto"
@@ -142,3 +146,29 @@ def compiler_missing() -> str:
     headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     packages = [name for name, there in (("gcc", compiler), ("python3-dev", headers)) if not there]
     return f"apt-get install {' '.join(packages)}" if packages else ""
+
+
+def check_encoders(encoders: list[str]) -> None:
+    """UserError if one of `encoders` is neither a file, a run nor a name."""
+    for encoder in encoders:
+        kind, _, name = encoder.partition(":")
+        if kind not in NAMED:
+            file_of(encoder)
+        elif not name:
+            raise UserError(f"{encoder!r} names no model; give {kind}:vit_base_patch16_224, say")
+
+
+def file_of(encoder: str) -> Path:
+    """The file of an encoder: a run's newest checkpoint, or the tensors in a folder for
+    from_pretrained. Raises UserError if there is none.
+    """
+    path = Path(encoder)
+    if path.is_dir():
+        published = [path / name for name in HUGGING_FACE if (path / name).is_file()]
+        saved = published or sorted((path / "checkpoints").glob("step-*.pt"))
+        if not saved:
+            raise UserError(f"{encoder} holds no checkpoint; train first with `kamim pretrain`")
+        return saved[0] if published else saved[-1]
+    if not path.is_file():
+        raise UserError(f"{encoder} is no file, run folder, timm:NAME or random:NAME")
+    return path

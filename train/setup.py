@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import joblib
+import timm.optim
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
 from train.models import MEAN, STD
 from train.progress import say
-from train.recipes import Recipe
+from train.recipes import Recipe, nearest
 from train.request import Run, check_device
 
 WINDOW = 64  # shards of a remote set: 64,000 samples, or all of one that has no more
@@ -166,10 +167,48 @@ def weighted_crops(
     )
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
-    """AdamW as the recipe has it; fused on CUDA."""
-    groups, betas = parameter_groups(model, recipe), (0.9, recipe.beta2)
-    return torch.optim.AdamW(groups, betas=betas, fused=device.type == "cuda")
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's: AdamW, fused on CUDA; any other by timm's factory, with what it has by default.
+
+    Raises UserError for one that timm does not know, or that cannot be made.
+    """
+    name, groups = recipe.optimizer, parameter_groups(model, recipe)
+    factory: Any = timm.optim  # which exports its names at run time only
+    known: list[str] = [
+        each
+        for each in factory.list_optimizers()
+        if not factory.get_optimizer_info(each).second_order
+    ]
+    if name not in known:
+        near = nearest(name, known) or "; it has sgd, lion, muon ..."
+        raise UserError(f"timm has no optimizer {name!r}{near}")
+    try:
+        if name == "adamw":
+            own: dict[str, Any] = {"betas": (0.9, recipe.beta2), "fused": device.type == "cuda"}
+            return torch.optim.AdamW(groups, **own | recipe.optimizer_options)
+        rates = {"lr": recipe.peak, "weight_decay": recipe.weight_decay}
+        by_kind = apart(groups, model)
+        made: torch.optim.Optimizer = factory.create_optimizer_v2(
+            by_kind, opt=name, **rates | recipe.optimizer_options
+        )
+        return made
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0].rpartition("__init__() ")[2]
+        raise UserError(f"the optimizer {name!r} cannot be made: {reason}") from None
+
+
+def apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """`groups` with positions and tokens in groups of their own, which are no matrices: a Muon has
+    AdamW for them.
+    """
+    ends = ("pos_embed", "_token")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = []
+    for group in groups:
+        for kind in (False, True):
+            mine = [each for each in group["params"] if names[each].endswith(ends) is kind]
+            found += [group | {"params": mine, "use_fallback": kind}] if mine else []
+    return found
 
 
 def clipped(model: nn.Module, recipe: Recipe) -> torch.Tensor:
@@ -209,6 +248,9 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
             f"use {recipe.size // recipe.cell * recipe.cell or recipe.cell}"
         )
     check_source(recipe.weights)
+    check_temperature(recipe)
+    if not 0 <= recipe.ema < 1:
+        raise UserError(f"ema {recipe.ema} is out of range; give a decay as 0.9999, or 0 for none")
     if run.skip_damaged and [one.manifest.container for one in records.sets] == ["ffcv"]:
         raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
     if run.bank:
@@ -252,6 +294,17 @@ def choose_detector(run: Run, records: Records) -> str | None:
         names = ", ".join(each.name for each in common)
         raise UserError(f"the shards have maps of {names}; choose one by --detector")
     return run.detector or usual[0]
+
+
+def check_temperature(recipe: Recipe) -> None:
+    """UserError unless the recipe's temperature can go to its end."""
+    last = recipe.temperature_end
+    if last is not None and recipe.temperature is None:
+        raise UserError(
+            f"temperature_end is {last}, and the recipe has no weights; set temperature"
+        )
+    if last is not None and not 0 < last < math.inf:
+        raise UserError(f"temperature_end {last} is out of range; give a number above 0")
 
 
 def check_guides(run: Run, records: Records) -> None:

@@ -36,6 +36,15 @@ class Step(nn.Module):
         return loss, torch.ones_like(loss) if weights is None else weights.mean()
 
 
+def weighed(temperature: float | None, device: torch.device) -> dict[str, Tensor]:
+    """What a batch is given of a temperature that changes: a tensor, or each would be a graph of
+    its own; filled on the device, which waits for nothing.
+    """
+    if temperature is None:
+        return {}
+    return {"temperature": torch.full((), temperature, device=device)}
+
+
 def in_parallel(step: nn.Module) -> nn.Module:
     """`step` with its gradients averaged over processes; its buffers are constants."""
     with warnings.catch_warnings():  # torch 2.15 has another name for it, which 2.11 does not know

@@ -10,6 +10,7 @@ from kamim.bench.markdown import line, renewed_parts, table
 from kamim.bench.meaning import ONE_PROCESS
 from kamim.bench.plots import FACTORS, ORDER, WAYS
 from kamim.bench.provenance import RESULTS
+from train.recipe_file import documented
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -300,6 +301,14 @@ def render_maps() -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def render_fields() -> str:
+    """Every field of a recipe, as Markdown."""
+    rows = [
+        [f"`{name}`", kind, f"`{d}`" if d else "", text] for name, kind, d, text in documented()
+    ]
+    return "\n".join([*table(["field", "kind", "default", "what it is"], rows), ""])
+
+
 PAGES = {
     "README.md": {"versus": render_versus},
     "docs/benchmarks.md": {
@@ -315,6 +324,7 @@ PAGES = {
     },
     "docs/maps.md": {"maps": render_maps},
     "docs/masking.md": {"throw": render_throw},
+    "docs/recipes.md": {"fields": render_fields},
     "docs/gpu.md": gpu_page.PARTS,
 }
 

@@ -58,8 +58,8 @@ def probe(
     train: Train,
     val: Val,
     protocol: Annotated[
-        Literal["fast", "paper"],
-        typer.Option(help="Cached features and swept rates, or the published augmented recipe."),
+        Literal["fast", "paper", "fewshot"],
+        typer.Option(help="Cached features, the published augmented recipe, or 1 and 10 %."),
     ] = "fast",
     block: Block = 0,
     pool: Pooling = "mean",
@@ -78,9 +78,10 @@ def probe(
     """Linear probe of frozen features, and their nearest neighbours.
 
     fast: features are computed once and kept, learning rates are swept on a tenth of the training
-    set, no augmentation. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or
-    CutMix. Killed, the same command goes on from what is finished. --every-block tells where in the
-    encoder the features are that a line can use.
+    set, no augmentation. fewshot: the same with the labels of 1 % and 10 % of the training set, as
+    many of each class, others for each seed. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide,
+    erasing, MixUp or CutMix. Killed, the same command goes on from what is finished. --every-block
+    tells where in the encoder the features are that a line can use.
     """
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
@@ -89,12 +90,14 @@ def probe(
 
     folder, count = out or folder_for("probe", encoder), round(epochs) or 30
 
+    def features(number: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+        """Of block `number`: of the set to learn on, and of that to test on."""
+        sets = task.learn, task.test
+        return [cached(folder, task.model, s, number, task.pool, task.device) for s in sets]
+
     def fast(number: int) -> dict[str, Any]:
         """Neighbours and heads of block `number`."""
-        known, asked = (
-            cached(folder, task.model, records, number, task.pool, task.device)
-            for records in (task.learn, task.test)
-        )
+        known, asked = features(number)
         near = nearest_neighbours(known, asked, task.classes, neighbours)
         heads = range(seeds) if protocol == "fast" or every_block else ()
         scores = [
@@ -107,6 +110,15 @@ def probe(
         return found | {"rates": [score.rate for score in scores]}
 
     with alone(folder):
+        if protocol == "fewshot":
+            from kamim.evaluate.fewshot import SHARES, few_shot
+
+            known, asked = features(task.block)
+            how = seeds, neighbours, task.device
+            few = [few_shot(known, asked, task.classes, share, *how) for share in SHARES]
+            row = task.facts() | {"protocol": protocol, "few": few}
+            _report_few(row, folder / "probe.json", json_output)
+            return
         row = task.facts() | {"protocol": protocol} | fast(task.block)
         near = row["knn"]
         if protocol == "paper":
@@ -249,12 +261,28 @@ def _supervised(
     return found
 
 
-def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
+def _keep(row: dict[str, Any], path: Path, json_output: bool) -> None:
     from shards.files import write_atomically
 
     write_atomically(path, (json.dumps(row, indent=2) + "\n").encode("ascii"))
     if json_output:
         print(json.dumps(row))
+
+
+def _report_few(row: dict[str, Any], path: Path, json_output: bool) -> None:
+    _keep(row, path, json_output)
+    for each in [] if json_output else row["few"]:
+        top1, near = (statistics.mean(each[name]) for name in ("top1", "knn"))
+        spread = f" +- {statistics.stdev(each['top1']):.2%}" if len(each["top1"]) > 1 else ""
+        print(
+            f"{row['encoder']}, labels of {each['images']:,} images ({each['share']:.0%}): top-1 "
+            f"{top1:.2%}{spread}, nearest neighbours {near:.2%}, {len(each['top1'])} seeds"
+        )
+
+
+def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> None:
+    _keep(row, path, json_output)
+    if json_output:
         return
     for each in row.get("by_block", ()):
         print(f"block {each['block']}: top-1 {statistics.mean(each['top1']):.2%}")
@@ -339,8 +367,8 @@ def export_hf(
         import torch
 
         from kamim.evaluate.encoder import load_encoder
-        from kamim.evaluate.huggingface import config_of, from_timm
         from train.export import write_tensors
+        from train.huggingface import config_of, from_timm
 
         model = load_encoder(encoder, torch.device("cpu")).model
     if not hasattr(model, "blocks"):

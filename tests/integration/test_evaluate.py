@@ -35,7 +35,6 @@ from kamim.__main__ import app
 from kamim.evaluate.checks import folder_for
 from kamim.evaluate.encoder import load_encoder
 from kamim.evaluate.features import extract
-from kamim.evaluate.huggingface import from_timm, to_timm
 from kamim.evaluate.supervised import (
     Classifier,
     LabelRecipe,
@@ -49,6 +48,7 @@ from shards import ShardSet, decode_frame
 from shards.beton import convert_to_ffcv
 from train import checkpoint
 from train.features import tokens
+from train.huggingface import from_timm, to_timm
 from train.probe import linear_probe, nearest_neighbours
 
 CPU = torch.device("cpu")

@@ -150,7 +150,12 @@ def test_hours_on_a_cpu_and_too_little_memory_are_warned_of(built, tmp_path, cap
     monkeypatch.setattr(estimate, "memory_free", lambda device: 1e6)
     run(built, tmp_path / "run", steps=1)
     warning = next(line for line in capsys.readouterr().err.splitlines() if "warning" in line)
-    assert "GB free; --micro-batch 4 takes less" in warning
+    assert "GB free; take a smaller model" in warning
+    memory = estimate.Memory(1e9, 50e6)
+    monkeypatch.setattr(estimate, "memory_free", lambda device: 8e9)
+    (warning,) = estimate.memory_lines(memory, 256, CPU)
+    assert warning.endswith("8.0 GB free; --micro-batch 99 fits")
+    assert memory.needed(99) * estimate.SHARE < 8e9
 
 
 def test_the_memory_needed_is_that_of_weights_and_of_what_the_backward_pass_keeps():

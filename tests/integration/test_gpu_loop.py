@@ -11,6 +11,7 @@ import pytest
 from conftest import settings
 
 torch = pytest.importorskip("torch")
+from timm.utils import ModelEmaV3
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,10 +24,10 @@ from train.cuda import PEAK_FLOPS, peak_flops, warn_of_what_is_missing
 from train.estimate import MOST_PART, Memory, largest_part, memory_of, memory_told
 from train.masking import ATTENTION, Masking
 from train.models import make_model
-from train.recipes import find_recipe, recipe_names
+from train.recipes import changed, find_recipe, recipe_names
 from train.request import compiler_missing
 from train.setup import find_device, make_optimizer, weighted_crops
-from train.step import Pace, Step, in_parallel
+from train.step import Pace, Step, in_parallel, weighed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 4}
@@ -73,9 +74,11 @@ def batch_of(images, size):
 
 def reduced(name):
     """The recipe `name`, or name:weights, with few and narrow layers, and of few images."""
-    name, _, weights = name.partition(":")
+    name, _, more = name.partition(":")
+    weights, words = ("", [more]) if "=" in more else (more, [])
     options = SWIN if name.startswith("swin") else SMALL
-    recipe = replace(find_recipe(name), options=options, batch=4, weights=weights or "detector")
+    recipe = changed(find_recipe(name), words)
+    recipe = replace(recipe, options=options, batch=4, weights=weights or "detector")
     return replace(recipe, decoder=(32, 1, 2)) if recipe.method == "mae" else recipe
 
 
@@ -148,17 +151,21 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 
 
 @pytest.mark.parametrize(
-    "name", ["small", "small:permuted", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
+    "name",
+    ["small", "small:permuted", "small:inverse", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
+    + [f"{name}:checkpoint=true" for name in ("small", "small_mae_kamim")],
 )
 def test_a_step_is_one_graph_that_is_made_once(name):
-    """Of crops, weights, forward, loss and backward, over steps whose boxes and masks differ."""
+    """Of crops, weights, forward, loss and backward, over steps whose boxes, masks and temperatures
+    differ.
+    """
     recipe = reduced(name)
     step, masking = parts_of(recipe)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     graph = torch.compile(step, dynamic=False, fullgraph=True, backend=counter)
     for number in range(masking.begin, masking.begin + 3):
-        tensors = batch_of(2, recipe.size)
+        tensors = batch_of(2, recipe.size) | weighed(1 / (1 + number), CPU)
         begin = 2 * (number % 2)  # both halves of a step's noise
         noise = masking.noise(number)[begin : begin + 2]
         cells = masking.hidden(noise, number, tensors)
@@ -208,11 +215,22 @@ def test_a_step_waits_for_nothing(name, fake_cuda, monkeypatch):
     step, masking, tensors = on_fake_cuda(recipe, fake_cuda)
     plain = recipe.method == "simmim" and not (masking.guides or recipe.throw_ratio)
     with waits() as found:
+        tensors |= weighed(0.5, CUDA)
         if plain:  # its generator is on the card
             noise = torch.rand(4, masking.side, masking.side, device="cuda") < 0.6
         else:
             noise = masking.noise(masking.begin)
         step(tensors, masking.hidden(noise, masking.begin, tensors))
+    assert found == []
+
+
+def test_a_mean_of_the_weights_waits_for_nothing(fake_cuda):
+    with unset_fake_temporarily():
+        step, _ = parts_of(reduced("small_mae"))
+        average = ModelEmaV3(step.model, 0.99, use_warmup=True)
+    faked(step, fake_cuda), faked(average.module, fake_cuda)
+    with waits() as found:
+        average.update(step.model, 3)
     assert found == []
 
 
@@ -330,9 +348,48 @@ def test_micro_batches_fill_a_card_unless_it_is_said_how_large_they_are(monkeypa
     assert largest_part(0, 1e6, CPU, base) == 256
 
 
-def test_a_full_card_is_told_with_what_to_type():
-    with pytest.raises(ValueError, match="--micro-batch 128 takes less"), memory_told(256):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        (100, "--micro-batch 100 fits, or --set checkpoint=true"),
+        (300, "--micro-batch 128 takes less"),
+        (0, "take a smaller model"),
+    ],
+)
+def test_full_memory_is_told_with_the_number_that_fits(fits, said):
+    with pytest.raises(ValueError, match=f"GPU's memory is full with 256 .*; {said}"):  # noqa: SIM117
+        with memory_told(256, fits):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(ValueError, match=f"the memory is full with 256 .*; {said}"):  # noqa: SIM117
+        with memory_told(256, fits):
+            torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="another"), memory_told(256, fits):
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("vit_small", 0.6), ("vit_small_mae", 0.75), ("swin_tiny", 0.6)]
+)
+def test_activations_that_are_computed_again_are_not_kept(name, share):
+    """The loss and its gradients are the same to the last bit; memory is a fraction, of MAE a
+    larger one: its decoder keeps its own.
+    """
+    found = []
+    for words in ((), ("checkpoint=true",)):
+        recipe = replace(changed(find_recipe(name), words), batch=2)
+        step, masking = parts_of(recipe)
+        tensors, cells = batch_of(2, 256), masking.hidden(masking.noise(0), 0, {})
+        torch.manual_seed(1)
+        tensors["frames"] = torch.randint(256, (2, 256, 256, 3), dtype=torch.uint8)
+        loss, _ = step(tensors, cells)
+        loss.backward()
+        grads = [p.grad for p in step.model.parameters() if p.grad is not None]
+        memory = memory_of(step.model, masking.example(), recipe.size, CPU, recipe.checkpoint)
+        found.append((loss, grads, memory.image))
+    (loss, grads, plain), (again, theirs, less) = found
+    assert torch.equal(loss, again)
+    assert all(map(torch.equal, grads, theirs))
+    assert less < share * plain
 
 
 def test_a_run_of_attention_is_measured_as_it_begins():

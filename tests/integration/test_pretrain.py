@@ -25,8 +25,9 @@ from train.export import export
 from train.loop import pretrain
 from train.metrics import read_metrics
 from train.models import encoder_options
-from train.recipes import find_recipe, simmim
+from train.recipes import changed, find_recipe, simmim
 from train.request import Run
+from train.schedule import temperature
 
 TINY = replace(
     find_recipe("small"),
@@ -76,6 +77,77 @@ def test_stopping_between_steps_and_going_on_changes_nothing(shards, tmp_path, c
     b = checkpoint.load(checkpoint.newest(tmp_path / "parts" / "checkpoints"))
     assert a["step"] == b["step"] == 15
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+# What is no default, by --set: each goes on to the last bit.
+OPTIONS = {
+    "temperature": ["temperature_end=0.05", "temperature_form=linear"],
+    "muon": ["optimizer=muon"],
+    "lion": ["optimizer=lion", 'optimizer_options={"betas": [0.9, 0.98]}', "peak=1e-4"],
+    "sgd": ["optimizer=sgd", "decay_all=false"],
+    "ema": ["ema=0.9", "peak=1e-3"],
+    "checkpoint": ["checkpoint=true", "model=vit_tiny_patch16_224", "peak=1e-3"],
+    "all": ["optimizer=nadamw", "ema=0.99", "checkpoint=true", "temperature_end=1"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_stopped_run_of_any_option_goes_on_to_the_last_bit(name, shards, tmp_path):
+    recipe = changed(TINY, OPTIONS[name])
+    whole = run(shards, tmp_path / "whole", recipe)
+    assert whole != run(shards, tmp_path / "plain")
+    run(shards, tmp_path / "parts", recipe, steps=5)
+    assert run(shards, tmp_path / "parts", recipe, resume=True) == whole
+    a, b = (
+        checkpoint.load(checkpoint.newest(tmp_path / each / "checkpoints"))
+        for each in ("whole", "parts")
+    )
+    for part in ("model", "ema") if "ema" in a else ("model",):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+def test_a_mean_of_the_weights_is_that_of_the_formula_and_leaves_losses_alone(shards, tmp_path):
+    kept, recipe = [], replace(TINY, ema=0.4)
+    for step in range(1, 6):
+        run(shards, tmp_path / "run", recipe, steps=step, resume=True)
+        kept.append(checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints")))
+    assert losses(tmp_path / "run") == run(shards, tmp_path / "plain", steps=5)
+    name = "encoder.blocks.0.attn.qkv.weight"
+    mean = kept[0]["model"][name]
+    for number, state in enumerate(kept[1:], 1):
+        decay = min(0.4, 1 - (1 + number) ** (-2 / 3))  # as young as it is, less
+        mean = decay * mean + (1 - decay) * state["model"][name]
+        assert torch.allclose(state["ema"][name], mean, rtol=1e-4, atol=1e-7)
+
+
+def test_a_resumed_run_keeps_the_parts_of_its_steps(shards, tmp_path):
+    """What is free on a card differs from start to start, and sums are in the order of parts."""
+    whole = run(shards, tmp_path / "whole", micro := replace(TINY, micro_batch=2))
+    run(shards, tmp_path / "parts", micro, steps=4)
+    state = checkpoint.load(checkpoint.newest(tmp_path / "parts" / "checkpoints"))
+    assert state["run"]["micro_batch"] == 2
+    assert run(shards, tmp_path / "parts", resume=True) == whole
+    state = checkpoint.load(checkpoint.newest(tmp_path / "parts" / "checkpoints"))
+    assert state["run"]["micro_batch"] == 2
+    run(shards, tmp_path / "other", micro, steps=4)
+    run(shards, tmp_path / "other", replace(TINY, micro_batch=8), resume=True, steps=5)
+    state = checkpoint.load(checkpoint.newest(tmp_path / "other" / "checkpoints"))
+    assert state["run"]["micro_batch"] == 8  # what is asked for goes first
+
+
+@pytest.mark.parametrize("weights", ["detector", "inverse"])
+def test_a_temperature_that_moves_weighs_as_it_is_at_each_step(weights, shards, tmp_path):
+    recipe = replace(TINY, weights=weights, temperature=0.5, temperature_end=0.1, correct=False)
+    run(shards, tmp_path / "run", recipe)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["temperature"] for row in rows] == [temperature(s, 15, recipe) for s in range(15)]
+    means = [row["mean_weight"] for row in rows]
+    run(shards, tmp_path / "first", replace(recipe, temperature_end=None), steps=1)
+    run(shards, tmp_path / "last", replace(recipe, temperature=0.1, temperature_end=None))
+    assert means[0] == read_metrics(tmp_path / "first")[0]["mean_weight"]
+    # The published form divides by T as a number, not as a tensor.
+    assert means[-1] == pytest.approx(read_metrics(tmp_path / "last")[-1]["mean_weight"], rel=1e-6)
+    assert "temperature" not in read_metrics(tmp_path / "last")[0]
 
 
 @pytest.mark.parametrize("drops", [{}, {"drop_path_rate": 0.5}])
@@ -235,8 +307,14 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ({}, replace(TINY, size=100), "100 is no multiple of the mask cell"),
         ({}, replace(TINY, size=160), r"maps of 16 cells per side cannot serve 20 weight cells"),
         ({}, replace(TINY, w_ps=7), "w_ps 7 does not divide"),
+        ({}, replace(TINY, temperature_end=0.0), "temperature_end 0.0 is out of range"),
+        ({}, replace(simmim(TINY), temperature_end=0.5), "the recipe has no weights"),
         ({}, replace(TINY, batch=10_000), "make no batch of 10000"),
         ({}, replace(TINY, model="vit_giant_patch3_1"), "timm has no model"),
+        ({}, replace(TINY, optimizer="adamv"), "timm has no optimizer 'adamv'; did you mean adam"),
+        ({}, replace(TINY, optimizer="adahessian"), "timm has no optimizer 'adahessian'"),
+        ({}, changed(TINY, ['optimizer_options={"beta": 1}']), "'adamw' cannot be made: .*'beta'"),
+        ({}, replace(TINY, ema=1.0), "ema 1.0 is out of range"),
         ({"device": "cuda:9"}, TINY, "no CUDA device"),
     ]
     for changes, recipe, words in cases:

@@ -1,0 +1,69 @@
+"""`kamim dense`: segmentation from an encoder's patch tokens."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kamim.evaluate.checks import check_encoders, folder_for
+from kamim.evaluate.cli import Block, Device, Json, Out, What, app
+from shards.errors import UserError
+
+
+@app.command()
+def dense(
+    encoder: What,
+    train: Annotated[Path, typer.Argument(help="Folder with images/ and masks/ to learn on.")],
+    val: Annotated[Path, typer.Argument(help="Folder with images/ and masks/ to test on.")],
+    by: Annotated[
+        Literal["knn", "linear"], typer.Option(help="Nearest patches, or a linear head on them.")
+    ] = "knn",
+    neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest patches.")] = 20,
+    block: Block = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides patches and head.")] = 0,
+    device: Device = "auto",
+    out: Out = None,
+    json_output: Json = False,
+) -> None:
+    """Segmentation from frozen patch tokens: mean intersection over union (mIoU) on masks.
+
+    The mask of images/a/b.jpg is masks/a/b.png: the class of each pixel by its number, 255 for
+    none. Images and masks are squeezed to the encoder's size, where pixels are counted.
+    """
+    from shards.files import alone, write_atomically
+    from shards.progress import waiting
+    from train.request import check_device
+
+    check_encoders([encoder])
+    check_device(device)
+    with waiting(f"loading PyTorch and {encoder}"):
+        from kamim.evaluate import dense as work
+        from kamim.evaluate.encoder import load_encoder
+        from train.setup import find_device
+
+        known, asked = work.list_pairs(train), work.list_pairs(val)
+        where = find_device(device)
+        model = load_encoder(encoder, where)
+    if block > model.blocks:
+        raise UserError(f"--block {block}: {encoder} has {model.blocks}")
+    block, folder = block or model.default_block, out or folder_for("dense", encoder)
+    with alone(folder):
+        tokens, labels = work.collect(model, known, block, seed, where)
+        classes = int(labels.max()) + 1
+        if by == "knn":
+            guess = work.by_neighbours(tokens, labels, classes, neighbours)
+        else:
+            guess = work.by_head(tokens, labels, classes, seed)
+        counts = work.segment(model, asked, block, guess, where)
+        ious = work.intersections_over_unions(counts)
+        if not ious:
+            raise UserError(f"no pixel of {val} has a class; are all its masks {work.NONE}?")
+        mean = sum(ious.values()) / len(ious)
+        right = (counts.diagonal().sum() / counts.sum()).item()
+        row = {"encoder": encoder, "block": block, "by": by, "train": str(train), "val": str(val)}
+        row |= {"images": [len(known), len(asked)], "patches": len(labels)}
+        row |= {"miou": round(mean, 4), "pixels_right": round(right, 4), "iou": ious}
+        write_atomically(folder / "dense.json", (json.dumps(row, indent=2) + "\n").encode("ascii"))
+    line = f"{encoder}, block {block} of {model.blocks}, {by}: mIoU {mean:.2%} of {len(ious)} "
+    print(json.dumps(row) if json_output else f"{line}classes, {right:.2%} of pixels right")

@@ -1,0 +1,111 @@
+"""Recipes as files: what is shown, read, refused, kept of a run, and repeated by it."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+from conftest import errors
+from typer.testing import CliRunner
+
+from kamim.__main__ import app
+from shards.errors import UserError
+from train.recipe_file import documented, read_recipe, show
+from train.recipes import Recipe, find_recipe, recipe_names
+
+TINY = ['options={"embed_dim": 32, "depth": 2, "num_heads": 2}', "batch=8", "epochs=3"]
+
+
+def kamim(*words, check=True):
+    """The command as a user types it, in this process: importing torch anew takes seconds."""
+    result = CliRunner().invoke(app, list(map(str, words)))
+    error = result.exception
+    if error is not None and (check or not isinstance(error, UserError)):
+        raise error
+    said = result.stderr + (f"kamim: {error}\n" if error else "")
+    return SimpleNamespace(returncode=2 if error else 0, stdout=result.stdout, stderr=said)
+
+
+def losses(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def pretrain(shards, out, *words, check=True):
+    flags = ("--detector", "fast", "--device", "cpu", "--out", out)
+    return kamim("pretrain", shards, *flags, *words, check=check)
+
+
+def setting(*words):
+    return [part for word in words for part in ("--set", word)]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_is_shown_of_a_recipe_is_that_recipe(name, tmp_path):
+    (tmp_path / "my.toml").write_text(show(name))
+    assert read_recipe(str(tmp_path / "my.toml")) == (find_recipe(name), {})
+
+
+def test_a_file_is_a_base_and_its_changes(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text('base = "small"\ntemperature = "none"\narea = [0.3, 1]\n[run]\nseed = 3\n')
+    changed = replace(find_recipe("small"), temperature=None, area=(0.3, 1.0))
+    assert read_recipe(str(path)) == (changed, {"seed": 3})
+    path.write_text(kamim("recipes", "--show", path).stdout)
+    assert read_recipe(str(path)) == (changed, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('base = "smal"', "did you mean small?"),
+        (
+            'base = "small"\ntemprature = 1',
+            r"my.toml: a recipe has no 'temprature'; did you mean t",
+        ),
+        ('base = "small"\nbatch = 8.5', "my.toml: batch=8.5 is no int"),
+        ('base = "small"\nepochs = true', "epochs=true is no float"),
+        ('base = "small"\narea = [1]', "is no tuple"),
+        ('base = "small"\n[run]\nsead = 1', r"\[run\] has no 'sead'; did you mean seed?"),
+        ('base = "small"\n[run]\nseed = "1"', "seed = '1' is no int"),
+        ("size = 96", "names no base"),
+        ("size = ", "is no sound TOML"),
+        (None, "there is no recipe file"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_before_torch_is_imported(text, said, tmp_path):
+    if text is not None:
+        (tmp_path / "my.toml").write_text(text)
+    without = "import sys; sys.modules['torch'] = None; import kamim.__main__ as k; k.main()"
+    line = [sys.executable, "-c", without, "pretrain", "nowhere", "--recipe", "my.toml"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, errors(done)) == (2, 1)
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_a_run_is_repeated_by_what_it_kept(built, tmp_path):
+    pytest.importorskip("torch")
+    first, again = tmp_path / "a", tmp_path / "a-again"
+    words = setting(*TINY, "temperature=0.5")
+    words += ["--recipe", "small", "--seed", "5", "--bank", "--micro-batch", "4"]
+    pretrain(built, first, *words)
+    kept = tomllib.loads((first / "run.toml").read_text())
+    assert set(kept) == {each.name for each in fields(Recipe)} | {"run"}
+    assert (kept["temperature"], kept["micro_batch"], kept["run"]["seed"]) == (0.5, 4, 5)
+    flags = ("--recipe", first / "run.toml", "--device", "cpu")
+    assert kamim("pretrain", built, *flags).stdout.strip() == str(again)
+    assert losses(again) == losses(first)
+    assert len(losses(again)) == 15
+    assert tomllib.loads((again / "run.toml").read_text()) == kept
+    pretrain(built, tmp_path / "b", "--seed", 6, *flags)  # what is typed goes first
+    assert losses(tmp_path / "b") != losses(first)
+
+
+def test_every_field_is_documented():
+    rows = list(documented())
+    assert [row[0] for row in rows] == [each.name for each in fields(Recipe)]
+    assert all(len(text) > 5 and "|" not in text for *_, text in rows)

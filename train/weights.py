@@ -1,0 +1,159 @@
+"""An encoder's weights from whatever holds them."""
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from train import checkpoint
+from train.export import encoder_state
+from train.huggingface import is_huggingface, options_of, to_timm
+from train.models import encoder_options, make_encoder
+from train.recipes import nearest
+from train.request import CONFIG, HUGGING_FACE, file_of
+
+
+def encoder_from(what: str, size: int, fit: bool = False) -> tuple[Any, int]:
+    """(timm model without a head, its image side in px): timm:NAME at `size` px, or that of a file.
+
+    fit: with the windows that a recipe's Swin has. Raises UserError, in one line, if `what` is none
+    of these or its tensors do not fit.
+    """
+    kind, _, name = what.partition(":")
+    return (_from_timm(name, size, fit), size) if kind == "timm" else _from_file(file_of(what))
+
+
+def start_from(what: str, encoder: nn.Module, size: int) -> str:
+    """Give `encoder`, for crops of `size` px, the weights of `what`; returns their SHA-256.
+
+    Raises UserError if they are of another size or architecture.
+    """
+    found, side = encoder_from(what, size, fit=True)
+    if side != size:
+        raise UserError(
+            f"{what} is for {side} px, the recipe's crops have {size}; --set size={side}"
+        )
+    tensors = found.state_dict()
+    fitted(encoder, tensors, Path(what))
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def timm_facts(path: Path) -> dict[str, str]:
+    """What `kamim export --to timm` wrote beside the file `path`, as its metadata has it, if so."""
+    beside = path.parent / CONFIG
+    if path.name not in HUGGING_FACE or not beside.is_file():
+        return {}
+    config = json.loads(beside.read_text(encoding="utf-8"))
+    if not {"architecture", "pretrained_cfg"} <= set(config):
+        return {}
+    options = config.get("model_args", {}) | {"img_size": config["pretrained_cfg"]["input_size"][1]}
+    return {"model": config["architecture"], "options": json.dumps(options)}
+
+
+def _from_timm(name: str, size: int, fit: bool) -> Any:
+    """timm's model with its weights, from Hugging Face or from the copy that is here. `fit`: with
+    the windows that a recipe has.
+    """
+    if not timm.is_model(name):
+        near = nearest(name, timm.list_models()) or "; see https://huggingface.co/timm"
+        raise UserError(f"timm has no model {name!r}{near}")
+    # Its client tries for a minute before it says that there is no network.
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
+    try:
+        options = encoder_options(name, size) if fit else {"img_size": size, "num_classes": 0}
+        return timm.create_model(name, pretrained=True, **options)
+    except TypeError:
+        raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
+    except Exception as error:  # the client's, httpx's and timm's own kinds
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"the weights of timm:{name} are not on this machine and {constants.ENDPOINT} does "
+                "not answer; connect once, or name a file in place of them"
+            ) from None
+        line = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"the weights of timm:{name} do not load ({line})") from None
+
+
+def _answers(url: str) -> bool:
+    """Whether there is a server, whatever it says."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _from_file(path: Path) -> tuple[nn.Module, int]:
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is no sound .safetensors file: {error}") from None
+        if is_huggingface(tensors):
+            return _from_huggingface(tensors, path, facts.get("config"))
+        facts = timm_facts(path) | facts
+        if not {"model", "options"} <= set(facts):
+            raise UserError(f"{path} does not say what it is of; `kamim export` writes that")
+        options = json.loads(facts["options"])
+        size = int(options.pop("img_size"))
+        for known in ("num_classes", "window_size"):
+            options.pop(known, None)
+        return fitted(make_encoder(facts["model"], size, options), tensors, path), size
+    plain = checkpoint.read(path)
+    if isinstance(plain, dict) and is_huggingface(plain):
+        return _from_huggingface(plain, path)
+    state = checkpoint.checked(plain, path)
+    recipe = state["run"]["recipe"]
+    model = make_encoder(recipe["model"], recipe["size"], recipe["options"])
+    return fitted(model, encoder_state(state), path), int(recipe["size"])
+
+
+def _from_huggingface(
+    tensors: dict[str, Tensor], path: Path, config: str | None = None
+) -> tuple[nn.Module, int]:
+    """`config` is the text of its config.json; by default that beside it is read, if any."""
+    beside = path.parent / CONFIG
+    if config is None and path.name in HUGGING_FACE and beside.is_file():
+        config = beside.read_text(encoding="utf-8")
+    try:
+        options, size, eps = options_of(tensors, json.loads(config or "{}"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no whole Hugging Face ViT ({type(error).__name__}: {error})"
+        ) from None
+    model = make_encoder("vit_base_patch16_224", size, options)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+    return fitted(model, to_timm(tensors), path), size
+
+
+def fitted(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """`model` with `tensors`. UserError, naming the first that does not fit."""
+    wanted = model.state_dict()
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, the model's is "
+        f"{tuple(wanted[name].shape) if name in wanted else 'missing'}"
+        for name in sorted(set(wanted) | set(tensors))
+        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{path} is of another architecture: {wrong[0]} ({len(wrong)} such)")
+    model.load_state_dict(tensors)
+    return model
