@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from shards.dataset import ShardSet
     from shards.dataset import open_set as open
+    from shards.device import to_device
     from shards.errors import UserError
     from shards.loader import Batch
     from shards.mixture import Mixture
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from shards.torchdata import PlanSampler, RecordDataset
     from shards.verification import LEVELS
     from shards.verification import verify_shards as verify
-    from shards.weighting import Crops, WeightedCrops, crop_frames, draw_crops, to_device
+    from shards.weighting import Crops, WeightedCrops, crop_frames, draw_crops
 
 # Each public name, by the module that has it; `name=theirs` where it is called otherwise there.
 _HOMES = {
     "dataset": "ShardSet open=open_set",
+    "device": "to_device",
     "errors": "UserError",
     "loader": "Batch",
     "mixture": "Mixture",
@@ -46,7 +48,7 @@ _HOMES = {
     "tar": "ShardWriter",
     "torchdata": "PlanSampler RecordDataset",
     "verification": "LEVELS verify=verify_shards",
-    "weighting": "Crops WeightedCrops crop_frames draw_crops to_device",
+    "weighting": "Crops WeightedCrops crop_frames draw_crops",
 }
 _WHERE = {
     name: (f"shards.{home}", theirs or name)

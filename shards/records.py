@@ -91,7 +91,8 @@ class Records:
         of WeightedCrops, decode: as of `loader`. Raises UserError, with the first batch, if set or
         arguments cannot serve.
         """
-        from shards.weighting import WeightedCrops, find_device, to_device
+        from shards.device import find_device, to_device
+        from shards.weighting import WeightedCrops
 
         plan = self.plan(batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
         if plan.steps(epochs) < 1:
@@ -146,7 +147,7 @@ class Records:
         last = plan.steps() if last is None else last
         if decode == "gpu":
             from shards.decoding import check_decoding
-            from shards.weighting import find_device
+            from shards.device import find_device
 
             check_decoding(self, find_device(device), skip)
         if not plan.in_order and [each.manifest.container for each in self.sets] == ["ffcv"]:
@@ -174,7 +175,7 @@ class Records:
 
             shared = Shared()
         if device.startswith("cuda"):
-            from shards.weighting import pin, pinned
+            from shards.device import pin, pinned
 
             allocate = pinned
             if shared:

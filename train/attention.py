@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards import Batch
+from shards.device import to_device
 from shards.errors import UserError
 from shards.files import replacing
-from shards.weighting import crop_frames, to_device
+from shards.weighting import crop_frames
 from train.distributed import Process
 from train.models import in_bf16, normalised
 

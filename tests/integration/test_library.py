@@ -122,7 +122,8 @@ def planned(records, plan, epoch, sample):
 @pytest.mark.parametrize("temperature", [0.25, 1.0])
 def test_crops_and_weights_of_the_map_equal_their_slow_twins(records, decoded, name, temperature):
     plan = Plan(len(records), BATCH, 3)
-    found = batches(records, seed=3, weights=name, temperature=temperature, epochs=1.5)
+    options = {"weights": name, "temperature": temperature, "correct": False}
+    found = batches(records, seed=3, epochs=1.5, **options)
     assert len(found) == 6
     for batch in (found[0], found[-1]):
         assert (batch.images.dtype, batch.images.shape) == (torch.float32, (BATCH, 3, SIZE, SIZE))

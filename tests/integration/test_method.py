@@ -24,7 +24,8 @@ from train.distributed import Process
 from train.loop import pretrain
 from train.loss import masked_mse, take
 from train.masking import Masking, counts, drawn, races
-from train.models import MAE, Cells, SimMIM, embed, encode, make_model, patchify, sincos, unpatchify
+from train.models import MAE, Cells, SimMIM, embed, encode, make_model
+from train.patches import patchify, sincos, unpatchify
 from train.recipes import Recipe, famt, find_recipe, recipe_names, recipe_of, simmim
 from train.request import Run
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import look
-from test_cli import kamim
+from test_cli import kamim_process
 
 torch = pytest.importorskip("torch")
 
@@ -159,7 +159,7 @@ def test_comparing_needs_no_torch(runs, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch', name='torch')\n")
     path = f"{tmp_path}:{os.environ['PYTHONPATH']}"
     words = ["compare", runs / "a", runs / "c", "--out", tmp_path / "page"]
-    done = kamim(*words, env={**os.environ, "PYTHONPATH": path})
+    done = kamim_process(*words, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
 
 
