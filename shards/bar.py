@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -32,6 +33,11 @@ class Bar(tqdm):  # type: ignore[misc]
         facts = weakref.ref(self), self.ended, delay, self.pace
         self.ticker = threading.Thread(target=_tick, args=facts, daemon=True)
         self.ticker.start()
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
+        """As tqdm's, which would keep its lock for ever where stderr cannot be written to."""
+        with nullcontext() if nolock else self.get_lock():
+            super().refresh(nolock=True)
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -69,6 +75,7 @@ class _Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         line = text.replace("\r", "").rstrip()
         if line:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+            with suppress(BrokenPipeError):  # nobody reads it: no reason to stop the work
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
         return len(text)

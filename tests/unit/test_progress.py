@@ -1,5 +1,7 @@
 """Progress: a line in a log however long nothing ends, and none where work is short."""
 
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -115,3 +117,27 @@ def test_a_log_has_a_line_of_what_is_done_in_place_of_a_step(monkeypatch):
         doing.update(3)
         assert log.full.wait(30)
     assert log.text.startswith("step 1/10: looking at attention, 75%, 0 s left")
+
+
+GONE = """
+import os, sys, time
+reading, writing = os.pipe()
+os.dup2(writing, 2)
+os.close(reading)
+from shards import bar
+bar.LOG_SECONDS = 0.01
+with bar.Bar(total=5, {more}) as shown:
+    for _ in range(5):
+        time.sleep(0.02)
+        shown.update()
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("more", ["", "mininterval=0, miniters=1"])
+def test_a_reader_of_stderr_that_is_gone_stops_nothing(more):
+    """As in `kamim ... 2>&1 | head`: with tqdm's own refresh, close would wait for a lock for ever."""
+    code = GONE.format(more=more)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n"
