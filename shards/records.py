@@ -145,6 +145,8 @@ class Records:
         """
         self._check_frames()
         last = plan.steps() if last is None else last
+        asked: dict[str, Any] = {"maps": maps, "bank": bank, "rank": rank, "ranks": ranks}
+        asked |= {"workers": workers, "prefetch": prefetch}
         if decode == "gpu":
             from shards.decoding import check_decoding
             from shards.device import find_device
@@ -155,18 +157,7 @@ class Records:
 
             if skip:
                 raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
-            return FfcvLoader(
-                self.sets[0],
-                plan,
-                first,
-                last,
-                maps=maps,
-                bank=bank,
-                rank=rank,
-                ranks=ranks,
-                workers=workers,
-                prefetch=prefetch,
-            )
+            return FfcvLoader(self.sets[0], plan, first, last, **asked)
         from shards.loader import Loader
 
         allocate, shared = None, None
@@ -180,22 +171,8 @@ class Records:
             allocate = pinned
             if shared:
                 shared.pin = pin
-        return Loader(
-            self,
-            plan,
-            first,
-            last,
-            maps=maps,
-            bank=bank,
-            rank=rank,
-            ranks=ranks,
-            workers=workers,
-            prefetch=prefetch,
-            skip=skip,
-            coded=decode == "gpu",
-            shared=shared,
-            allocate=allocate,
-        )
+        asked |= {"shared": shared, "allocate": allocate}
+        return Loader(self, plan, first, last, skip=skip, coded=decode == "gpu", **asked)
 
     def dataset(
         self, plan: Plan, *, maps: Sequence[str] = (), bank: bool = False

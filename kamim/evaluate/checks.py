@@ -4,9 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shards.errors import UserError, install
-from train.request import CONFIG, HUGGING_FACE, check_encoders, file_of
-
-__all__ = ["CONFIG", "HUGGING_FACE", "check_encoders", "file_of"]
 
 
 def check_installed(*modules: str) -> None:

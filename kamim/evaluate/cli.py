@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kamim.evaluate.checks import (
-    CONFIG,
-    check_encoders,
-    check_installed,
-    file_of,
-    folder_for,
-)
+from kamim.evaluate.checks import check_installed, folder_for
 from shards.errors import UserError
+from train.request import CONFIG, check_encoders, file_of
 
 if TYPE_CHECKING:
     import torch

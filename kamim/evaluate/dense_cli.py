@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from kamim.evaluate.checks import check_encoders, folder_for
+from kamim.evaluate.checks import folder_for
 from kamim.evaluate.cli import Block, Device, Json, Out, What, app
 from shards.errors import UserError
+from train.request import check_encoders
 
 
 @app.command()
