@@ -4,6 +4,8 @@
 the checkout, and adds one row per mutant to results.jsonl; a second call goes on where the first
 was cut off. Operators are Cosmic Ray's. Mutants that differ only in annotations, or not at all
 once parsed, are never drawn. equivalent.toml names survivors that no test can tell apart, and why.
+A mutant that loops, or waits for ever, is a `timeout`: one test alone took three times as long as
+all tests of the module take without a mutant.
 """
 
 import argparse
@@ -13,14 +15,18 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -28,24 +34,37 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
-TESTS = {  # the fastest first: a run ends at the first failure
-    "shards/order.py": "unit/test_windows unit/test_plan",
-    "shards/rng.py": "unit/test_plan integration/test_golden",
-    "shards/crops.py": "unit/test_plan unit/test_densities integration/test_crops",
-    "shards/record.py": "unit/test_record unit/test_verify",
-    "shards/tar.py": "unit/test_record unit/test_verify",
-    "shards/index.py": "unit/test_record unit/test_verify unit/test_loader",
-    "shards/spec.py": "unit/test_record unit/test_verify integration/test_version2",
-    "shards/loader.py": "unit/test_loader",
-    "shards/weighting.py": "integration/test_crops integration/test_stored_weights "
-    "integration/test_library",
+TESTS = {  # the fastest that can notice, without torch first: a run ends at the first failure
+    "shards/order.py": "unit/test_windows unit/test_mixture unit/test_golden_batches "
+    "unit/test_plan integration/test_streaming",
+    "shards/rng.py": "unit/test_golden_batches unit/test_plan integration/test_train_parts",
+    "shards/crops.py": "unit/test_golden_batches unit/test_plan unit/test_densities "
+    "integration/test_crops integration/test_plugins",
+    "shards/record.py": "unit/test_record unit/test_beton unit/test_verify "
+    "integration/test_reliability",
+    "shards/tar.py": "unit/test_record unit/test_verify integration/test_version2",
+    "shards/index.py": "unit/test_record unit/test_verify integration/test_reliability",
+    "shards/spec.py": "unit/test_settings unit/test_record unit/test_verify "
+    "integration/test_version2 integration/test_reliability integration/test_stored_weights",
+    "shards/loader.py": "unit/test_golden_batches unit/test_loader integration/test_streaming",
+    "shards/weighting.py": "integration/test_crops integration/test_library "
+    "integration/test_stored_weights integration/test_map_weights",
     "shards/remote/cache.py": "integration/test_streaming integration/test_remote",
-    "shards/remote/prefetch.py": "integration/test_streaming",
-    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build",
-    "preprocess/building.py": "integration/test_build integration/test_maps",
-    "train/loss.py": "integration/test_method integration/test_golden",
-    "train/masking.py": "integration/test_method integration/test_attention",
+    "shards/remote/prefetch.py": "integration/test_streaming integration/test_several_sets",
+    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_maps "
+    "integration/test_build",
+    "preprocess/building.py": "integration/test_build integration/test_maps "
+    "integration/test_many_parts",
+    "train/loss.py": "integration/test_train_parts integration/test_method",
+    "train/masking.py": "integration/test_train_parts integration/test_method "
+    "integration/test_attention",
 }
+# Of these files; they take minutes, and nothing that a shorter one does not.
+SLOW = (
+    "tests/integration/test_build.py::test_the_same_bytes_after_20_kills",
+    "tests/integration/test_maps.py::test_the_same_bytes_after_kills",
+)
+LEAST = 30  # seconds: a limit of no test is below it
 # A name in place of another is mostly an error at once, and says little of the tests.
 LEFT_OUT = {"core/VariableReplacer", "core/VariableInserter", "core/RemoveDecorator"}
 
@@ -129,53 +148,82 @@ def copy_of_the_tree(folder: str) -> Path:
     return copy
 
 
-def test(copy: Path, module: str, code: str, python: str, limit: float) -> tuple[str, float]:
-    """Runs a module's tests with its code replaced: killed, survived or timeout, and the time."""
-    before = (copy / module).read_text()
-    (copy / module).write_text(code)
-    places = [f"tests/{name}.py" for name in TESTS[module].split()]
-    line = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *places]
+def run(copy: Path, module: str, python: str, limit: float) -> tuple[str, float]:
+    """Runs a module's tests in `copy`: killed, survived, timeout or slow, and the seconds it took.
+
+    timeout: one test alone took `limit`. slow: all took four times that, but no test as much.
+    """
+    begin = time.monotonic()
     # Bytecode is told apart by second and size, which a mutant shares with the code before it.
     data = os.environ.get("KAMIM_DATA", ROOT.parent / "shared" / "data")
     extra = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "KAMIM_DATA": str(data)}
-    begin = time.monotonic()
-    try:
-        done = subprocess.run(
-            line, cwd=copy, env=os.environ | extra, capture_output=True, timeout=limit, check=False
+    line = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    line += [f"--basetemp={copy.parent / 'tmp'}", f"--timeout={limit:.0f}"]
+    line += ["--timeout-method=thread", *(f"--deselect={name}" for name in SLOW)]
+    for stage in ("unit", "integration"):  # not in one: the second imports torch
+        places = [f"tests/{n}.py" for n in TESTS[module].split() if n.startswith(stage)]
+        if not places:
+            continue
+        process = subprocess.Popen(
+            [*line, *places],
+            cwd=copy,
+            env=os.environ | extra,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        outcome = "killed" if done.returncode else "survived"
-    except subprocess.TimeoutExpired:
-        outcome = "timeout"
+        try:
+            told = process.communicate(timeout=4 * limit)[0]
+        except subprocess.TimeoutExpired:
+            return "slow", time.monotonic() - begin
+        finally:  # what the tests started goes too
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            outcome = "timeout" if "++ Timeout ++" in told else "killed"
+            return outcome, time.monotonic() - begin
+    return "survived", time.monotonic() - begin
+
+
+def test(copy: Path, module: str, code: str, python: str, limit: float) -> tuple[str, float]:
+    """As run, with the code of `module` replaced."""
+    before = (copy / module).read_text()
+    (copy / module).write_text(code)
+    try:
+        return run(copy, module, python, limit)
     finally:
         (copy / module).write_text(before)
-    return outcome, time.monotonic() - begin
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--python", default=sys.executable, help="runs the tests")
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--count", type=int, default=40, help="mutants per module")
+    parse.add_argument("--count", type=int, default=12, help="mutants per module")
     parse.add_argument("--jobs", type=int, default=2)
-    parse.add_argument("--limit", type=float, default=600, help="seconds per mutant")
     parse.add_argument("--survivors", action="store_true", help="try the survivors again")
     parse.add_argument("--results", type=Path, default=RESULTS)
     parse.add_argument("modules", nargs="*", default=list(TESTS))
     chosen = parse.parse_args()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    same = {"seed": chosen.seed, "commit": commit.strip(), "date": f"{date.today()}"}
     lines = chosen.results.read_text().splitlines() if chosen.results.exists() else []
     rows = [row for row in map(json.loads, lines) if row["source"] == source(row["module"])]
     if chosen.survivors:  # tests were added: only they can tell
-        rows = [row for row in rows if row["outcome"] != "survived"]
+        again = {"survived", "slow"}
+        rows = [r for r in rows if not (r["outcome"] in again and r["module"] in chosen.modules)]
     chosen.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = {(row["module"], row["line"], row["now"]) for row in rows}
     work = []
     for module in chosen.modules:
-        before = (ROOT / module).read_text()
+        before, text = (ROOT / module).read_text(), source(module)
         for line, code in sample(module, chosen.count, chosen.seed):
             was, now = changed(before, code)
             if (module, line, now) not in known:
-                work.append((module, line, was, now, code))
+                row = {"module": module, "line": line, "was": was, "now": now, "source": text}
+                work.append((row, code))
     random.Random(chosen.seed).shuffle(work)  # cut off at any time, it has looked everywhere
     print(f"{len(work)} mutants to try, {len(known)} known", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, chosen.results.open("a") as out:
@@ -183,21 +231,34 @@ def main() -> None:
         for job in range(chosen.jobs):
             copies.put(copy_of_the_tree(f"{folder}/{job}"))
 
-        def try_one(item: tuple[str, int, str, str, str]) -> None:
-            module, line, was, now, code = item
+        def limit_of(module: str) -> float:
             copy = copies.get()
             try:
-                outcome, took = test(copy, module, code, chosen.python, chosen.limit)
+                outcome, took = run(copy, module, chosen.python, 600)
             finally:
                 copies.put(copy)
-            row = {"module": module, "line": line, "was": was, "now": now, "outcome": outcome}
-            row |= {"seconds": round(took, 1), "seed": chosen.seed, "commit": commit.strip()}
-            row["source"] = source(module)
+            if outcome != "survived":
+                raise SystemExit(f"the tests of {module} fail without a mutant")
+            print(f"{took:6.1f} s for all tests of {module}", file=sys.stderr)
+            return max(LEAST, 3 * took)
+
+        def try_one(item: tuple[dict[str, Any], str]) -> None:
+            row, code = item
+            copy = copies.get()
+            try:
+                limit = limits[row["module"]]
+                outcome, took = test(copy, row["module"], code, chosen.python, limit)
+            finally:
+                copies.put(copy)
+            row |= {"outcome": outcome, "seconds": round(took, 1)} | same
             out.write(json.dumps(row) + "\n")
             out.flush()
-            print(f"{outcome:9}{took:6.1f} s  {module}:{line}  {now}", file=sys.stderr)
+            place = f"{row['module']}:{row['line']}"
+            print(f"{outcome:9}{took:6.1f} s  {place}  {row['now']}", file=sys.stderr)
 
         with ThreadPoolExecutor(chosen.jobs) as pool:
+            modules = sorted({row["module"] for row, _ in work})
+            limits = dict(zip(modules, pool.map(limit_of, modules), strict=True))
             list(pool.map(try_one, work))
 
 
