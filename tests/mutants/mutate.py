@@ -54,7 +54,8 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "integration/test_stored_weights integration/test_map_weights",
     "shards/remote/cache.py": "unit/test_cache integration/test_streaming",
     "shards/remote/prefetch.py": "unit/test_prefetch integration/test_streaming",
-    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build "
+    "preprocess/shard.py": "unit/test_settings unit/test_record unit/test_densities "
+    "integration/test_build "
     "integration/test_backends::test_what_a_worker_says_is_looked_at",
     "preprocess/building.py": "integration/test_build integration/test_maps",
     "train/loss.py": "integration/test_train_parts integration/test_method",
