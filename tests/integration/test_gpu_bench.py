@@ -40,6 +40,7 @@ def not_again(*arguments):
     raise AssertionError("it was measured already")
 
 
+@pytest.mark.slow
 def test_each_case_is_a_line_and_is_measured_once(bench, tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "gpu.jsonl"
     assert gpu.run(bench, out, PARTS) == 1  # what needs CUDA

@@ -142,6 +142,7 @@ def test_a_banks_weights_are_as_they_are(demo):
         np.testing.assert_allclose(mine, weights(each, 0.1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_photos_than_those_it_was_measured_on_are_weighed_better(demo):
     """The demo's are of another camera and another compression: wider bounds than on photos."""
     found = measure_fidelity(demo, open_source("demo"), jobs=1)
