@@ -269,10 +269,9 @@ def test_the_end_of_a_run_leaves_pictures_metrics_and_a_model_for_timm(shards, t
     run(shards, out)
     import cv2
 
-    for name in ("loss.png", "reconstructions.png"):
-        picture = cv2.imread(str(out / name))
-        assert min(picture.shape[:2]) > 200
-        assert picture.std() > 5
+    picture = cv2.imread(str(out / "reconstructions.png"))
+    assert min(picture.shape[:2]) > 200
+    assert picture.std() > 5
     (out / "reconstructions.png").unlink()  # as if it had been killed before it drew
     run(shards, out, resume=True)
     assert (out / "reconstructions.png").exists()
