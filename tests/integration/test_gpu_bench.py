@@ -160,13 +160,13 @@ def test_the_page_has_what_was_measured_and_says_what_was_not(tmp_path, monkeypa
     ]
     lines = [json.dumps(origin | row) for row in [*rows, rows[0] | {"gpu": ""}]]
     (tmp_path / "gpu.jsonl").write_text("\n".join(lines) + "\n")
-    page = gpu_page.render_end_to_end()
+    page = gpu_page.PARTS["gpu-end-to-end"]()
     assert "| vit_base | 2,000 | 0.980 | 1.0% | 19.6 |" in page  # 110 x 1,281,167 / 2,000 / 3,600
     assert "| swin_base | not measured |" in page
     assert page.count("driver 1") == 1
-    assert "| FFCV | FFCV is not installed |" in gpu_page.render_loader()
-    assert "| WebDataset JPEG | 2,000 |" in gpu_page.render_loader()
-    assert gpu_page.render_steps() == "Not measured yet: `make bench-gpu`.\n"
+    assert "| FFCV | FFCV is not installed |" in gpu_page.PARTS["gpu-loader"]()
+    assert "| WebDataset JPEG | 2,000 |" in gpu_page.PARTS["gpu-loader"]()
+    assert gpu_page.PARTS["gpu-steps"]() == "Not measured yet: `make bench-gpu`.\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
