@@ -153,6 +153,21 @@ def loader(rows: Rows) -> list[str]:
     return lines
 
 
+def decode(rows: Rows) -> list[str]:
+    """Rates of nvJPEG, its pixels, and the crops that come of it."""
+    crops = "weighted crops"
+    alone = {key: row for key, row in rows.items() if key[1] != crops}
+    lines = figures("decode", "JPEG frames decoded on the GPU", DECODE)(alone)
+    if row := rows.get(("decode", crops)):
+        rate, times = middle(row, "images_per_s"), middle(row, "device_over_threads", ".2f")
+        lines += [
+            "",
+            f"Weighted crops of what it decodes: {rate} images/s, {times} times those of "
+            "frames that the loader's threads decode.",
+        ]
+    return lines
+
+
 def deterministic(rows: Rows) -> list[str]:
     """Killed and resumed against unbroken, and what determinism costs."""
     heads = ["losses equal", "largest relative difference", "first step that differs"]
@@ -204,7 +219,7 @@ TABLES = {
     "kernels": figures("kernels", "device time of a micro-step", KERNELS, RECIPES),
     "end to end": figures("end to end", "steps from JPEG shards", END_TO_END, RECIPES),
     "loader": loader,
-    "decode": figures("decode", "JPEG frames decoded on the GPU", DECODE),
+    "decode": decode,
     "methods": figures("methods", "step of other methods", METHODS),
     "deterministic": deterministic,
 }

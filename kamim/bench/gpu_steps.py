@@ -18,6 +18,7 @@ import torch
 
 from kamim.bench.ceiling import as_many
 from kamim.bench.gpu import Bench, Case
+from kamim.bench.gpu_device import synchronize
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import ratio, spread
 from shards import Batch, Plan, ShardSet, to_device
@@ -112,12 +113,6 @@ class Training:
         plan = Plan(len(records), self.recipe.batch, micro_steps=self.micro_steps)
         loader = records.loader(plan, 0, 1 << 30, maps=self.maps, device=self.device.type)
         return to_device(loader, self.device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that it was told, before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Measured:

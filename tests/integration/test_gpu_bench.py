@@ -10,7 +10,7 @@ from test_cli import kamim
 
 torch = pytest.importorskip("torch")
 
-from kamim.bench import ceiling, gpu, gpu_loader, gpu_page, gpu_steps
+from kamim.bench import ceiling, gpu, gpu_device, gpu_loader, gpu_page, gpu_steps
 from shards import ShardSet
 from shards.order import Plan
 from train.recipes import find_recipe
@@ -103,6 +103,16 @@ def test_a_run_is_killed_and_goes_on_with_the_same_losses(bench, tmp_path):
     killed = rows["demo, killed"]
     assert killed["equal"]
     assert 2 <= killed["losses_when_killed"] < killed["steps"] == 8
+
+
+def test_crops_of_frames_that_the_device_decodes_are_timed_beside_the_threads(bench):
+    row = gpu_device.crops_by_decoder(bench, batch=8)
+    assert row["n"] == bench.repeats
+    assert min(row[name]["min"] for name in ("images_per_s", "images_per_s_by_threads")) > 0
+    rows = {("decode", "nvJPEG, 64 at once"): row, ("decode", "weighted crops"): row}
+    lines = gpu_page.TABLES["decode"](rows)
+    assert len([line for line in lines if line.startswith("|")]) == 3
+    assert lines[-1].startswith("Weighted crops of what it decodes")
 
 
 def test_a_set_is_as_large_as_it_is_asked_to_be(bench):
