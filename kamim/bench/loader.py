@@ -19,6 +19,7 @@ import torch
 from kamim.bench.gpu_steps import Training, always
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
+from kamim.bench.rivals import timed
 from shards import Plan, ShardSet, decode_frame
 from train.recipes import find_recipe
 
@@ -54,11 +55,7 @@ def loader_rate(
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
     loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD)
-    begin = 0.0
-    for number, _ in enumerate(loader):
-        if number == AHEAD:
-            begin = time.perf_counter()
-    return (steps - AHEAD - 1) * BATCH / (time.perf_counter() - begin)
+    return timed(((batch.frames,) for batch in loader), skip=AHEAD + 1)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
@@ -66,11 +63,7 @@ def processes_rate(records: ShardSet, cores: int) -> float:
     loader = torch.utils.data.DataLoader(
         _Frames(records), BATCH, shuffle=True, num_workers=cores, prefetch_factor=3
     )
-    count, begin = 0, 0.0
-    for number, (frames, _) in enumerate(loader):
-        begin = time.perf_counter() if number == 0 else begin
-        count += len(frames) if number else 0
-    return count / (time.perf_counter() - begin)
+    return timed(loader)
 
 
 def step_seconds(records: ShardSet, repeats: int, warm: int = 2) -> dict[str, list[float]]:
