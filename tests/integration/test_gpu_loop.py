@@ -152,9 +152,11 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 
 @pytest.mark.parametrize(
     "name",
-    ["small", "small:permuted", "small:inverse", "small_mae_kamim", "small_famt"]
-    + [f"{name}:checkpoint=true" for name in ("small", "small_mae_kamim")]
-    + [pytest.param("swin_tiny_bf16", marks=pytest.mark.slow)],
+    ["small", "small:permuted", "small_mae_kamim", "small_famt", "small:checkpoint=true"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("small:inverse", "swin_tiny_bf16", "small_mae_kamim:checkpoint=true")
+    ],
 )
 def test_a_step_is_one_graph_that_is_made_once(name):
     """Of crops, weights, forward, loss and backward, over steps whose boxes, masks and temperatures
