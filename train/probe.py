@@ -98,7 +98,7 @@ def nearest_neighbours(
         for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
             similarity = F.normalize(features - mean) @ known.T
             near, which = similarity.topk(min(k, len(known)), dim=1)
-            votes = torch.zeros(len(features), classes)
+            votes = near.new_zeros(len(features), classes)
             votes.scatter_add_(1, train[1][which], (near / temperature).exp())
             right += int((votes.argmax(1) == labels).sum())
             shown.update(len(features))

@@ -21,10 +21,10 @@ import preprocess
 from kamim.experiment import keypoints, page
 from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
-from kamim.experiment.measure import neighbours, probe
+from kamim.experiment.measure import probe
 from kamim.experiment.steps import make_order
 from shards.errors import UserError
-from train.probe import effective_rank
+from train.probe import effective_rank, nearest_neighbours
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_probes_find_what_is_there_and_no_more():
     for features, least, most in ((told, 0.95, 1), (noise, 0.2, 0.5)):
         known, asked = (features[train], labels[train]), (features[test], labels[test])
         assert least <= probe(known, asked)["top1"] <= most
-        assert least <= neighbours(known, asked) <= most
+        assert least <= nearest_neighbours(known, asked, 3) <= most
     assert effective_rank(noise) > 14
     assert effective_rank(torch.outer(noise[:, 0], noise[0])) == pytest.approx(1, abs=0.01)
 

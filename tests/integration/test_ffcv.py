@@ -174,7 +174,7 @@ for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
 
 @pytest.mark.parametrize(
     "how",
-    ["interrupt", *(pytest.param(how, marks=pytest.mark.slow) for how in ("terminate", "exception"))],
+    ["interrupt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("terminate", "exception"))],
 )
 def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
