@@ -159,7 +159,7 @@ def test_mistakes_are_one_line():
     assert errors(done) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(1200)
 def test_quick_needs_no_data_and_three_minutes():
     """In seconds of the processors: other work on them does not make them more."""

@@ -160,7 +160,7 @@ def test_other_photos_than_those_it_was_measured_on_are_weighed_better(demo):
         assert errors["map"]["wrong at 0.25"] <= errors["uncorrected"]["wrong at 0.25"] + 0.002
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_bias_and_misplaced_weight_on_photos_that_it_was_not_measured_on(photos, tmp_path):
     source = tmp_path / "source"
     for path in photos[1::2]:

@@ -431,7 +431,7 @@ def test_a_set_as_large_as_a_bench_measures(tmp_path):
         assert row["lookups"] == 500 * 7 * 2
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(900)
 def test_imagenet_is_within_its_bounds():
     """4 GB on disk, 200 MB resident, opened in 2 s, 100,000 look-ups per second of a core."""
