@@ -42,11 +42,11 @@ def find_device(name: str) -> torch.device:
     found, mine = shards.device.find_device(name), os.environ.get("LOCAL_RANK")
     if found.type == "cpu":
         return found
-    if mine is not None and ":" in name:
-        raise UserError(f"--device {name}: torchrun gives each process its own; use --device cuda")
-    if found.index is None:
+    if ":" not in name:
         alone = mine is None or torch.cuda.device_count() == 1
         found = shards.device.find_device("cuda:0" if alone else f"cuda:{mine}")
+    elif mine is not None:
+        raise UserError(f"--device {name}: torchrun gives each process its own; use --device cuda")
     torch.cuda.set_device(found)
     return found
 

@@ -223,7 +223,7 @@ TABLES = {
     "methods": figures("methods", "step of other methods", METHODS),
     "deterministic": deterministic,
 }
-PARTS = {
+PARTS: dict[str, Callable[[], str]] = {
     f"gpu-{'steps' if part == 'step' else part.replace(' ', '-')}": partial(render, part, lines_of)
     for part, lines_of in TABLES.items()
 }
