@@ -112,7 +112,7 @@ def pretrain(run: Run) -> None:
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
         looks = None
         if run.probe_every:
-            given = run, data, model.encoder, flops, total, device
+            given = run, data, model.encoder, flops, total, device, masking
             looks = together(process, lambda: Looks(*given))
     alone: nn.Module = Step(model, crops)
     parallel: Any = in_parallel(alone) if ranks > 1 else alone
@@ -146,7 +146,8 @@ def pretrain(run: Run) -> None:
 
     progress = Progress(first, last, total, recipe.batch, writes)
     pace = Pace(batches, device)
-    window = Window(seconds, recipe.batch, steps_an_epoch, ranks, peak and flops / (peak * ranks))
+    share = peak and flops / (peak * ranks)
+    window = Window(seconds, recipe.batch, steps_an_epoch, ranks, share, recipe.clip)
     followed: Followed | None = None
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
@@ -176,7 +177,7 @@ def pretrain(run: Run) -> None:
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
-            sums = torch.zeros(2, device=device)  # loss, mean weight
+            sums = torch.zeros(3, device=device)  # loss, mean weight, effective share
             cut = False  # by a signal: the step's gradients are dropped
             for micro_step in range(micro_steps):
                 batch, tensors = pace.next()
@@ -190,9 +191,9 @@ def pretrain(run: Run) -> None:
                     parallel.no_sync() if apart else nullcontext(),
                     progress.busy("compiling") if compiles and not began else nullcontext(),
                 ):
-                    loss, mean_weight = micro(tensors, cells)
+                    loss, of_weights = micro(tensors, cells)
                     (loss / micro_steps).backward()
-                sums += torch.stack([loss.detach(), mean_weight]) / micro_steps
+                sums += torch.cat([loss.detach()[None], of_weights]) / micro_steps
                 progress.advance(part * ranks)
                 if pace.second is not None and rank == 0:
                     say(*time_lines(pace.second, micro_steps, last - first, device))
@@ -209,7 +210,7 @@ def pretrain(run: Run) -> None:
                 optimizer.step()
                 if average is not None:
                     average.update(model, step + 1)
-                window.add(step, known, sums[0], norm.detach(), sums[1])
+                window.add(step, known, sums, norm.detach())
 
             # What is due after the step: rows, a checkpoint, the end.
             late = rank == 0 and saver.late()
@@ -224,7 +225,7 @@ def pretrain(run: Run) -> None:
             if window.pending and due:
                 rows = window.rows(pace.take(), len(loader.damaged))
                 if looks and look and rank == 0:  # the others wait in the next step
-                    rows[-1] |= looks.look(model.encoder, progress.busy)
+                    rows[-1] |= looks.look(model, progress.busy)
                     window.since += rows[-1]["look_seconds"]
                     say(*looks.lines(rows[-1], done))
                 if log is not None:

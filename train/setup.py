@@ -279,8 +279,11 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
 
 def choose_detector(run: Run, records: Records) -> str | None:
     """The detector whose maps the recipe weighs by; UserError if it is not clear which."""
-    if run.recipe.temperature is None:
-        return None
+    return None if run.recipe.temperature is None else find_detector(run, records)
+
+
+def find_detector(run: Run, records: Records) -> str:
+    """The detector of the run, or the only one of keypoints; UserError if it is not clear which."""
     first, *others = (one.manifest for one in records.sets)
     common = [
         each
