@@ -20,6 +20,7 @@ from train.progress import say
 from train.recipe_file import RUN_FILE, used
 from train.request import Run
 from train.schedule import Rates, learning_rate
+from train.selection import Selection
 from train.setup import device_name
 
 USUAL_PART, MOST_PART = 256, 1024  # images of a micro-step where none are asked for: CPU, CUDA
@@ -181,12 +182,13 @@ def describe(
     model: nn.Module,
     hiding: str,
     plan: Plan,
+    selection: Selection,
     ranks: int,
     device: torch.device,
 ) -> None:
     """Say what is about to happen, with the sums a reader can check; run.json and run.toml."""
     recipe, name = run.recipe, facts["detector"]
-    total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
+    total, micro_steps = selection.steps(recipe.epochs), plan.micro_steps
     part = recipe.batch // ranks // micro_steps
     parameters = sum(p.numel() for p in model.parameters())
     way = f"{recipe.temperature}"
@@ -204,10 +206,11 @@ def describe(
     say(
         f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
         f"{hiding}\n"
-        f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
-        f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
+        f"{selection.epoch:,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = "
+        f"{total:,} steps; batch = {ranks} processes x {micro_steps} micro-steps x "
         f"{part}, on {device_name(device) or device.type}"
     )
+    say(*filter(None, [selection.describe()]))
     for one in records.sets:
         if one.copies:
             shards = len(one.shards)

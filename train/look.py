@@ -54,7 +54,7 @@ class Looks:
     ) -> None:
         recipe = run.recipe
         self.size, self.device, self.every, self.total = recipe.size, device, run.probe_every, total
-        self.epoch = len(data.records) / recipe.batch  # steps
+        self.epoch = data.selection.steps_an_epoch
         self.batch, self.classes, self.warned = recipe.batch, 0, False
         records = data.records.sets[0]  # of several, the first
         if run.probe_set is not None:
@@ -70,7 +70,7 @@ class Looks:
             if run.probe_set is not None:
                 raise
             self.without = f"; no probe, only rank and attention: {error}"
-        images = self.every * len(data.records)  # that are trained on between two looks
+        images = self.every * data.selection.epoch  # that are trained on between two looks
         cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
         wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
         steps = math.ceil(wanted / PART)
