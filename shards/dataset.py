@@ -221,9 +221,11 @@ class ShardSet(Records):
         counts = [shard.count for shard in self.shards]
         return Windows(counts, window or max(1, len(counts)), seed, subset)
 
-    def mean_densities(self, detector: str, update: Callable[[int], object]) -> NDArray[np.float32]:
+    def mean_densities(
+        self, detector: str, update: Callable[[int], object] = int
+    ) -> NDArray[np.float32]:
         """The mean density of each record's whole map, 0 to 1, float32 [records]; no frame is read.
-        `update` is told of the records that are done.
+        `update` is told how many more are done, shard by shard.
         """
         self.find_maps([detector])
         array, at = self.places[f"{detector}.{DENSITY}"]

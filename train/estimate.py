@@ -218,8 +218,9 @@ def describe(
                 f"{one.copies.store.url} by way of {one.folder}, {facts['window'] or shards} of "
                 f"{shards:,} shards at a time"
             )
-    if plan.mixture:
-        say(*mixed(records, plan.mixture, name))
+    mixture = selection.plan(0).mixture
+    if mixture:
+        say(*mixed(records, mixture, name))
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
@@ -236,8 +237,8 @@ def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:
     """What an epoch shows of each of several sets, and what is not alike in them."""
     lines = [
         f"{one.folder}: {quota:,} of {mixture.total:,} samples an epoch, each record "
-        f"{quota / len(one):.3g} times"
-        for one, quota in zip(records.sets, mixture.quotas, strict=True)
+        f"{quota / count:.3g} times"
+        for one, quota, count in zip(records.sets, mixture.quotas, mixture.counts, strict=True)
     ]
     lines += [
         f"note: {one.folder} has no class names, its labels stay numbers"

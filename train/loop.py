@@ -121,6 +121,7 @@ def pretrain(run: Run) -> None:
     compiles = device.type == "cuda" and run.compile and not compiler_missing()
     micro = compiled(parallel) if compiles else parallel
     peak = peak_flops(device_name(device))
+    selection.score(run.out, first, process)
     if writes:
         describe(run, records, facts, model, masking.describe(), plan, selection, ranks, device)
         say(*filter(None, [attention]), *memory_lines(memory, part, device))
@@ -129,7 +130,6 @@ def pretrain(run: Run) -> None:
         say(f"the encoder starts from {run.init}, SHA-256 {facts['init_sha256'][:12]}")
     if rank == 0:
         say_where(run, first, last, selection.steps(epochs), steps_an_epoch, rates)
-    selection.score(run.out, first, process)
 
     # --- Steps
     def load(step: int) -> Any:
