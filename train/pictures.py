@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.files import write_atomically
-from shards.html import encoded
+from shards.html import encoded, heat
 from train.models import MEAN, STD, Cells, in_bf16
 from train.page import GIVEN, pictures_of, write_page
 from train.progress import say
@@ -121,6 +121,6 @@ def _heat(weights: Tensor, size: int) -> np.ndarray:
     heats = []
     for weight in weights.cpu().log().numpy():
         share = (weight - weight.min()) / max(1e-6, weight.max() - weight.min())
-        colours = cv2.applyColorMap((share * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
-        heats.append(cv2.resize(colours, (size, size), interpolation=cv2.INTER_NEAREST)[..., ::-1])
+        colours = heat((share * 255).astype(np.uint8))
+        heats.append(cv2.resize(colours, (size, size), interpolation=cv2.INTER_NEAREST))
     return np.stack(heats)

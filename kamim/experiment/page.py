@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kamim.bench import markdown
-from kamim.bench.markdown import renewed_parts
+from kamim.bench.markdown import deviation, renewed_parts
 from kamim.bench.plots import picture
 from kamim.experiment.keypoints import COLLAPSE, MAIN, METHODS, MORE, read
 from train.metrics import COLLAPSED
@@ -129,14 +129,6 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def shown(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± deviation."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
 FIGURES: dict[str, Callable[[Row], float]] = {
     "top-1, %": lambda look: 100 * look["top1"],
     "20-NN, %": lambda look: 100 * look["knn"],
@@ -153,7 +145,7 @@ def of_arm(rows: Sequence[Row], method: str, arm: str, stage: str) -> list[str] 
     looks = at_end(rows, method, arm, stage)
     if not looks:
         return None
-    values = [shown([figure(look) for look in looks.values()]) for figure in FIGURES.values()]
+    values = [deviation([figure(look) for look in looks.values()]) for figure in FIGURES.values()]
     return [TITLES[method], TITLES.get(arm, arm), str(len(looks)), *values]
 
 
@@ -207,7 +199,7 @@ def early(rows: Sequence[Row]) -> str:
             steps = sorted({look["step"] for looks in mine for look in looks if look["step"]})
             if mine:
                 values = [
-                    shown(
+                    deviation(
                         [
                             100 * look["top1"]
                             for looks in mine

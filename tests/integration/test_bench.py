@@ -24,13 +24,25 @@ from kamim.bench import ceiling, experiments, meaning, plots, versus
 from kamim.bench.gpu_steps import Training
 from kamim.bench.loader import step_seconds
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
-from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
+from kamim.bench.online import AUGMENT, Optimised, Published
 from kamim.bench.provenance import provenance
 from kamim.bench.readme import kept
 from preprocess import build_shards, detector_settings, open_source
 from shards import Plan, Settings, ShardSet, UserError, decode_frame, to_device
 from train.recipes import find_recipe
 from train.step import Pace
+
+
+def published_weights(
+    marks: torch.Tensor, w_ps: int = 8, temperature: float = 0.25
+) -> torch.Tensor:
+    """Weights [b, c, c] of marks [b, 1, S, S], as the published training step makes them: a mean
+    over w_ps x w_ps pixels by convolution, then exp over its minimum (KAMIM utils/KAMIM.py).
+    """
+    kernel = torch.full((1, 1, w_ps, w_ps), 1 / w_ps**2)
+    density = torch.nn.functional.conv2d(marks, kernel, stride=w_ps)[:, 0]
+    raw = torch.exp(torch.clamp(density / temperature, -20, 20))
+    return raw / raw.amin(dim=(1, 2), keepdim=True)
 
 
 @pytest.mark.parametrize("name", ["fast", "orb", "sift"])
