@@ -42,16 +42,18 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "integration/test_crops",
     "shards/record.py": "unit/test_record unit/test_beton unit/test_verify "
     "integration/test_reliability",
-    "shards/tar.py": "unit/test_record unit/test_verify integration/test_version2",
-    "shards/index.py": "unit/test_record unit/test_verify integration/test_reliability",
+    "shards/tar.py": "unit/test_record unit/test_verify integration/test_build",
+    "shards/index.py": "unit/test_record unit/test_progress unit/test_verify "
+    "integration/test_reliability",
     "shards/spec.py": "unit/test_settings unit/test_record unit/test_verify "
     "integration/test_version2 integration/test_reliability",
     "shards/loader.py": "unit/test_golden_batches unit/test_loader integration/test_streaming",
     "shards/weighting.py": "integration/test_crops integration/test_library "
     "integration/test_stored_weights integration/test_map_weights",
-    "shards/remote/cache.py": "integration/test_streaming integration/test_remote",
-    "shards/remote/prefetch.py": "integration/test_streaming integration/test_several_sets",
-    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build",
+    "shards/remote/cache.py": "unit/test_cache integration/test_streaming",
+    "shards/remote/prefetch.py": "unit/test_prefetch integration/test_streaming",
+    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build "
+    "integration/test_backends::test_what_a_worker_says_is_looked_at",
     "preprocess/building.py": "integration/test_build integration/test_maps",
     "train/loss.py": "integration/test_train_parts integration/test_method",
     "train/masking.py": "integration/test_train_parts integration/test_method "
@@ -158,7 +160,8 @@ def run(copy: Path, module: str, python: str, limit: float) -> tuple[str, float]
     line += [f"--basetemp={copy.parent / 'tmp'}", f"--timeout={limit:.0f}"]
     line += ["--timeout-method=thread", *(f"--deselect={name}" for name in SLOW)]
     for stage in ("unit", "integration"):  # not in one: the second imports torch
-        places = [f"tests/{n}.py" for n in TESTS[module].split() if n.startswith(stage)]
+        names = [name.partition("::") for name in TESTS[module].split() if name.startswith(stage)]
+        places = ["".join((f"tests/{file}.py", *test)) for file, *test in names]
         if not places:
             continue
         process = subprocess.Popen(

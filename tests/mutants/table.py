@@ -39,11 +39,17 @@ def share(counts: Counter[str]) -> float:
     return counts["killed"] / max(1, counts["killed"] + counts["survived"])
 
 
+def by_module(rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """How many were killed, survived or are equivalent, in the order of modules' names."""
+    counts = {name: Counter[str]() for name in sorted({row["module"] for row in rows})}
+    for row in rows:
+        counts[row["module"]][row["outcome"]] += 1
+    return counts
+
+
 def render(rows: list[dict[str, Any]]) -> str:
     """The table, the reasons of what is called equivalent, and the circumstances."""
-    modules = {row["module"]: Counter[str]() for row in sorted(rows, key=lambda r: r["module"])}
-    for row in rows:
-        modules[row["module"]][row["outcome"]] += 1
+    modules = by_module(rows)
     lines = [HEAD, "|---|---|---|---|---|---|"]
     for name, counts in [*modules.items(), ("**all**", sum(modules.values(), Counter()))]:
         parts = [counts.total(), *(counts[each] for each in ("killed", "survived", "equivalent"))]
