@@ -132,7 +132,7 @@ BARS = [("fast", 3, 0.96, 0.105), ("orb", 3, 0.925, 0.165), ("sift", 3, 0.825, 0
 BARS += [("fast", 8, 0.965, 0.105), ("orb", 8, 0.938, 0.165), ("sift", 8, 0.855, 0.26)]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("name", "map_crops", "least_correlation", "most_wrong"), BARS)
 def test_maps_foretell_detection_on_new_crops_of_all_photos(
     name, map_crops, least_correlation, most_wrong, photos
@@ -146,7 +146,7 @@ def test_maps_foretell_detection_on_new_crops_of_all_photos(
 def test_maps_foretell_detection_on_new_crops(
     name, map_crops, least_correlation, most_wrong, photos
 ):
-    """A fifth of the photos, so a little slack; make test-slow takes all of them."""
+    """A fifth of the photos, so a little slack; make test-all takes all of them."""
     correlation, wrong = foretold(name, map_crops, photos[::5])
     assert correlation >= least_correlation - 0.01
     assert wrong <= most_wrong + 0.01
