@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
 EQUIVALENT = RESULTS.with_name("equivalent.toml")
 TESTS = {  # the fastest that can notice, without torch first: a run ends at the first failure
-    "shards/order.py": "unit/test_windows unit/test_mixture unit/test_golden_batches "
-    "unit/test_plan integration/test_streaming",
+    "shards/order.py": "unit/test_windows unit/test_subset unit/test_mixture "
+    "unit/test_golden_batches unit/test_plan integration/test_streaming",
     "shards/rng.py": "unit/test_golden_batches unit/test_plan",
     "shards/crops.py": "unit/test_golden_batches unit/test_plan unit/test_densities "
     "integration/test_crops",
@@ -58,7 +58,8 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "integration/test_build "
     "integration/test_backends::test_what_a_worker_says_is_looked_at",
     "preprocess/building.py": "integration/test_build integration/test_maps",
-    "train/loss.py": "integration/test_train_parts integration/test_method",
+    "train/loss.py": "integration/test_train_parts integration/test_method "
+    "integration/test_figures",
     "train/masking.py": "integration/test_train_parts integration/test_method "
     "integration/test_attention",
 }
