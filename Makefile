@@ -242,7 +242,7 @@ LOWEST := $(VENV)/audit/bin/uv pip install -q --python $(VENV)/lowest/bin/python
 $(VENV)/lowest: pyproject.toml | $(VENV)/audit
 	@rm -rf $@ && $(PYTHON) -m venv $@ && echo 'installing the lowest versions into $@ (about 1 GB) ...' >&2
 	@$(LOWEST) --resolution lowest-direct -r pyproject.toml --extra demo --extra parquet --extra remote \
-	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'moto[server]>=5.0.13' && \
+	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'moto[server]>=5.0.16' && \
 	  $(LOWEST) --no-deps -e . || { rm -rf $@; exit 2; }
 	@touch $@
 
