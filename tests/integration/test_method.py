@@ -94,6 +94,11 @@ def test_degenerate_weights_give_a_full_order():
     none = drawn(races(1, 3, 64, 49), torch.zeros(64, 49))
     assert (none.sort(1).values == torch.arange(49)).all()
     assert torch.equal(none, drawn(races(1, 3, 64, 49)))
+    ties = torch.zeros(64, 49)  # in their order, or each processor would draw its own
+    assert torch.equal(drawn(ties), torch.arange(49).expand(64, -1))
+    ties[:, 40:] = -1
+    first = torch.tensor([*range(40, 49), *range(40)])
+    assert torch.equal(drawn(ties), first.expand(64, -1))
     assert not torch.equal(races(1, 3, 8, 49), races(1, 4, 8, 49))
     assert not torch.equal(races(1, 3, 8, 49), races(2, 3, 8, 49))
 
