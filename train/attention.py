@@ -66,11 +66,11 @@ def write_attention(
     process: Process,
     device: torch.device,
 ) -> Tensor:
-    """Write the maps of all `count` records into `path`, whole or not at all, by process 0; returns
-    them as they stay on `device`, uint8 [count, n].
+    """Write the maps of all `count` records into `path`, whole or not at all. Process 0 writes.
+    Returns them as they stay on `device`, uint8 [count, n].
 
     `batches` show each record once at least, to this process or to another; their crops and flips
-    are not used. Returns when the file is there, on all.
+    are not used. All processes return when the file is there.
     """
     rank, ranks = process.rank, process.ranks
     patches = (size // encoder.patch_embed.patch_size[0]) ** 2
