@@ -159,7 +159,7 @@ def split_of(name: str, split: str) -> str:
 
 
 def check_outside(source: Source, out: str) -> None:
-    """Raise UserError if `out` is in the source's folder: its next listing would then be another."""
+    """Raise UserError if `out` is in the source's folder, whose next listing would be another."""
     root = source.root
     if is_url(root):
         within = f"{out}/".startswith(f"{root}/")

@@ -101,7 +101,7 @@ def _check_regular(file: BinaryIO) -> None:
 
 @lru_cache(maxsize=16)
 def _kept_open(where: str, version: tuple[int, ...]) -> BinaryIO:
-    """`where`, kept open until 16 others were asked for. Another file of that name is opened anew."""
+    """`where`, kept open until 16 others were asked for. A new file of that name is opened anew."""
     return _opened(where)
 
 

@@ -1,4 +1,4 @@
-"""Several sets trained on as one: which set each place of the order shows, and which sample of it."""
+"""Several sets trained on as one: which set each place of the order shows, and what of it."""
 
 from collections.abc import Iterator, Sequence
 

@@ -50,7 +50,7 @@ def connect(process: Process, device: torch.device) -> Process:
 
 
 def together(process: Process, ask: Callable[[], Answer]) -> Answer:
-    """`ask()`, here. If it raises UserError on any process, every process raises that of the first."""
+    """`ask()`, here. If it raises UserError on any process, all raise that of the first."""
     answer, problem = None, ""
     try:
         answer = ask()
