@@ -174,6 +174,7 @@ KEYPOINTS := data/keypoints
 .PHONY: mutants
 mutants: $(VENV)/test $(VENV)/mutants  ## Break lines of what numbers rest on, and ask the tests: FLAGS="--count 10".
 	$(VENV)/mutants/bin/python tests/mutants/mutate.py --python $(BIN)/python $(FLAGS)
+	$(BIN)/python tests/mutants/table.py
 
 .PHONY: experiment
 experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=keypoints, DATA (photos, cifar10), FLAGS.

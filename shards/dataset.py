@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -198,17 +199,44 @@ class ShardSet(Records):
         """Rows of the index of `samples`, INDEX_DTYPE [n]."""
         return self.index[samples]
 
-    def plan(self, batch: int, seed: int = 0, *, window: int = 0, **crops: Any) -> Plan:
-        """The order of training. window: shards that are shuffled together, 0 for all. crops: area,
-        ratio, horizontal, vertical of Plan.
+    def plan(
+        self,
+        batch: int,
+        seed: int = 0,
+        *,
+        window: int = 0,
+        subset: Ints | None = None,
+        **crops: Any,
+    ) -> Plan:
+        """The order of training. window: shards that are shuffled together, 0 for all. subset: the
+        numbers of the samples that it shows, ascending; None: all. crops: area, ratio, horizontal,
+        vertical of Plan.
         """
-        windows = self.windows(window, seed) if 0 < window < len(self.shards) else None
+        plain = subset is None and not 0 < window < len(self.shards)
+        windows = None if plain else self.windows(window, seed, subset)
         return Plan(len(self), batch, seed, windows=windows, **crops)
 
-    def windows(self, window: int, seed: int) -> Windows:
+    def windows(self, window: int, seed: int, subset: Ints | None = None) -> Windows:
         """The order of samples in windows of so many shards, 0 for all at once."""
         counts = [shard.count for shard in self.shards]
-        return Windows(counts, window or max(1, len(counts)), seed)
+        return Windows(counts, window or max(1, len(counts)), seed, subset)
+
+    def mean_densities(
+        self, detector: str, update: Callable[[int], object] = int
+    ) -> NDArray[np.float32]:
+        """The mean density of each record's whole map, 0 to 1, float32 [records]; no frame is read.
+        `update` is told how many more are done, shard by shard.
+        """
+        self.find_maps([detector])
+        array, at = self.places[f"{detector}.{DENSITY}"]
+        found, ends = np.empty(len(self), np.float32), [0, *self.ends.tolist()]
+        for shard, (begin, end) in enumerate(pairwise(ends)):
+            held = self.hold(shard)
+            for number, place in enumerate(self.index["arrays"][begin:end].tolist(), begin):
+                data = os.pread(held.descriptor, array.bytes, place + at)
+                found[number] = np.frombuffer(data, array.dtype).mean() / 255
+            update(end - begin)
+        return found
 
     def shard_of(self, number: int) -> int:
         """The number of the shard that holds record `number`."""

@@ -81,8 +81,10 @@ def check_plan(records: Records, plan: Plan, first: int = 0, last: int = 0) -> N
         raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
     if plan.count != len(records):
         raise UserError(f"the plan is for {plan.count} samples, the set has {len(records)}")
-    if plan.mixture and plan.mixture.counts != [len(each) for each in records.sets]:
-        raise UserError(f"the plan mixes sets of {plan.mixture.counts} samples, not these")
+    orders = plan.mixture.orders if plan.mixture else []
+    if orders and [order.records for order in orders] != [len(each) for each in records.sets]:
+        sizes = [order.records for order in orders]
+        raise UserError(f"the plan mixes sets of {sizes} samples, not these")
 
 
 class Loader:

@@ -15,11 +15,12 @@ MOST = 3_000_000_000  # samples of all sets: the product of two such numbers has
 class Mixture:
     """The orders of several sets, interleaved as evenly as shares allow.
 
-    An epoch has as many samples as all sets together. `quotas` says how many of each set: all of
-    its own, or, with `shares`, its share of the sum, rounded so that they add up. Each set is
-    walked through in its own order and its own epochs: each of its samples is shown once before any
-    is shown twice. A batch holds each set's share, give or take two samples. Any place is found in
-    O(sets). Raises UserError if a share gives no sample.
+    An epoch has as many samples as all sets together, or as the subsets that their orders show.
+    `quotas` says how many of each set: all of its own, or, with `shares`, its share of the sum,
+    rounded so that they add up. Each set is walked through in its own order and its own epochs:
+    each of its samples is shown once before any is shown twice. A batch holds each set's share,
+    give or take two samples. Any place is found in O(sets). Raises UserError if a share gives no
+    sample.
     """
 
     def __init__(self, orders: Sequence[Windows], shares: Sequence[float] | None = None) -> None:
@@ -29,7 +30,7 @@ class Mixture:
         if self.total > MOST:
             raise UserError(f"{self.total:,} samples are more than {MOST:,}: train on fewer sets")
         self.quotas = _split(self.total, shares) if shares else self.counts
-        self.firsts = np.cumsum([0, *self.counts])
+        self.firsts = np.cumsum([0, *(order.records for order in orders)])
 
     def by_size(self) -> "Mixture":
         """The same sets, each sample once an epoch."""

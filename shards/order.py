@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shards.mixture import Mixture
 
 ROUNDS = 6  # of the Feistel network; 4 suffice for a pseudo-random permutation
+NEVER = np.iinfo(np.int64).max  # a window that does not come
 AHEAD = 4096  # samples that `parts` finds at once: a few cost nearly as much time as many
 
 
@@ -64,31 +65,48 @@ class Windows:
     counts: records of each shard. window: the most shards a window may have; windows are as even
     as they can be. Windows are numbered through all epochs. One that holds every shard gives the
     plan's full permutation. Cost: an order of the shards per epoch, then O(1) per sample.
+
+    subset: the samples that are shown, ascending; None: all. An epoch is then a pass over these,
+    and shards without one are in no window. records: of the set; total: those that are shown.
     """
 
-    def __init__(self, counts: Sequence[int], window: int, seed: int) -> None:
+    def __init__(
+        self, counts: Sequence[int], window: int, seed: int, subset: Ints | None = None
+    ) -> None:
         if window < 1:
             raise UserError(f"a window of {window} shards reads nothing; use 1 or more")
-        self.limit, self.seed = window, seed
-        self.counts = np.asarray(counts, np.int64)
+        self.limit, self.seed, self.subset = window, seed, subset
+        self.sizes = self.counts = np.asarray(counts, np.int64)
+        self.records, self.shown = int(self.sizes.sum()), np.arange(len(counts))
+        if subset is not None:
+            check_subset(subset, self.records)
+            ends = np.searchsorted(subset, np.cumsum(self.sizes))
+            self.counts = np.diff(ends, prepend=0)
+            self.shown = np.flatnonzero(self.counts)
         self.firsts = np.cumsum(self.counts) - self.counts
         self.total = int(self.counts.sum())
-        self.an_epoch = max(1, -(-len(counts) // window))
-        self.cuts = np.arange(self.an_epoch + 1) * len(counts) // self.an_epoch
+        self.an_epoch = max(1, -(-len(self.shown) // window))
+        self.cuts = np.arange(self.an_epoch + 1) * len(self.shown) // self.an_epoch
         self._order = lru_cache(4)(self._shuffle)
 
     def __reduce__(self) -> Any:  # a plan travels to processes that are spawned
-        return Windows, (self.counts, self.limit, self.seed)
+        return Windows, (self.sizes, self.limit, self.seed, self.subset)
 
     def _shuffle(self, epoch: int) -> tuple[Ints, Ints]:
         """(shards in the order of the epoch, places where its windows end)."""
-        places = np.arange(len(self.counts))
-        order = shuffled(len(places), int(mix(Purpose.SHARDS, self.seed)), epoch, places)
+        places = np.arange(len(self.shown))
+        key = int(mix(Purpose.SHARDS, self.seed))
+        order = self.shown[shuffled(len(places), key, epoch, places)]
         ends = np.cumsum(np.concatenate([[0], self.counts[order]]))
         return order, ends[self.cuts[1:]]
 
     def samples(self, epochs: Ints, places: Ints) -> Ints:
         """The samples at `places` of `epochs`, int64 [n] each: every one once an epoch."""
+        found = self._permuted(epochs, places)
+        return found if self.subset is None else self.subset[found]
+
+    def _permuted(self, epochs: Ints, places: Ints) -> Ints:
+        """As `samples`, numbered among those that are shown."""
         if self.an_epoch == 1:
             return shuffled(self.total, self.seed, epochs, places)
         found = np.empty_like(places)
@@ -123,10 +141,18 @@ class Windows:
         epoch, uses = window // self.an_epoch, []
         parts = np.repeat(np.arange(self.an_epoch), np.diff(self.cuts))
         for number in (epoch, epoch + 1):
-            use = np.empty(len(self.counts), np.int64)
+            use = np.full(len(self.counts), NEVER)
             use[self._order(number)[0]] = number * self.an_epoch + parts
             uses.append(use)
         return np.where(uses[0] >= window, *uses)
+
+
+def check_subset(subset: Ints, count: int) -> None:
+    """UserError unless `subset` are numbers of some of `count` samples, ascending."""
+    if not len(subset):
+        raise UserError("a subset without samples shows nothing; choose one or more")
+    if subset[0] < 0 or subset[-1] >= count or (np.diff(subset) <= 0).any():
+        raise UserError(f"a subset of {count} samples is of their numbers, ascending, each once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +163,8 @@ class Plan:
     into. The orders of all epochs are one stream cut into batches, so that every batch is full
     and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
     as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an
-    epoch in windows of shards; None permutes all samples at once. mixture: the order over several
+    epoch in windows of shards, or of a subset of the samples, of which an epoch then is a pass;
+    None permutes all samples at once. mixture: the order over several
     sets by their shares; an epoch is then as many samples as they have, and the epochs of samples
     are those of their own set. in_order: look at the set, once: samples in their own order, whole
     and unflipped, the last step short.
@@ -168,13 +195,19 @@ class Plan:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is no probability; give 0 to 1")
 
+    @property
+    def total(self) -> int:
+        """Samples of an epoch: all, or those of the subset."""
+        order = self.mixture or self.windows
+        return order.total if order else self.count
+
     def steps(self, epochs: float = 1) -> int:
         """Whole steps in `epochs`; in order, the steps that show every sample once."""
         if not 0 <= epochs < math.inf:
             raise UserError(f"epochs {epochs} is out of range; give a number, 0 or more")
         if self.in_order:
             return -(-self.count // self.batch)
-        return int(epochs * self.count) // self.batch
+        return int(epochs * self.total) // self.batch
 
     def samples(
         self, step: int, micro_step: int = 0, rank: int = 0, ranks: int = 1
@@ -208,7 +241,7 @@ class Plan:
         stream = first + np.arange(count, dtype=np.int64)
         if self.mixture:
             return self.mixture.samples(stream)
-        epochs, places = np.divmod(stream, self.count)
+        epochs, places = np.divmod(stream, self.total)
         if self.windows:
             return epochs, self.windows.samples(epochs, places)
         return epochs, shuffled(self.count, self.seed, epochs, places)

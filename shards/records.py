@@ -39,7 +39,15 @@ class Records:
     def __getitem__(self, number: int) -> "Record": ...
 
     @abstractmethod
-    def plan(self, batch: int, seed: int = 0, *, window: int = 0, **crops: Any) -> Plan:
+    def plan(
+        self,
+        batch: int,
+        seed: int = 0,
+        *,
+        window: int = 0,
+        subset: Ints | None = None,
+        **crops: Any,
+    ) -> Plan:
         """The order of training."""
 
     @abstractmethod

@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     BLEND = 13  # how a step's images are mixed in training with labels
     SET = 14  # order of the samples of one of several sets
     FEW = 15  # images and patches whose labels an evaluation takes
+    CHOICE = 16  # samples that a run trains on, of all
 
 
 # Arrays, not scalars: an operation with a scalar takes NumPy twice as long, and warns of wrapping.

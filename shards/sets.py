@@ -12,7 +12,7 @@ from shards.crops import Ints
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.mixture import Mixture
-from shards.order import Plan
+from shards.order import Plan, check_subset
 from shards.record import Record
 from shards.records import Records
 from shards.rng import Purpose, mix
@@ -48,12 +48,30 @@ class ShardSets(Records):
     def __len__(self) -> int:
         return sum(map(len, self.sets))
 
-    def plan(self, batch: int, seed: int = 0, *, window: int = 0, **crops: Any) -> Plan:
+    def plan(
+        self,
+        batch: int,
+        seed: int = 0,
+        *,
+        window: int = 0,
+        subset: Ints | None = None,
+        **crops: Any,
+    ) -> Plan:
         """The order of training, by the shares. window: shards of each set that are shuffled
-        together, 0 for all. crops: area, ratio, horizontal, vertical of Plan.
+        together, 0 for all. subset: the numbers of the samples that it shows, some of each set,
+        ascending; None: all. crops: area, ratio, horizontal, vertical of Plan.
         """
         keys = [int(mix(Purpose.SET, seed, number)) for number in range(len(self.sets))]
-        orders = [one.windows(window, key) for one, key in zip(self.sets, keys, strict=True)]
+        parts: Sequence[Ints | None] = [None] * len(keys)
+        if subset is not None:
+            check_subset(subset, len(self))
+            begins = np.cumsum([0, *map(len, self.sets)])
+            split = np.split(subset, np.searchsorted(subset, begins[1:-1]))
+            parts = [part - begin for part, begin in zip(split, begins, strict=False)]
+        orders = [
+            one.windows(window, key, part)
+            for one, key, part in zip(self.sets, keys, parts, strict=True)
+        ]
         return Plan(len(self), batch, seed, mixture=Mixture(orders, self.shares), **crops)
 
     def rows(self, samples: Ints) -> NDArray[np.void]:

@@ -115,19 +115,22 @@ class WeightedCrops(nn.Module):
         """The loss weights of a batch's crops alone; a rule needs the `images` of the crops."""
         if self.weights is None:
             return None
-        if self.weights in batch.get("counts", {}):
-            density = pool_counts(batch["counts"][self.weights], self.cells)
-        else:
-            maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
-            sight = self.sight(batch.get("samples"))
-            density = crop_maps(maps, boxes, flips, self.cells, sight)
-            if self.corrected and "temperature" not in batch:  # the tables are of one T
-                least = _between(self.least, density.flatten(1).amin(1))
-                density = _between(self.likely, density)
-                return loss_weights(density, self.temperature, self.normalise, least)
+        density, exact = self.density(batch), self.weights in batch.get("counts", {})
+        if self.corrected and not exact and "temperature" not in batch:  # the tables are of one T
+            least = _between(self.least, density.flatten(1).amin(1))
+            density = _between(self.likely, density)
+            return loss_weights(density, self.temperature, self.normalise, least)
         if self.rule is not None and images is not None:
             return self.rule(density, images, batch)
         return loss_weights(density, batch.get("temperature", self.temperature), self.normalise)
+
+    def density(self, batch: Mapping[str, Any]) -> Tensor:
+        """The densities of a batch's crops that their weights are of, float32 [b, c, c], 0 to 1."""
+        assert self.weights is not None
+        if self.weights in batch.get("counts", {}):
+            return pool_counts(batch["counts"][self.weights], self.cells)
+        maps, boxes, flips = batch["maps"][self.weights], batch["boxes"], batch["flips"]
+        return crop_maps(maps, boxes, flips, self.cells, self.sight(batch.get("samples")))
 
 
 def draw_crops(

@@ -20,7 +20,7 @@ from shards.errors import UserError
 from shards.files import replacing
 from shards.weighting import crop_frames
 from train.diagnosis import queries_and_keys
-from train.distributed import Process
+from train.distributed import Process, rows_of_all
 from train.models import in_bf16, normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
@@ -86,7 +86,7 @@ def write_attention(
             with in_bf16(device):
                 found = class_attention(encoder, normalised(images))
             levels = torch.round(found * 255).to(torch.uint8)
-            rows, numbers = (_gathered(each, ranks) for each in (levels, tensors["samples"]))
+            rows, numbers = (rows_of_all(each, ranks) for each in (levels, tensors["samples"]))
             maps[numbers] = rows
     if rank == 0:
         with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
@@ -107,12 +107,3 @@ def read_attention(path: Path, count: int, patches: int) -> Tensor:
     if maps.dtype != np.uint8 or maps.shape != (count, patches):
         raise UserError(f"{path} is {maps.dtype} {maps.shape}, the run's is uint8 {count, patches}")
     return torch.from_numpy(maps)
-
-
-def _gathered(part: Tensor, ranks: int) -> Tensor:
-    """`part` of every process, one after the other."""
-    if ranks == 1:
-        return part
-    whole = part.new_empty(ranks * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part)
-    return whole

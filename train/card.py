@@ -14,7 +14,14 @@ METHODS = {
     "simmim": "SimMIM (arXiv 2111.09886), masked image modelling",
     "mae": "MAE (arXiv 2111.06377), a masked autoencoder",
 }
-LEFT_OUT = {"step", "lr", "grad_norm", "waiting", "temperature"}  # what says nothing of a model
+LEFT_OUT = {
+    "step",
+    "lr",
+    "grad_norm",
+    "waiting",
+    "temperature",
+    "clip_rate",
+}  # what says nothing of a model
 
 
 def card(state: dict[str, Any], source: Path, name: str, line: str, form: str, ema: bool) -> str:

@@ -141,6 +141,9 @@ def pretrain(
     known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
     attention is looked at anew every refresh_epochs, in one pass over the shards.
 
+    --set select=0.5 trains on half of the samples, drawn by density or by loss (select_by), anew
+    every select_epochs; a selection of our own design.
+
     --probe-every 10 looks at the features every 10 epochs: a linear probe and 20 nearest neighbours
     on a tenth of the images that their heads did not see, effective rank, and attention beside
     uniform attention, with a warning if it is uniform still after a tenth of the run. The encoder

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shards.errors import UserError
 from train.progress import say
@@ -68,6 +69,15 @@ def gathered(process: Process, fact: Answer) -> list[Answer]:
     if process.ranks > 1:
         dist.all_gather_object(facts, fact, process.group)
     return facts
+
+
+def rows_of_all(part: Tensor, ranks: int) -> Tensor:
+    """`part`, of one shape everywhere, of every process, one after the other."""
+    if ranks == 1:
+        return part
+    whole = part.new_empty(ranks * len(part), *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole
 
 
 def agree(process: Process, out: Path, first: int, fingerprint: str | list[str]) -> None:

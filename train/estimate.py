@@ -20,6 +20,7 @@ from train.progress import say
 from train.recipe_file import RUN_FILE, used
 from train.request import Run
 from train.schedule import Rates, learning_rate
+from train.selection import Selection
 from train.setup import device_name
 
 USUAL_PART, MOST_PART = 256, 1024  # images of a micro-step where none are asked for: CPU, CUDA
@@ -181,12 +182,13 @@ def describe(
     model: nn.Module,
     hiding: str,
     plan: Plan,
+    selection: Selection,
     ranks: int,
     device: torch.device,
 ) -> None:
     """Say what is about to happen, with the sums a reader can check; run.json and run.toml."""
     recipe, name = run.recipe, facts["detector"]
-    total, micro_steps = plan.steps(recipe.epochs), plan.micro_steps
+    total, micro_steps = selection.steps(recipe.epochs), plan.micro_steps
     part = recipe.batch // ranks // micro_steps
     parameters = sum(p.numel() for p in model.parameters())
     way = f"{recipe.temperature}"
@@ -204,10 +206,11 @@ def describe(
     say(
         f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
         f"{hiding}\n"
-        f"{len(records):,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = {total:,} "
-        f"steps; batch = {ranks} processes x {micro_steps} micro-steps x "
+        f"{selection.epoch:,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = "
+        f"{total:,} steps; batch = {ranks} processes x {micro_steps} micro-steps x "
         f"{part}, on {device_name(device) or device.type}"
     )
+    say(*filter(None, [selection.describe()]))
     for one in records.sets:
         if one.copies:
             shards = len(one.shards)
@@ -215,8 +218,9 @@ def describe(
                 f"{one.copies.store.url} by way of {one.folder}, {facts['window'] or shards} of "
                 f"{shards:,} shards at a time"
             )
-    if plan.mixture:
-        say(*mixed(records, plan.mixture, name))
+    mixture = selection.plan(0).mixture
+    if mixture:
+        say(*mixed(records, mixture, name))
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
@@ -233,8 +237,8 @@ def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:
     """What an epoch shows of each of several sets, and what is not alike in them."""
     lines = [
         f"{one.folder}: {quota:,} of {mixture.total:,} samples an epoch, each record "
-        f"{quota / len(one):.3g} times"
-        for one, quota in zip(records.sets, mixture.quotas, strict=True)
+        f"{quota / count:.3g} times"
+        for one, quota, count in zip(records.sets, mixture.quotas, mixture.counts, strict=True)
     ]
     lines += [
         f"note: {one.folder} has no class names, its labels stay numbers"

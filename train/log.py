@@ -55,23 +55,30 @@ class Window:
     """The steps since the last rows, their numbers still on the device, and the clock.
 
     seconds: of training before it. share: of the devices' peak that an image a second takes.
+    clip: most norm of a gradient; 0: any.
     """
 
     def __init__(
-        self, seconds: float, batch: int, steps_an_epoch: float, ranks: int, share: float | None
+        self,
+        seconds: float,
+        batch: int,
+        steps_an_epoch: float,
+        ranks: int,
+        share: float | None,
+        clip: float,
     ) -> None:
         self.batch, self.steps_an_epoch = batch, steps_an_epoch
-        self.ranks, self.share = ranks, share
-        # step, what the host knows of it, [loss, norm, weight]
+        self.ranks, self.share, self.clip = ranks, share, clip
+        # step, what the host knows of it, [loss, mean weight, effective share, norm]
         self.pending: list[tuple[int, dict[str, float], Tensor]] = []
         self.since = self.now = time.perf_counter()
         self.begun = self.now - seconds  # when training would have, had it never paused
 
-    def add(
-        self, step: int, known: dict[str, float], loss: Tensor, norm: Tensor, weight: Tensor
-    ) -> None:
-        """What `step` gave; `known` are columns whose values need no waiting for."""
-        self.pending.append((step, known, torch.stack([loss, norm, weight])))
+    def add(self, step: int, known: dict[str, float], sums: Tensor, norm: Tensor) -> None:
+        """What `step` gave: `sums` are loss, mean weight and effective share. `known` are columns
+        whose values need no waiting for.
+        """
+        self.pending.append((step, known, torch.cat([sums, norm[None]])))
 
     def rows(self, waited: float, damaged: int) -> list[dict[str, Any]]:
         """The rows of these steps, the last with their speed; begins anew. The one synchronisation
@@ -82,6 +89,8 @@ class Window:
         speed = len(rows) * self.batch / (self.now - self.since)
         rows[-1] |= {"images_per_s": speed, "waiting": waited / (self.now - self.since)}
         rows[-1] |= {"seconds": self.seconds}
+        cut = sum(row["grad_norm"] > self.clip for row in rows)
+        rows[-1] |= {"clip_rate": cut / len(rows)} if self.clip else {}
         rows[-1] |= {"mfu": speed * self.share} if self.share else {}
         rows[-1] |= {"damaged": damaged} if damaged else {}
         self.pending, self.since = [], self.now
@@ -107,14 +116,15 @@ def make_rows(
         dist.all_reduce(values)
         values /= ranks
     rows = []
-    for (step, known, _), (loss, norm, weight) in zip(pending, values.tolist(), strict=True):
+    for (step, known, _), found in zip(pending, values.tolist(), strict=True):
+        loss, weight, share, norm = found
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {step + 1}; the last checkpoint is sound: lower the "
                 "peak learning rate or raise the temperature"
             )
         row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, **known}
-        rows.append(row | {"grad_norm": norm, "mean_weight": weight})
+        rows.append(row | {"grad_norm": norm, "mean_weight": weight, "effective_share": share})
     return rows
 
 

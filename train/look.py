@@ -17,9 +17,11 @@ import torch
 import shards
 from shards.errors import UserError
 from shards.remote.storage import is_url
+from train.deciles import Deciles
 from train.diagnosis import diagnose
 from train.features import Bar, Encoder, features_of, frames_of
-from train.metrics import COLLAPSED
+from train.masking import Masking
+from train.metrics import COLLAPSED, DECILES
 from train.models import model_flops, normalised
 from train.probe import effective_rank, linear_probe, nearest_neighbours
 from train.request import Run, count_classes
@@ -36,15 +38,23 @@ NEIGHBOURS = 20
 class Looks:
     """When a run's features are looked at, and on what. UserError if the set cannot serve.
 
-    `flops`: of training, per image. The encoder that is looked at is a copy.
+    `flops`: of training, per image. The model that is looked at is a copy. Without `masking` its
+    error is not told by density.
     """
 
     def __init__(
-        self, run: Run, data: Data, encoder: Any, flops: float, total: int, device: torch.device
+        self,
+        run: Run,
+        data: Data,
+        encoder: Any,
+        flops: float,
+        total: int,
+        device: torch.device,
+        masking: Masking | None = None,
     ) -> None:
         recipe = run.recipe
         self.size, self.device, self.every, self.total = recipe.size, device, run.probe_every, total
-        self.epoch = len(data.records) / recipe.batch  # steps
+        self.epoch = data.selection.steps_an_epoch
         self.batch, self.classes, self.warned = recipe.batch, 0, False
         records = data.records.sets[0]  # of several, the first
         if run.probe_set is not None:
@@ -60,12 +70,19 @@ class Looks:
             if run.probe_set is not None:
                 raise
             self.without = f"; no probe, only rank and attention: {error}"
-        images = self.every * len(data.records)  # that are trained on between two looks
+        images = self.every * data.selection.epoch  # that are trained on between two looks
         cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
         wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
         self.share = self.count * cost / images
+        self.deciles: Deciles | None = None
+        if masking is not None:
+            try:
+                self.deciles = Deciles(run, records, masking)
+                self.share += self.deciles.count / 3 / images
+            except UserError as error:
+                self.without += f"; no error by density: {error}"
         plan = partial(records.plan, seed=SEED, window=WINDOW if records.copies else 0)
         self.load = partial(load, plan(self.count // steps), 0, steps)
         self.few = partial(load, plan(min(SEEN, len(records))), 0, 1)
@@ -77,13 +94,14 @@ class Looks:
         before, now = ((step / self.epoch + 1e-9) // self.every for step in (done - 1, done))
         return done in (1, math.ceil(self.total / 10), self.total) or now > before
 
-    def look(self, encoder: Any, bar: Bar) -> dict[str, float]:
+    def look(self, model: Any, bar: Bar) -> dict[str, float]:
         """Shares of the held-out tenth that a linear probe and 20 neighbours get right, effective
         rank, and mean over blocks of the attention distance in px; mutual information of the block
-        that has most.
+        that has most; the error by tenths of density.
         """
         began = time.perf_counter()
-        frozen = Encoder("", deepcopy(encoder).eval().requires_grad_(False), self.size)
+        copied = deepcopy(model).eval().requires_grad_(False)
+        frozen = Encoder("", copied.encoder, self.size)
         block, title = frozen.default_block, "looking at features"
         features, labels = features_of(
             frozen, self.load(), self.count, block, "mean", self.device, title, bar
@@ -93,7 +111,9 @@ class Looks:
             held = max(1, round(HELD_OUT * self.count))
             asked, known = (features[:held], labels[:held]), (features[held:], labels[held:])
             score = linear_probe(known, asked, self.classes, SEED, device=self.device, bar=bar)
-            near = nearest_neighbours(known, asked, self.classes, NEIGHBOURS, bar=bar)
+            near = nearest_neighbours(
+                known, asked, self.classes, NEIGHBOURS, device=self.device, bar=bar
+            )
             found |= {"probe_top1": score.top1, "knn_top1": near}
         found["effective_rank"] = effective_rank(features)
         if hasattr(frozen.model, "blocks"):
@@ -102,6 +122,7 @@ class Looks:
             found["attention_distance"] = sum(row["distance"] for row in rows) / len(rows)
             found["attention_uniform"] = rows[0]["uniform"]
             found["attention_nmi"] = max(row["nmi"] for row in rows)
+        found |= self.deciles.look(copied) if self.deciles else {}
         return found | {"look_seconds": time.perf_counter() - began}
 
     def describe(self) -> str:
@@ -124,6 +145,9 @@ class Looks:
                 f", attention {row['attention_distance']:.1f} px (uniform "
                 f"{row['attention_uniform']:.1f}), information {row['attention_nmi']:.4f}"
             )
+        if self.deciles:
+            least, most = row[DECILES[0]], row[DECILES[-1]]
+            parts.append(f", error {least:.3f} where density is least, {most:.3f} where it is most")
         lines = []
         between = self.every * self.epoch * self.batch / row["images_per_s"]
         share = row["look_seconds"] / between

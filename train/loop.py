@@ -4,7 +4,7 @@ A run leaves in its folder run.json, metrics.jsonl, TensorBoard events, checkpoi
 pictures. Killed and resumed, the losses are the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from shards import Batch, Plan, to_device
 from shards import files as writing
@@ -41,6 +41,7 @@ from train.pictures import FOLLOWED, PICTURES, Followed, draw_reconstructions
 from train.progress import Doing, Progress, busy, say
 from train.request import Run, compiler_missing
 from train.schedule import learning_rate, temperature
+from train.selection import losses_of_all
 from train.setup import (
     Data,
     clipped,
@@ -69,10 +70,10 @@ def pretrain(run: Run) -> None:
 
     # --- Data
     data = open_data(run, process, device)
-    records, crops, plan = data.records, data.crops, data.plan
-    total = plan.steps(recipe.epochs)
+    records, crops, plan, selection = data.records, data.crops, data.plan, data.selection
+    total = selection.steps(recipe.epochs)
     last = min(run.steps or total, total)
-    steps_an_epoch = len(records) / recipe.batch
+    steps_an_epoch = selection.steps_an_epoch
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
     rates = total, warmup, recipe.peak, recipe.floor, recipe.start
     facts = checkpoint.run_facts(run, records, crops.weights, plan)
@@ -94,6 +95,7 @@ def pretrain(run: Run) -> None:
         )
         agree(process, run.out, first, facts["shards"])
         together(process, lambda: masking.restore(run.out, first))
+        together(process, lambda: selection.restore(run.out, first))
     idle = first >= last  # nothing to train, and nothing is written
     writes = rank == 0 and not idle
 
@@ -112,41 +114,68 @@ def pretrain(run: Run) -> None:
         attention = pin_attention(model, recipe.size, device, timed=not run.deterministic)
         looks = None
         if run.probe_every:
-            given = run, data, model.encoder, flops, total, device
+            given = run, data, model.encoder, flops, total, device, masking
             looks = together(process, lambda: Looks(*given))
     alone: nn.Module = Step(model, crops)
     parallel: Any = in_parallel(alone) if ranks > 1 else alone
     compiles = device.type == "cuda" and run.compile and not compiler_missing()
     micro = compiled(parallel) if compiles else parallel
     peak = peak_flops(device_name(device))
+    selection.score(run.out, first, process)
     if writes:
-        describe(run, records, facts, model, masking.describe(), plan, ranks, device)
+        describe(run, records, facts, model, masking.describe(), plan, selection, ranks, device)
         say(*filter(None, [attention]), *memory_lines(memory, part, device))
         say(*([looks.describe()] if looks else []))
     if rank == 0 and "init_sha256" in facts and not first:
         say(f"the encoder starts from {run.init}, SHA-256 {facts['init_sha256'][:12]}")
     if rank == 0:
-        say_where(run, first, last, plan.steps(epochs), steps_an_epoch, rates)
+        say_where(run, first, last, selection.steps(epochs), steps_an_epoch, rates)
 
     # --- Steps
-    loader = data.load(plan, first, last, maps=data.maps, rank=rank, ranks=ranks)
-    batches = to_device(loader, device)
+    def load(step: int) -> Any:
+        """The loader from `step` on, to the next draw of samples or the end."""
+        end, drawn = min(last, selection.end(step)), selection.plan(step)
+        here = replace(drawn, micro_steps=micro_steps)
+        return data.load(here, step, end, maps=data.maps, rank=rank, ranks=ranks)
+
+    # What cannot be loaded is said before the first step.
+    loader = None if selection.due(first) else load(first)
+    damaged: list[set[int]] = []
+
+    def every_batch(loader: Any) -> Iterator[Any]:
+        step = first
+        while step < last:
+            loader = loader or load(step)
+            damaged.append(loader.damaged)
+            yield from to_device(loader, device)
+            loader, step = None, min(last, selection.end(step))
+
+    batches = every_batch(loader)
     stop = Stop()
     if ranks > 1:
         stop.listen()
 
-    def every_record(step: int, looking: Doing) -> Iterator[Batch]:
-        """Each record once, for a look at its attention before `step`; crops are not used."""
+    def every_record(step: int, looking: Doing, maps: Sequence[str] = ()) -> Iterator[Batch]:
+        """Each record once, for a look at it before `step`; crops are not used."""
         order = plan.mixture.by_size() if plan.mixture else None
         once = replace(plan, batch=part * ranks, micro_steps=1, mixture=order)
-        whole = data.load(once, 0, -(-len(records) // once.batch), rank=rank, ranks=ranks)
+        steps = -(-len(records) // once.batch)
+        whole = data.load(once, 0, steps, maps=maps, rank=rank, ranks=ranks)
         for batch in stop.heeded(whole, step, ranks):
             yield batch
             looking.update(once.batch)
 
+    def losses(step: int, looking: Doing) -> Tensor:
+        """Each record's, for a draw before `step`."""
+        weighed_too, now = recipe.select_by == "weighted_loss", temperature(step, total, recipe)
+        shown = every_record(step, looking, data.maps if weighed_too else ())
+        weighing = weighed(now, device) if weighed_too else None
+        return losses_of_all(model, crops, masking, shown, weighing, process)
+
     progress = Progress(first, last, total, recipe.batch, writes)
     pace = Pace(batches, device)
-    window = Window(seconds, recipe.batch, steps_an_epoch, ranks, peak and flops / (peak * ranks))
+    share = peak and flops / (peak * ranks)
+    window = Window(seconds, recipe.batch, steps_an_epoch, ranks, share, recipe.clip)
     followed: Followed | None = None
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
@@ -167,6 +196,12 @@ def pretrain(run: Run) -> None:
                 with progress.busy("looking at attention", len(records)) as looking:
                     frames = partial(every_record, step, looking)
                     window.since += masking.refresh(run.out, step, model.encoder, frames, process)
+            if selection.due(step):
+                with progress.busy("saving"):
+                    saver.wait()
+                with progress.busy("looking at losses", len(records)) as looking:
+                    found = partial(losses, step, looking)
+                    window.since += selection.refresh(run.out, step, found, process)
             rate = learning_rate(step, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -176,7 +211,7 @@ def pretrain(run: Run) -> None:
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
-            sums = torch.zeros(2, device=device)  # loss, mean weight
+            sums = torch.zeros(3, device=device)  # loss, mean weight, effective share
             cut = False  # by a signal: the step's gradients are dropped
             for micro_step in range(micro_steps):
                 batch, tensors = pace.next()
@@ -190,9 +225,9 @@ def pretrain(run: Run) -> None:
                     parallel.no_sync() if apart else nullcontext(),
                     progress.busy("compiling") if compiles and not began else nullcontext(),
                 ):
-                    loss, mean_weight = micro(tensors, cells)
+                    loss, of_weights = micro(tensors, cells)
                     (loss / micro_steps).backward()
-                sums += torch.stack([loss.detach(), mean_weight]) / micro_steps
+                sums += torch.cat([loss.detach()[None], of_weights]) / micro_steps
                 progress.advance(part * ranks)
                 if pace.second is not None and rank == 0:
                     say(*time_lines(pace.second, micro_steps, last - first, device))
@@ -209,22 +244,22 @@ def pretrain(run: Run) -> None:
                 optimizer.step()
                 if average is not None:
                     average.update(model, step + 1)
-                window.add(step, known, sums[0], norm.detach(), sums[1])
+                window.add(step, known, sums, norm.detach())
 
             # What is due after the step: rows, a checkpoint, the end.
             late = rank == 0 and saver.late()
             stopping, late = stop.agreed(late, step, run.log_every, ranks, device)
             saving = stopping or late or done % run.save_every == 0 or done == last
             # A pass over all records may take minutes, in which a signal cuts it short.
-            saving = (saving or masking.due(done)) and done > saved
+            saving = (saving or masking.due(done) or selection.due(done)) and done > saved
             # The first row shows that all is well. On a CPU there is no queue to wait for.
             paced = device.type == "cpu" and ranks == 1 and window.age > ROWS_PACE
             look = looks is not None and not cut and looks.due(done)
             due = saving or paced or look or step == first or done % run.log_every == 0
             if window.pending and due:
-                rows = window.rows(pace.take(), len(loader.damaged))
+                rows = window.rows(pace.take(), len(set().union(*damaged)))
                 if looks and look and rank == 0:  # the others wait in the next step
-                    rows[-1] |= looks.look(model.encoder, progress.busy)
+                    rows[-1] |= looks.look(model, progress.busy)
                     window.since += rows[-1]["look_seconds"]
                     say(*looks.lines(rows[-1], done))
                 if log is not None:
@@ -234,7 +269,7 @@ def pretrain(run: Run) -> None:
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"ema": average.module.state_dict()} if average is not None else {}
                 with progress.busy("saving"):
-                    followed = followed or follow(run, data, plan, model, masking)
+                    followed = followed or follow(run, data, model, masking)
                     saver.save(done, state, followed.taken(model, done))
             saved = done if saving else saved
             if stopping:
@@ -253,9 +288,10 @@ def pretrain(run: Run) -> None:
         dist.destroy_process_group()
 
 
-def follow(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> Followed:
+def follow(run: Run, data: Data, model: Any, masking: Masking) -> Followed:
     """The run's first images, as every save shows what the model makes of them."""
-    few = replace(plan, batch=min(FOLLOWED, len(data.records)), micro_steps=1)
+    first = data.selection.plan(0)
+    few = replace(first, batch=min(FOLLOWED, first.total), micro_steps=1)
     _, tensors = next(to_device(data.load(few, 0, 1, maps=data.maps), masking.device))
     images, weights, *_ = data.crops(tensors)
     return Followed(run.out, images, masking.fixed(len(images)), weights, model)
@@ -263,12 +299,15 @@ def follow(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> Fo
 
 def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Masking) -> None:
     """Draw the last step's first images, whether this process trained on them or not."""
-    step, device = plan.steps(run.recipe.epochs) - 1, masking.device
+    total, device = data.selection.steps(run.recipe.epochs), masking.device
+    step = total - 1
+    data.selection.restore(run.out, step, done=True)
     part = run.recipe.batch // plan.micro_steps
-    alike = replace(plan, micro_steps=count_micro_steps(run.recipe, 1, max(PICTURES, part)))
+    parts = count_micro_steps(run.recipe, 1, max(PICTURES, part))
+    alike = replace(data.selection.plan(step), micro_steps=parts)
     again = data.load(alike, step, step + 1, maps=data.maps)
     _, tensors = next(to_device(again, device))
-    tensors |= weighed(temperature(step, plan.steps(run.recipe.epochs), run.recipe), device)
+    tensors |= weighed(temperature(step, total, run.recipe), device)
     images, weights, *_ = data.crops(tensors)
     masking.restore(run.out, step, done=True)
     cells = masking.hidden(masking.noise(step)[: len(images)], step, tensors)

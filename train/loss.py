@@ -30,6 +30,24 @@ def masked_l1(
     return total / (hidden_pixels + 1e-5) / 3
 
 
+def on_one_grid(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """`weights` [b, c, c] and `hidden` [b, g, g] on the coarsest grid that has both, [b, n, n]."""
+    cells = math.lcm(weights.shape[-1], hidden.shape[-1])
+    return _grown(weights, cells), _grown(hidden, cells)
+
+
+def effective_share(weights: Tensor, hidden: Tensor) -> Tensor:
+    """(sum w)**2 / (n sum w**2) of the n masked parts of each image, mean of the images: 1 where
+    weights are alike, 1 / n where one part has all of it.
+
+    weights: [b, c, c]. hidden: bool [b, g, g], True where masked.
+    """
+    grown, masked = on_one_grid(weights, hidden)
+    of_image = (grown * masked).flatten(1)
+    squares = masked.flatten(1).sum(1) * (of_image**2).sum(1)
+    return (of_image.sum(1) ** 2 / squares).mean()
+
+
 def _grown(cells: Tensor, count: int) -> Tensor:
     """`cells` [b, c, c] repeated to [b, count, count]."""
     times = count // cells.shape[-1]

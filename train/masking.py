@@ -159,9 +159,12 @@ class Masking:
         counts = self.random if early and self.begin else self.counts
         return self._split(torch.arange(self.side**2, device=self.device)[None], counts)
 
-    def fixed(self, count: int) -> Cells:
-        """Cells of `count` images, drawn at random, the same at any step; as many as the first."""
-        order = drawn(races(self.seed, 0, count, self.side**2)).to(self.device)
+    def fixed(self, count: int, seed: int | None = None) -> Cells:
+        """Cells of `count` images, drawn at random, the same at any step; as many as the first.
+        seed: the run's, if none is given.
+        """
+        seed = self.seed if seed is None else seed
+        order = drawn(races(seed, 0, count, self.side**2)).to(self.device)
         return self._split(order, self.random if self.guides else self.counts)
 
     def _split(self, order: Tensor, counts: tuple[int, int, int]) -> Cells:

@@ -8,6 +8,7 @@ from shards.files import write_atomically
 
 COLLAPSED = 0.01  # normalised mutual information below which attention ignores what it sees
 METRICS = "metrics.jsonl"
+DECILES = [f"error_decile_{number}" for number in range(1, 11)]  # from the least density on
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

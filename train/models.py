@@ -148,6 +148,10 @@ class SimMIM(nn.Module):
         """masked_l1 of what forward gave for `cells`."""
         return masked_l1(output, images, cells.masked, weights)
 
+    def hidden(self, cells: Cells) -> Tensor:
+        """Where `cells` are masked, bool [b, g, g]."""
+        return cells.masked
+
     def picture(
         self, output: Tensor, images: Tensor, cells: Cells
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,6 +265,15 @@ class MAE(nn.Module):
         patches = patchify(images, self.patch)
         return masked_mse(output, patches, cells.masked, weights, self.norm_pix)
 
+    def hidden(self, cells: Cells) -> Tensor:
+        """Where `cells` are masked, bool [b, side, side]."""
+        return self._grid(cells.masked)
+
+    def _grid(self, index: Tensor) -> Tensor:
+        """True at the patches of `index` [b, k], bool [b, side, side]."""
+        none = torch.zeros(len(index), self.side**2, dtype=torch.bool, device=index.device)
+        return none.scatter(1, index, True).unflatten(1, (self.side, self.side))
+
     def picture(
         self, output: Tensor, images: Tensor, cells: Cells
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,9 +289,7 @@ class MAE(nn.Module):
             pixels = pixels * (own.var(2, keepdim=True) + 1e-6).sqrt() + own.mean(2, keepdim=True)
         index = masked[:, :, None].expand_as(pixels)
         whole = torch.zeros_like(patches).scatter(1, index, pixels)
-        none = torch.zeros(len(images), self.side**2, dtype=torch.bool, device=images.device)
-        where = (none.scatter(1, each, True) for each in cells if each is not None)
-        shown, seen = (each.unflatten(1, (self.side, self.side)) for each in where)
+        shown, seen = (self._grid(each) for each in cells if each is not None)
         return unpatchify(whole, self.patch), shown, seen
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from shards.files import write_atomically
 from shards.html import image, page, text
 from train.charts import COLOURS, Line, chart
-from train.metrics import COLLAPSED, duration, read_metrics
+from train.metrics import COLLAPSED, DECILES, duration, read_metrics
 
 GIVEN = {"crop": "jpg", "weight": "png", "visible": "jpg"}  # strips that stay the same
 SHOWN = 7  # saves whose reconstructions are side by side
@@ -111,10 +111,29 @@ def charts(found: Read) -> list[str]:
         "images per second": [line("images_per_s")],
         "share of time waiting for data": [line("waiting")],
         "learning rate": [line("lr")],
+        "share of steps whose gradient was clipped": [line("clip_rate")],
     }
+    if any(share < 1 for share in found.of("effective_share")[1]):
+        plain["effective share of an image's weights"] = [line("effective_share")]
     made = [chart("loss", [line("loss")])]
     made += [chart(name, of, low=0, marks=True) for name, of in looked.items() if of[0].x]
-    return made + [chart(name, of, low=0) for name, of in plain.items()]
+    made += deciles(found)
+    return made + [chart(name, of, low=0) for name, of in plain.items() if of[0].x]
+
+
+def deciles(found: Read) -> list[str]:
+    """The chart of the error by density, of a few looks from the first to the last."""
+    rows = [row for row in found.rows if DECILES[0] in row]
+    if not rows:
+        return []
+    places = sorted({round(n * (len(rows) - 1) / 3) for n in range(4)})
+    tenths = range(1, len(DECILES) + 1)
+    lines = [
+        Line(f"epoch {row['epoch']:.3g}", tenths, [row[name] for name in DECILES], colour)
+        for row, colour in zip([rows[place] for place in places], COLOURS, strict=False)
+    ]
+    name = "tenth of the masked cells, by density"
+    return [chart("error by density", lines, name, low=0, marks=True, across=(1, len(tenths)))]
 
 
 def _strips(run: Path) -> list[str]:

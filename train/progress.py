@@ -65,12 +65,12 @@ class Doing:
 
 
 @contextmanager
-def busy(what: str, shown: bool = True) -> Iterator[None]:
-    """Show `what` and its seconds for as long as the block takes."""
+def busy(what: str, shown: bool = True, total: float = 0) -> Iterator[Doing]:
+    """Show `what` and its seconds for as long as the block takes; of `total`, how much is done."""
+    doing, terminal = Doing(what, total), sys.stderr.isatty()
     if not shown:
-        yield
+        yield doing
         return
-    doing, terminal = Doing(what), sys.stderr.isatty()
 
     def draw() -> None:
         sys.stderr.write(f"\r\x1b[K{doing.line()}")
@@ -80,7 +80,7 @@ def busy(what: str, shown: bool = True) -> Iterator[None]:
         draw()
     try:
         with ticking(draw, doing.line):
-            yield
+            yield doing
     finally:
         if terminal:
             sys.stderr.write("\r\x1b[K")

@@ -99,6 +99,17 @@ class Recipe:
     ] = 0.0
     random_mask_ratio: Annotated[float, "share of cells that are masked in them"] = 0.6
     refresh_epochs: Annotated[float, "epochs from one look at attention to the next"] = 40.0
+    select: Annotated[float, "share of the samples that is trained on; 1: all"] = 1.0
+    select_by: Annotated[
+        Literal["density", "loss", "weighted_loss"],
+        "score that they are drawn by: a map's mean, or the loss as it was last looked at",
+    ] = "density"
+    select_power: Annotated[
+        float, "of the score in that draw; 0: at random, large: the highest scores alone"
+    ] = 1.0
+    select_epochs: Annotated[
+        float, "epochs from one draw to the next; an epoch is a pass over the drawn"
+    ] = 10.0
     bf16_residual: Annotated[
         bool, "on CUDA: tokens between blocks in bfloat16, patches by a product"
     ] = False

@@ -29,6 +29,7 @@ from train.models import MEAN, STD
 from train.progress import say
 from train.recipes import Recipe, nearest
 from train.request import Run, check_device
+from train.selection import FIXED, Selection, check_selection
 
 WINDOW = 64  # shards of a remote set: 64,000 samples, or all of one that has no more
 
@@ -93,7 +94,8 @@ class Data(NamedTuple):
     records: Records
     crops: WeightedCrops
     maps: list[str]  # those that a step reads
-    plan: Plan  # in one micro-step
+    plan: Plan  # of all records, in one micro-step
+    selection: Selection  # of what is trained on
     load: Callable[..., Any]
 
 
@@ -105,11 +107,12 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
         together(process, lambda: check_decoding(records, device, run.skip_damaged))
     crops = together(process, lambda: check(run, records, process)).to(device)
     count_micro_steps(recipe, process.ranks, recipe.micro_batch or recipe.batch)  # does it split?
-    plan = make_plan(run, records)
-    if plan.steps(recipe.epochs) < 1:
+    select = partial(make_selection, run, records, crops.weights)
+    selection = together(process, select)
+    if selection.steps(recipe.epochs) < 1:
         raise UserError(
-            f"{recipe.epochs:g} epochs of {len(records)} records make no batch of {recipe.batch}; "
-            "give more --epochs or a smaller --batch"
+            f"{recipe.epochs:g} epochs of {selection.epoch} records make no batch of "
+            f"{recipe.batch}; give more --epochs or a smaller --batch"
         )
     load = partial(
         records.loader,
@@ -120,11 +123,12 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
         skip=run.skip_damaged,
         device=str(device),
     )
-    return Data(records, crops, wanted_maps(recipe, crops.weights), plan, load)
+    maps = wanted_maps(recipe, crops.weights)
+    return Data(records, crops, maps, selection.whole, selection, load)
 
 
-def make_plan(run: Run, records: Records) -> Plan:
-    """The plan of the run; UserError if the cache cannot hold its windows."""
+def make_selection(run: Run, records: Records, detector: str | None) -> Selection:
+    """What the run trains on, in what order; UserError if the cache cannot hold its windows."""
     recipe = run.recipe
     remote = any(one.copies for one in records.sets)
     window = run.window or (WINDOW if remote else 0)
@@ -132,7 +136,10 @@ def make_plan(run: Run, records: Records) -> Plan:
         if one.copies:
             one.copies.check(min(window, len(one.shards)))
     crops: dict[str, Any] = {"area": recipe.area, "vertical": recipe.vertical}
-    return records.plan(recipe.batch, run.seed, window=window, **crops)
+    order = partial(records.plan, recipe.batch, run.seed, window=window, **crops)
+    if recipe.select < 1 and recipe.select_by == FIXED:
+        detector = detector or find_detector(run, records)
+    return Selection(recipe, run.seed, records, order, detector)
 
 
 def weighted_crops(
@@ -244,6 +251,7 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
         )
     check_source(recipe.weights)
     check_temperature(recipe)
+    check_selection(recipe, run.bank)
     if not 0 <= recipe.ema < 1:
         raise UserError(f"ema {recipe.ema} is out of range; give a decay as 0.9999, or 0 for none")
     if run.skip_damaged and [one.manifest.container for one in records.sets] == ["ffcv"]:
@@ -274,8 +282,11 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
 
 def choose_detector(run: Run, records: Records) -> str | None:
     """The detector whose maps the recipe weighs by; UserError if it is not clear which."""
-    if run.recipe.temperature is None:
-        return None
+    return None if run.recipe.temperature is None else find_detector(run, records)
+
+
+def find_detector(run: Run, records: Records) -> str:
+    """The detector of the run, or the only one of keypoints; UserError if it is not clear which."""
     first, *others = (one.manifest for one in records.sets)
     common = [
         each

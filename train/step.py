@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shards import Batch, WeightedCrops
+from train.loss import effective_share
 from train.models import Cells, in_bf16
 
 AHEAD = 2  # micro-steps that the device has before it; the host waits for the one before them
@@ -17,7 +18,8 @@ Mark = Any  # a torch.cuda.Event, or seconds of a CPU's clock
 
 
 class Step(nn.Module):
-    """What a micro-step computes of a batch's tensors and its cells: (loss, mean weight).
+    """What a micro-step computes of a batch's tensors and its cells: (loss, [mean weight, effective
+    share of the weights]).
 
     Crops, weights, forward and loss in one module, so that torch.compile makes one graph of them.
     Products are in bfloat16 on CUDA; crops, weights and the loss are float32.
@@ -33,7 +35,10 @@ class Step(nn.Module):
         with in_bf16(images.device):
             output = self.model(images, *cells)
         loss = self.model.loss(output, images, cells, weights)
-        return loss, torch.ones_like(loss) if weights is None else weights.mean()
+        if weights is None:
+            return loss, loss.new_ones(2)
+        share = effective_share(weights, self.model.hidden(cells))
+        return loss, torch.stack([weights.mean(), share])
 
 
 def weighed(temperature: float | None, device: torch.device) -> dict[str, Tensor]:

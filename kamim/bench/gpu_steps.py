@@ -94,15 +94,15 @@ class Training:
         """Forward and backward of micro-step `number` of the step."""
         begin = number * self.part
         cells = self.masking.hidden(noise[begin : begin + self.part], self.done, tensors)
-        loss, mean_weight = micro(tensors, cells)
+        loss, of_weights = micro(tensors, cells)
         (loss / self.micro_steps).backward()
-        self.sums += torch.stack([loss.detach(), mean_weight]) / self.micro_steps
+        self.sums += torch.cat([loss.detach()[None], of_weights]) / self.micro_steps
 
     def step(self, pace: Pace, micro: Any = None) -> None:
         """A whole step on what `pace` gives."""
         self.optimizer.zero_grad(set_to_none=True)
         noise = self.masking.noise(self.done)
-        self.sums = torch.zeros(2, device=self.device)
+        self.sums = torch.zeros(3, device=self.device)
         for number in range(self.micro_steps):
             _, tensors = pace.next()
             self.micro_step(number, noise, tensors, self.micro if micro is None else micro)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
@@ -17,15 +18,17 @@ from torchvision.transforms import v2
 from shards.rng import Purpose, mix
 from train.models import MEAN, normalised
 
-Augment = Literal["trivial", "rand"]
+Augment = Literal["trivial", "rand", "none"]
 
 
 def augment(frames: Tensor, samples: Tensor, epochs: Tensor, kind: Augment, seed: int) -> Tensor:
     """`frames` (uint8 [b, 3, S, S]) augmented and normalised, float32; `samples`, `epochs` [b].
 
     trivial, KAMIM's: TrivialAugmentWide, then half of the images erased to black. rand, SimMIM's:
-    RandAugment, and after normalising a quarter erased to noise.
+    RandAugment, and after normalising a quarter erased to noise. none: normalised alone.
     """
+    if kind == "none":
+        return normalised(frames.float())
     one = _trivial() if kind == "trivial" else _rand(frames.shape[-1])
     keys = mix(Purpose.AUGMENT, seed, epochs.cpu().numpy(), samples.cpu().numpy())
     found = []
@@ -39,7 +42,11 @@ def augment(frames: Tensor, samples: Tensor, epochs: Tensor, kind: Augment, seed
 def mixed(
     images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """A step's images mixed up or cut-mixed, at random, and its soft labels [b, classes]."""
+    """A step's images mixed up or cut-mixed, at random, and its soft labels [b, classes]; as they
+    are where both are 0.
+    """
+    if not mixup and not cutmix:
+        return images, F.one_hot(labels, classes).float()
     choice = v2.RandomChoice(
         [v2.MixUp(alpha=mixup, num_classes=classes), v2.CutMix(alpha=cutmix, num_classes=classes)]
     )

@@ -19,10 +19,12 @@ from train.request import CONFIG, check_encoders, file_of
 if TYPE_CHECKING:
     import torch
 
+    from kamim.evaluate.supervised import Pooling
     from shards import ShardSet
     from train.features import Encoder
 
 app = typer.Typer()
+SUPERVISED = ("paper", "attentive")  # protocols that train on images, not on kept features
 
 What = Annotated[
     str,
@@ -36,7 +38,7 @@ Cache = Annotated[Path | None, typer.Option(help="Local folder for copies of sha
 Block = Annotated[
     int, typer.Option(min=0, help="Features after this block; 0: 8 of 12, a Swin's last stage.")
 ]
-Pooling = Annotated[
+Pool = Annotated[
     Literal["mean", "cls"], typer.Option(help="Mean of the patch tokens, or the class token.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -53,15 +55,22 @@ def probe(
     train: Train,
     val: Val,
     protocol: Annotated[
-        Literal["fast", "paper", "fewshot"],
-        typer.Option(help="Cached features, the published augmented recipe, or 1 and 10 %."),
+        Literal["fast", "paper", "fewshot", "attentive"],
+        typer.Option(
+            help="Cached features, the published augmented recipe, 1 and 10 %, or by attention."
+        ),
     ] = "fast",
     block: Block = 0,
-    pool: Pooling = "mean",
+    pool: Pool = "mean",
     seeds: Annotated[int, typer.Option(min=1, help="Heads trained, each with its own seed.")] = 3,
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest neighbours.")] = 20,
-    epochs: Annotated[float, typer.Option(min=0, help="Of the head; 0: 30 fast, 110 paper.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Of the paper's protocol.")] = 2048,
+    epochs: Annotated[
+        float, typer.Option(min=0, help="Of the head; 0: 30 fast, 110 paper, 20 attentive.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Of paper and attentive.")] = 2048,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Peak rate; 0: 5e-3 paper, 1e-3 attentive; fast sweeps it.")
+    ] = 0,
     every_block: Annotated[
         bool, typer.Option("--every-block", help="Beside --block, each block by the fast protocol.")
     ] = False,
@@ -70,14 +79,18 @@ def probe(
     out: Out = None,
     json_output: Json = False,
 ) -> None:
-    """Linear probe of frozen features, and their nearest neighbours.
+    """Linear or attentive probe of frozen features, and their nearest neighbours.
 
     fast: features are computed once and kept, learning rates are swept on a tenth of the training
     set, no augmentation. fewshot: the same with the labels of 1 % and 10 % of the training set, as
     many of each class, others for each seed. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide,
-    erasing, MixUp or CutMix. Killed, the same command goes on from what is finished. --every-block
-    tells where in the encoder the features are that a line can use.
+    erasing, MixUp or CutMix. attentive: one block of attention with a learned query pools the patch
+    tokens before the linear layer; random crops and flips, AdamW 1e-3 at batch 2048. Killed, the
+    same command goes on from what is finished. --every-block tells where in the encoder the
+    features are that a line can use.
     """
+    if lr and protocol not in SUPERVISED:
+        raise UserError(f"--lr is of the protocols {' and '.join(SUPERVISED)}; leave it out")
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
     from shards.files import alone
@@ -93,7 +106,7 @@ def probe(
     def fast(number: int) -> dict[str, Any]:
         """Neighbours and heads of block `number`."""
         known, asked = features(number)
-        near = nearest_neighbours(known, asked, task.classes, neighbours)
+        near = nearest_neighbours(known, asked, task.classes, neighbours, device=task.device)
         heads = range(seeds) if protocol == "fast" or every_block else ()
         scores = [
             linear_probe(known, asked, task.classes, seed, count, device=task.device)
@@ -116,9 +129,12 @@ def probe(
             return
         row = task.facts() | {"protocol": protocol} | fast(task.block)
         near = row["knn"]
-        if protocol == "paper":
+        if protocol in SUPERVISED:
             del row["rates"]
-            row |= _supervised(task, "paper-probe", epochs, batch, folder, range(seeds))
+            how: Pooling = "attention" if protocol == "attentive" else pool
+            name = f"{protocol}-probe"
+            row |= {"pool": how}
+            row |= _supervised(task, name, epochs, batch, folder, range(seeds), how, lr)
         if every_block:
             each = [{"block": n} | fast(n) for n in range(1, task.model.blocks + 1)]
             row["by_block"] = each
@@ -154,7 +170,8 @@ def finetune(
     task.block = task.model.blocks
     folder = out or folder_for("finetune", encoder)
     with alone(folder):
-        found = _supervised(task, recipe, epochs, batch, folder, range(seed, seed + 1))
+        seeds = range(seed, seed + 1)
+        found = _supervised(task, recipe, epochs, batch, folder, seeds, task.pool)
         row = task.facts() | {"recipe": recipe} | found
         _report(row, folder / "finetune.json", json_output, "")
 
@@ -230,7 +247,14 @@ def _open_sets(places: list[str], cache: Path | None) -> "list[ShardSet]":
 
 
 def _supervised(
-    task: _Task, name: str, epochs: float, batch: int, folder: Path, seeds: range
+    task: _Task,
+    name: str,
+    epochs: float,
+    batch: int,
+    folder: Path,
+    seeds: range,
+    pool: "Pooling",
+    lr: float = 0,
 ) -> dict[str, list[float]]:
     """Top-1 and top-5 of each seed's run by the recipe `name`, each in a folder of its own."""
     from copy import deepcopy
@@ -239,13 +263,13 @@ def _supervised(
 
     from kamim.evaluate.supervised import Classifier, recipe_for, train_supervised
 
-    recipe = recipe_for(name, task.model.is_swin, batch, epochs)
-    same = {"encoder": task.encoder, "block": task.block, "pool": task.pool}
+    recipe = recipe_for(name, task.model.is_swin, batch, epochs, lr)
+    same = {"encoder": task.encoder, "block": task.block, "pool": pool}
     found: dict[str, list[float]] = {"top1": [], "top5": []}
     for seed in seeds:
         torch.manual_seed(seed)
         model = deepcopy(task.model)
-        classifier = Classifier(model, task.block, task.pool, task.classes, recipe)
+        classifier = Classifier(model, task.block, pool, task.classes, recipe)
         classifier.to(task.device)
         run = folder / f"{name}-seed-{seed}"
         scores = train_supervised(

@@ -1,17 +1,20 @@
-"""Training with labels: a head on a frozen encoder (the paper's probe), or all of it.
+"""Training with labels: a head on a frozen encoder (the paper's probe, or one that attends), or
+all of it.
 
 A run folder holds metrics.jsonl and a checkpoint per epoch. Killed, a run goes on from there, to
 the same numbers.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
@@ -81,17 +84,44 @@ SIMMIM = LabelRecipe(
     area=(0.08, 1.0),
     mixup=0.8,
 )
-RECIPES = {"paper-probe": LabelRecipe(frozen=True), "kamim": LabelRecipe(), "simmim": SIMMIM}
+# Of our own choice: random crops and flips alone, as attentive probes have them.
+ATTENTIVE = LabelRecipe(
+    frozen=True,
+    epochs=20,
+    warmup=1,
+    level=0.0,
+    peak=1e-3,
+    floor=0.0,
+    start=1e-6,
+    weight_decay=0.01,
+    decay_all=False,
+    clip=1.0,
+    augment="none",
+    area=(0.08, 1.0),
+    mixup=0.0,
+    cutmix=0.0,
+)
+RECIPES = {
+    "paper-probe": LabelRecipe(frozen=True),
+    "attentive-probe": ATTENTIVE,
+    "kamim": LabelRecipe(),
+    "simmim": SIMMIM,
+}
+Pooling = Pool | Literal["attention"]
 
 
-def recipe_for(name: str, is_swin: bool, batch: int, epochs: float = 0) -> LabelRecipe:
-    """The recipe called `name` for a batch, and what is Swin's own in it; epochs 0: its own.
+def recipe_for(
+    name: str, is_swin: bool, batch: int, epochs: float = 0, peak: float = 0
+) -> LabelRecipe:
+    """The recipe called `name` for a batch, and what is Swin's own in it; epochs, peak 0: its own.
 
     SimMIM's rates are in proportion to the batch, and its layers of Swin decay by 0.9; KAMIM clips
     Swin's gradient, not a ViT's.
     """
     recipe = RECIPES[name]
-    recipe = replace(recipe, batch=batch, epochs=epochs or recipe.epochs)
+    recipe = replace(recipe, batch=batch, epochs=epochs or recipe.epochs, peak=peak or recipe.peak)
+    if name == "attentive-probe":
+        return recipe
     if name != "simmim":
         return replace(recipe, clip=1.0) if is_swin else recipe
     times = batch / 512
@@ -102,11 +132,13 @@ def recipe_for(name: str, is_swin: bool, batch: int, epochs: float = 0) -> Label
 class Classifier(nn.Module):
     """Pooled tokens of a block through one linear layer; images [b, 3, S, S] to logits [b, n].
 
-    A frozen Swin's tokens are those before its final norm, as published.
+    Pooled by attention, a query that is learned attends to the normalised patch tokens, by heads of
+    64, and an MLP follows: one block of cross-attention. A frozen Swin's tokens are those before
+    its final norm, as published.
     """
 
     def __init__(
-        self, encoder: Encoder, block: int, pool: Pool, classes: int, recipe: LabelRecipe
+        self, encoder: Encoder, block: int, pool: Pooling, classes: int, recipe: LabelRecipe
     ) -> None:
         super().__init__()
         self.trunk, self.block, self.pool = encoder.model, block, pool
@@ -114,6 +146,7 @@ class Classifier(nn.Module):
         self.norm = not (encoder.is_swin and recipe.frozen)
         self.encoder = [encoder]  # in a list: the trunk is the one that is registered
         width = _width(encoder, block)
+        self.attend = _attention(width) if pool == "attention" else None
         self.head = nn.Linear(width, classes)
         if recipe.head is not None:
             nn.init.trunc_normal_(self.head.weight, std=recipe.head)
@@ -125,7 +158,10 @@ class Classifier(nn.Module):
         """Logits."""
         with torch.set_grad_enabled(not self.frozen and torch.is_grad_enabled()):
             patches, cls = tokens(self.encoder[0], images, self.block, self.norm)
-        features = patches.mean(1) if self.pool == "mean" else cls
+        if self.attend is not None:
+            features = self.attend(patches)
+        else:
+            features = patches.mean(1) if self.pool == "mean" else cls
         logits: Tensor = self.head(features)
         return logits
 
@@ -135,6 +171,13 @@ class Classifier(nn.Module):
         if self.frozen:
             self.trunk.eval()
         return self
+
+
+def _attention(width: int) -> nn.Sequential:
+    """Tokens [b, n, width] in, one [b, width] out."""
+    heads = math.gcd(width, max(1, width // 64))
+    pool = AttentionPoolLatent(width, num_heads=heads, norm_layer=nn.LayerNorm)
+    return nn.Sequential(nn.LayerNorm(width), pool)
 
 
 def set_drop_path(encoder: Encoder, rate: float) -> None:

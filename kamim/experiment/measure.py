@@ -36,7 +36,7 @@ def measure(
     found = probe(*pairs)
     with torch.inference_mode():
         classes = int(cifar[0].labels.max()) + 1
-        found["knn"] = nearest_neighbours(*pairs, classes, bar=QUIET)
+        found["knn"] = nearest_neighbours(*pairs, classes, device=known.device, bar=QUIET)
         found["rank"] = effective_rank(asked)
         found["retrieval"] = retrieval(encoder, trainer, held, block)
         found |= losses(trainer, held)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import socketserver
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY, errors, settings
@@ -40,18 +43,25 @@ from kamim.evaluate.supervised import (
     LabelRecipe,
     augmented,
     parameter_groups,
+    recipe_for,
     train_supervised,
     windows_of,
 )
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.beton import convert_to_ffcv
-from train import checkpoint
-from train.features import tokens
+from train import checkpoint, probe
+from train.features import Encoder, tokens
 from train.huggingface import from_timm, to_timm
 from train.probe import linear_probe, nearest_neighbours
 
 CPU = torch.device("cpu")
+COMMANDS = [
+    ["probe"],
+    ["probe", "--protocol", "paper"],
+    ["probe", "--protocol", "attentive"],
+    ["finetune"],
+]
 
 
 def typed(command, *words):
@@ -79,6 +89,22 @@ def test_a_separable_set_is_all_right_and_shuffled_labels_are_chance():
         by_chance = linear_probe(clusters(2000, 7, 1, True), val, 7, seed=seed)
         assert abs(by_chance.top1 - 1 / 7) < 0.1
     assert abs(nearest_neighbours(clusters(2000, 7, 1, True), val, 7) - 1 / 7) < 0.1
+
+
+def test_neighbours_vote_as_the_slow_twin_says_however_few_fit_at_once(monkeypatch):
+    train, val = clusters(300, 5, 1, True), clusters(90, 5, 2)
+    mean = train[0].mean(0)
+    known, right = torch.nn.functional.normalize(train[0] - mean), 0
+    for feature, label in zip(*val, strict=True):
+        similarity = known @ torch.nn.functional.normalize(feature - mean, dim=0)
+        votes = [0.0] * 5
+        for near in similarity.argsort(descending=True)[:20].tolist():
+            votes[train[1][near]] += math.exp(similarity[near] / 0.07)
+        right += votes.index(max(votes)) == label
+    assert 0.05 < right / 90 < 0.6  # labels mean little here: votes must be counted right
+    for most in (2**28, 1000, 1):
+        monkeypatch.setattr(probe, "SIMILARITIES", most)
+        assert nearest_neighbours(train, val, 5) == right / 90
 
 
 def test_a_probe_depends_on_its_seed_alone():
@@ -226,21 +252,21 @@ def test_each_block_can_be_probed(labelled, tmp_path):
     assert len(list((tmp_path / "probe").glob("features-*"))) == 4
 
 
-def supervised(labelled, out, epochs, frozen=True, micro_batch=0, **changes):
+def supervised(labelled, out, epochs, frozen=True, micro_batch=0, pool="mean", **changes):
     """A short run on the forty, a checkpoint an epoch."""
     encoder = load_encoder("random:small", CPU)
     torch.manual_seed(0)
     recipe = LabelRecipe(frozen=frozen, epochs=epochs, warmup=1, batch=10, **changes)
-    model = Classifier(encoder, 2, "mean", 4, recipe)
+    model = Classifier(encoder, 2, pool, 4, recipe)
     records = ShardSet(labelled)
     facts = {"encoder": "x"}
     train_supervised(model, recipe, records, records, out, 0, CPU, facts, micro_batch)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen, monkeypatch):
-    whole = supervised(labelled, tmp_path / "whole", 2, frozen)
+@pytest.mark.parametrize(("frozen", "pool"), [(True, "mean"), (False, "mean"), (True, "attention")])
+def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen, pool, monkeypatch):
+    whole = supervised(labelled, tmp_path / "whole", 2, frozen, pool=pool)
     real, seen = kamim.evaluate.supervised.augmented, []
 
     def killed(*arguments):
@@ -251,15 +277,85 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
 
     monkeypatch.setattr(kamim.evaluate.supervised, "augmented", killed)
     with pytest.raises(KeyboardInterrupt):
-        supervised(labelled, tmp_path / "parts", 2, frozen)
-    again = supervised(labelled, tmp_path / "parts", 2, frozen)
+        supervised(labelled, tmp_path / "parts", 2, frozen, pool=pool)
+    again = supervised(labelled, tmp_path / "parts", 2, frozen, pool=pool)
     assert seen[5:7] == [5, 4]  # it goes on after the first epoch's four steps
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="holds another run"):
-        supervised(labelled, tmp_path / "parts", 2, frozen, peak=1.0)
+        supervised(labelled, tmp_path / "parts", 2, frozen, pool=pool, peak=1.0)
     start = load_encoder("random:small", CPU).model.state_dict()
     same = all(torch.equal(whole[f"trunk.{name}"], start[name]) for name in start)
     assert same == frozen
+
+
+class Colours(torch.nn.Module):
+    """A trunk that cannot learn: the mean colour of each 16-px patch, with a scale of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Identity()])
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward_intermediates(self, images, **options):
+        means = torch.nn.functional.avg_pool2d(images, 16) * self.scale[:, None, None]
+        patches = means.flatten(2).transpose(1, 2)
+        return [(patches, patches[:, :0])]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Two classes with the same mean colour: blue lies on the red patch or on the green one."""
+    rng, source = np.random.default_rng(0), tmp_path / "source"
+    for number in range(64):
+        picture, label = np.full((4, 4, 3), 128, np.uint8), number % 2
+        red, green = rng.choice(16, 2, replace=False)
+        picture.reshape(16, 3)[red] = 255, 0, 255 * label
+        picture.reshape(16, 3)[green] = 0, 255, 255 * (1 - label)
+        path = source / f"class{label}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), picture.repeat(16, 0).repeat(16, 1)[:, :, ::-1])
+    build_shards(open_source(str(source)), tmp_path / "pairs", settings(quality=0), 1)
+    return ShardSet(tmp_path / "pairs")
+
+
+def test_attention_learns_what_the_mean_of_tokens_has_lost(pairs, tmp_path):
+    found = {}
+    for pool in ("mean", "attention"):
+        encoder = Encoder("colours", Colours().eval(), 64)
+        before = encoder.model.state_dict()["scale"].clone()
+        torch.manual_seed(0)
+        recipe = replace(recipe_for("attentive-probe", False, 32, 40, 1e-2), area=None)
+        model = Classifier(encoder, 1, pool, 2, recipe)
+        how = recipe, pairs, pairs, tmp_path / pool, 0, CPU, {}
+        found[pool] = train_supervised(model, *how)["top1"]
+        assert torch.equal(encoder.model.state_dict()["scale"], before)
+    assert found["attention"] == 1.0
+    assert found["mean"] < 0.7
+
+
+@pytest.mark.parametrize("name", ["random:small", "random:swin_tiny_patch4_window7_224"])
+def test_an_attentive_probe_of_any_backbone_leaves_it_as_it_was(name, labelled, tmp_path):
+    words = ["probe", name, labelled, labelled, "--protocol", "attentive", "--epochs", "1"]
+    words += ["--seeds", "1", "--batch", "10", "--lr", "1e-2", "--out", tmp_path / "probe"]
+    status, printed, error = typed(*words, "--json")
+    assert status == 0, error
+    row = json.loads(printed)
+    assert (row["pool"], row["protocol"]) == ("attention", "attentive")
+    (saved,) = (tmp_path / "probe" / "attentive-probe-seed-0" / "checkpoints").iterdir()
+    state = checkpoint.load(saved)
+    assert state["run"]["supervised"]["peak"] == 1e-2
+    start = load_encoder(name, CPU).model.state_dict()
+    assert all(torch.equal(state["model"][f"trunk.{key}"], start[key]) for key in start)
+    width = state["model"]["head.weight"].shape[1]
+    assert state["model"]["attend.1.latent"].shape == (1, 1, width)
+    again = typed(*words, "--json")  # from what is finished
+    assert json.loads(again[1]) == row
+    assert "holds another run" in typed(*words, "--epochs", "2")[2]
+
+
+def test_a_rate_is_of_the_protocols_that_train_on_images(labelled):
+    _, _, error = typed("probe", "random:small", labelled, labelled, "--lr", "1e-3")
+    assert error == "--lr is of the protocols paper and attentive; leave it out"
 
 
 def test_a_step_in_parts_has_the_loss_of_a_whole_one(labelled, tmp_path):
@@ -302,7 +398,7 @@ def test_finetune_and_the_papers_probe_from_the_command_line(labelled, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["probe"], ["probe", "--protocol", "paper"], ["finetune"]])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_killed_again_and_again_end_with_the_numbers_of_a_calm_run(
     command, labelled, tmp_path
 ):
@@ -333,8 +429,6 @@ def test_commands_killed_again_and_again_end_with_the_numbers_of_a_calm_run(
 
 
 def resigned(folder, index):
-    from dataclasses import replace
-
     from shards import load
     from shards.record import npy_bytes
     from shards.spec import write, write_file
@@ -391,7 +485,7 @@ def store(labelled, tmp_path):
     served.kill()
 
 
-@pytest.mark.parametrize("command", [["probe"], ["probe", "--protocol", "paper"], ["finetune"]])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_sets_at_a_url_give_the_numbers_of_their_folder(command, labelled, store, tmp_path):
     options = ["--epochs", "1"] + (["--batch", "10"] if command != ["probe"] else [])
     options += ["--seeds", "1"] if command[0] == "probe" else []
@@ -428,7 +522,7 @@ def test_analyse_takes_a_url_and_an_ffcv_set(labelled, store, tmp_path):
     assert all(facts == found[0] for facts in found)
 
 
-@pytest.mark.parametrize("command", [["probe", "--protocol", "paper"], ["finetune"]])
+@pytest.mark.parametrize("command", COMMANDS[1:])
 def test_training_with_labels_from_ffcv(command, labelled, tmp_path):
     if find_spec("ffcv") is None:  # to import it here would set torch's number of threads
         pytest.skip("FFCV is not installed")

@@ -137,9 +137,9 @@ def test_a_step_meets_no_tensor_of_another_device(name, fake_cuda):
     recipe = reduced(name)
     step, masking, tensors = on_fake_cuda(recipe, fake_cuda)
     noise = torch.rand(4, masking.side**2, device="cuda")
-    loss, mean_weight = step(tensors, masking.hidden(noise, masking.begin, tensors))
-    for each in (loss, mean_weight):
-        assert (each.dtype, each.device.type, each.shape) == (torch.float32, "cuda", ())
+    loss, of_weights = step(tensors, masking.hidden(noise, masking.begin, tensors))
+    for each, shape in ((loss, ()), (of_weights, (2,))):
+        assert (each.dtype, each.device.type, each.shape) == (torch.float32, "cuda", shape)
 
 
 def test_a_tensor_of_another_device_is_noticed(fake_cuda):

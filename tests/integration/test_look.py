@@ -10,6 +10,7 @@ import struct
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -27,6 +28,7 @@ from train.diagnosis import diagnose
 from train.features import features_of
 from train.metrics import COLLAPSED, read_metrics
 from train.probe import effective_rank, linear_probe, nearest_neighbours
+from train.selection import Selection
 
 FIGURES = {"probe_top1", "knn_top1", "effective_rank", "look_seconds"}
 FIGURES |= {"attention_distance", "attention_uniform", "attention_nmi"}
@@ -137,7 +139,9 @@ def test_a_look_takes_no_more_images_than_its_share_of_the_computation(shards, m
     def looked(records, every, share=train.look.SHARE):
         found = object.__new__(train.look.Looks)
         monkeypatch.setattr(train.look, "SHARE", share)
-        data = type("Data", (), {"records": records, "load": lambda *a, **k: None})
+        chosen = Selection(TINY, 0, records, partial(records.plan, TINY.batch))
+        fields = {"records": records, "load": lambda *a, **k: None, "selection": chosen}
+        data = type("Data", (), fields)
         given = {"shards": shards, "out": shards, "recipe": TINY, "probe_every": every}
         encoder = load_encoder("random:small", torch.device("cpu")).model
         flops = 3 * train.look.model_flops(encoder, 96, ()) / 3

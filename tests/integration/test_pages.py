@@ -60,7 +60,7 @@ def sound(page, width, images, charts, picture=None):
 
 @pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_browser_shows_all_of_every_page(runs, width, tmp_path):
-    sound(runs / "a" / "index.html", width, 3 + 3, 8)
+    sound(runs / "a" / "index.html", width, 3 + 3, 11)
     words = [runs / "a", runs / "b", runs / "c", "--out", tmp_path / "compared"]
     assert typed("compare", *words)[0] == 0
     sound(tmp_path / "compared" / "index.html", width, 2, 7)
