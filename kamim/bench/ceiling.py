@@ -85,7 +85,7 @@ def begin_replaced(decode: float | None, read: float | None) -> None:
 def rate(
     records: ShardSet, workers: int, seconds: float = SECONDS, processes: bool = False
 ) -> tuple[float, float]:
-    """Images a second of the loader with `workers`, with maps; and the cores that it took."""
+    """Images per second of the loader with `workers`, with maps; and the cores that it took."""
     plan = Plan(len(records), BATCH)
     ahead = max(3, 2 * workers * 16 // BATCH + 2)
     names = records.manifest.detectors[:1]

@@ -68,7 +68,7 @@ def _measure(bench: Bench, flags: list[str]) -> dict[str, Any]:
 
 
 def batch_of(bench: Bench) -> int:
-    """Images a step of the runs: two micro-steps of a large recipe."""
+    """Images per step of the runs: two micro-steps of a large recipe."""
     return min(find_recipe(bench.killed).batch, 2 * MICRO_BATCH)
 
 

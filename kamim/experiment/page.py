@@ -167,7 +167,7 @@ def tables(rows: Sequence[Row]) -> str:
     )
     parts += ["\n".join(f"- {line}" for method in METHODS for line in able(rows, method))]
     if found:
-        parts.append("![Top-1 of each arm, a line a seed](top1.png)")
+        parts.append("![Top-1 of each arm, a line per seed](top1.png)")
     head = ("method", "weights", "seeds", *FIGURES)
     stages = {"main": MAIN, "more": MORE, "rate": ("uniform", "fast")}
     for stage, arms in stages.items():
@@ -265,7 +265,7 @@ def made_on(rows: Sequence[Row]) -> str:
 
 
 def draw_top1(rows: Sequence[Row], path: Path) -> Path:
-    """Top-1 of each arm, a line a seed: the pairs can be seen."""
+    """Top-1 of each arm, a line per seed: the pairs can be seen."""
     with picture(path, 10, 4, (1, len(METHODS))) as axes:
         for panel, method in zip(axes, METHODS, strict=True):
             looks = {arm: at_end(rows, method, arm) for arm in MAIN}
