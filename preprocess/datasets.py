@@ -24,7 +24,7 @@ from shards.errors import UserError
 from shards.remote.storage import is_url
 
 Lister = Callable[[str, str], Source | None]
-FAR = 0.02  # share of its images that a dataset may lack: some are lost in many a download
+FAR = 0.02  # share of its images that a dataset may lack: many downloads lose some
 # Where people keep datasets; the folder that the variable KAMIM_DATA names comes before.
 BASES = ("data", ".", "~/data", "~/datasets", "/data", "/datasets")
 TORONTO = "www.cs.toronto.edu/~kriz/cifar.html (no licence is given; cite the report there)"

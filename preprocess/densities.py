@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 SEED = 0  # of the boxes of views and banks; a training run has its own
 LONGEST = 16  # crops' sides of a view: a source of 1 x 10,000 px would become 2 million px long
-FLOOR = 0.2  # views' worth of sight below which a map cell has nothing to go by, and is 0
+FLOOR = 0.2  # a map cell that fewer views than this have seen is 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 1.0  # between two looks at the clock when nothing is reported
-STDERR = threading.Lock()  # whose thread writes there, or has turned it aside
+STDERR = threading.Lock()  # held by the thread that writes there, or has redirected it
 
 
 class Bar(tqdm):  # type: ignore[misc]
@@ -68,7 +68,7 @@ def _tick(bar: "weakref.ref[Bar]", ended: threading.Event, delay: float, pace: f
             return
         with STDERR:
             shown.refresh()
-        del shown  # or this thread would be who has it
+        del shown  # else this thread would keep it alive
 
 
 class _Lines(io.TextIOBase):

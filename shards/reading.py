@@ -60,7 +60,7 @@ class Layout:
         self.arrays = {name: array for name, (array, _) in wanted.items()}
         self.bank, self.tar = bank, tar
         self.slots = settings.bank if bank else 0
-        # What stands before arrays, and what is to be said where it does not.
+        # What stands before arrays, and what is said if it does not.
         self.heads: list[tuple[bytes, str]] = []
         if self.raw:
             frame = npy_header((settings.frame, settings.frame, 3)) if tar else b""

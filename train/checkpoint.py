@@ -35,7 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({"version": VERSION, "step": step, **state}, file)
-    except RuntimeError as error:  # so torch calls a write that failed, as on a full disk
+    except RuntimeError as error:  # torch's name for a failed write, as on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else None
         detail = cause.strerror if cause else str(error).splitlines()[0]
         raise OSError(
@@ -226,7 +226,7 @@ def restore(
             "--resume, or name another --out"
         )
     state = load(path, device)
-    # What an older checkpoint's recipe does not have was as the defaults are, or not known.
+    # Fields that an older checkpoint's recipe lacks had the defaults, or were not known.
     known = asdict(Recipe(model="")) | {"correct": False} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {

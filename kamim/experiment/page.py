@@ -13,7 +13,7 @@ from kamim.experiment.keypoints import COLLAPSE, MAIN, METHODS, MORE, read
 from train.metrics import COLLAPSED
 
 EMPTY = "<!-- results: begin -->\n<!-- results: end -->\n"
-POINTS = 0.5  # a gain below this is none that matters
+POINTS = 0.5  # a smaller gain does not matter
 LEAST = 3  # pairs that a verdict needs
 TITLES = {"simmim": "SimMIM", "mae": "MAE", "fast": "FAST", "orb": "ORB", "sift": "SIFT"}
 PAIRS = (("fast", "uniform"), ("fast", "contrast"), ("fast", "shuffled"), ("fast", "inverse"))

@@ -52,7 +52,7 @@ def retried(
         try:
             result = call()
         except Exception as error:  # every client has its own kinds
-            needed()  # its own wish to end goes before what came of it
+            needed()  # a wish to end counts for more than the failure
             _refuse(url, error)
             reason = f"{type(error).__name__}: {_line(error)}"
         else:
