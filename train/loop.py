@@ -138,8 +138,6 @@ def pretrain(run: Run) -> None:
         here = replace(drawn, micro_steps=micro_steps)
         return data.load(here, step, end, maps=data.maps, rank=rank, ranks=ranks)
 
-    # What cannot be loaded is said before the first step.
-    loader = None if selection.due(first) else load(first)
     damaged: list[set[int]] = []
 
     def every_batch(loader: Any) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
@@ -150,7 +148,8 @@ def pretrain(run: Run) -> None:
             yield from to_device(loader, device)
             loader, step = None, min(last, selection.end(step))
 
-    batches = every_batch(loader)
+    # What cannot be loaded is said before the first step.
+    batches = every_batch(None if selection.due(first) else load(first))
     stop = Stop()
     if ranks > 1:
         stop.listen()
