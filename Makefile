@@ -78,11 +78,15 @@ ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 	@$(BIN)/kamim doctor
 
-test: $(VENV)/test  ## Run the tests (about eight minutes on two cores).
+test: $(VENV)/test  ## Run the tests (five to six minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/test  ## Run the long tests too.
-	$(BIN)/python -m pytest -q --hypothesis-profile=new -m '(slow or not slow) and not dist and not stress'
+test-slow: $(VENV)/test  ## Run the long tests, and the README's commands as they are printed (about six minutes).
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+.PHONY: test-all
+test-all: $(VENV)/test  ## Run every test but those of dist and abuse, on new examples.
+	$(BIN)/python -m pytest -q --hypothesis-profile=new -m 'not dist and not stress'
 
 .PHONY: test-readme
 test-readme: $(VENV)/test  ## Run the README's commands as they are printed (minutes; trains).
@@ -90,7 +94,7 @@ test-readme: $(VENV)/test  ## Run the README's commands as they are printed (min
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
-	$(BIN)/python -m pytest -q -m slow tests/newcomer
+	$(BIN)/python -m pytest -q -m release tests/newcomer
 
 # Without torch its classes are of no known type; `make test-slow` checks types with it, strictly.
 check: $(VENV)/check  ## Lint, formatting and types; seconds, no torch.
@@ -170,6 +174,7 @@ KEYPOINTS := data/keypoints
 .PHONY: mutants
 mutants: $(VENV)/test $(VENV)/mutants  ## Break lines of what numbers rest on, and ask the tests: FLAGS="--count 10".
 	$(VENV)/mutants/bin/python tests/mutants/mutate.py --python $(BIN)/python $(FLAGS)
+	$(BIN)/python tests/mutants/table.py
 
 .PHONY: experiment
 experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=keypoints, DATA (photos, cifar10), FLAGS.

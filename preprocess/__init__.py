@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from preprocess.decode import Rejected, decode_image
     from preprocess.densities import bank_of, density_maps
     from preprocess.detectors import detector_settings
-    from preprocess.fidelity import draw_fidelity, measure_fidelity, storage, write_picture
+    from preprocess.fidelity import draw_fidelity, measure_fidelity, storage
     from preprocess.parts import build_part, join_parts
     from preprocess.redetect import redetect_maps
     from preprocess.source import Source
@@ -24,7 +24,7 @@ _HOMES = {
     "decode": "Rejected decode_image",
     "densities": "bank_of density_maps",
     "detectors": "detector_settings",
-    "fidelity": "draw_fidelity measure_fidelity storage write_picture",
+    "fidelity": "draw_fidelity measure_fidelity storage",
     "parts": "build_part join_parts",
     "redetect": "redetect_maps",
     "source": "Source",
@@ -47,7 +47,6 @@ __all__ = [
     "open_source",
     "redetect_maps",
     "storage",
-    "write_picture",
 ]
 
 

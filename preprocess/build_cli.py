@@ -178,5 +178,10 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2, sort_keys=True))
 
 
+def print_result(as_json: bool, result: dict[str, Any], line: object) -> None:
+    """The result as JSON, or in a `line` for a person."""
+    print_json(result) if as_json else print(line)
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr)

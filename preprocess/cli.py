@@ -15,6 +15,7 @@ from preprocess import BuildError
 from preprocess.build_cli import (
     allow_seconds,
     print_json,
+    print_result,
     run_build,
     say,
     settings_of,
@@ -166,12 +167,11 @@ def verify(
         demo = records.manifest.source["kind"] == "demo"
         listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, samples)
-    if json_output:
-        print_json({"folder": str(folder), "level": level, "problems": problems})
-    else:
-        sound = f"{folder}: {{}} records are sound at level {level}"
-        lines = problems[:20] or [sound.format(shards.load(folder).count)]
-        print("\n".join(lines))
+    lines = problems[:20]
+    if not problems:
+        lines = [f"{folder}: {shards.load(folder).count} records are sound at level {level}"]
+    facts = {"folder": str(folder), "level": level, "problems": problems}
+    print_result(json_output, facts, "\n".join(lines))
     if problems:
         number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         mend = "" if deep else _mend(folder, problems)
@@ -208,10 +208,8 @@ def inspect(
         text = shards.inspect_page(records, temperature, w_ps, within("--samples", samples, 1))
     path = page or folder / "inspect.html"
     write_atomically(path, text.encode("utf-8"))
-    if json_output:
-        print_json({"folder": str(folder), "page": str(path), "records": len(records)})
-    else:
-        print(path)
+    facts = {"folder": str(folder), "page": str(path), "records": len(records)}
+    print_result(json_output, facts, path)
 
 
 @app.command()
@@ -245,9 +243,11 @@ def fidelity(
     }
     facts = {"temperature": temperature, "w_ps": w_ps, "seed": seed, "detectors": headline}
     shards.spec.write(folder, replace(records.manifest, fidelity=facts))
+    from shards.html import encoded
+
     picture = folder / "fidelity.png"
     with waiting("drawing examples"):
-        preprocess.write_picture(picture, preprocess.draw_fidelity(records, listed))
+        write_atomically(picture, encoded(preprocess.draw_fidelity(records, listed), "png"))
     if json_output:
         print_json({"folder": str(folder), **facts, "detectors": found, "storage": sizes})
         return

@@ -6,7 +6,6 @@ ignore the image, detection on the crop a little to the side or flipped, and ano
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import joblib
@@ -21,7 +20,7 @@ from shards.correction import correction
 from shards.crops import crop_boxes, unit_boxes, weights
 from shards.crops import read_crop as read_map_of
 from shards.errors import UserError
-from shards.files import write_atomically
+from shards.html import heat
 from shards.index import places_of
 from shards.progress import progress
 from shards.record import DENSITY, WEIGHTS
@@ -302,8 +301,7 @@ def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[
 
 def _heat(density: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Dark is density 0, yellow 1."""
-    levels = np.rint(np.clip(density, 0, 1) * 255).astype(np.uint8)
-    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1])
+    return heat(np.rint(np.clip(density, 0, 1) * 255).astype(np.uint8))
 
 
 def _difference(error: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -318,9 +316,3 @@ def _tile(picture: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
     tile[BAR:, :SIDE] = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
     font = cv2.FONT_HERSHEY_SIMPLEX
     return np.asarray(cv2.putText(tile, title, (1, 15), font, 0.38, (40, 40, 40), 1, cv2.LINE_AA))
-
-
-def write_picture(path: Path, rgb: NDArray[np.uint8]) -> None:
-    """Write an RGB picture as PNG, whole or not at all."""
-    png = cv2.imencode(".png", np.ascontiguousarray(rgb[:, :, ::-1]))[1]
-    write_atomically(path, png.tobytes())

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from preprocess.build_cli import print_json, print_set, within
+from preprocess.build_cli import print_result, print_set, within
 from preprocess.cli import app
 from preprocess.options import Folder, Json, MaxRejected
 
@@ -33,11 +33,10 @@ def convert(
     suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
     target = out or folder.with_name(folder.name + suffix)
     manifest = convert_to_ffcv(folder, target, frames)
-    if json_output:
-        facts = {"out": str(target), "fingerprint": manifest.fingerprint}
-        print_json({**facts, "records": manifest.count, "bytes": manifest.shards[0].bytes})
-    else:
-        print(f"{target}: {manifest.count} records, {manifest.shards[0].bytes / 1e6:.1f} MB")
+    count, size = manifest.count, manifest.shards[0].bytes
+    facts = {"out": str(target), "fingerprint": manifest.fingerprint}
+    line = f"{target}: {count} records, {size / 1e6:.1f} MB"
+    print_result(json_output, {**facts, "records": count, "bytes": size}, line)
 
 
 @app.command()
@@ -53,11 +52,9 @@ def upgrade(
     from shards.version2 import upgrade_set
 
     manifest = upgrade_set(folder, out)
-    if json_output:
-        facts = {"out": str(out), "fingerprint": manifest.fingerprint}
-        print_json({**facts, "records": manifest.count})
-    else:
-        print(f"{out}: {manifest.count} records in format version {manifest.format_version}")
+    facts = {"out": str(out), "fingerprint": manifest.fingerprint, "records": manifest.count}
+    line = f"{out}: {manifest.count} records in format version {manifest.format_version}"
+    print_result(json_output, facts, line)
 
 
 @app.command()
@@ -75,10 +72,9 @@ def copy(
     from shards.remote.copy import copy_set
 
     manifest, copied = copy_set(source, target, within("--jobs", jobs, 1))
-    if json_output:
-        print_json({"out": target, "fingerprint": manifest.fingerprint, "copied": copied})
-    else:
-        print(f"{target}: {manifest.count} records, {copied} files copied")
+    facts = {"out": target, "fingerprint": manifest.fingerprint, "copied": copied}
+    line = f"{target}: {manifest.count} records, {copied} files copied"
+    print_result(json_output, facts, line)
 
 
 @app.command()

@@ -37,6 +37,11 @@ def page(title: str, parts: Iterable[str], style: str = "") -> str:
     return "".join([head, f"<h1>{name}</h1>", *parts, "</html>\n"])
 
 
+def heat(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Levels [h, w] as colours, RGB [h, w, 3]: 0 is dark, 255 yellow."""
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1], np.uint8)
+
+
 def encoded(rgb: NDArray[np.generic], form: str = "jpg") -> bytes:
     """Pixels [h, w, 3] as a file, `jpg` or `png`."""
     bgr = np.ascontiguousarray(rgb[:, :, ::-1]).astype(np.uint8)

@@ -13,7 +13,7 @@ from shards.correction import correction
 from shards.crops import read_crop, read_map, weights
 from shards.dataset import ShardSet
 from shards.errors import UserError
-from shards.html import encoded, image, page, text
+from shards.html import encoded, heat, image, page, text
 from shards.order import Plan
 from shards.record import Record, decode_frame
 from shards.spec import Manifest
@@ -189,7 +189,7 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
         lit = frame * (0.25 + 0.75 * cv2.resize(density / 255, frame.shape[:2])[:, :, None])
         end = "1, all of a cell" if detector.has_keypoints else "1, the greatest"
         mean = f"{name}: density of the frame, mean {density.mean() / 255:.3f}"
-        parts.append(_figure(_heat(density), mean, "density", ("0", end)))
+        parts.append(_figure(heat(density), mean, "density", ("0", end)))
         parts.append(_figure(lit, f"{name}: the frame lit by it"))
         if not detector.has_keypoints:
             continue
@@ -199,7 +199,7 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
         levels = np.rint(255 * (read - 1) / max(float(read.max()) - 1, 1e-9)).astype(np.uint8)
         title = f"{name}: weights of the crop, mean {read.mean():.2f}"
         ends = ("x 1", f"x {read.max():.3g} the least")
-        parts.append(_figure(_heat(levels), title, "weights", ends))
+        parts.append(_figure(heat(levels), title, "weights", ends))
     return f"<div class=card>{''.join(parts)}</div>"
 
 
@@ -232,10 +232,6 @@ def crop_picture(
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     crop = cv2.warpAffine(frame, places, (side, side), flags=how, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(crop[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1], np.uint8)
-
-
-def _heat(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1])
 
 
 def _figure(

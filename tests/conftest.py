@@ -21,7 +21,7 @@ import shards
 from preprocess import build_shards, open_source
 from shards.beton import convert_to_ffcv
 
-# The same examples each time, however slow the machine; `make test-slow` tries new ones.
+# The same examples each time, however slow the machine; `make test-all` tries new ones.
 patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("same", derandomize=True, **patient)
 hypothesis.settings.register_profile("new", **patient)

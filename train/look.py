@@ -111,7 +111,9 @@ class Looks:
             held = max(1, round(HELD_OUT * self.count))
             asked, known = (features[:held], labels[:held]), (features[held:], labels[held:])
             score = linear_probe(known, asked, self.classes, SEED, device=self.device, bar=bar)
-            near = nearest_neighbours(known, asked, self.classes, NEIGHBOURS, bar=bar)
+            near = nearest_neighbours(
+                known, asked, self.classes, NEIGHBOURS, device=self.device, bar=bar
+            )
             found |= {"probe_top1": score.top1, "knn_top1": near}
         found["effective_rank"] = effective_rank(features)
         if hasattr(frozen.model, "blocks"):

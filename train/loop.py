@@ -37,7 +37,7 @@ from train.look import Looks
 from train.masking import Masking
 from train.metrics import METRICS
 from train.models import in_bf16, make_model, model_flops
-from train.pictures import FOLLOWED, PICTURES, Followed, draw_loss, draw_reconstructions
+from train.pictures import FOLLOWED, PICTURES, Followed, draw_reconstructions
 from train.progress import Doing, Progress, busy, say
 from train.request import Run, compiler_missing
 from train.schedule import learning_rate, temperature
@@ -282,7 +282,6 @@ def pretrain(run: Run) -> None:
     # --- Pictures
     if rank == 0 and last == total and not (idle and (run.out / "reconstructions.png").exists()):
         with busy("drawing pictures"):
-            draw_loss(run.out)
             draw_last_step(run, data, plan, model, masking)
     if ranks > 1:
         dist.destroy_process_group()

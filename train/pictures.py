@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and reconstructions with masks and weights.
+"""Pictures of a run: reconstructions, with masks and weights.
 
 At each save the same few images are reconstructed: RUN/pictures holds a strip of them per save, one
 above the other, and strips of their crops, weights and visible cells.
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.files import write_atomically
-from shards.html import encoded
-from train.metrics import read_metrics
+from shards.html import encoded, heat
 from train.models import MEAN, STD, Cells, in_bf16
 from train.page import GIVEN, pictures_of, write_page
 from train.progress import say
@@ -24,30 +23,6 @@ from train.progress import say
 PICTURES = 8  # images
 WHITE = (255, 255, 255)
 FOLLOWED, TILE = 6, 128  # images that every save shows; most px of a side there
-
-
-def draw_loss(run: Path) -> None:
-    """RUN/loss.png: loss and learning rate over the epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_metrics(run)
-    epochs, losses = [row["epoch"] for row in rows], np.array([row["loss"] for row in rows])
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    axes.plot(epochs, losses, color="#9ecae1", linewidth=0.8, label="each step")
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(epochs[window - 1 :], smooth, color="#08519c", label=f"mean of {window} steps")
-    axes.set(xlabel="epoch", ylabel="loss", title=f"{run.name}: {losses[-1]:.4f} at the end")
-    axes.legend(loc="upper right")
-    axes.grid(alpha=0.3)
-    rate = axes.twinx()
-    rate.plot(epochs, [row["lr"] for row in rows], color="#aaaaaa", linestyle=":")
-    rate.set_ylabel("learning rate (dotted)")
-    figure.savefig(run / "loss.png", dpi=120)
-    pyplot.close(figure)
 
 
 def draw_reconstructions(
@@ -146,6 +121,6 @@ def _heat(weights: Tensor, size: int) -> np.ndarray:
     heats = []
     for weight in weights.cpu().log().numpy():
         share = (weight - weight.min()) / max(1e-6, weight.max() - weight.min())
-        colours = cv2.applyColorMap((share * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
-        heats.append(cv2.resize(colours, (size, size), interpolation=cv2.INTER_NEAREST)[..., ::-1])
+        colours = heat((share * 255).astype(np.uint8))
+        heats.append(cv2.resize(colours, (size, size), interpolation=cv2.INTER_NEAREST))
     return np.stack(heats)

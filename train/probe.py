@@ -11,6 +11,7 @@ from train.features import Bar
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set
+SIMILARITIES = 2**28  # float32, 1 GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +84,28 @@ def nearest_neighbours(
     classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    batch: int = 1024,
+    device: torch.device | str = "cpu",
     bar: Bar = progress,
 ) -> float:
     """Share of the validation set that its `k` nearest training features get right, 0 to 1.
 
     Cosine similarity of features with the training mean taken off, votes exp(similarity / T), as
-    in DINO's evaluation (arXiv 2104.14294, eval_knn.py).
+    in DINO's evaluation (arXiv 2104.14294, eval_knn.py). Computed on `device`, 1 GiB of
+    similarities at a time beside the training features.
     """
-    mean = train[0].mean(0)
-    known = F.normalize(train[0] - mean)
-    right = 0
+    mean = train[0].mean(0).to(device)
+    known, known_labels = F.normalize(train[0].to(device) - mean), train[1].to(device)
+    batch = max(1, min(1024, SIMILARITIES // len(known)))
+    right = torch.zeros((), dtype=torch.int64, device=device)
     with bar("nearest neighbours", len(val[0])) as shown:
         for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
-            similarity = F.normalize(features - mean) @ known.T
+            similarity = F.normalize(features.to(device) - mean) @ known.T
             near, which = similarity.topk(min(k, len(known)), dim=1)
-            votes = torch.zeros(len(features), classes)
-            votes.scatter_add_(1, train[1][which], (near / temperature).exp())
-            right += int((votes.argmax(1) == labels).sum())
+            votes = torch.zeros(len(features), classes, device=device)
+            votes.scatter_add_(1, known_labels[which], (near / temperature).exp())
+            right += (votes.argmax(1) == labels.to(device)).sum()
             shown.update(len(features))
-    return right / len(val[0])
+    return int(right) / len(val[0])
 
 
 def effective_rank(features: Tensor) -> float:

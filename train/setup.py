@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import shards
+import shards.device
 from shards import Plan, WeightedCrops
 from shards.crops import FLIPS
 from shards.decoding import check_decoding
@@ -39,22 +40,16 @@ def find_device(name: str) -> torch.device:
     Raises UserError if there is none.
     """
     check_device(name)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    mine = os.environ.get("LOCAL_RANK")
-    if mine is not None and ":" in name:
+    found, mine = shards.device.find_device(name), os.environ.get("LOCAL_RANK")
+    if found.type == "cpu":
+        return found
+    if ":" not in name:
+        alone = mine is None or torch.cuda.device_count() == 1
+        found = shards.device.find_device("cuda:0" if alone else f"cuda:{mine}")
+    elif mine is not None:
         raise UserError(f"--device {name}: torchrun gives each process its own; use --device cuda")
-    count = torch.cuda.device_count()
-    number = int(name.partition(":")[2] or (mine if count > 1 else None) or 0)
-    if number >= count:
-        raise UserError(f"--device {name}: torch sees {count} CUDA devices, from cuda:0 on")
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(found)
+    return found
 
 
 def start_device(run: Run) -> torch.device:

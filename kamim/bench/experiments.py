@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kamim.bench.markdown import line, renewed_parts, table
+from kamim.bench.markdown import deviation, line, renewed_parts, table
 from kamim.bench.provenance import provenance
 from train.metrics import read_metrics
 
@@ -82,14 +82,6 @@ def seconds(row: dict[str, Any], costs: dict[str, dict[str, float]]) -> float:
     return an_epoch * (steps + passes * cost["look_ms"]) / 1000
 
 
-def spread(values: list[float], scale: float = 100, digits: int = 2) -> str:
-    """Mean and sample deviation as text."""
-    text = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
-    return text
-
-
 def render(results: dict[str, Any]) -> str:
     """The tables and their circumstances, as Markdown."""
     rows, costs = results["rows"], results.get("costs", {})
@@ -100,8 +92,8 @@ def render(results: dict[str, Any]) -> str:
         epochs = f"{row['recipe']['epochs']:g}" if trained else ""
         spent = f"{seconds(row, costs):.0f}" if trained and costs else ""
         cells = [TITLES[row["method"]], str(row.get("seeds", 1)), epochs, spent]
-        cells += [spread(row[name]) for name in ("top1", "top5", "knn")]
-        cells += [spread(row[n], 1) if trained else "" for n in ("psnr_masked", "mean_weight")]
+        cells += [deviation(row[name], 100) for name in ("top1", "top5", "knn")]
+        cells += [deviation(row[n]) if trained else "" for n in ("psnr_masked", "mean_weight")]
         lines.append(line(cells))
     depth = len(rows[0]["blocks"])
     uniform = rows[0]["blocks"][0]["uniform"]

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from kamim.bench.measuring import keep, temporary_set
+from kamim.bench.plots import picture
 from preprocess import decode_image, density_maps, open_source
 from preprocess.fidelity import measure_fidelity
 from preprocess.source import Source
@@ -58,31 +59,24 @@ def measure(where: str, name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """docs/fidelity.png: misplaced weight over cost, a line per detector, a point per crops."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.4), layout="constrained")
-    for name, colour in DETECTORS.items():
-        of_name = [r for r in rows if r["detector"] == name and set(r["changes"]) == {"map_crops"}]
-        x, y = [r["ms"] for r in of_name], [100 * r["wrong"] for r in of_name]
-        axes.plot(x, y, "o-", color=colour, label=name.upper(), markersize=4)
-        for row, at, height in zip(of_name, x, y, strict=True):
-            text = str(row["changes"]["map_crops"])
-            axes.annotate(
-                text, (at, height), (0, 5), textcoords="offset points", fontsize=8, ha="center"
-            )
-        ruler = 100 * of_name[0]["rulers"]["shifted"]["wrong"]
-        axes.axhline(ruler, color=colour, linestyle=":", linewidth=1)
     title = "Numbers: random crops beside the whole; dotted: the crop itself, 2 px aside; "
-    axes.set_title(f"{title}{rows[0]['samples']} photos", fontsize=9)
-    axes.set(xscale="log", xlabel="ms per image for the map, one thread")
-    axes.set(ylabel="% of an image's loss weight on the wrong cell")
-    axes.grid(alpha=0.3)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(PICTURE, dpi=120)
+    number: Any = {"xytext": (0, 5), "textcoords": "offset points", "fontsize": 8, "ha": "center"}
+    of_crops = [row for row in rows if set(row["changes"]) == {"map_crops"}]
+    with picture(PICTURE, 8, 4.4) as axes:
+        for name, colour in DETECTORS.items():
+            mine = [row for row in of_crops if row["detector"] == name]
+            points = [(row["ms"], 100 * row["wrong"]) for row in mine]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name.upper(), ms=4)
+            for row, point in zip(mine, points, strict=True):
+                axes.annotate(str(row["changes"]["map_crops"]), point, **number)
+            ruler = 100 * mine[0]["rulers"]["shifted"]["wrong"]
+            axes.axhline(ruler, color=colour, linestyle=":", linewidth=1)
+        axes.set_title(f"{title}{rows[0]['samples']} photos", fontsize=9)
+        axes.set(xscale="log", xlabel="ms per image for the map, one thread")
+        axes.set(ylabel="% of an image's loss weight on the wrong cell")
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+        axes.legend()
 
 
 def measure_all(where: str) -> list[dict[str, Any]]:

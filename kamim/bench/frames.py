@@ -7,7 +7,6 @@ the pixels and FAST's keypoints of a crop, beside the published crop of the sour
 """
 
 import json
-import sys
 import tempfile
 import time
 from functools import partial
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kamim.bench.measuring import in_turn, once
-from kamim.bench.provenance import append, check_checkout, ratio, spread
+from kamim.bench.measuring import in_turn, keep, once
+from kamim.bench.provenance import ratio, spread
 from preprocess import build_shards, detector_settings, open_source, storage
 from preprocess.fidelity import looked_up, trial_crop
 from preprocess.source import Source
@@ -123,5 +122,4 @@ def measure(where: str, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    check_checkout()
-    print(append("frames", measure(sys.argv[1], Path(sys.argv[2]))))
+    keep("frames", measure, needs_folder=True)

@@ -37,7 +37,7 @@ BUDGETS = {
     "kernels": 10.0,
     "end to end": 55.0,
     "weights": 30.0,
-    "decode": 12.0,
+    "decode": 20.0,
     "loader": 40.0,
     "methods": 75.0,
     "deterministic": 75.0,

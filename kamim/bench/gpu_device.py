@@ -11,15 +11,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kamim.bench.gpu import Bench, Case
-from kamim.bench.provenance import spread
-from shards import ShardSet
+from kamim.bench.measuring import in_turn
+from kamim.bench.provenance import ratio, spread
+from shards import Plan, ShardSet, WeightedCrops, to_device
+from shards.decoding import decode_files
+from shards.device import pinned
 from shards.errors import UserError
+from shards.loader import Loader
 
 
 def ceilings(bench: Bench) -> Iterator[Case]:
@@ -105,19 +110,12 @@ def decode(bench: Bench) -> Iterator[Case]:
     """nvJPEG, by torchvision, of the shards' frames as they are; and its pixels."""
 
     def measure(batch: int) -> dict[str, Any]:
-        import simplejpeg
-        from torchvision.io import ImageReadMode, decode_jpeg
-
         frames = jpegs(bench.records, batch)
-        whole = [torch.from_numpy(np.frombuffer(frame, np.uint8).copy()) for frame in frames]
-
-        def work() -> list[Tensor]:
-            return decode_jpeg(whole, mode=ImageReadMode.RGB, device=bench.device)
-
+        whole = [np.frombuffer(bytearray(frame), np.uint8) for frame in frames]
         expected = np.stack([simplejpeg.decode_jpeg(frame, "RGB") for frame in frames])
-        found = torch.stack(work()).permute(0, 2, 3, 1).cpu().numpy()
+        found = decode_files(whole, bench.device).cpu().numpy()
         apart = np.abs(found.astype(int) - expected)
-        row = rates(bench, work, batch, "images_per_s")
+        row = rates(bench, lambda: decode_files(whole, bench.device), batch, "images_per_s")
         begin = time.perf_counter()
         for frame in frames:
             simplejpeg.decode_jpeg(frame, "RGB")
@@ -128,11 +126,47 @@ def decode(bench: Bench) -> Iterator[Case]:
             "largest_difference": int(apart.max()),
             "mean_difference": round(float(apart.mean()), 4),
             "share_of_equal_pixels": round(float((apart == 0).mean()), 4),
+            "share_by_more_than_2": round(float((apart > 2).mean()), 6),
             "one_thread_of_simplejpeg": round(alone, 1),
         }
 
     for batch in (64, 256, 1024):
         yield Case("decode", f"nvJPEG, {batch} at once", partial(measure, batch))
+    yield Case("decode", "weighted crops", partial(crops_by_decoder, bench))
+
+
+def crops_by_decoder(bench: Bench, batch: int = 256) -> dict[str, Any]:
+    """Weighted crops of frames that the device decodes, in turn with those of the loader's threads,
+    with nothing else to do.
+    """
+    records, name = bench.records, bench.records.manifest.detectors[0]
+    crops = WeightedCrops(records, name, size=192).to(bench.device)
+    plan, allocate = Plan(len(records), batch), pinned if bench.device.type == "cuda" else None
+
+    def rate(coded: bool) -> float:
+        how: Any = {"maps": [name], "coded": coded, "allocate": allocate}
+        stream = to_device(Loader(records, plan, 0, 1 << 30, **how), bench.device)
+        for _ in range(4):  # those in the queue, and one more
+            crops(next(stream)[1])
+        synchronize(bench.device)
+        begin, images = time.perf_counter(), 0
+        while time.perf_counter() - begin < bench.seconds:
+            images += len(crops(next(stream)[1]).images)
+        synchronize(bench.device)
+        stream.close()
+        return images / (time.perf_counter() - begin)
+
+    found = in_turn({"threads": partial(rate, False), "device": partial(rate, True)}, bench.repeats)
+    row: dict[str, Any] = {"n": bench.repeats, "batch": batch}
+    row |= {"images_per_s": spread(found["device"], 1)}
+    row |= {"images_per_s_by_threads": spread(found["threads"], 1)}
+    return row | {"device_over_threads": ratio(found["device"], found["threads"])}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that it was told, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def jpegs(records: ShardSet, count: int) -> list[bytes]:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kamim.bench.markdown import line, table
 from kamim.bench.provenance import RESULTS
 
 Row = dict[str, Any]
+Rows = dict[tuple[str, str], Row]  # by part and case
+Cell = Callable[[Row], str]
 RECIPES = ("vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base")
 IMAGENET, EPOCHS = 1_281_167, 110  # as the published code runs: the last ten at the floor
 NOTHING = "not measured"
@@ -19,16 +23,16 @@ def rows_of(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def measured() -> dict[str, dict[tuple[str, str], Row]]:
+def measured() -> dict[str, Rows]:
     """The newest row of each (part, case), by GPU."""
-    found: dict[str, dict[tuple[str, str], Row]] = {}
+    found: dict[str, Rows] = {}
     for row in rows_of(RESULTS / "gpu.jsonl"):
         if row["gpu"]:
             found.setdefault(row["gpu"], {})[row["part"], row["case"]] = row
     return found
 
 
-def render(part: str, table: Callable[[dict[tuple[str, str], Row]], list[str]]) -> str:
+def render(part: str, lines_of: Callable[[Rows], list[str]]) -> str:
     """A table for each GPU that has rows of `part`, with their circumstances, as Markdown."""
     lines: list[str] = []
     for gpu, rows in measured().items():
@@ -41,16 +45,8 @@ def render(part: str, table: Callable[[dict[tuple[str, str], Row]], list[str]]) 
         often = f"medians of {n}" if n > 1 else "measured once"
         origin = f"{gpu}, driver {last['driver']}, CUDA {last['cuda']}, torch {versions['torch']}, "
         origin += f"{last['cores']} cores of an {last['cpu']}; {often}; {dates}."
-        lines += [*table(rows), "", origin, ""]
+        lines += [*lines_of(rows), "", origin, ""]
     return "\n".join(lines or ["Not measured yet: `make bench-gpu`.", ""])
-
-
-def head(*titles: str) -> list[str]:
-    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def middle(row: Row, key: str, form: str = ",.0f") -> str:
@@ -61,255 +57,173 @@ def middle(row: Row, key: str, form: str = ",.0f") -> str:
     return f"{value['median'] if isinstance(value, dict) else value:{form}}"
 
 
-def of_part(
-    rows: dict[tuple[str, str], Row], part: str, first: tuple[str, ...] = ()
-) -> list[tuple[str, Row]]:
+def of(key: str, form: str = ",.0f") -> Cell:
+    """The cell of a figure."""
+    return lambda row: middle(row, key, form)
+
+
+def cases(rows: Rows, part: str, first: tuple[str, ...] = ()) -> list[tuple[str, Row]]:
     """(case, row) of a part: those of `first`, measured or not, and the others."""
     others = [case for name, case in rows if name == part and case not in first]
     return [(case, rows.get((part, case), {})) for case in [*first, *others]]
 
 
-def render_ceilings() -> str:
-    """Bytes and products a second."""
+def figures(
+    part: str, title: str, columns: dict[str, Cell], first: tuple[str, ...] = ()
+) -> Callable[[Rows], list[str]]:
+    """A table of `part` with a line per case and these columns."""
 
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("ceiling", "measured")
-        for case, row in of_part(rows, "ceilings"):
-            unit = "GB/s" if "gb_per_s" in row else "TFLOP/s"
-            key = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
-            lines.append(line(case, f"{middle(row, key)} {unit}"))
-        return lines
-
-    return render("ceilings", table)
-
-
-def render_attention() -> str:
-    """Milliseconds of each backend."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head(
-            "256 images, 12 heads of 64",
-            "forward, ms",
-            "forward and backward, ms",
-            "TFLOP/s",
-            "relative error",
+    def lines(rows: Rows) -> list[str]:
+        each = cases(rows, part, first)
+        return table(
+            [title, *columns],
+            ([case, *(cell(row) for cell in columns.values())] for case, row in each),
         )
-        for case, row in of_part(rows, "attention"):
-            lines.append(
-                line(
-                    case,
-                    middle(row, "forward_ms", ".2f"),
-                    middle(row, "forward_backward_ms", ".2f"),
-                    middle(row, "tflop_per_s"),
-                    middle(row, "relative_error", "g"),
-                )
-            )
-        return lines
 
-    return render("attention", table)
+    return lines
 
 
-def render_steps() -> str:
-    """Rates of steps on one batch."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head(
-            "step on one batch",
-            "micro-batch",
-            "images/s",
-            "MFU",
-            "peak memory",
-            "per image",
-            "micro-step, ms",
-            "host, ms",
-            "waits",
-            "graphs, breaks, recompiles",
-        )
-        for case, row in of_part(rows, "step", RECIPES):
-            counted = ", ".join(
-                str(row[k]) for k in ("graphs", "graph_breaks", "recompiles") if k in row
-            )
-            lines.append(
-                line(
-                    case,
-                    middle(row, "micro_batch", "d"),
-                    middle(row, "images_per_s"),
-                    middle(row, "mfu", ".1%"),
-                    gigabytes(row),
-                    f"{middle(row, 'peak_mb_per_image', '.1f')} MB" if row else NOTHING,
-                    middle(row, "micro_step_ms", ".1f"),
-                    middle(row, "host_ms", ".1f"),
-                    middle(row, "synchronisations_of_a_step", "d"),
-                    counted or NOTHING,
-                )
-            )
-        for case, row in of_part(rows, "weights"):
-            ratio = row["weighted_over_unweighted"]
-            lines += [
-                "",
-                f"{case}: a weighted step takes {ratio['median']:.3f} of the time of one "
-                f"without weights ({ratio['min']:.3f} to {ratio['max']:.3f}).",
-            ]
-        return lines
-
-    return render("step", table)
+def bandwidth(row: Row) -> str:
+    """Bytes or products a second."""
+    if "gb_per_s" in row:
+        return f"{middle(row, 'gb_per_s')} GB/s"
+    return f"{middle(row, 'tflop_per_s')} TFLOP/s"
 
 
-def gigabytes(row: Row) -> str:
-    return f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else NOTHING
+def counted(row: Row) -> str:
+    """Graphs, where they broke, and those that were made again."""
+    names = ("graphs", "graph_breaks", "recompiles")
+    return ", ".join(str(row[name]) for name in names if name in row) or NOTHING
 
 
-def render_kernels() -> str:
-    """Where a micro-step's device time goes."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("device time of a micro-step", "ms", "launches", *KINDS)
-        for case, row in of_part(rows, "kernels", RECIPES):
-            whole, kinds = row.get("device_ms"), row.get("device_ms_by_kind", {})
-            shares = [f"{kinds.get(kind, 0) / whole:.0%}" if whole else NOTHING for kind in KINDS]
-            lines.append(
-                line(case, middle(row, "device_ms", ".1f"), middle(row, "launches", "d"), *shares)
-            )
-        return lines
-
-    return render("kernels", table)
+def hours(row: Row) -> str:
+    """Of a run on ImageNet-1K."""
+    if not row:
+        return NOTHING
+    return f"{EPOCHS * IMAGENET / row['images_per_s']['median'] / 3600:.1f}"
 
 
-def render_end_to_end() -> str:
-    """Rates of steps from shards, and what they come to for ImageNet."""
+def share_of(kind: str) -> Cell:
+    """The share of a micro-step's device time that kernels of a kind take."""
 
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head(
-            "steps from JPEG shards",
-            "images/s",
-            "of synthetic",
-            "waiting",
-            f"hours of {EPOCHS} epochs of ImageNet-1K (an estimate)",
-        )
-        for case, row in of_part(rows, "end to end", RECIPES):
-            hours = NOTHING
-            if row:
-                hours = f"{EPOCHS * IMAGENET / row['images_per_s']['median'] / 3600:.1f}"
-            lines.append(
-                line(
-                    case,
-                    middle(row, "images_per_s"),
-                    middle(row, "end_to_end_over_synthetic", ".3f"),
-                    middle(row, "waiting", ".1%"),
-                    hours,
-                )
-            )
-        return lines
+    def share(row: Row) -> str:
+        whole, kinds = row.get("device_ms"), row.get("device_ms_by_kind", {})
+        return f"{kinds.get(kind, 0) / whole:.0%}" if whole else NOTHING
 
-    return render("end to end", table)
+    return share
 
 
-def render_loader() -> str:
+def steps(rows: Rows) -> list[str]:
+    """Rates of steps on one batch, and what weights cost them."""
+    columns: dict[str, Cell] = {
+        "micro-batch": of("micro_batch", "d"),
+        "images/s": of("images_per_s"),
+        "MFU": of("mfu", ".1%"),
+        "peak memory": lambda row: f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else NOTHING,
+        "per image": lambda row: (
+            f"{middle(row, 'peak_mb_per_image', '.1f')} MB" if row else NOTHING
+        ),
+        "micro-step, ms": of("micro_step_ms", ".1f"),
+        "host, ms": of("host_ms", ".1f"),
+        "waits": of("synchronisations_of_a_step", "d"),
+        "graphs, breaks, recompiles": counted,
+    }
+    lines = figures("step", "step on one batch", columns, RECIPES)(rows)
+    for case, row in cases(rows, "weights"):
+        ratio = row["weighted_over_unweighted"]
+        lines += [
+            "",
+            f"{case}: a weighted step takes {ratio['median']:.3f} of the time of one "
+            f"without weights ({ratio['min']:.3f} to {ratio['max']:.3f}).",
+        ]
+    return lines
+
+
+def loader(rows: Rows) -> list[str]:
     """Rates of the loader by threads."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        by_kind: dict[str, dict[int, Row]] = {}
-        for case, row in of_part(rows, "loader"):
-            by_kind.setdefault(case.partition(",")[0], {})[row.get("threads", 0)] = row
-        threads = sorted({count for found in by_kind.values() for count in found if count})
-        lines = head("loader alone, images/s by threads", *map(str, threads))
-        for kind, found in by_kind.items():
-            missing = next((r["missing"] for r in found.values() if "missing" in r), NOTHING)
-            lines.append(
-                line(
-                    kind,
-                    *(middle(found[n], "images_per_s") if n in found else missing for n in threads),
-                )
-            )
-        return lines
-
-    return render("loader", table)
+    by_kind: dict[str, dict[int, Row]] = {}
+    for case, row in cases(rows, "loader"):
+        by_kind.setdefault(case.partition(",")[0], {})[row.get("threads", 0)] = row
+    threads = sorted({count for found in by_kind.values() for count in found if count})
+    lines = table(["loader alone, images/s by threads", *map(str, threads)], [])
+    for kind, found in by_kind.items():
+        missing = next((row["missing"] for row in found.values() if "missing" in row), NOTHING)
+        rates = (middle(found[n], "images_per_s") if n in found else missing for n in threads)
+        lines.append(line([kind, *rates]))
+    return lines
 
 
-def render_decode() -> str:
-    """Rates of nvJPEG, and its pixels."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head(
-            "JPEG frames decoded on the GPU",
-            "images/s",
-            "largest difference, of 255",
-            "mean difference",
-            "one thread of simplejpeg, images/s",
-        )
-        for case, row in of_part(rows, "decode"):
-            lines.append(
-                line(
-                    case,
-                    middle(row, "images_per_s"),
-                    middle(row, "largest_difference", "d"),
-                    middle(row, "mean_difference", ".3f"),
-                    middle(row, "one_thread_of_simplejpeg"),
-                )
-            )
-        return lines
-
-    return render("decode", table)
+def decode(rows: Rows) -> list[str]:
+    """Rates of nvJPEG, its pixels, and the crops that come of it."""
+    crops = "weighted crops"
+    alone = {key: row for key, row in rows.items() if key[1] != crops}
+    lines = figures("decode", "JPEG frames decoded on the GPU", DECODE)(alone)
+    if row := rows.get(("decode", crops)):
+        rate, times = middle(row, "images_per_s"), middle(row, "device_over_threads", ".2f")
+        lines += [
+            "",
+            f"Weighted crops of what it decodes: {rate} images/s, {times} times those of "
+            "frames that the loader's threads decode.",
+        ]
+    return lines
 
 
-def render_methods() -> str:
-    """Rates of other methods' steps."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head("step of other methods", "micro-batch", "images/s", "GFLOP per image", "MFU")
-        for case, row in of_part(rows, "methods"):
-            lines.append(
-                line(
-                    case,
-                    middle(row, "micro_batch", "d"),
-                    middle(row, "images_per_s"),
-                    middle(row, "gflop_per_image", ".1f"),
-                    middle(row, "mfu", ".1%"),
-                )
-            )
-        return lines
-
-    return render("methods", table)
-
-
-def render_deterministic() -> str:
+def deterministic(rows: Rows) -> list[str]:
     """Killed and resumed against unbroken, and what determinism costs."""
-
-    def table(rows: dict[tuple[str, str], Row]) -> list[str]:
-        lines = head(
-            "killed and resumed against unbroken",
-            "losses equal",
-            "largest relative difference",
-            "first step that differs",
+    heads = ["losses equal", "largest relative difference", "first step that differs"]
+    lines, costs = table(["killed and resumed against unbroken", *heads], []), list[str]()
+    for case, row in cases(rows, "deterministic"):
+        if "equal" not in row:
+            rate, plain = row["images_per_s"]["median"], rows.get(("step", case), {})
+            without = f", of {middle(plain, 'images_per_s')} without" if plain else ""
+            costs += ["", f"Steps of {case} with --deterministic: {rate:,.0f} images/s{without}."]
+            continue
+        equal, apart = row["equal"], middle(row, "largest_relative_difference", ".2g")
+        which = str(row["first_step_that_differs"] or "none")
+        lines.append(
+            line([f"{case}, {row['steps']} steps", "yes" if equal else "no", apart, which])
         )
-        steps: list[str] = []
-        for case, row in of_part(rows, "deterministic"):
-            if "equal" not in row:
-                rate, plain = row["images_per_s"]["median"], rows.get(("step", case), {})
-                of = f", of {middle(plain, 'images_per_s')} without" if plain else ""
-                steps += ["", f"Steps of {case} with --deterministic: {rate:,.0f} images/s{of}."]
-                continue
-            lines.append(
-                line(
-                    f"{case}, {row['steps']} steps",
-                    "yes" if row["equal"] else "no",
-                    middle(row, "largest_relative_difference", ".2g"),
-                    str(row["first_step_that_differs"] or "none"),
-                )
-            )
-        return [*lines, *steps]
-
-    return render("deterministic", table)
+    return [*lines, *costs]
 
 
-PARTS = {
-    "gpu-ceilings": render_ceilings,
-    "gpu-attention": render_attention,
-    "gpu-steps": render_steps,
-    "gpu-kernels": render_kernels,
-    "gpu-end-to-end": render_end_to_end,
-    "gpu-loader": render_loader,
-    "gpu-decode": render_decode,
-    "gpu-methods": render_methods,
-    "gpu-deterministic": render_deterministic,
+ATTENTION: dict[str, Cell] = {
+    "forward, ms": of("forward_ms", ".2f"),
+    "forward and backward, ms": of("forward_backward_ms", ".2f"),
+    "TFLOP/s": of("tflop_per_s"),
+    "relative error": of("relative_error", "g"),
+}
+KERNELS = {"ms": of("device_ms", ".1f"), "launches": of("launches", "d")}
+KERNELS |= {kind: share_of(kind) for kind in KINDS}
+END_TO_END: dict[str, Cell] = {
+    "images/s": of("images_per_s"),
+    "of synthetic": of("end_to_end_over_synthetic", ".3f"),
+    "waiting": of("waiting", ".1%"),
+    f"hours of {EPOCHS} epochs of ImageNet-1K (an estimate)": hours,
+}
+DECODE: dict[str, Cell] = {
+    "images/s": of("images_per_s"),
+    "largest difference, of 255": of("largest_difference", "d"),
+    "mean difference": of("mean_difference", ".3f"),
+    "one thread of simplejpeg, images/s": of("one_thread_of_simplejpeg"),
+}
+METHODS: dict[str, Cell] = {
+    "micro-batch": of("micro_batch", "d"),
+    "images/s": of("images_per_s"),
+    "GFLOP per image": of("gflop_per_image", ".1f"),
+    "MFU": of("mfu", ".1%"),
+}
+TABLES = {
+    "ceilings": figures("ceilings", "ceiling", {"measured": bandwidth}),
+    "attention": figures("attention", "256 images, 12 heads of 64", ATTENTION),
+    "step": steps,
+    "kernels": figures("kernels", "device time of a micro-step", KERNELS, RECIPES),
+    "end to end": figures("end to end", "steps from JPEG shards", END_TO_END, RECIPES),
+    "loader": loader,
+    "decode": decode,
+    "methods": figures("methods", "step of other methods", METHODS),
+    "deterministic": deterministic,
+}
+PARTS: dict[str, Callable[[], str]] = {
+    f"gpu-{'steps' if part == 'step' else part.replace(' ', '-')}": partial(render, part, lines_of)
+    for part, lines_of in TABLES.items()
 }

@@ -18,6 +18,7 @@ import torch
 
 from kamim.bench.ceiling import as_many
 from kamim.bench.gpu import Bench, Case
+from kamim.bench.gpu_device import synchronize
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import ratio, spread
 from shards import Batch, Plan, ShardSet, to_device
@@ -25,7 +26,7 @@ from train.cuda import make_deterministic, peak_flops, pin_attention
 from train.estimate import largest_part, memory_of
 from train.masking import ATTENTION, Masking, wanted_maps
 from train.models import make_model, model_flops
-from train.recipes import find_recipe
+from train.recipes import Recipe, find_recipe
 from train.setup import (
     clipped,
     count_micro_steps,
@@ -47,18 +48,20 @@ KINDS = {
 
 
 class Training:
-    """A recipe's model and its step on `device`, as `pretrain` has them."""
+    """A recipe's model and its step on `device`, as `pretrain` has them; every benchmark of a step
+    is this one.
+    """
 
     def __init__(
         self,
-        name: str,
+        recipe: Recipe,
         records: ShardSet,
         device: torch.device,
         micro_batch: int = 0,
         eager: bool = False,
         deterministic: bool = False,
     ) -> None:
-        self.recipe = recipe = replace(find_recipe(name), random_epochs=0)
+        self.recipe = recipe = replace(recipe, random_epochs=0)
         self.device, self.eager = device, eager or device.type == "cpu"
         torch.manual_seed(0)
         self.model: Any = make_model(recipe).to(device)
@@ -107,6 +110,16 @@ class Training:
         self.optimizer.step()
         self.done += 1
 
+    def timed(self, pace: Pace, steps: int, micro: Any = None) -> tuple[float, float]:
+        """Seconds of steps on what `pace` gives, and those of them in which they waited for it."""
+        synchronize(self.device)
+        pace.take()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.step(pace, micro)
+        synchronize(self.device)
+        return time.perf_counter() - begin, pace.take()
+
     def stream(self, records: ShardSet) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
         """Micro-steps from `records` by the loader, without end."""
         plan = Plan(len(records), self.recipe.batch, micro_steps=self.micro_steps)
@@ -114,10 +127,9 @@ class Training:
         return to_device(loader, self.device)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that it was told, before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def always(batch: Any, device: torch.device) -> Pace:
+    """The same batch, over and over."""
+    return Pace(iter(lambda: batch, None), device)
 
 
 class Measured:
@@ -131,39 +143,26 @@ class Measured:
         self.bench, self.device = bench, bench.device
         self.cuda = bench.device.type == "cuda"
         self.training = Training(
-            name, bench.records, bench.device, bench.micro_batch, eager, deterministic
+            find_recipe(name), bench.records, bench.device, bench.micro_batch, eager, deterministic
         )
         stream = self.training.stream(bench.records)
         self.batch = copy.deepcopy(next(stream))
         stream.close()
-        self.still = Pace(iter(lambda: self.batch, None), self.device)
-        begin = time.perf_counter()
-        self.training.step(self.still)
-        synchronize(self.device)
-        self.first_step_s = time.perf_counter() - begin
+        self.still = always(self.batch, self.device)
+        self.first_step_s, _ = self.training.timed(self.still, 1)
         self.graphs = graphs()
 
     @cached_property
     def step_s(self) -> float:
         """Seconds of a step, once it is warm."""
         self.training.step(self.still)
-        synchronize(self.device)
-        begin = time.perf_counter()
-        self.training.step(self.still)
-        synchronize(self.device)
-        return time.perf_counter() - begin
+        return self.training.timed(self.still, 1)[0]
 
     def rate(self, pace: Pace, micro: Any = None) -> tuple[float, float]:
         """Images a second of steps on what `pace` gives, and the share of time spent waiting."""
         steps = max(1, round(self.bench.seconds / self.step_s))
-        synchronize(self.device)
-        pace.take()
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.training.step(pace, micro)
-        synchronize(self.device)
-        spent = time.perf_counter() - begin
-        return steps * self.training.recipe.batch / spent, pace.take() / spent
+        spent, waited = self.training.timed(pace, steps, micro)
+        return steps * self.training.recipe.batch / spent, waited / spent
 
 
 def training(bench: Bench) -> Iterator[Case]:

@@ -6,6 +6,7 @@ weighted step against the unweighted one.
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 import simplejpeg
 import torch
 
+from kamim.bench.gpu_steps import Training, always
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
-from kamim.bench.step import always, training
-from shards import Plan, ShardSet, decode_frame, to_device
+from kamim.bench.rivals import timed
+from shards import Plan, ShardSet, decode_frame
 from train.recipes import find_recipe
 
 REPEATS, BATCH, STEPS, AHEAD = 9, 200, 24, 3
@@ -53,11 +55,7 @@ def loader_rate(
     """Images a second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
     loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD)
-    begin = 0.0
-    for number, _ in enumerate(loader):
-        if number == AHEAD:
-            begin = time.perf_counter()
-    return (steps - AHEAD - 1) * BATCH / (time.perf_counter() - begin)
+    return timed(((batch.frames,) for batch in loader), skip=AHEAD + 1)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
@@ -65,24 +63,20 @@ def processes_rate(records: ShardSet, cores: int) -> float:
     loader = torch.utils.data.DataLoader(
         _Frames(records), BATCH, shuffle=True, num_workers=cores, prefetch_factor=3
     )
-    count, begin = 0, 0.0
-    for number, (frames, _) in enumerate(loader):
-        begin = time.perf_counter() if number == 0 else begin
-        count += len(frames) if number else 0
-    return count / (time.perf_counter() - begin)
+    return timed(loader)
 
 
 def step_seconds(records: ShardSet, repeats: int, warm: int = 2) -> dict[str, list[float]]:
     """Seconds of training steps on one batch with and without weights, in turn, behind `warm`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, batch = ("vit_base", 256) if device.type == "cuda" else ("vit_tiny", 16)
-    run = training(replace(find_recipe(name), batch=batch), records, device)
-    maps = records.manifest.detectors[:1]
-    loader = records.loader(Plan(len(records), batch), 0, 1, maps=maps)
-    still = always(next(to_device(loader, device)), device)
+    training = Training(replace(find_recipe(name), batch=batch), records, device)
+    stream = training.stream(records)
+    still = always(deepcopy(next(stream)), device)
+    stream.close()
     works = {
-        "weighted": lambda: run(still, 1, True)[0],
-        "unweighted": lambda: run(still, 1, False)[0],
+        "weighted": lambda: training.timed(still, 1)[0],
+        "unweighted": lambda: training.timed(still, 1, training.plain)[0],
     }
     return in_turn(works, repeats, warm)
 

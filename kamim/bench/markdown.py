@@ -1,6 +1,7 @@
 """Tables as Markdown, and pages whose rendered parts stand between markers."""
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -11,6 +12,14 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def deviation(values: Sequence[float], scale: float = 1) -> str:
+    """Mean ± sample deviation of `values` times `scale`, as far as there are any."""
+    if not values:
+        return ""
+    spread = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.2f}{spread}"
 
 
 def renewed_parts(text: str, parts: Mapping[str, str]) -> str:

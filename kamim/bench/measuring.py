@@ -59,7 +59,12 @@ def figures(
     return found
 
 
-def keep(name: str, measure: Callable[[str], list[dict[str, Any]]]) -> None:
-    """Measure the source that was typed, by default the demo's, and append the rows."""
+def keep(
+    name: str, measure: Callable[..., list[dict[str, Any]]], needs_folder: bool = False
+) -> None:
+    """Measure the source that was typed, by default the demo's, and append the rows; `measure` that
+    `needs_folder`, to go on in, gets the one typed behind it.
+    """
     check_checkout()
-    print(append(name, measure(sys.argv[1] if len(sys.argv) > 1 else "demo")))
+    where = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    print(append(name, measure(where, *map(Path, sys.argv[2 : 2 + needs_folder]))))

@@ -119,13 +119,3 @@ class Optimised(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             return torch.from_numpy(crop), torch.zeros(1, dtype=torch.uint8)
         counts = crop_counts(self.detector, published_grey(crop), "ring")
         return torch.from_numpy(crop), torch.from_numpy(counts)
-
-
-def published_weights(marks: Tensor, w_ps: int = 8, temperature: float = 0.25) -> Tensor:
-    """Weights [b, c, c] of marks [b, 1, S, S], as the published training step makes them: a mean
-    over w_ps x w_ps pixels by convolution, then exp over its minimum (KAMIM utils/KAMIM.py).
-    """
-    kernel = torch.full((1, 1, w_ps, w_ps), 1 / w_ps**2)
-    density = torch.nn.functional.conv2d(marks, kernel, stride=w_ps)[:, 0]
-    raw = torch.exp(torch.clamp(density / temperature, -20, 20))
-    return raw / raw.amin(dim=(1, 2), keepdim=True)

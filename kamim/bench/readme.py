@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ def render_fields() -> str:
     return "\n".join([*table(["field", "kind", "default", "what it is"], rows), ""])
 
 
-PAGES = {
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"versus": render_versus},
     "docs/benchmarks.md": {
         "factors": render_factors,

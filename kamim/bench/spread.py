@@ -5,7 +5,6 @@ other photo and prints them, then measures bias and misplaced weight, corrected 
 others; a row a detector. What is finished is kept in WORK: killed, it goes on.
 """
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kamim.bench.measuring import once
-from kamim.bench.provenance import append, check_checkout
+from kamim.bench.measuring import keep, once
 from preprocess import build_shards, detector_settings, open_source
 from preprocess.fidelity import detected, looked_up, measure_fidelity, read_crop, trial_crop
 from preprocess.source import Source
@@ -98,5 +96,4 @@ def measure_all(where: str, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    check_checkout()
-    print(append("spread", measure_all(sys.argv[1], Path(sys.argv[2]))))
+    keep("spread", measure_all, needs_folder=True)

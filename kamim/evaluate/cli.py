@@ -106,7 +106,7 @@ def probe(
     def fast(number: int) -> dict[str, Any]:
         """Neighbours and heads of block `number`."""
         known, asked = features(number)
-        near = nearest_neighbours(known, asked, task.classes, neighbours)
+        near = nearest_neighbours(known, asked, task.classes, neighbours, device=task.device)
         heads = range(seeds) if protocol == "fast" or every_block else ()
         scores = [
             linear_probe(known, asked, task.classes, seed, count, device=task.device)

@@ -41,7 +41,7 @@ def few_shot(
         known = train[0][chosen], train[1][chosen]
         epochs = max(30, -(-STEPS // -(-len(chosen) // BATCH)))
         score = linear_probe(known, val, classes, seed, epochs, BATCH, device)
-        near = nearest_neighbours(known, val, classes, neighbours)
+        near = nearest_neighbours(known, val, classes, neighbours, device=device)
         row["images"] = len(chosen)
         for name, value in (("top1", score.top1), ("top5", score.top5), ("knn", near)):
             row[name].append(round(value, 4))

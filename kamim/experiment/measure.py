@@ -3,6 +3,7 @@
 All on the encoder's device, in seconds: a probe is logistic regression on all features at once.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from kamim.experiment.data import Labelled, Photos
 from kamim.experiment.steps import Arm, Trainer, hidden
+from shards.progress import progress
 from train.diagnosis import diagnose
 from train.features import Encoder, tokens
 from train.models import MEAN, STD
-from train.probe import effective_rank
+from train.probe import effective_rank, nearest_neighbours
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 0.1  # of the training features, to choose the penalty on
 QUARTERS = ((0.0, 0.0), (0.0, 0.5), (0.5, 0.0), (0.5, 0.5))  # of a photo: crops without overlap
+QUIET = partial(progress, delay=60)
 WHOLE = 0.44  # side of the crop whose attention is looked at: the middle of those trained on
 
 
@@ -29,9 +32,11 @@ def measure(
     encoder = Encoder("", trainer.plain.encoder, trainer.recipe.size)
     with torch.inference_mode():
         known, asked = (features(encoder, each.images, block) for each in cifar)
-    found = probe((known, cifar[0].labels), (asked, cifar[1].labels))
+    pairs = (known, cifar[0].labels), (asked, cifar[1].labels)
+    found = probe(*pairs)
     with torch.inference_mode():
-        found["knn"] = neighbours((known, cifar[0].labels), (asked, cifar[1].labels))
+        classes = int(cifar[0].labels.max()) + 1
+        found["knn"] = nearest_neighbours(*pairs, classes, device=known.device, bar=QUIET)
         found["rank"] = effective_rank(asked)
         found["retrieval"] = retrieval(encoder, trainer, held, block)
         found |= losses(trainer, held)
@@ -92,21 +97,6 @@ def probe(
         answers = (scaled(asked[0]) @ heads[best] + biases[best]).argmax(1)
         top1 = float((answers == asked[1]).float().mean())
     return {"top1": top1, "chosen_on": float(scores[best]), "penalty": PENALTIES[best]}
-
-
-def neighbours(
-    known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], k: int = 20, heat: float = 0.07
-) -> float:
-    """Top-1 by the votes of the k nearest, as train.probe.nearest_neighbours."""
-    mean, classes = known[0].mean(0), int(known[1].max()) + 1
-    base = F.normalize(known[0] - mean)
-    right = 0
-    for part, labels in zip(asked[0].split(1000), asked[1].split(1000), strict=True):
-        near, which = (F.normalize(part - mean) @ base.T).topk(min(k, len(base)), dim=1)
-        votes = near.new_zeros(len(part), classes)
-        votes.scatter_add_(1, known[1][which], (near / heat).exp())
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(asked[0])
 
 
 def retrieval(encoder: Encoder, trainer: Trainer, held: Photos, block: int) -> float:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kamim.bench import markdown
+from kamim.bench.markdown import deviation, renewed_parts
+from kamim.bench.plots import picture
 from kamim.experiment.keypoints import COLLAPSE, MAIN, METHODS, MORE, read
 from train.metrics import COLLAPSED
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+EMPTY = "<!-- results: begin -->\n<!-- results: end -->\n"
 POINTS = 0.5  # a gain below this is none that matters
 LEAST = 3  # pairs that a verdict needs
 TITLES = {"simmim": "SimMIM", "mae": "MAE", "fast": "FAST", "orb": "ORB", "sift": "SIFT"}
@@ -26,10 +29,8 @@ def write(out: Path) -> list[Path]:
     if any(row["stage"] == "main" for row in rows):
         written += [draw_top1(rows, out / "top1.png"), draw_attention(rows, out / "attention.png")]
     page = out / "README.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    page.write_text(f"{head}{BEGIN}\n{tables(rows)}\n{END}{tail}", encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if page.is_file() else EMPTY
+    page.write_text(renewed_parts(text, {"results": f"{tables(rows)}\n"}), encoding="utf-8")
     return [*written, page]
 
 
@@ -124,16 +125,8 @@ def able(rows: Sequence[Row], method: str) -> list[str]:
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table, or nothing where there are no lines."""
-    rows = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    rows = markdown.table(head, lines)
     return "\n".join(rows) if len(rows) > 2 else ""
-
-
-def shown(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± deviation."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 FIGURES: dict[str, Callable[[Row], float]] = {
@@ -152,7 +145,7 @@ def of_arm(rows: Sequence[Row], method: str, arm: str, stage: str) -> list[str] 
     looks = at_end(rows, method, arm, stage)
     if not looks:
         return None
-    values = [shown([figure(look) for look in looks.values()]) for figure in FIGURES.values()]
+    values = [deviation([figure(look) for look in looks.values()]) for figure in FIGURES.values()]
     return [TITLES[method], TITLES.get(arm, arm), str(len(looks)), *values]
 
 
@@ -206,7 +199,7 @@ def early(rows: Sequence[Row]) -> str:
             steps = sorted({look["step"] for looks in mine for look in looks if look["step"]})
             if mine:
                 values = [
-                    shown(
+                    deviation(
                         [
                             100 * look["top1"]
                             for looks in mine
@@ -273,54 +266,38 @@ def made_on(rows: Sequence[Row]) -> str:
 
 def draw_top1(rows: Sequence[Row], path: Path) -> Path:
     """Top-1 of each arm, a line a seed: the pairs can be seen."""
-    pyplot = plots()
-    figure, axes = pyplot.subplots(1, len(METHODS), figsize=(10, 4), layout="constrained")
-    for panel, method in zip(axes, METHODS, strict=True):
-        looks = {arm: at_end(rows, method, arm) for arm in MAIN}
-        for seed in sorted({seed for each in looks.values() for seed in each}):
-            at = [n for n, arm in enumerate(MAIN) if seed in looks[arm]]
-            values = [100 * looks[MAIN[n]][seed]["top1"] for n in at]
-            panel.plot(at, values, "o-", ms=4, lw=0.8, alpha=0.8, label=f"seed {seed}")
-        panel.set(title=TITLES[method], ylabel="top-1 of the linear probe, %")
-        panel.set_xticks(range(len(MAIN)), [TITLES.get(arm, arm) for arm in MAIN])
-        panel.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 10, 4, (1, len(METHODS))) as axes:
+        for panel, method in zip(axes, METHODS, strict=True):
+            looks = {arm: at_end(rows, method, arm) for arm in MAIN}
+            for seed in sorted({seed for each in looks.values() for seed in each}):
+                at = [n for n, arm in enumerate(MAIN) if seed in looks[arm]]
+                values = [100 * looks[MAIN[n]][seed]["top1"] for n in at]
+                panel.plot(at, values, "o-", ms=4, lw=0.8, alpha=0.8, label=f"seed {seed}")
+            panel.set(title=TITLES[method], ylabel="top-1 of the linear probe, %")
+            panel.set_xticks(range(len(MAIN)), [TITLES.get(arm, arm) for arm in MAIN])
+            panel.grid(alpha=0.3)
+        axes[-1].legend(fontsize=7)
     return path
 
 
 def draw_attention(rows: Sequence[Row], path: Path) -> Path:
     """Mutual information and distance of attention by block, the mean over seeds."""
-    pyplot = plots()
-    figure, axes = pyplot.subplots(2, len(METHODS), figsize=(10, 6.4), layout="constrained")
     names = {"nmi": "normalised mutual information", "distance": "attention distance, px"}
-    for column, method in enumerate(METHODS):
+    with picture(path, 10, 6.4, (2, len(METHODS))) as axes:
         for line, (name, label) in enumerate(names.items()):
-            panel = axes[line][column]
-            for arm in MAIN:
-                looks = list(at_end(rows, method, arm).values())
-                if not looks:
-                    continue
-                blocks = [each["block"] for each in looks[0]["attention"]]
-                each = zip(*([b[name] for b in look["attention"]] for look in looks), strict=True)
-                means = [statistics.fmean(values) for values in each]
-                panel.plot(blocks, means, "o-", ms=3, label=TITLES.get(arm, arm))
-                if name == "distance" and arm == MAIN[0]:
-                    uniform = looks[0]["attention"][0]["uniform"]
-                    panel.axhline(uniform, color="#999999", ls=":", label="uniform attention")
-            panel.set(xlabel="block", ylabel=label, title=TITLES[method])
-            panel.grid(alpha=0.3)
-    axes[-1][-1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            for panel, method in zip(axes[line], METHODS, strict=True):
+                for arm in MAIN:
+                    looks = [row["attention"] for row in at_end(rows, method, arm).values()]
+                    if not looks:
+                        continue
+                    each = zip(*([b[name] for b in blocks] for blocks in looks), strict=True)
+                    means = [statistics.fmean(values) for values in each]
+                    blocks = [block["block"] for block in looks[0]]
+                    panel.plot(blocks, means, "o-", ms=3, label=TITLES.get(arm, arm))
+                    if name == "distance" and arm == MAIN[0]:
+                        uniform = looks[0][0]["uniform"]
+                        panel.axhline(uniform, color="#999999", ls=":", label="uniform attention")
+                panel.set(xlabel="block", ylabel=label, title=TITLES[method])
+                panel.grid(alpha=0.3)
+        axes[-1][-1].legend(fontsize=7)
     return path
-
-
-def plots() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

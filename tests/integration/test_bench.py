@@ -21,16 +21,28 @@ torch = pytest.importorskip("torch")
 import kamim.bench.provenance
 from kamim.__main__ import app
 from kamim.bench import ceiling, experiments, meaning, plots, versus
+from kamim.bench.gpu_steps import Training
 from kamim.bench.loader import step_seconds
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
-from kamim.bench.online import AUGMENT, Optimised, Published, published_weights
+from kamim.bench.online import AUGMENT, Optimised, Published
 from kamim.bench.provenance import provenance
 from kamim.bench.readme import kept
-from kamim.bench.step import training
 from preprocess import build_shards, detector_settings, open_source
 from shards import Plan, Settings, ShardSet, UserError, decode_frame, to_device
 from train.recipes import find_recipe
 from train.step import Pace
+
+
+def published_weights(
+    marks: torch.Tensor, w_ps: int = 8, temperature: float = 0.25
+) -> torch.Tensor:
+    """Weights [b, c, c] of marks [b, 1, S, S], as the published training step makes them: a mean
+    over w_ps x w_ps pixels by convolution, then exp over its minimum (KAMIM utils/KAMIM.py).
+    """
+    kernel = torch.full((1, 1, w_ps, w_ps), 1 / w_ps**2)
+    density = torch.nn.functional.conv2d(marks, kernel, stride=w_ps)[:, 0]
+    raw = torch.exp(torch.clamp(density / temperature, -20, 20))
+    return raw / raw.amin(dim=(1, 2), keepdim=True)
 
 
 @pytest.mark.parametrize("name", ["fast", "orb", "sift"])
@@ -159,7 +171,7 @@ def test_mistakes_are_one_line():
     assert errors(done) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(1200)
 def test_quick_needs_no_data_and_three_minutes():
     """In seconds of the processors: other work on them does not make them more."""
@@ -288,11 +300,11 @@ def test_weights_cost_a_step_the_same_everywhere(small_source):
     """Both benchmarks of a weighted step run the same one, with weights and without."""
     with temporary_set(str(small_source), map_crops=0, frame=96, jobs=1) as records:
         recipe = replace(find_recipe("small"), batch=4)
-        run = training(recipe, records, torch.device("cpu"))
+        training = Training(recipe, records, torch.device("cpu"))
         loader = records.loader(Plan(len(records), 4), 0, 3, maps=["fast"])
         pace = Pace(to_device(loader, torch.device("cpu")), torch.device("cpu"))
-        for weighted in (True, False):
-            spent, waited = run(pace, 1, weighted)
+        for micro in (None, training.plain):
+            spent, waited = training.timed(pace, 1, micro)
             assert 0 <= waited < spent
         seconds = step_seconds(records, 1, warm=0)
         assert {name: len(each) for name, each in seconds.items()} == {

@@ -224,7 +224,10 @@ def test_too_many_rejected_is_status_1(small_source, tmp_path):
     assert "1 empty" in accepted.stdout
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_source, tmp_path):
     out = tmp_path / "out"
     slow = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/tests/slow_build:{REPOSITORY}"}

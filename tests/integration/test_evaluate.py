@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import socketserver
 import subprocess
@@ -49,7 +50,7 @@ from kamim.evaluate.supervised import (
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
 from shards.beton import convert_to_ffcv
-from train import checkpoint
+from train import checkpoint, probe
 from train.features import Encoder, tokens
 from train.huggingface import from_timm, to_timm
 from train.probe import linear_probe, nearest_neighbours
@@ -88,6 +89,22 @@ def test_a_separable_set_is_all_right_and_shuffled_labels_are_chance():
         by_chance = linear_probe(clusters(2000, 7, 1, True), val, 7, seed=seed)
         assert abs(by_chance.top1 - 1 / 7) < 0.1
     assert abs(nearest_neighbours(clusters(2000, 7, 1, True), val, 7) - 1 / 7) < 0.1
+
+
+def test_neighbours_vote_as_the_slow_twin_says_however_few_fit_at_once(monkeypatch):
+    train, val = clusters(300, 5, 1, True), clusters(90, 5, 2)
+    mean = train[0].mean(0)
+    known, right = torch.nn.functional.normalize(train[0] - mean), 0
+    for feature, label in zip(*val, strict=True):
+        similarity = known @ torch.nn.functional.normalize(feature - mean, dim=0)
+        votes = [0.0] * 5
+        for near in similarity.argsort(descending=True)[:20].tolist():
+            votes[train[1][near]] += math.exp(similarity[near] / 0.07)
+        right += votes.index(max(votes)) == label
+    assert 0.05 < right / 90 < 0.6  # labels mean little here: votes must be counted right
+    for most in (2**28, 1000, 1):
+        monkeypatch.setattr(probe, "SIMILARITIES", most)
+        assert nearest_neighbours(train, val, 5) == right / 90
 
 
 def test_a_probe_depends_on_its_seed_alone():

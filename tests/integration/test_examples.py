@@ -65,7 +65,9 @@ def test_each_is_short(path):
     assert len([line for line in path.read_text().splitlines() if line]) <= 40
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["own_model", *(pytest.param(name, marks=pytest.mark.slow) for name in NEEDS)]
+)
 def test_it_lowers_its_loss(name, folder, printed):
     lowered(printed(name, folder, STEPS))
 

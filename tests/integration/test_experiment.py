@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import cv2
 import numpy as np
@@ -21,10 +21,10 @@ import preprocess
 from kamim.experiment import keypoints, page
 from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
-from kamim.experiment.measure import neighbours, probe
+from kamim.experiment.measure import probe
 from kamim.experiment.steps import make_order
 from shards.errors import UserError
-from train.probe import effective_rank
+from train.probe import effective_rank, nearest_neighbours
 
 
 @pytest.fixture
@@ -50,6 +50,22 @@ def command(data, out, *more):
     return [sys.executable, "-m", "kamim.experiment", *map(str, words)]
 
 
+def test_an_experiment_goes_on_after_whole_lines(data, tmp_path):
+    out, size = tmp_path / "out", replace(TINY, methods=("mae",))
+    for folder in ("out", "first", "again"):
+        (tmp_path / folder).mkdir()
+    keypoints.work(data, out, tmp_path / "first", size, "cpu", False, float("inf"))
+    whole = (out / "runs.jsonl").read_text().splitlines(keepends=True)
+    wanted = [*tune(size), *tasks(size, {"mae": 1e-3})]
+    assert [key(row) for row in read(out / "runs.jsonl")] == [key(asdict(task)) for task in wanted]
+    (out / "runs.jsonl").write_text("".join(whole[:2]) + whole[2][:30])  # what a kill may leave
+    keypoints.work(data, out, tmp_path / "again", size, "cpu", False, float("inf"))
+    again = (out / "runs.jsonl").read_text().splitlines(keepends=True)
+    assert again[:2] == whole[:2]
+    assert list(map(key, map(json.loads, again))) == [key(asdict(task)) for task in wanted]
+
+
+@pytest.mark.slow
 def test_a_killed_experiment_goes_on_where_it_was(data, tmp_path):
     out = tmp_path / "out"
     running = subprocess.Popen(command(data, out), stderr=subprocess.PIPE, start_new_session=True)
@@ -65,7 +81,7 @@ def test_a_killed_experiment_goes_on_where_it_was(data, tmp_path):
     rows = read(out / "runs.jsonl")
     assert rows[: len(first)] == first
     wanted = [*tune(TINY), *tasks(TINY, dict.fromkeys(TINY.methods, 1e-3))]
-    assert sorted(map(key, rows)) == sorted(key(keypoints.asdict(task)) for task in wanted)
+    assert sorted(map(key, rows)) == sorted(key(asdict(task)) for task in wanted)
     assert all(row["finite"] and len(row["looks"][-1]["attention"]) == 3 for row in rows)
 
     text = (out / "README.md").read_text()
@@ -132,7 +148,7 @@ def test_probes_find_what_is_there_and_no_more():
     for features, least, most in ((told, 0.95, 1), (noise, 0.2, 0.5)):
         known, asked = (features[train], labels[train]), (features[test], labels[test])
         assert least <= probe(known, asked)["top1"] <= most
-        assert least <= neighbours(known, asked) <= most
+        assert least <= nearest_neighbours(known, asked, 3) <= most
     assert effective_rank(noise) > 14
     assert effective_rank(torch.outer(noise[:, 0], noise[0])) == pytest.approx(1, abs=0.01)
 

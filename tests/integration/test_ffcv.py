@@ -172,9 +172,13 @@ for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
 """
 
 
-@pytest.mark.parametrize("how", ["interrupt", "terminate", "exception"])
+@pytest.mark.parametrize(
+    "how",
+    ["interrupt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("terminate", "exception"))],
+)
 def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
+    before = {*os.listdir("/dev/shm")}  # what others leave there may have our number
     code = SCRIPT.format(then="raise RuntimeError('consumer')" if how == "exception" else "pass")
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "raw")],
@@ -195,7 +199,11 @@ def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     assert process.wait(timeout=300) != 0
     # Tests beside this one put theirs there: it is held to what it had open, and what has its name.
     named = re.compile(rf"(?<!\d){process.pid}(?!\d)")
-    assert not [name for name in os.listdir("/dev/shm") if name in mine or named.search(name)]
+    # What was terminated cannot tidy up: Python's resource tracker does so a moment later.
+    wait = time.monotonic() + 60
+    while left := [n for n in {*os.listdir("/dev/shm")} - before if n in mine or named.search(n)]:
+        assert time.monotonic() < wait, left
+        time.sleep(0.1)
 
 
 def test_a_truncated_beton_is_one_line(built, tmp_path, monkeypatch):

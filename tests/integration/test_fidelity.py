@@ -97,16 +97,18 @@ def test_mistakes_are_one_line(small_source, tmp_path):
         assert words in done.stderr
 
 
-def test_map_and_bank_of_one_detector_add_at_most_28_percent(photos, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orb", "sift"))]
+)
+def test_map_and_bank_of_one_detector_add_at_most_28_percent(name, photos, tmp_path):
     """Headers and padding counted, over a part of the photographs."""
     source = tmp_path / "source"
     for path in photos[::8]:
         (source / path.parent.name).mkdir(parents=True, exist_ok=True)
         (source / path.parent.name / path.name).write_bytes(path.read_bytes())
-    for name in ("fast", "orb", "sift"):
-        chosen = Settings(detectors=(preprocess.detector_settings(name),), shard_size=50, bank=4)
-        build_shards(open_source(str(source)), tmp_path / name, chosen, 2)
-        found = storage(ShardSet(tmp_path / name))
-        assert found["added"] <= 0.28
-        index = ShardSet(tmp_path / name).index
-        assert found["bytes"] == round(np.mean(index["bytes"].astype(float)))
+    chosen = Settings(detectors=(preprocess.detector_settings(name),), shard_size=50, bank=4)
+    build_shards(open_source(str(source)), tmp_path / name, chosen, 2)
+    found = storage(ShardSet(tmp_path / name))
+    assert found["added"] <= 0.28
+    index = ShardSet(tmp_path / name).index
+    assert found["bytes"] == round(np.mean(index["bytes"].astype(float)))

@@ -10,7 +10,7 @@ from test_cli import kamim
 
 torch = pytest.importorskip("torch")
 
-from kamim.bench import ceiling, gpu, gpu_loader, gpu_page, gpu_steps
+from kamim.bench import ceiling, gpu, gpu_device, gpu_loader, gpu_page, gpu_steps
 from shards import ShardSet
 from shards.order import Plan
 from train.recipes import find_recipe
@@ -40,6 +40,7 @@ def not_again(*arguments):
     raise AssertionError("it was measured already")
 
 
+@pytest.mark.slow
 def test_each_case_is_a_line_and_is_measured_once(bench, tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "gpu.jsonl"
     assert gpu.run(bench, out, PARTS) == 1  # what needs CUDA
@@ -104,6 +105,16 @@ def test_a_run_is_killed_and_goes_on_with_the_same_losses(bench, tmp_path):
     assert 2 <= killed["losses_when_killed"] < killed["steps"] == 8
 
 
+def test_crops_of_frames_that_the_device_decodes_are_timed_beside_the_threads(bench):
+    row = gpu_device.crops_by_decoder(bench, batch=8)
+    assert row["n"] == bench.repeats
+    assert min(row[name]["min"] for name in ("images_per_s", "images_per_s_by_threads")) > 0
+    rows = {("decode", "nvJPEG, 64 at once"): row, ("decode", "weighted crops"): row}
+    lines = gpu_page.TABLES["decode"](rows)
+    assert len([line for line in lines if line.startswith("|")]) == 3
+    assert lines[-1].startswith("Weighted crops of what it decodes")
+
+
 def test_a_set_is_as_large_as_it_is_asked_to_be(bench):
     records = bench.records
     many = ceiling.as_many(records, 2500)
@@ -159,13 +170,13 @@ def test_the_page_has_what_was_measured_and_says_what_was_not(tmp_path, monkeypa
     ]
     lines = [json.dumps(origin | row) for row in [*rows, rows[0] | {"gpu": ""}]]
     (tmp_path / "gpu.jsonl").write_text("\n".join(lines) + "\n")
-    page = gpu_page.render_end_to_end()
+    page = gpu_page.PARTS["gpu-end-to-end"]()
     assert "| vit_base | 2,000 | 0.980 | 1.0% | 19.6 |" in page  # 110 x 1,281,167 / 2,000 / 3,600
     assert "| swin_base | not measured |" in page
     assert page.count("driver 1") == 1
-    assert "| FFCV | FFCV is not installed |" in gpu_page.render_loader()
-    assert "| WebDataset JPEG | 2,000 |" in gpu_page.render_loader()
-    assert gpu_page.render_steps() == "Not measured yet: `make bench-gpu`.\n"
+    assert "| FFCV | FFCV is not installed |" in gpu_page.PARTS["gpu-loader"]()
+    assert "| WebDataset JPEG | 2,000 |" in gpu_page.PARTS["gpu-loader"]()
+    assert gpu_page.PARTS["gpu-steps"]() == "Not measured yet: `make bench-gpu`.\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -152,8 +152,11 @@ def test_a_tensor_of_another_device_is_noticed(fake_cuda):
 
 @pytest.mark.parametrize(
     "name",
-    ["small", "small:permuted", "small:inverse", "small_mae_kamim", "small_famt", "swin_tiny_bf16"]
-    + [f"{name}:checkpoint=true" for name in ("small", "small_mae_kamim")],
+    ["small", "small:permuted", "small_mae_kamim", "small_famt", "small:checkpoint=true"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("small:inverse", "swin_tiny_bf16", "small_mae_kamim:checkpoint=true")
+    ],
 )
 def test_a_step_is_one_graph_that_is_made_once(name):
     """Of crops, weights, forward, loss and backward, over steps whose boxes, masks and temperatures
@@ -368,7 +371,12 @@ def test_full_memory_is_told_with_the_number_that_fits(fits, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("vit_small", 0.6), ("vit_small_mae", 0.75), ("swin_tiny", 0.6)]
+    ("name", "share"),
+    [
+        ("vit_small", 0.6),
+        ("vit_small_mae", 0.75),
+        pytest.param("swin_tiny", 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_activations_that_are_computed_again_are_not_kept(name, share):
     """The loss and its gradients are the same to the last bit; memory is a fraction, of MAE a

@@ -76,6 +76,15 @@ def test_a_look_changes_no_loss_and_says_what_the_probe_says_of_the_same_images(
     assert row["attention_uniform"] == uniform
 
 
+def test_a_run_stopped_between_looks_goes_on_to_the_same_bits_and_looks(shards, tmp_path):
+    calm = run(shards, tmp_path / "calm", probe_every=1)
+    run(shards, tmp_path / "parts", probe_every=1, steps=7)
+    assert run(shards, tmp_path / "parts", probe_every=1, resume=True) == calm
+    assert told(tmp_path / "parts") == told(tmp_path / "calm")
+    assert list(looks(tmp_path / "parts")) == [1, 2, 5, 10, 15]
+
+
+@pytest.mark.slow
 def test_a_run_killed_between_looks_goes_on_to_the_same_bits_and_looks(shards, tmp_path):
     flags = ["--resume", "--probe-every", "0.5"]
     subprocess.run(command(shards, tmp_path / "calm", *flags), check=True, capture_output=True)

@@ -40,6 +40,7 @@ def test_an_image_folder(images, tmp_path, printed):
     lowered(printed("maps_imagefolder", images, maps_of(images, tmp_path / "maps"), STEPS))
 
 
+@pytest.mark.slow
 def test_a_webdataset_by_key(images, tmp_path, printed):
     pytest.importorskip("webdataset")
     (tmp_path / "tars").mkdir()
@@ -65,6 +66,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_litdata_by_name(images, tmp_path, printed):
     if importlib.util.find_spec("litdata") is None:

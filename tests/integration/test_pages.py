@@ -58,7 +58,7 @@ def sound(page, width, images, charts, picture=None):
     assert (found["images"], found["charts"]) == (images, charts)
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_browser_shows_all_of_every_page(runs, width, tmp_path):
     sound(runs / "a" / "index.html", width, 3 + 3, 11)
     words = [runs / "a", runs / "b", runs / "c", "--out", tmp_path / "compared"]
@@ -103,7 +103,9 @@ def test_the_page_of_a_run_shows_what_it_wrote_and_needs_no_other_file(runs):
     assert np.abs(strips[1].astype(int) - strips[3]).mean() > 1  # the model has changed
 
 
-@pytest.mark.parametrize("method", ["simmim", "mae", "famt"])
+@pytest.mark.parametrize(
+    "method", ["simmim", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mae", "famt"))]
+)
 def test_pictures_at_every_save_change_no_loss_and_are_alike_after_a_stop(
     method, shards, tmp_path, small_source
 ):

@@ -545,7 +545,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.slow)])
 def test_three_parts_at_once_killed_again_and_again(kind, request, source, disk, tmp_path):
     """SIGKILL to one part after another, each begun again; then they are joined."""
     out = request.getfixturevalue("s3")() if kind == "s3" else tmp_path / "out"
@@ -583,6 +583,7 @@ def test_three_parts_at_once_killed_again_and_again(kind, request, source, disk,
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.slow
 def test_a_build_into_s3_killed_again_and_again(s3, source, disk, tmp_path):
     """SIGKILL to all of its processes; what they had put there counts."""
     out, rng, kills = s3(), random.Random(1), 0

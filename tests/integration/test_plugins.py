@@ -427,7 +427,7 @@ def test_the_command_says_that_no_rule_is_there_and_takes_one_measured(own, tmp_
 NOISE = {"fast": (range(7), 0.03), "sift": ([0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 30], 0.03)}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", NOISE)
 def test_the_tables_that_are_kept_come_out_again(name, photos):
     source = open_source(str(photos[0].parent.parent))

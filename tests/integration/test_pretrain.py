@@ -181,7 +181,7 @@ def calm(shards, tmp_path_factory):
     return CALM
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shards, calm, tmp_path):
     flags = ["--workers", workers, "--resume"]
     rng, out = random.Random(int(workers)), tmp_path / "killed"
@@ -201,7 +201,9 @@ def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shar
     assert len(calm) == 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(number, shards, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
@@ -267,10 +269,9 @@ def test_the_end_of_a_run_leaves_pictures_metrics_and_a_model_for_timm(shards, t
     run(shards, out)
     import cv2
 
-    for name in ("loss.png", "reconstructions.png"):
-        picture = cv2.imread(str(out / name))
-        assert min(picture.shape[:2]) > 200
-        assert picture.std() > 5
+    picture = cv2.imread(str(out / "reconstructions.png"))
+    assert min(picture.shape[:2]) > 200
+    assert picture.std() > 5
     (out / "reconstructions.png").unlink()  # as if it had been killed before it drew
     run(shards, out, resume=True)
     assert (out / "reconstructions.png").exists()

@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
 FIDELITY = re.findall(
     r"^```console\n(.*?)^```", (REPOSITORY / "docs" / "fidelity.md").read_text(), re.M | re.S
 )
-DEVELOP = ["make check", "make test", "make test-readme", "make dist"]
+DEVELOP = ["make check", "make test", "make test-slow", "make dist"]
 
 
 def commands(block):
@@ -40,7 +40,7 @@ def run(command, folder):
     return subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
 
 
-@pytest.mark.slow  # make test-readme, which is a step of .ci/run
+@pytest.mark.slow
 @pytest.mark.timeout(1200)  # it trains for a minute on a quiet machine, for ten on a busy one
 def test_every_console_block_runs_as_printed(clone):
     seen = 0

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections import Counter
 from dataclasses import replace
 
 import cv2
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import REPOSITORY, settings
+from mutants import table
 from stress.broken import KINDS
 from stress.cases import PAGE, RESULTS, SECTIONS, Case, renewed
 from stress.forked import spawn
@@ -50,6 +52,13 @@ def test_the_page_is_rendered_from_the_results_and_nothing_is_lost():
     assert all(row["tried"] == row["survived"] + row["lost"] for row in rows)
     assert sum(row["lost"] for row in rows) == 0
     assert min(row["tried"] for row in rows) > 0  # or a case was not run where this was measured
+
+
+def test_the_table_of_mutants_is_rendered_from_their_rows_and_few_survive():
+    assert table.renewed(table.PAGE.read_text()) == table.PAGE.read_text()
+    counts = table.by_module(table.found())
+    assert len(counts) == 15
+    assert table.share(sum(counts.values(), Counter())) >= 0.92
 
 
 def test_a_loss_is_counted():

@@ -75,6 +75,7 @@ def test_a_run_goes_on_only_with_its_sets_and_shares(two, tmp_path):
         run(two, tmp_path / "alone", resume=True)
 
 
+@pytest.mark.slow  # test_pretrain trains one set so
 def test_two_processes_train_on_the_same_batches_as_one(two, tmp_path):
     words = [str(two[0]) + ":1", str(two[1]) + ":1.5"]
     one = command(words[0], tmp_path / "one", "--window", "4", "--epochs", "2", words[1])

@@ -181,7 +181,9 @@ def test_two_images_can_be_learned_by_heart():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.25 * first
+        if loss.item() < 0.25 * first:
+            return
+    pytest.fail(f"after 300 steps the loss is {loss.item() / first:.2f} of the first")
 
 
 def test_the_temperature_goes_from_its_first_to_its_last_by_its_form():

@@ -46,6 +46,7 @@ def test_from_tars_and_from_a_url(demo, tmp_path, printed):
         store.kill()
 
 
+@pytest.mark.slow
 def test_from_ffcv(demo, tmp_path, printed):
     if find_spec("ffcv") is None:
         pytest.skip("FFCV is not installed")

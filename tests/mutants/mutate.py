@@ -4,6 +4,8 @@
 the checkout, and adds one row per mutant to results.jsonl; a second call goes on where the first
 was cut off. Operators are Cosmic Ray's. Mutants that differ only in annotations, or not at all
 once parsed, are never drawn. equivalent.toml names survivors that no test can tell apart, and why.
+A mutant that loops, or waits for ever, is a `timeout`: one test alone took 60 s, about three times
+what all tests of its module take without a mutant on a quiet machine.
 """
 
 import argparse
@@ -13,14 +15,18 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -28,24 +34,35 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
-TESTS = {  # the fastest first: a run ends at the first failure
-    "shards/order.py": "unit/test_windows unit/test_plan",
-    "shards/rng.py": "unit/test_plan integration/test_golden",
-    "shards/crops.py": "unit/test_plan unit/test_densities integration/test_crops",
-    "shards/record.py": "unit/test_record unit/test_verify",
-    "shards/tar.py": "unit/test_record unit/test_verify",
-    "shards/index.py": "unit/test_record unit/test_verify unit/test_loader",
-    "shards/spec.py": "unit/test_record unit/test_verify integration/test_version2",
-    "shards/loader.py": "unit/test_loader",
-    "shards/weighting.py": "integration/test_crops integration/test_stored_weights "
-    "integration/test_library",
-    "shards/remote/cache.py": "integration/test_streaming integration/test_remote",
-    "shards/remote/prefetch.py": "integration/test_streaming",
-    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build",
+TESTS = {  # the fastest that can notice, without torch first: a run ends at the first failure
+    "shards/order.py": "unit/test_windows unit/test_mixture unit/test_golden_batches "
+    "unit/test_plan integration/test_streaming",
+    "shards/rng.py": "unit/test_golden_batches unit/test_plan",
+    "shards/crops.py": "unit/test_golden_batches unit/test_plan unit/test_densities "
+    "integration/test_crops",
+    "shards/record.py": "unit/test_record unit/test_beton unit/test_verify "
+    "integration/test_reliability",
+    "shards/tar.py": "unit/test_record unit/test_verify integration/test_build",
+    "shards/index.py": "unit/test_record unit/test_progress unit/test_verify "
+    "integration/test_reliability",
+    "shards/spec.py": "unit/test_settings unit/test_record unit/test_verify "
+    "integration/test_version2 integration/test_reliability",
+    "shards/loader.py": "unit/test_golden_batches unit/test_loader integration/test_streaming",
+    "shards/weighting.py": "integration/test_crops integration/test_library "
+    "integration/test_stored_weights integration/test_map_weights",
+    "shards/remote/cache.py": "unit/test_cache integration/test_streaming",
+    "shards/remote/prefetch.py": "unit/test_prefetch integration/test_streaming",
+    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build "
+    "integration/test_backends::test_what_a_worker_says_is_looked_at",
     "preprocess/building.py": "integration/test_build integration/test_maps",
-    "train/loss.py": "integration/test_method integration/test_golden",
-    "train/masking.py": "integration/test_method integration/test_attention",
+    "train/loss.py": "integration/test_train_parts integration/test_method",
+    "train/masking.py": "integration/test_train_parts integration/test_method "
+    "integration/test_attention",
 }
+SLOW = (  # of these files: minutes, for what the others notice
+    "tests/integration/test_build.py::test_the_same_bytes_after_20_kills",
+    "tests/integration/test_maps.py::test_the_same_bytes_after_kills",
+)
 # A name in place of another is mostly an error at once, and says little of the tests.
 LEFT_OUT = {"core/VariableReplacer", "core/VariableInserter", "core/RemoveDecorator"}
 
@@ -129,76 +146,128 @@ def copy_of_the_tree(folder: str) -> Path:
     return copy
 
 
-def test(copy: Path, module: str, code: str, python: str, limit: float) -> tuple[str, float]:
-    """Runs a module's tests with its code replaced: killed, survived or timeout, and the time."""
-    before = (copy / module).read_text()
-    (copy / module).write_text(code)
-    places = [f"tests/{name}.py" for name in TESTS[module].split()]
-    line = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *places]
+def run(copy: Path, module: str, python: str, limit: float) -> tuple[str, float]:
+    """Runs a module's tests in `copy`: killed, survived, timeout or slow, and the seconds it took.
+
+    timeout: one test alone took `limit`. slow: all took ten times that, but no test as much.
+    """
+    begin = time.monotonic()
     # Bytecode is told apart by second and size, which a mutant shares with the code before it.
     data = os.environ.get("KAMIM_DATA", ROOT.parent / "shared" / "data")
     extra = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "KAMIM_DATA": str(data)}
-    begin = time.monotonic()
-    try:
-        done = subprocess.run(
-            line, cwd=copy, env=os.environ | extra, capture_output=True, timeout=limit, check=False
+    extra["OMP_NUM_THREADS"] = "1"
+    line = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    line += [f"--basetemp={copy.parent / 'tmp'}", f"--timeout={limit:.0f}"]
+    line += ["--timeout-method=thread", *(f"--deselect={name}" for name in SLOW)]
+    for stage in ("unit", "integration"):  # not in one: the second imports torch
+        names = [name.partition("::") for name in TESTS[module].split() if name.startswith(stage)]
+        places = ["".join((f"tests/{file}.py", *test)) for file, *test in names]
+        if not places:
+            continue
+        process = subprocess.Popen(
+            [*line, *places],
+            cwd=copy,
+            env=os.environ | extra,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        outcome = "killed" if done.returncode else "survived"
-    except subprocess.TimeoutExpired:
-        outcome = "timeout"
+        try:
+            told = process.communicate(timeout=10 * limit)[0]
+        except subprocess.TimeoutExpired:
+            return "slow", time.monotonic() - begin
+        finally:  # what the tests started goes too
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            outcome = "timeout" if "++ Timeout ++" in told else "killed"
+            return outcome, time.monotonic() - begin
+    return "survived", time.monotonic() - begin
+
+
+def test(copy: Path, module: str, code: str, python: str, limit: float) -> tuple[str, float]:
+    """As run, with the code of `module` replaced."""
+    before = (copy / module).read_text()
+    (copy / module).write_text(code)
+    try:
+        return run(copy, module, python, limit)
     finally:
         (copy / module).write_text(before)
-    return outcome, time.monotonic() - begin
+
+
+def known_rows(results: Path) -> list[dict[str, Any]]:
+    """The rows of `results` that are of the modules' present text."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [row for row in map(json.loads, lines) if row["source"] == source(row["module"])]
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--python", default=sys.executable, help="runs the tests")
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--count", type=int, default=40, help="mutants per module")
+    parse.add_argument("--count", type=int, default=12, help="mutants per module")
     parse.add_argument("--jobs", type=int, default=2)
-    parse.add_argument("--limit", type=float, default=600, help="seconds per mutant")
+    parse.add_argument("--limit", type=float, default=60, help="seconds of one test")
     parse.add_argument("--survivors", action="store_true", help="try the survivors again")
     parse.add_argument("--results", type=Path, default=RESULTS)
     parse.add_argument("modules", nargs="*", default=list(TESTS))
     chosen = parse.parse_args()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
-    lines = chosen.results.read_text().splitlines() if chosen.results.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["source"] == source(row["module"])]
+    same = {"seed": chosen.seed, "commit": commit.strip(), "date": f"{date.today()}"}
+    rows = known_rows(chosen.results)
     if chosen.survivors:  # tests were added: only they can tell
-        rows = [row for row in rows if row["outcome"] != "survived"]
+        again = {"survived", "slow"}
+        rows = [r for r in rows if not (r["outcome"] in again and r["module"] in chosen.modules)]
     chosen.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = {(row["module"], row["line"], row["now"]) for row in rows}
-    work = []
+    turns: list[tuple[int, dict[str, Any], str]] = []
     for module in chosen.modules:
-        before = (ROOT / module).read_text()
-        for line, code in sample(module, chosen.count, chosen.seed):
+        before, text = (ROOT / module).read_text(), source(module)
+        for turn, (line, code) in enumerate(sample(module, chosen.count, chosen.seed)):
             was, now = changed(before, code)
             if (module, line, now) not in known:
-                work.append((module, line, was, now, code))
-    random.Random(chosen.seed).shuffle(work)  # cut off at any time, it has looked everywhere
+                row = {"module": module, "line": line, "was": was, "now": now, "source": text}
+                turns.append((turn, row, code))
+    # Module by module in turn: cut off at any time, it has looked everywhere alike.
+    work = [(row, code) for _, row, code in sorted(turns, key=lambda each: each[0])]
     print(f"{len(work)} mutants to try, {len(known)} known", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, chosen.results.open("a") as out:
         copies: Queue[Path] = Queue()
         for job in range(chosen.jobs):
             copies.put(copy_of_the_tree(f"{folder}/{job}"))
 
-        def try_one(item: tuple[str, int, str, str, str]) -> None:
-            module, line, was, now, code = item
+        def outcome_of(module: str, code: str) -> tuple[str, float]:
             copy = copies.get()
             try:
-                outcome, took = test(copy, module, code, chosen.python, chosen.limit)
+                return test(copy, module, code, chosen.python, chosen.limit)
             finally:
                 copies.put(copy)
-            row = {"module": module, "line": line, "was": was, "now": now, "outcome": outcome}
-            row |= {"seconds": round(took, 1), "seed": chosen.seed, "commit": commit.strip()}
-            row["source"] = source(module)
+
+        def try_one(item: tuple[dict[str, Any], str]) -> None:
+            row, code = item
+            row["outcome"], took = outcome_of(row["module"], code)
+            row |= {"seconds": round(took, 1)} | same
             out.write(json.dumps(row) + "\n")
             out.flush()
-            print(f"{outcome:9}{took:6.1f} s  {module}:{line}  {now}", file=sys.stderr)
+            place = f"{row['module']}:{row['line']}"
+            print(f"{row['outcome']:9}{took:6.1f} s  {place}  {row['now']}", file=sys.stderr)
+
+        def fails_anyway(module: str) -> bool:
+            return outcome_of(module, (ROOT / module).read_text())[0] != "survived"
 
         with ThreadPoolExecutor(chosen.jobs) as pool:
             list(pool.map(try_one, work))
+            tried = {row["module"] for row, _ in work}
+            passed = {row["module"] for row, _ in work if row["outcome"] == "survived"}
+            unsure = sorted(tried - passed)  # all were killed: without a mutant, too?
+            bad = list(pool.map(fails_anyway, unsure))
+            void = [each for each, fails in zip(unsure, bad, strict=True) if fails]
+    if void:
+        rows = [row for row in known_rows(chosen.results) if row["module"] not in void]
+        chosen.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        raise SystemExit(f"tests fail without a mutant, so no row counts: {', '.join(void)}")
 
 
 if __name__ == "__main__":

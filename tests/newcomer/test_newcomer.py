@@ -29,7 +29,7 @@ WORDS_SECONDS, TORCH_SECONDS = 2, 30  # on a quiet machine
 BESIDE = re.compile(r"^make: \*\*\*|^loading .* \.\.\. \d\d:\d\d$|^(loading|making) .*, \d+ s$")
 
 # The README trains for a minute on a quiet machine, for ten on a busy one.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.release, pytest.mark.timeout(1800)]
 
 
 class Newcomer:

@@ -133,26 +133,32 @@ def through(store: S3Store, proxy: Proxy) -> dict[str, str]:
     return keys | place
 
 
+def rounds(case: Case, proxy: Proxy, wanted: int, what: str) -> Iterator[int]:
+    """Numbers from 0 until `wanted` faults were made, or one did harm; then the case is told."""
+    begin, before, number = time.monotonic(), proxy.faults, 0
+    while True:
+        faults, spent = proxy.faults - before, time.monotonic() - begin
+        if faults.total() >= wanted or case.lost or spent > SECONDS:
+            break
+        yield number
+        number += 1
+    kinds = ", ".join(f"{faults[kind]} {kind}" for kind in FAULTS)
+    case.note = f"{faults.total()} faults ({kinds}) in {number} {what}, {spent:,.0f} s"
+
+
 def reads(store: S3Store | HttpStore, proxy: Proxy, arena: Path, wanted: int) -> Case:
     """Epochs read through a cache that is too small for them, against the same from the disk."""
     s3 = isinstance(store, S3Store)
     case = Case("network", f"reads from {'S3' if s3 else 'HTTP'}")
     url = store.url if s3 else f"http://127.0.0.1:{proxy.port}"
     right = call(digests, str(arena / "set"), "", log=arena / "local.log")
-    begin, before = time.monotonic(), proxy.faults
-    epochs = 0
-    while True:
-        faults = proxy.faults - before
-        if faults.total() >= wanted or case.lost or time.monotonic() - begin > SECONDS:
-            break
+    for _ in rounds(case, proxy, wanted, f"epochs of {len(right)} steps"):
         process, found = reading(url, through(store, proxy) if s3 else {}, arena)
         flaw = "" if process.status == 0 else f"status {process.status}: {process.text()[-400:]}"
         for step, digest in enumerate(right):
             wrong = flaw or ("" if found[step] == digest else f"step {step} differs")
             if not case.trial(wrong):
                 break
-        epochs += 1
-    case.note = _told(faults, f"{epochs} epochs of {len(right)} steps", begin)
     return case
 
 
@@ -188,15 +194,8 @@ def writes(store: S3Store, proxy: Proxy, arena: Path, wanted: int) -> Case:
     """Builds into the store, which end as the set on the disk, or begin again where they ended."""
     case = Case("network", "builds into S3")
     right = files(arena / "set")
-    begin, before = time.monotonic(), proxy.faults
-    number = 0
-    while True:
-        faults = proxy.faults - before
-        if faults.total() >= wanted or case.lost or time.monotonic() - begin > SECONDS:
-            break
+    for number in rounds(case, proxy, wanted, "builds"):
         case.trial(_written(f"s3://{BUCKET}/out-{number}", store, proxy, arena, right))
-        number += 1
-    case.note = _told(faults, f"{number} builds", begin)
     return case
 
 
@@ -217,8 +216,3 @@ def _written(url: str, store: S3Store, proxy: Proxy, arena: Path, right: dict[st
 def _with(environment: dict[str, str], *arguments: object) -> None:
     os.environ |= environment
     kamim(*arguments)
-
-
-def _told(faults: Counter[str], what: str, begin: float) -> str:
-    kinds = ", ".join(f"{faults[kind]} {kind}" for kind in FAULTS)
-    return f"{faults.total()} faults ({kinds}) in {what}, {time.monotonic() - begin:,.0f} s"

@@ -16,7 +16,7 @@ from preprocess.densities import (
 )
 from preprocess.detectors import detect, detector_settings
 from shards import Settings
-from shards.crops import cell_sums, read_map, visible_cells, weights
+from shards.crops import MARGINS, RINGS, cell_sums, read_map, visible_cells, weights
 
 
 @settings(max_examples=60)
@@ -131,7 +131,7 @@ BARS = [("fast", 3, 0.96, 0.105), ("orb", 3, 0.925, 0.165), ("sift", 3, 0.825, 0
 BARS += [("fast", 8, 0.965, 0.105), ("orb", 8, 0.938, 0.165), ("sift", 8, 0.855, 0.26)]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("name", "map_crops", "least_correlation", "most_wrong"), BARS)
 def test_maps_foretell_detection_on_new_crops_of_all_photos(
     name, map_crops, least_correlation, most_wrong, photos
@@ -145,7 +145,7 @@ def test_maps_foretell_detection_on_new_crops_of_all_photos(
 def test_maps_foretell_detection_on_new_crops(
     name, map_crops, least_correlation, most_wrong, photos
 ):
-    """A fifth of the photos, so a little slack; make test-slow takes all of them."""
+    """A fifth of the photos, so a little slack; make test-all takes all of them."""
     correlation, wrong = foretold(name, map_crops, photos[::5])
     assert correlation >= least_correlation - 0.01
     assert wrong <= most_wrong + 0.01
@@ -186,3 +186,19 @@ def test_weights_follow_the_published_formula():
     density = np.array([[0.0, 0.25], [0.5, 1.0]])
     np.testing.assert_allclose(weights(density, 0.25), np.exp([[0, 1], [2, 4]]))
     assert weights(np.zeros((3, 3)), 0.25).tolist() == np.ones((3, 3)).tolist()
+
+
+def test_weights_are_clipped_at_e_to_the_twentieth():
+    """As published; the least is then one, whatever the density."""
+    for temperature, most in ((0.5, 2), (0.05, 20), (0.04, 20), (1e-9, 20)):
+        np.testing.assert_allclose(weights(np.array([0, 1.0]), temperature), [1, np.exp(most)])
+
+
+def test_what_is_found_rises_with_the_distance_from_the_edge():
+    assert RINGS.keys() == MARGINS.keys()
+    for at, share in RINGS.values():
+        assert len(at) == len(share)
+        assert (np.diff(at) > 0).all()
+        assert (np.diff(share) > 0).all()
+        assert min(share) >= 0
+        assert share[-1] == 1  # nothing is hidden further in

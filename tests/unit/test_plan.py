@@ -1,5 +1,6 @@
 """The plan: permutations, boxes and flips as pure functions, the same for any split."""
 
+import math
 import time
 import tracemalloc
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from shards.order import Plan, shuffled
 from shards.rng import mix, uniform
 
@@ -132,6 +134,69 @@ def test_every_sample_comes_once_an_epoch_across_batches_that_straddle():
 def test_splits_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="multiple of 3"):
         Plan(100, 8).samples(0, ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"count": 0}, "count 0 is out of range; give 1 or more"),
+        ({"batch": 0}, "batch 0 is out of range"),
+        ({"micro_steps": 0}, "micro_steps 0 is out of range"),
+        ({"area": (0, 1)}, "area 0 to 1 is out of range; give 0 < least <= most <= 1"),
+        ({"area": (0.5, 1.1)}, "area 0.5 to 1.1 is out of range"),
+        ({"area": (0.6, 0.5)}, "area 0.6 to 0.5 is out of range"),
+        ({"ratio": (0, 1)}, "ratio 0 to 1 is out of range; give 0 < least <= most <= inf"),
+        ({"horizontal": -0.1}, "horizontal -0.1 is no probability; give 0 to 1"),
+        ({"vertical": 1.1}, "vertical 1.1 is no probability"),
+    ],
+)
+def test_a_plan_of_nonsense_is_refused_by_its_value(changes, line):
+    with pytest.raises(UserError, match=line):
+        Plan(**{"count": 8, "batch": 4} | changes)
+
+
+def test_the_least_and_the_most_of_a_plan():
+    for changes in (
+        {"count": 1, "batch": 1},
+        {"area": (1, 1), "ratio": (9, 9)},
+        {"horizontal": 0, "vertical": 1},
+        {"horizontal": 1, "vertical": 0},
+    ):
+        assert Plan(**{"count": 8, "batch": 4} | changes).steps() >= 1
+    plan = Plan(10, 4)
+    assert [plan.steps(epochs) for epochs in (0, 0.3, 0.4, 1, 2)] == [0, 0, 1, 2, 5]
+    assert [Plan(10, batch, in_order=True).steps() for batch in (3, 5, 10, 11)] == [4, 2, 1, 1]
+    for epochs in (-0.1, math.inf, math.nan):
+        with pytest.raises(UserError, match="give a number, 0 or more"):
+            plan.steps(epochs)
+    assert plan.samples(0, rank=1, ranks=2)[0].shape == (2,)
+    for rank, ranks in ((-1, 2), (2, 2)):
+        with pytest.raises(UserError, match=f"no rank {rank} of 2 processes; give 0 to 1"):
+            plan.samples(0, rank=rank, ranks=ranks)
+    with pytest.raises(UserError, match="a batch of 4 does not split into 3 micro-steps on 2 "):
+        Plan(10, 4, micro_steps=3).samples(0, rank=0, ranks=2)
+
+
+def test_stored_crops_are_shown_in_turn():
+    plan, samples = Plan(50, 5, seed=3), np.arange(50)
+    first = plan.slots(np.zeros(50, int), samples, 3)
+    assert set(first.tolist()) == {0, 1, 2}  # not all images begin with the same
+    for epoch in (1, 2, 3):
+        shown = plan.slots(np.full(50, epoch), samples, 3)
+        np.testing.assert_array_equal(shown, (first + epoch) % 3)
+    assert not Plan(50, 5, seed=3, in_order=True).slots(np.ones(50, int), samples, 3).any()
+
+
+def test_in_order_every_image_is_shown_whole_and_once():
+    plan = Plan(10, 4, in_order=True)
+    epochs, samples = zip(*(plan.samples(step) for step in range(plan.steps())), strict=True)
+    assert [len(each) for each in samples] == [4, 4, 2]
+    assert np.concatenate(samples).tolist() == list(range(10))
+    assert not np.concatenate(epochs).any()
+    boxes, flips = plan.boxes(epochs[0], samples[0], np.full(4, 30), np.full(4, 40))
+    assert boxes.tolist() == [[0, 0, 1, 1]] * 4
+    assert boxes.dtype == np.float32
+    assert not flips.any()
 
 
 def test_a_billion_samples_cost_nothing_to_resume_in():

@@ -39,6 +39,26 @@ def test_each_setting_has_its_bounds(field, taken, refused):
 
 
 @pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"frame": 15}, "frame 15 is out of range; give 16 to 8192"),
+        ({"bank": 256}, "bank 256 is out of range; give 0 to 255"),
+        ({"area": (0.005, 1)}, "area 0.005 is out of range; give 0.01 to 1"),
+        ({"crop": 61}, "crop 61 is no multiple of 8; give 64"),
+        ({"levels": 15}, "levels 15 is unknown; there are 256, and 16 of version 2"),
+        ({"mark": "square"}, "mark is 'square'; there are ring, disc, point"),
+        ({"detectors": (Detector("Fast", {}),)}, "has a-z, 0-9, _ and -, not 'Fast'"),
+        ({"weights": (0.18, 8)}, "temperature 0.18 reach beyond 255, .*; give 0.181 or more"),
+        ({"weights": (0.25, 7)}, "w_ps 7 of the weights: give a divisor of the crop of 192 px"),
+        (RAW | {"bank": 2}, "bank is 2: build them by `kamim maps build`"),
+    ],
+)
+def test_a_refusal_says_the_value_and_what_may_be_given(changes, line):
+    with pytest.raises(UserError, match=line):
+        Settings(**changes)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         (RAW | {"quality": 90}, "quality"),
