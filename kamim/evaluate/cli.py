@@ -131,10 +131,10 @@ def probe(
         near = row["knn"]
         if protocol in SUPERVISED:
             del row["rates"]
-            how: Pooling = "attention" if protocol == "attentive" else pool
+            pooled: Pooling = "attention" if protocol == "attentive" else pool
             name = f"{protocol}-probe"
-            row |= {"pool": how}
-            row |= _supervised(task, name, epochs, batch, folder, range(seeds), how, lr)
+            row |= {"pool": pooled}
+            row |= _supervised(task, name, epochs, batch, folder, range(seeds), pooled, lr)
         if every_block:
             each = [{"block": n} | fast(n) for n in range(1, task.model.blocks + 1)]
             row["by_block"] = each
