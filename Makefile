@@ -92,6 +92,11 @@ test-all: $(VENV)/test  ## Run every test but those of dist and abuse, on new ex
 test-readme: $(VENV)/test  ## Run the README's commands as they are printed (minutes; trains).
 	$(BIN)/python -m pytest -q -m slow tests/integration/test_readme.py
 
+# By Python 3.11: the lowest NumPy has no wheel for later ones.
+.PHONY: test-lowest
+test-lowest: $(VENV)/lowest  ## Run what needs no torch with the lowest versions that pyproject.toml allows.
+	$(VENV)/lowest/bin/python -m pytest -q tests/unit
+
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
 	$(BIN)/python -m pytest -q -m release tests/newcomer
@@ -231,6 +236,15 @@ $(VENV)/mutants: | $(VENV)/bin/python
 $(VENV)/audit: | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
 	$(call install,pip-audit and uv,0.1 GB,$@/bin,pip-audit uv) || { rm -rf $@; exit 2; }
+
+# What we name ourselves is at its lowest, what that needs at its newest; so are the test's tools.
+LOWEST := $(VENV)/audit/bin/uv pip install -q --python $(VENV)/lowest/bin/python
+$(VENV)/lowest: pyproject.toml | $(VENV)/audit
+	@rm -rf $@ && $(PYTHON) -m venv $@ && echo 'installing the lowest versions into $@ (about 1 GB) ...' >&2
+	@$(LOWEST) --resolution lowest-direct -r pyproject.toml --extra demo --extra parquet --extra remote && \
+	  $(LOWEST) 'pytest>=8' pytest-timeout hypothesis 'moto[server]>=5' && \
+	  $(LOWEST) --no-deps -e . || { rm -rf $@; exit 2; }
+	@touch $@
 
 $(VENV)/train: pyproject.toml | $(VENV)/core
 	$(call install,torch and timm,6 GB,$(BIN),-e '.[demo$(comma)train]')

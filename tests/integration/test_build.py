@@ -43,6 +43,23 @@ def test_records_are_what_the_sources_say(small_source, tmp_path):
         records[40]
 
 
+def test_each_core_builds_unless_one_says_otherwise(small_source, tmp_path, monkeypatch):
+    """And no more processes than there are shards to build."""
+    asked, run = [], preprocess.building.backends.run
+
+    def one_process(backend, scheduler, most, *rest):
+        asked.append(most)
+        return run(backend, scheduler, 1, *rest)
+
+    monkeypatch.setattr(preprocess.building.backends, "run", one_process)
+    monkeypatch.setattr(preprocess.building.joblib, "cpu_count", lambda: 3)
+    source, chosen = open_source(str(small_source)), settings()  # ten shards
+    for number, jobs in enumerate(((), (0,), (2,), (50,))):
+        build_shards(source, tmp_path / str(number), chosen, *jobs)
+    preprocess.build(str(small_source), tmp_path / "by-name", frame=64, shard_size=4)
+    assert asked == [3, 3, 2, 10, 3]
+
+
 def test_the_same_bytes_for_any_number_of_jobs(small_source, tmp_path):
     source = open_source(str(small_source))
     for jobs in (1, 2, 3):

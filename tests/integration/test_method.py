@@ -264,6 +264,19 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     found = chooser.weights(whole).view(3, 3)
     expected = torch.tensor([[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]])
     torch.testing.assert_close(found, expected)
+    assert chooser.counts == (4, 3, 2)
+    step = chooser.begin
+    mask, encoded = chooser.hidden(chooser.noise(step), step, whole)
+    assert torch.equal(mask[0], expected > 0)  # drawn before those of weight 0
+    assert encoded.shape == (1, 6)  # and two that are visible
+    assert set(encoded[0, :4].tolist()) == {4, 5, 7, 8}
+    for cells, masked in (
+        (chooser.example(), 4),
+        (chooser.example(early=True), 6),
+        (chooser.fixed(1), 6),
+    ):
+        assert cells.masked.shape == (1, 3, 3)
+        assert cells.masked.sum() == masked
     by_density = masking(replace(recipe, sample_by="fast"))
     fast = np.full((1, 54, 54), 255, np.uint8)
     maps = {"fast": torch.from_numpy(fast)}

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,9 +35,10 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
+EQUIVALENT = RESULTS.with_name("equivalent.toml")
 TESTS = {  # the fastest that can notice, without torch first: a run ends at the first failure
-    "shards/order.py": "unit/test_windows unit/test_mixture unit/test_golden_batches "
-    "unit/test_plan integration/test_streaming",
+    "shards/order.py": "unit/test_windows unit/test_subset unit/test_mixture "
+    "unit/test_golden_batches unit/test_plan integration/test_streaming",
     "shards/rng.py": "unit/test_golden_batches unit/test_plan",
     "shards/crops.py": "unit/test_golden_batches unit/test_plan unit/test_densities "
     "integration/test_crops",
@@ -52,10 +54,12 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "integration/test_stored_weights integration/test_map_weights",
     "shards/remote/cache.py": "unit/test_cache integration/test_streaming",
     "shards/remote/prefetch.py": "unit/test_prefetch integration/test_streaming",
-    "preprocess/shard.py": "unit/test_record unit/test_densities integration/test_build "
+    "preprocess/shard.py": "unit/test_settings unit/test_record unit/test_densities "
+    "integration/test_build "
     "integration/test_backends::test_what_a_worker_says_is_looked_at",
     "preprocess/building.py": "integration/test_build integration/test_maps",
-    "train/loss.py": "integration/test_train_parts integration/test_method",
+    "train/loss.py": "integration/test_train_parts integration/test_method "
+    "integration/test_figures",
     "train/masking.py": "integration/test_train_parts integration/test_method "
     "integration/test_attention",
 }
@@ -218,8 +222,15 @@ def main() -> None:
     same = {"seed": chosen.seed, "commit": commit.strip(), "date": f"{date.today()}"}
     rows = known_rows(chosen.results)
     if chosen.survivors:  # tests were added: only they can tell
-        again = {"survived", "slow"}
-        rows = [r for r in rows if not (r["outcome"] in again and r["module"] in chosen.modules)]
+        named = tomllib.loads(EQUIVALENT.read_text())["mutant"]
+        same_to_all = {(each["module"], each["was"], each["now"]) for each in named}
+        rows = [
+            row
+            for row in rows
+            if row["outcome"] in ("killed", "timeout")
+            or row["module"] not in chosen.modules
+            or (row["module"], row["was"], row["now"]) in same_to_all
+        ]
     chosen.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = {(row["module"], row["line"], row["now"]) for row in rows}
     turns: list[tuple[int, dict[str, Any], str]] = []

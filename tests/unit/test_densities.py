@@ -15,6 +15,7 @@ from preprocess.densities import (
     published_grey,
 )
 from preprocess.detectors import detect, detector_settings
+from preprocess.shard import squeeze
 from shards import Settings
 from shards.crops import MARGINS, RINGS, cell_sums, read_map, visible_cells, weights
 
@@ -202,3 +203,15 @@ def test_what_is_found_rises_with_the_distance_from_the_edge():
         assert (np.diff(share) > 0).all()
         assert min(share) >= 0
         assert share[-1] == 1  # nothing is hidden further in
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 50), (64, 50), (300, 200), (300, 40), (40, 300)])
+def test_a_frame_is_square_shrunk_by_area_and_enlarged_linearly(size, demo_images):
+    image = cv2.resize(demo_images[3], size[::-1])
+    smaller = cv2.resize(
+        image, [min(side, 64) for side in size[::-1]], interpolation=cv2.INTER_AREA
+    )
+    expected = cv2.resize(smaller, (64, 64), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(squeeze(image, 64), expected)
+    assert squeeze(image, 64).shape == (64, 64, 3)
+    assert squeeze(image, 64).flags.c_contiguous

@@ -11,7 +11,9 @@ from preprocess import detector_settings
 from shards.crops import read_crop
 from shards.rng import Purpose
 
-PURPOSES = "ORDER CROP MASK SLOT BANK VIEW TRIAL SHARDS WINDOW RACE AUGMENT LAYERS BLEND SET FEW"
+PURPOSES = (
+    "ORDER CROP MASK SLOT BANK VIEW TRIAL SHARDS WINDOW RACE AUGMENT LAYERS BLEND SET FEW CHOICE"
+)
 
 
 def test_purposes_keep_their_numbers():

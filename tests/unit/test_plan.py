@@ -82,6 +82,12 @@ def test_parts_are_the_samples_of_their_steps(count, each, micro_steps, ranks, f
             np.testing.assert_array_equal(part, told)
 
 
+def test_of_no_places_there_are_no_samples():
+    none = np.zeros(0, np.int64)
+    for epochs in (3, none):
+        assert shuffled(5, 0, epochs, none).tolist() == []
+
+
 def test_orders_differ_and_leave_no_sample_near_its_place():
     orders = [shuffled(5000, seed, epoch, np.arange(5000)) for seed in (0, 1) for epoch in (0, 1)]
     for a in range(4):

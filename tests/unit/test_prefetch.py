@@ -115,6 +115,17 @@ def test_a_batch_across_windows_needs_both(begun):
     assert sorted(shelf.wait(3)) == shards_of(windows, 0, 1, 2)
 
 
+def test_a_first_step_of_one_sample_needs_one_window(begun):
+    windows, shelf = Windows([1] * SHARDS, 1, 5), Shelf()
+    ahead = Prefetch(shelf, windows, lambda step: step, 0, 12)
+    ahead.begin(0)
+    ahead.wait_for(0)
+    shelf.wait(2)
+    ahead.close()
+    assert shelf.came() == [*windows.shards(0), *windows.shards(1)]
+    assert ahead.newest == 0
+
+
 def test_a_shard_is_opened_once_and_let_go_of_with_its_window(windows, begun):
     shelf = Shelf()
     ahead = begun(shelf)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from preprocess import detector_settings
+from preprocess.shard import library_versions
 from shards import Detector, File, Ledger, Settings, UserError
 from shards.spec import Edge, Plugin
 
@@ -112,6 +113,22 @@ def test_a_ledger_adds_up():
     assert Ledger(5, 3, {"a": 1, "b": 1}).rejected_share == 0.4
     assert Ledger(0, 0, {}).rejected_share == 0
     assert Ledger(0, 0, {}).balanced
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({}, set()),
+        ({"detectors": (FAST,)}, set()),
+        ({"detectors": (FAST,), "weights": (0.25, 8)}, {"numpy"}),
+        ({"detectors": (FAST, FREQUENCY)}, {"numpy"}),
+        ({"detectors": (FAST, Detector("mine", {}, Plugin("a:b", "", "")))}, {"numpy"}),
+    ],
+)
+def test_a_set_names_the_versions_that_decide_its_bytes(changes, more):
+    """Those that do not are not named, or another version of them would stop a build."""
+    named = library_versions(Settings(**changes))
+    assert set(named) == {"opencv", "pillow", "simplejpeg"} | more
 
 
 def test_frequency_alone_has_no_keypoints():
