@@ -95,7 +95,7 @@ test-readme: $(VENV)/test  ## Run the README's commands as they are printed (min
 # By Python 3.11: the lowest NumPy has no wheel for later ones.
 .PHONY: test-lowest
 test-lowest: $(VENV)/lowest  ## Run what needs no torch with the lowest versions that pyproject.toml allows.
-	$(VENV)/lowest/bin/python -m pytest -q tests/unit
+	$(VENV)/lowest/bin/python -m pytest -q tests/unit $(addprefix tests/integration/test_,remote.py streaming.py places.py)
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
@@ -237,12 +237,12 @@ $(VENV)/audit: | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
 	$(call install,pip-audit and uv,0.1 GB,$@/bin,pip-audit uv) || { rm -rf $@; exit 2; }
 
-# What we name ourselves is at its lowest, what that needs at its newest; so are the test's tools.
+# What pyproject.toml names is at its lowest, also of what tests need; what that needs at its newest.
 LOWEST := $(VENV)/audit/bin/uv pip install -q --python $(VENV)/lowest/bin/python
 $(VENV)/lowest: pyproject.toml | $(VENV)/audit
 	@rm -rf $@ && $(PYTHON) -m venv $@ && echo 'installing the lowest versions into $@ (about 1 GB) ...' >&2
-	@$(LOWEST) --resolution lowest-direct -r pyproject.toml --extra demo --extra parquet --extra remote && \
-	  $(LOWEST) 'pytest>=8' pytest-timeout hypothesis 'moto[server]>=5' && \
+	@$(LOWEST) --resolution lowest-direct -r pyproject.toml --extra demo --extra parquet --extra remote \
+	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'moto[server]>=5.0.13' && \
 	  $(LOWEST) --no-deps -e . || { rm -rf $@; exit 2; }
 	@touch $@
 

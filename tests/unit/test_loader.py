@@ -2,6 +2,7 @@
 
 import gc
 import json
+import operator
 import os
 import resource
 import signal
@@ -20,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import preprocess
+import shards.loader
 from preprocess import build_shards, open_source
 from shards import ShardSet, decode_frame
-from shards.loader import Loader, open_files
+from shards.loader import CHUNK, Loader, open_files
 from shards.order import Plan
 from shards.reading import NO_CROP, crop_of, finder
 from shards.spec import to_json, write_file
@@ -261,6 +263,38 @@ def test_no_thread_or_file_is_left_behind(records):
     gc.collect()
     assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= files
+
+
+@pytest.mark.parametrize("what", ["planned", "Reader.read"])
+def test_a_loader_that_is_left_waits_for_what_is_begun_and_begins_no_more(
+    what, records, monkeypatch
+):
+    """Of planning and of reading: it is held in the second batch while four are asked for."""
+    begun, entered, release, left = [], threading.Event(), threading.Event(), threading.Event()
+    real = operator.attrgetter(what)(shards.loader)
+
+    def slow(*arguments):
+        begun.append(arguments)
+        if len(begun) == 2:
+            entered.set()
+            release.wait(60)
+        return real(*arguments)
+
+    def leave():
+        for _ in Loader(records, Plan(40, CHUNK), 0, 5, workers=1):
+            entered.wait(60)
+            break
+        left.set()
+
+    monkeypatch.setattr(f"shards.loader.{what}", slow)
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    assert entered.wait(60)
+    assert not left.wait(0.3)
+    release.set()
+    leaving.join(60)
+    assert left.is_set()
+    assert len(begun) == 2
 
 
 def test_memory_is_the_prefetch_whatever_the_length(records):

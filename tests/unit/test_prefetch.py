@@ -122,7 +122,7 @@ def test_a_first_step_of_one_sample_needs_one_window(begun):
     ahead.wait_for(0)
     shelf.wait(2)
     ahead.close()
-    assert shelf.came() == [*windows.shards(0), *windows.shards(1)]
+    assert sorted(shelf.came()) == shards_of(windows, 0, 1)
     assert ahead.newest == 0
 
 
