@@ -81,7 +81,7 @@ doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 test: $(VENV)/test  ## Run the tests (five to six minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/test  ## Run the long tests, and the README's commands as they are printed (about six minutes).
+test-slow: $(VENV)/test  ## Run the long tests, and the README's commands as they are printed (six to seven minutes).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 .PHONY: test-all

@@ -28,7 +28,8 @@ import typer
 import kamim.bench.cli
 import kamim.compare
 import kamim.evaluate.cli
-import kamim.evaluate.dense_cli  # it adds its command to those of cli
+import kamim.evaluate.dense_cli  # this and the next add their commands to those of cli
+import kamim.evaluate.export_cli
 import preprocess.cli
 import preprocess.edges_cli
 import preprocess.forms_cli  # these two add their commands to those of cli

@@ -1,7 +1,7 @@
 """Looks at every source image once and writes frames and keypoint densities into shards.
 
-It works without torch. A name's module is imported when the name is first used: a command line
-answers before OpenCV is there.
+It works without torch. The module of a name is imported when the name is first used, so that a
+command line answers before OpenCV is there.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the commands that build do alike: settings, the build, what is said of it."""
+"""What the commands that build have in common: settings, the build, and what is said of it."""
 
 import json
 import math
@@ -21,7 +21,7 @@ Number = TypeVar("Number", int, float)
 
 
 def settings_of(**options: Any) -> Settings:
-    """Settings from options. Raises UserError, calling a field as its option is called."""
+    """Settings from options. A UserError calls a field as its option is called."""
     try:
         return Settings(**options)
     except UserError as error:
@@ -32,7 +32,7 @@ def settings_of(**options: Any) -> Settings:
 
 
 def allow_seconds(seconds: float) -> None:
-    """For a plug-in's look at an image."""
+    """Set how long a plug-in may look at an image."""
     within("--detector-seconds", seconds, 0)
     from preprocess.isolation import allow
 
@@ -50,7 +50,9 @@ def run_build(
     repair: bool,
     json_output: bool,
 ) -> None:
-    """Build or repair as asked, and say what came of it; `how` are build_shards' arguments."""
+    """Build or repair as asked, and say what came of it. `how` are the other arguments of
+    build_shards.
+    """
     jobs, _, max_rejected, reuse, backend, scheduler = how
     within("--jobs", jobs, 0)
     within("--max-rejected", max_rejected, 0, 1)
@@ -132,7 +134,7 @@ def weights_of(text: str) -> tuple[float, int] | None:
 
 
 def _warn(settings: Settings, jobs: int, scheduler: str, source: str) -> None:
-    """Say what will work less well than it seems."""
+    """Warn of what will work less well than one may expect."""
     import joblib
 
     from shards.crops import RINGS

@@ -1,5 +1,6 @@
-"""`kamim shards`: build, and the commands on finished sets. Words are checked before any library is
-imported; results go to stdout, notes to stderr.
+"""`kamim shards`: build, and the commands on finished sets.
+
+What was typed is checked before any library is imported. Results go to stdout, notes to stderr.
 """
 
 from dataclasses import replace

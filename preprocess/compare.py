@@ -1,5 +1,5 @@
-"""Whether a set that is there is the one that is asked for; if not, what differs, in a line that
-says what to type.
+"""Whether the set that is there is the one that is asked for. If not, one line says what differs
+and what to type.
 """
 
 import json
@@ -39,7 +39,7 @@ PLAIN = ("frame", "quality", "crop", "map_crops", "bank", "grid", "mark", "detec
 
 
 def facts_of(source: Source, settings: Settings) -> Facts:
-    """All that a record's bytes depend on; a build goes on only where all of it is equal."""
+    """All that a record's bytes depend on. A build goes on only if all of it is equal."""
     with waiting(f"hashing the list of {len(source.entries)} inputs"):
         described = source.description()
     return _facts(FORMAT_VERSION, settings, described, library_versions(settings))
@@ -57,7 +57,9 @@ def _facts(version: int, settings: Settings, source: Facts, versions: Facts) -> 
 
 
 def check_folder(out: Place, facts: Facts) -> Manifest | None:
-    """The finished set in `out` if it is this one, None if it is ours to write, else UserError."""
+    """The finished set in `out` if it is this one; None if `out` is ours to write. Raises UserError
+    otherwise.
+    """
     if not out.is_url and out.folder.exists() and not out.folder.is_dir():
         raise UserError(f"{out} is a file; name a folder for the shards")
     names = set(out.sizes())
@@ -90,7 +92,9 @@ def facts_begun(out: Place) -> Facts | None:
 
 
 def compare(out: Path | Place, there: Facts, asked: Facts, hint: str = "") -> None:
-    """UserError unless all that `asked` says is so `there`, in `out`; it ends in `hint`."""
+    """Raise UserError unless `there`, the facts of `out`, agree with all that is `asked`; its line
+    ends in `hint`.
+    """
     changed = [
         line
         for part in ("settings", "source", "versions")
@@ -135,7 +139,7 @@ def _facts_of_detector(row: Facts) -> Facts:
 
 
 def check_manifest_is_not_lost(out: Place, names: Collection[str]) -> None:
-    """UserError if `out`, which holds `names`, has shards of a set whose manifest is gone."""
+    """Raise UserError if `out`, which holds `names`, has shards but its manifest is gone."""
     if MANIFEST not in names and {INDEX, shard_name(0), "shard-000000.npy"} & set(names):
         raise UserError(
             f"{out} has shards but no {MANIFEST}, without which nobody knows what they hold; "
@@ -180,7 +184,7 @@ def check_files(out: Place, finished: Manifest) -> None:
 
 
 def reuse_hint(out: Place, there: Facts, asked: Facts) -> str:
-    """What to type where the frames of the finished set in `out` can be kept; else empty."""
+    """What to type if the frames of the finished set in `out` can be kept; else empty."""
     same = all(there[part] == asked[part] for part in ("source", "format_version"))
     versions = there["versions"].items()
     same = same and all(asked["versions"].get(name, value) == value for name, value in versions)
@@ -195,8 +199,8 @@ def reuse_hint(out: Place, there: Facts, asked: Facts) -> str:
 
 
 def flags_of(settings: Settings, shard_size: int) -> str:
-    """The options of `kamim shards build` that give `settings`, without those that it takes
-    unasked; `shard_size` is what it chooses by itself.
+    """The options of `kamim shards build` that give `settings`. Defaults are left out, and so is
+    `shard_size`, which a build chooses by itself.
     """
     default = Settings()
     called = [

@@ -24,17 +24,19 @@ from shards.errors import UserError
 from shards.remote.storage import is_url
 
 Lister = Callable[[str, str], Source | None]
-FAR = 0.02  # share of its images that a dataset may lack: some are lost in many a download
+FAR = 0.02  # share of its images that a dataset may lack: many downloads lose some
 # Where people keep datasets; the folder that the variable KAMIM_DATA names comes before.
 BASES = ("data", ".", "~/data", "~/datasets", "/data", "/datasets")
 TORONTO = "www.cs.toronto.edu/~kriz/cifar.html (no licence is given; cite the report there)"
 
 
 class Dataset(NamedTuple):
-    """How one dataset is read: its splits (the first is the default) with their published numbers
-    of images, the number of classes, the names that a split may have below its folder, what lists
-    its published layouts there, and where people get it. Where it is not published as class
-    folders, `folders` are what people call them.
+    """How one dataset is read.
+
+    splits: the published number of images of each, the default first. classes: their number. names:
+    what a split may be called below the dataset's folder. lister: lists its published layouts
+    there. origin: where people get it. folders: what people call its class folders, if it is
+    published in another form.
     """
 
     splits: dict[str, int]
@@ -115,10 +117,10 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
     URL of a folder or an uncompressed tar of class folders.
 
     Sub-folders of a root, in byte order, are the classes 0, 1, ...; images beside them get label
-    -1. `split` names one of a dataset's; empty is its training set. Raises UserError if there is
-    no such place or no image in it, and OSError if a store cannot be reached; also UserError,
-    unless `partial` takes what is there, if a folder in it cannot be listed or a dataset's classes
-    or images are far from those published.
+    -1. `split` names one of a dataset's; empty is its training set. Raises UserError if there is no
+    such place or no image in it, and OSError if a store cannot be reached. Unless `partial` takes
+    what is there, raises UserError too if a folder in it cannot be listed, or if a dataset's
+    classes or images are far from those published.
     """
     name, colon, given = where.partition(":")
     if where == "demo":
@@ -157,7 +159,7 @@ def split_of(name: str, split: str) -> str:
 
 
 def check_outside(source: Source, out: str) -> None:
-    """UserError if `out` is in the source's folder, whose next listing would then be another."""
+    """Raise UserError if `out` is in the source's folder, whose next listing would be another."""
     root = source.root
     if is_url(root):
         within = f"{out}/".startswith(f"{root}/")
@@ -179,8 +181,8 @@ def _in_full(where: str) -> str:
 
 
 def _list_named(name: str, given: str, split: str) -> Source:
-    """The `split` of the dataset `name` at the place `given`, or wherever it is found first: there
-    in its published layouts, or in class folders called as its classes are.
+    """The `split` of the dataset `name` at the place `given`, or at the first place where it is
+    found: in its published layouts, or in class folders that are called as its classes are.
     """
     dataset = NAMED[name]
     if given and not kind_of(given):
@@ -207,16 +209,19 @@ def _usual_places(name: str) -> list[str]:
 
 
 def _is_closed(base: str, name: str) -> bool:
-    """Whether a usual place is not for us to look into; of one called as the dataset, we say so."""
+    """Whether a usual place cannot be read, and is passed over. One that is called as the dataset
+    is not: its error is shown.
+    """
     closed = not is_url(base) and not os.access(base, os.R_OK | os.X_OK)
     return closed and os.path.basename(base) != name
 
 
 def _class_folders(where: str, dataset: Dataset, given: bool, top: bool) -> Source | None:
-    """Class folders, or a tar of them, of a dataset that is published otherwise; None if not.
+    """Class folders, or a tar of them, of a dataset that is published in another form; None if
+    there are none.
 
-    In a place that nobody gave they have the published names. `top` is the place itself, not what
-    is called as a split below it.
+    In a place that nobody gave they must have the published names. `top`: whether it is the place
+    itself, not a split's folder below it.
     """
     if kind_of(where) == "folder":
         names = set(names_in(where))

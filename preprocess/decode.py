@@ -54,9 +54,9 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
 
 @contextmanager
 def naming(source: str) -> Iterator[None]:
-    """Put the name of the input before each line that libtiff or libjpeg prints meanwhile.
+    """Put the name of the input before each line that libtiff or libjpeg prints in the block.
 
-    They write to descriptor 2, past Python: it is turned aside, unless another thread writes there.
+    They write to descriptor 2, past Python. It is redirected, unless another thread writes there.
     """
     if not STDERR.acquire(blocking=False):
         yield

@@ -1,7 +1,7 @@
 """Density maps and the bank: the pixels of a source in, uint8 densities of each detector out.
 
-A map estimates, on a fixed grid of the unit square, the density that detection on a random crop
-would give there, from a few views of the source. The bank is that density itself, on stored crops.
+A map estimates the density that detection on a random crop would give, on a fixed grid of the unit
+square, from a few views of the source. The bank is that density itself, on stored crops.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 SEED = 0  # of the boxes of views and banks; a training run has its own
 LONGEST = 16  # crops' sides of a view: a source of 1 x 10,000 px would become 2 million px long
-FLOOR = 0.2  # views' worth of sight below which a map cell has nothing to go by, and is 0
+FLOOR = 0.2  # a map cell that fewer views than this have seen is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def density_maps(
 ) -> dict[str, Image]:
     """Maps of input `number` by detector, uint8 [grid, grid], density = value / 255.
 
-    `rgb` is its pixels, or its frame's, then with the `size` (height, width) of its source.
+    `rgb` is its pixels, or those of its frame; then `size` is the (height, width) of its source.
     """
     density = np.empty((len(settings.detectors), settings.grid, settings.grid))
     found = [detector.has_keypoints for detector in settings.detectors]
@@ -61,8 +61,8 @@ def _keypoint_densities(
 ) -> Floats:
     """Densities of the keypoint detectors, float64 [detectors, grid, grid].
 
-    The mean over views of the marked share of each cell, by how much of it each view sees: crops do
-    not show all, and no detector finds all near an edge.
+    The marked share of each cell is a mean over views, weighed by how much of the cell each view
+    sees: crops do not show all of it, and no detector finds everything near an edge.
     """
     detectors = [detector for detector in settings.detectors if detector.has_keypoints]
     grid, (height, width) = settings.grid, rgb.shape[:2]

@@ -193,8 +193,8 @@ def _parse(name: str, text: str, default: float) -> float:
 
 
 def check_detector(settings: Detector) -> None:
-    """UserError unless `settings` make a detector: OpenCV's are tried on a grey square, a person's
-    own was imported when it was named.
+    """Raise UserError unless `settings` make a detector. OpenCV's are tried on a grey square; a
+    person's own was imported when it was named.
     """
     if settings.plugin:
         return

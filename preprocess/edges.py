@@ -1,7 +1,7 @@
-"""The edge rule of a detector, measured: what it finds near the edge of a crop, over what it finds
-there when the image goes on.
+"""The edge rule of a detector, measured: what it finds near the edge of a crop, as a share of what
+it finds there when the image goes on.
 
-Each photo is squeezed to WHOLE px, and the density on its middle WINDOW px is compared with that of
+Each photo is squeezed to WHOLE px. The density in its middle WINDOW px is compared with that of
 detection on this window alone (docs/decisions.md, "A map is what its views found").
 """
 
@@ -52,8 +52,8 @@ def measure_edge(
 
 
 def _edge(shares: Floats, mark: str, photos: int) -> Edge:
-    """The rule of noisy `shares` by distance, px: they are made to rise, and end where all is
-    found. Leading zeros but the last are left out.
+    """The rule of noisy `shares` by distance, px: they are made to rise, and end where everything
+    is found. Of leading zeros only the last is kept.
     """
     rising = np.maximum.accumulate(shares[:REACH])
     falling = np.minimum.accumulate(shares[:REACH][::-1])[::-1]

@@ -1,7 +1,7 @@
 """Where the tasks of a build run: processes of this machine, a Dask cluster or a Ray cluster.
 
-An engine runs the task of a worker that died again elsewhere; Lost says that the engine is gone.
-joblib's own dask and ray backends are not used: see docs/decisions.md.
+If a worker dies, the engine runs its task again elsewhere. Lost says that the engine itself is
+gone. joblib's own dask and ray backends are not used: docs/decisions.md says why.
 """
 
 import importlib.util
@@ -116,7 +116,9 @@ def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> 
 
 
 def _close(part: Any, timeout: float) -> None:
-    """Close a cluster or client; what takes longer goes on closing, and is no error of a build."""
+    """Close a cluster or client. If that takes longer, it goes on by itself, and is no error of a
+    build.
+    """
     with suppress(TimeoutError):
         part.close(timeout=timeout)
 
@@ -195,7 +197,7 @@ def _ray(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> R
 
 
 def _ray_result(get: Callable[[Any], Any], reference: Any) -> Any:
-    """What a task returned; what it raised is raised without Ray's copy of the traceback."""
+    """What a task returned. What it raised is raised without Ray's copy of the traceback."""
     from ray import exceptions
 
     try:
@@ -218,7 +220,7 @@ def _deafen() -> None:
 
 
 def _foreign(error: BaseException) -> BaseException:
-    """A worker that cannot import us as a BuildError; anything else as it is."""
+    """A BuildError if a worker cannot import us; any other error as it is."""
     chain, cause = str(error), error.__cause__
     while cause is not None:
         chain, cause = f"{chain}: {cause}", cause.__cause__

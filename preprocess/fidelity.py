@@ -266,8 +266,8 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def storage(records: ShardSet) -> dict[str, float]:
-    """Mean bytes an image: frame, arrays by kind and the whole record with headers and padding, and
-    the share that the arrays add to a record without them.
+    """Mean bytes per image: the frame, arrays by kind, and the whole record with headers and
+    padding; and the share that the arrays add to a record without them.
     """
     mean = {
         name: float(records.index[name].astype(np.float64).mean())

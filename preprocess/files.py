@@ -36,7 +36,7 @@ def opened(where: str, ahead: bool = True) -> BinaryIO:
 
 
 def of_each(root: str, call: Callable[[str], Result], parts: Iterable[str]) -> Iterator[Result]:
-    """`call` of each part below `root`, in order; in a store, of 16 at a time."""
+    """`call` of each part below `root`, in order; in a store, 16 at a time."""
     if not is_url(root):
         yield from map(call, parts)
         return
@@ -65,9 +65,8 @@ def read_file(where: str, limit: int) -> bytes:
 
 
 def read_part(where: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start` on of a file that holds many images, which stays open.
-
-    Raises as read_file does.
+    """`size` bytes from `start` on of a file that holds many images and stays open. Raises as
+    read_file does.
     """
     with _rejecting(where):
         if is_url(where):
@@ -79,7 +78,7 @@ def read_part(where: str, start: int, size: int) -> bytes:
 
 @contextmanager
 def _rejecting(where: str) -> Iterator[None]:
-    """An OSError that is the fault of the file `where` as Rejected."""
+    """As Rejected, an OSError that is the fault of the file `where`."""
     try:
         yield
     except FileNotFoundError:
@@ -102,13 +101,13 @@ def _check_regular(file: BinaryIO) -> None:
 
 @lru_cache(maxsize=16)
 def _kept_open(where: str, version: tuple[int, ...]) -> BinaryIO:
-    """`where`, open until 16 others were asked for; another file of that name is opened anew."""
+    """`where`, kept open until 16 others were asked for. A new file of that name is opened anew."""
     return _opened(where)
 
 
 def version_of(where: str) -> tuple[int, ...]:
-    """What changes when another file takes the name `where`: the key to keep things read by.
-    Raises FileNotFoundError. A store's files are taken to stay as they are.
+    """A value that changes when another file takes the name `where`: part of the key of what is
+    kept. Raises FileNotFoundError. A store's files are taken not to change.
     """
     if is_url(where):
         return ()

@@ -1,7 +1,8 @@
 """A person's own detector in a process of its own: it may hang or die, and the build goes on.
 
-Each thread that detects has one such process, which ends with it, and is replaced when it hung or
-died. It is sent pixels, and answers with what the plug-in found or with why the image is rejected.
+Each thread that detects has one such process. It ends with the thread, and is replaced if it hung
+or died. It is sent pixels, and answers with what the plug-in found, or with why the image is
+rejected.
 """
 
 import ctypes
@@ -55,7 +56,7 @@ def allowed() -> float:
 
 
 def found(detector: Detector, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """plugins.found, in the process of this thread. Raises Rejected too if it hangs or dies."""
+    """plugins.found, in the process of this thread. Raises Rejected also if it hangs or dies."""
     assert detector.plugin is not None
     name, place = detector.plugin.function, ([*sys.path], os.getcwd())
     process, seconds = _own.process, allowed()
@@ -106,7 +107,9 @@ class _Process:
         return self._within(seconds, self.pipe.recv)
 
     def _within(self, seconds: float, act: Any) -> Any:
-        """`act()`, or TimeoutError: the process is killed then. EOFError or OSError if it died."""
+        """`act()`. If that takes longer, the process is killed: TimeoutError. EOFError or OSError
+        if it died.
+        """
         late = threading.Event()
 
         def strike() -> None:
@@ -132,7 +135,7 @@ class _Process:
         return self.process.poll() is not None
 
     def end(self) -> str:
-        """End it, if it runs yet; how it ended."""
+        """End it, if it still runs. Returns how it ended."""
         self.pipe.close()
         try:
             status = self.process.wait(5)
@@ -147,7 +150,7 @@ class _Process:
 
 
 def serve(descriptor: int) -> None:
-    """What the process does: answer, until who asks is gone."""
+    """What the process does: it answers until nobody asks any more."""
     if sys.platform == "linux":  # or a plug-in that hangs would outlive a build that was killed
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's

@@ -1,6 +1,6 @@
-"""Do it again and compare: records of a finished set whose maps or bank come out otherwise now.
+"""Detect again and compare: which records of a finished set would get another map or bank today.
 
-Finds what checksums cannot: another OpenCV that detects otherwise, or sources that changed.
+This finds what checksums cannot: an OpenCV that detects otherwise, or sources that changed.
 """
 
 from itertools import chain

@@ -1,4 +1,4 @@
-"""A finished set with files that are missing or damaged: made whole again, to the same bytes.
+"""Makes a finished set whole again, to the same bytes, where files are missing or damaged.
 
 What is built is held to the manifest's sha256 before it takes the place of what is damaged.
 """

@@ -171,7 +171,7 @@ def holds_set(folder: str) -> bool:
 def files_below(folder: str, root: str, home: str, label: int = -1) -> Iterator[Entry]:
     """Every file of the local `folder` at any depth, in byte order, files before folders.
 
-    A folder comes in place of its files where it cannot be listed (flaw unreadable), leads out of
+    A folder comes in place of its files if it cannot be listed (flaw unreadable), leads out of
     `home` (link) or, below `root`, holds a finished set of ours (OURS).
     """
 
@@ -242,7 +242,7 @@ def look_up(root: str, listed: Iterable[tuple[str, int]]) -> Iterator[Entry]:
 
 
 def _is_gone(path: str) -> bool:
-    """Whether nothing is there, which os.path.lexists also says of what may not be looked at."""
+    """Whether nothing is there. os.path.lexists also says so of what may not be looked at."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

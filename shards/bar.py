@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 1.0  # between two looks at the clock when nothing is reported
-STDERR = threading.Lock()  # whose thread writes there, or has turned it aside
+STDERR = threading.Lock()  # held by the thread that writes there, or has redirected it
 
 
 class Bar(tqdm):  # type: ignore[misc]
@@ -48,7 +48,7 @@ class Bar(tqdm):  # type: ignore[misc]
             self.close()
 
     def close(self) -> None:
-        """End the bar; its last state stays, unless it ended within its delay."""
+        """End the bar. Its last state stays, unless it ended within its delay."""
         if hasattr(self, "ticker") and not self.ended.is_set():
             self.ended.set()
             self.ticker.join()
@@ -58,7 +58,9 @@ class Bar(tqdm):  # type: ignore[misc]
 
 
 def _tick(bar: "weakref.ref[Bar]", ended: threading.Event, delay: float, pace: float) -> None:
-    """Show the bar after `delay` and every `pace` seconds, until it has ended or nobody has it."""
+    """Show the bar after `delay` seconds, then every `pace` seconds, until it ends or nobody holds
+    it.
+    """
     wait = delay or pace
     while not ended.wait(wait):
         wait, shown = pace, bar()
@@ -66,7 +68,7 @@ def _tick(bar: "weakref.ref[Bar]", ended: threading.Event, delay: float, pace: f
             return
         with STDERR:
             shown.refresh()
-        del shown  # or this thread would be who has it
+        del shown  # else this thread would keep it alive
 
 
 class _Lines(io.TextIOBase):

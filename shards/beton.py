@@ -48,8 +48,8 @@ LONGEST = 16  # bytes of a field's name
 
 
 def field_of(array: Array) -> str:
-    """The name of an array's field: a density whose name is too long for FFCV has the detector's
-    alone.
+    """The name of an array's field. A density whose name is too long for FFCV gets the detector's
+    name alone.
     """
     short = array.kind == DENSITY and len(array.name) > LONGEST
     return array.detector if short else array.name
@@ -259,8 +259,8 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
 
 
 def finished_copy(out: Path, fingerprint: str, shards: set[str]) -> Manifest | None:
-    """The finished, whole set in `out`, None if one is to be written whose shards are called
-    `shards`, else UserError.
+    """The finished, whole set in `out`; None if a set is to be written there, whose shards are
+    called `shards`. Raises UserError if `out` holds anything else.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder for the new set")

@@ -25,7 +25,7 @@ def to_device(
     """Each batch with its tensors on `device`: (batch, {field: tensor, or tensors by detector}).
 
     On CUDA the copies run beside the computation, from pinned buffers; the loader gets a buffer
-    back only when its copy is done. Frames that are files yet are decoded by the device.
+    back only when its copy is done. Frames that are still files are decoded on the device.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -78,7 +78,7 @@ def _tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> None:
-    """Keep the tensor's memory until what `stream` now has to do is done."""
+    """Keep the tensor's memory until `stream` has done all that it was given so far."""
     tensor.record_stream(stream)
 
 

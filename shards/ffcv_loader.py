@@ -25,8 +25,9 @@ from shards.record import COUNTS, DENSITY, fields_of
 def _ffcv() -> Any:
     """FFCV, kept from setting torch's number of threads.
 
-    It sets that to 1 when imported, to its own when a loader begins, and again from its thread, in
-    the middle of a step: how a step's sums are shared out, and so their last bits, went with it.
+    It sets that to 1 when it is imported, to its own number when a loader begins, and again from
+    its thread, in the middle of a step. The number decides how the sums of a step are shared out,
+    and so their last bits.
     """
     import torch
 
@@ -143,7 +144,7 @@ class FfcvLoader:
             """An FFCV epoch that is told its batches one by one, not all of them beforehand."""
 
             def start(self) -> None:
-                """Not yet: __init__ would start the thread on an order that is not there."""
+                """Does nothing yet: __init__ would start the thread before its order is there."""
 
         def order() -> Iterator[Any]:
             for part in self.plan.parts(self.first, self.last, self.rank, self.ranks):

@@ -34,8 +34,9 @@ def sweep(folder: Path) -> None:
 def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write; when the block ends, it takes the place of `path`.
 
-    After a crash `path` is whole, or as it was before. Not `durable`, that holds for a killed
-    process but not for a power cut, and saves two syncs. If the block raises, `path` is untouched.
+    After a crash `path` is whole, or as it was before. Without `durable` this holds for a killed
+    process but not for a power cut, and two syncs are saved. If the block raises, `path` is
+    untouched.
     """
     temporary = temporary_of(path)
     try:
@@ -66,10 +67,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """Write into `folder`, made if need be, as nobody else does, or raise UserError.
+    """Be the only process that writes into `folder`, which is made if need be; else UserError.
 
-    `lock`, by default .lock in the folder, is made and removed here; the kernel lets go of it when
-    the process dies, however it dies. What a killed process left half written there goes.
+    `lock`, by default .lock in the folder, is made and removed here. The kernel frees it when the
+    process dies, in whatever way. What a killed process left half written is removed.
     """
     with locked(lock or folder / LOCK, folder), naming_if_full(folder):
         sweep(folder)
@@ -78,9 +79,9 @@ def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def locked(lock: Path, place: object, shared: bool = False) -> Iterator[None]:
-    """Hold the file `lock`, made here, while writing into `place`; UserError if someone else does.
+    """Hold the file `lock`, made here, while writing into `place`. UserError if somebody else does.
 
-    `shared` with others who share it; it is removed only by who held it alone.
+    `shared`: together with others that share it. Only a process that held it alone removes it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
@@ -100,7 +101,7 @@ def locked(lock: Path, place: object, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def naming_if_full(folder: Path) -> Iterator[None]:
-    """Have the OSError of a full disk name the `folder` that is on it, and what to do."""
+    """If a disk is full, have the OSError name `folder`, which is on it, and say what to do."""
     try:
         yield
     except OSError as error:
@@ -113,8 +114,8 @@ def naming_if_full(folder: Path) -> Iterator[None]:
 def check_sha256(
     path: Path, expected: str, told: Callable[[int], object] = lambda count: None
 ) -> None:
-    """Raise UserError unless the content of `path` can be read and has this sha256 (hex); `told`
-    as of sha256_of.
+    """Raise UserError unless `path` can be read and its sha256 (hex) is `expected`; `told` as in
+    sha256_of.
     """
     try:
         actual = sha256_of(path, told)
@@ -128,7 +129,9 @@ def check_sha256(
 
 
 def sha256_of(path: Path, told: Callable[[int], object] = lambda count: None) -> str:
-    """sha256 (hex) of a file's content; `told` the bytes of each part as it is hashed."""
+    """sha256 (hex) of a file's content. `told` is called with the bytes of each part once it is
+    hashed.
+    """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(PART))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

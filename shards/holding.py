@@ -1,4 +1,4 @@
-"""Whether a manifest that anybody may have written holds what its types say."""
+"""Whether a manifest holds the types that it should: anybody may have written it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def holds_its_types(manifest: Manifest) -> bool:
-    """Whether names are text and counts whole numbers from 0, as a hostile file's may not be."""
+    """Whether names are text and counts are whole numbers from 0. In a hostile file they may not
+    be.
+    """
     settings, ledger = manifest.settings, manifest.ledger
     files = manifest.files
     counts = [n for file in files for n in (file.count, file.bytes)]

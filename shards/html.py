@@ -22,7 +22,7 @@ overflow-wrap:anywhere;min-width:6.5rem}
 
 
 def text(value: object) -> str:
-    """`value` as harmless HTML text; bytes that are no UTF-8 show as question marks."""
+    """`value` as harmless HTML text. Bytes that are not UTF-8 show as question marks."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -56,8 +56,8 @@ def image(file: bytes, form: str = "jpg", alt: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table under a `head`; what a row has after its first cell are numbers. On a narrow screen
-    it scrolls within itself.
+    """A table under a `head`. All cells of a row but the first are numbers. On a narrow screen it
+    scrolls within itself.
     """
     lines = ["<div class=wide><table><tr>", *(f"<th>{text(name)}" for name in head)]
     for first, *numbers in rows:

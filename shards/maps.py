@@ -1,7 +1,8 @@
-"""Densities without frames: each shard one plain .npy block of maps, looked up by a source's name.
+"""Densities without frames: each shard is one plain .npy block of maps, looked up by a source's
+name.
 
-`ShardSet.density` is how others read them. A look-up is one read of the file, so that what is
-resident stays small however much of the set was asked for.
+Others read them by `ShardSet.density`. A look-up reads the file once, so that little stays in
+memory, however much of the set was asked for.
 """
 
 import os
@@ -51,7 +52,7 @@ def index_rows(facts: Sequence[tuple[int, int, int, int]], settings: Settings) -
 
 
 class MapsWriter:
-    """As ShardWriter, of a shard without frames: the maps of its records, uint8 [n, D, G, G]."""
+    """As ShardWriter, for a shard without frames: the maps of its records, uint8 [n, D, G, G]."""
 
     file: File
     index: NDArray[np.void]
@@ -95,7 +96,7 @@ def flaw_of_block(path: Path, rows: NDArray[np.void], settings: Settings) -> str
 
 
 class Maps:
-    """The densities of a set without frames, by name; threads and forked processes may share it."""
+    """The densities of a set without frames, by name. Threads and forked processes may share it."""
 
     def __init__(self, records: "ShardSet") -> None:
         self.records, self.names = records, Names(records.folder, records.manifest)

@@ -1,4 +1,4 @@
-"""Several sets trained on as one: which of them each place of the order shows, and what of it."""
+"""Several sets trained on as one: which set each place of the order shows, and what of it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,12 +15,12 @@ MOST = 3_000_000_000  # samples of all sets: the product of two such numbers has
 class Mixture:
     """The orders of several sets, interleaved as evenly as shares allow.
 
-    An epoch has as many samples as all sets together, or as the subsets that their orders show;
-    quotas says how many of each: those it has, or, with `shares`, its share of the sum, rounded so
-    that they add up. Whatever the quota, a set is walked through in its own order, epoch by epoch
-    of its own: each of its samples is shown once before any is shown twice. A batch holds of each
-    set what its share says, give or take two samples. Any place is found in O(sets). Raises
-    UserError if a share gives no sample.
+    An epoch has as many samples as all sets together, or as the subsets that their orders show.
+    `quotas` says how many of each set: all of its own, or, with `shares`, its share of the sum,
+    rounded so that they add up. Each set is walked through in its own order and its own epochs:
+    each of its samples is shown once before any is shown twice. A batch holds each set's share,
+    give or take two samples. Any place is found in O(sets). Raises UserError if a share gives no
+    sample.
     """
 
     def __init__(self, orders: Sequence[Windows], shares: Sequence[float] | None = None) -> None:

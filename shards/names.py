@@ -1,7 +1,8 @@
-"""The names of a set's sources, and the record that a name is of, without reading all of them.
+"""The names of a set's sources, and the record of a name, without reading all of them.
 
-names.jsonl holds them in the order of the records. keys.npy is their hashes, sorted, with the
-record and the place of the name, which is compared: a collision never gives another's record.
+names.jsonl holds them in the order of the records. keys.npy holds their sorted hashes, each with
+its record and the place of its name. The name is compared, so that a collision never gives another
+record.
 """
 
 import json

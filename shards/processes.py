@@ -1,8 +1,9 @@
-"""Reading and decoding in processes of their own, into memory that they share with the loader.
+"""Reading and decoding in processes, into memory that they share with the loader.
 
-For trainers whose own thread is short of the interpreter lock: threads of the loader ask for it
+For trainers whose own thread is short of the interpreter lock. Threads of the loader ask for it
 twice per sample, processes once per chunk. A process knows no plan: it is told places, and says
-what is wrong with them. It ends when the loader's end of its pipe closes, however that dies.
+what is wrong with them. It ends when the loader's end of its pipe closes, in whatever way the
+loader ends.
 """
 
 import mmap
@@ -27,9 +28,10 @@ START = "import sys; sys.path[:] = {path!r}; from shards.processes import serve;
 
 
 class Shared:
-    """Memory without a name, seen by whoever has its descriptor; the kernel frees it with them.
+    """Memory without a name, seen by all that have its descriptor. The kernel frees it with the
+    last of them.
 
-    `allocate` gives uint8 arrays, one behind the other: the same calls give the same arrays in any
+    `allocate` gives uint8 arrays, one behind the other; the same calls give the same arrays in any
     process. `pin`, if set, is called with each.
     """
 
@@ -90,8 +92,8 @@ class Processes:
             pipe.send(facts)
 
     def read(self, number: int, owner: int, places: Sequence[Place]) -> dict[int, str]:
-        """As Reader.read, of set `owner` into the loader's buffers `number`, by whichever process
-        is idle.
+        """As Reader.read, of set `owner` into the loader's buffers `number`, by any process that is
+        idle.
         """
         pipe, process = self.idle.get()
         try:
@@ -109,7 +111,7 @@ class Processes:
         return problems
 
     def end(self) -> None:
-        """End all of them: what waits in `read` is told so."""
+        """End all of them. Whoever waits in `read` is told."""
         for _, process in self.all:
             process.kill()
         for _, process in self.all:
@@ -122,7 +124,7 @@ class Processes:
 
 
 def serve(descriptor: int) -> None:
-    """What a process does: answer, until the loader is gone."""
+    """What a process does: it answers until the loader is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loader's
     pipe: Any = Connection(descriptor)
     memory, sets, (count, size) = pipe.recv()

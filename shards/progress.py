@@ -1,6 +1,6 @@
 """What is said on stderr while something takes long: a bar on a terminal, lines in a log.
 
-tqdm is imported when there is something to show: a command line answers before that.
+tqdm is imported only when there is something to show, so that a command line answers before that.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,7 @@
 """What a sample costs the loader: one system call that puts its bytes in place, and one decode.
 
-Whatever is the same for all samples of a batch is found for all of them at once, by who calls:
-each Python step here holds the interpreter lock, which all threads share (docs/decisions.md).
+What is the same for all samples of a batch is found for all of them at once, by the caller. Each
+Python step here holds the interpreter lock, which all threads share (docs/decisions.md).
 """
 
 import json
@@ -60,7 +60,7 @@ class Layout:
         self.arrays = {name: array for name, (array, _) in wanted.items()}
         self.bank, self.tar = bank, tar
         self.slots = settings.bank if bank else 0
-        # What stands before arrays, and what is to be said where it does not.
+        # What stands before arrays, and what is said if it does not.
         self.heads: list[tuple[bytes, str]] = []
         if self.raw:
             frame = npy_header((settings.frame, settings.frame, 3)) if tar else b""
@@ -132,7 +132,7 @@ class Buffers:
         return found
 
     def take_files(self, places: Sequence[Place]) -> list[NDArray[np.uint8]]:
-        """Room for the JPEG files of `places`, where they will be read to."""
+        """Room for the JPEG files of `places`, into which they will be read."""
         total = sum(gap for *_, gap in places)
         if len(self.files) < total:
             self.files = np.empty(total + total // 4, np.uint8)
@@ -144,7 +144,7 @@ class Buffers:
         return found
 
     def choose(self, places: Ints) -> None:
-        """Of the stored crops of `places` take those that are shown: counts, and in FFCV boxes."""
+        """Of the stored crops of `places`, take those that are shown: counts, and in FFCV boxes."""
         slots = self.slots[places]
         for name, counts in self.counts.items():
             counts[places] = self.stored[name][places, slots]

@@ -39,11 +39,12 @@ BLANK = np.full((216, 216, 3), 255, np.uint8)  # where a set has no frames
 
 
 def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int) -> str:
-    """The page as HTML text. `samples` records, spread evenly, are shown, each with the crop that a
-    run of seed 0 makes of it in its first epoch; the weights of up to 512 make the histograms, each
-    frame read whole (no crop) with as many cells per side as a crop.
+    """The page as HTML text.
 
-    Raises UserError if w_ps does not divide the crop or the temperature is not positive.
+    It shows `samples` records, spread evenly, each with the crop that a run of seed 0 makes of it
+    in its first epoch. The histograms are of the weights of up to 512 frames, each read whole (no
+    crop) with as many cells per side as a crop. Raises UserError if w_ps does not divide the crop
+    or the temperature is not positive.
     """
     crop = records.manifest.settings.crop
     if w_ps < 1 or crop % w_ps:

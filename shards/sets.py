@@ -22,9 +22,9 @@ from shards.tar import INDEX_DTYPE
 class ShardSets(Records):
     """The records of `sets`, numbered through; `shares` says how much of an epoch each gives.
 
-    classes: the names of all sets, each once, in the order in which they come; labels are places
-    in it. A set without names keeps its numbers. Each set may be of another container, elsewhere,
-    with options of detectors and edge rules of its own. Raises UserError if frames differ in size.
+    classes: the names of all sets, each once, in the order in which they come; labels are places in
+    this list. A set without names keeps its numbers. Sets may differ in container and place, in
+    options of detectors and in edge rules. Raises UserError if frames differ in size.
     """
 
     def __init__(self, sets: Sequence[ShardSet], shares: Sequence[float] | None = None) -> None:
@@ -75,8 +75,8 @@ class ShardSets(Records):
         return Plan(len(self), batch, seed, mixture=Mixture(orders, self.shares), **crops)
 
     def rows(self, samples: Ints) -> NDArray[np.void]:
-        """Rows of the index of `samples`, INDEX_DTYPE [n]: places are those in their own set,
-        labels those of all.
+        """Rows of the index of `samples`, INDEX_DTYPE [n]. Places are those in the sample's own
+        set, labels those of all sets.
         """
         found = np.empty(len(samples), INDEX_DTYPE)
         owners, begin = np.searchsorted(self.set_ends, samples, side="right"), 0

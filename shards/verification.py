@@ -128,8 +128,8 @@ def _beton_against_index(path: Path, manifest: Manifest, rows: NDArray[np.void])
 def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
     """A line for each file whose bytes are not as written; hashes on all cores.
 
-    Of several processes, each can check its `part` of `parts`; the first shows how far it is. The
-    index is left out: it is checked whenever it is loaded.
+    Several processes can check a `part` of `parts` each; the first shows how far it is. The index
+    is left out: it is checked whenever it is loaded.
     """
     files = [*manifest.shards, manifest.rejected, *manifest.names][part::parts]
     return list(flaws_of_files(folder, files, shown=part == 0).values())

@@ -1,7 +1,7 @@
-"""Sets of format version 2, written anew as version 3; no other file knows of them.
+"""Sets of format version 2, written anew as version 3. No other file knows of version 2.
 
-Version 2 kept densities of 16 levels, two to a byte, all maps of a record and behind them its bank
-in one member `maps.npy`: bank rows of a box, its flips and the counts of every detector.
+It kept densities of 16 levels, two to a byte. One member `maps.npy` held all maps of a record, and
+behind them its bank: rows of a box, its flips and the counts of every detector.
 """
 
 import io
@@ -40,9 +40,9 @@ INDEX_DTYPE = np.dtype(
 def upgrade_set(folder: Path, out: Path) -> Manifest:
     """Write the version 2 set in `folder` as version 3 into `out`; returns its manifest.
 
-    Every file of `folder` is hashed first, every record is read back and compared at the end:
-    frames and counts to the byte, densities to the number. The set is what a build of the source
-    with 16 levels of density gives. A finished `out` is left as it is if it is whole, what a killed
+    Every file of `folder` is hashed first. At the end every record is read back and compared:
+    frames and counts to the byte, densities to the number. The set is the one that a build of the
+    source with 16 levels of density gives. A finished, whole `out` is left as it is; what a killed
     upgrade left is done again. Raises UserError at damage, and if `out` holds anything else.
     """
     manifest = read_manifest(folder)

@@ -19,6 +19,7 @@ from shards.device import to_device
 from shards.errors import UserError
 from shards.files import replacing
 from shards.weighting import crop_frames
+from train.diagnosis import queries_and_keys
 from train.distributed import Process, rows_of_all
 from train.models import in_bf16, normalised
 
@@ -47,12 +48,9 @@ def class_attention(encoder: Any, images: Tensor) -> Tensor:
     for block in encoder.blocks[:-1]:
         tokens = block(tokens)
     block = encoder.blocks[-1]
-    attn = block.attn
-    qkv = attn.qkv(block.norm1(tokens)).unflatten(2, (3, attn.num_heads, -1))
-    query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-    query, key = attn.q_norm(query[:, :, :1]), attn.k_norm(key)
-    row = ((query @ key.transpose(-2, -1))[:, :, 0] * attn.scale).float().softmax(-1)
-    row = row[:, :, encoder.num_prefix_tokens :]
+    query, key = queries_and_keys(block, tokens)
+    scores = (query[:, :, :1] @ key.transpose(-2, -1))[:, :, 0] * block.attn.scale
+    row = scores.float().softmax(-1)[:, :, encoder.num_prefix_tokens :]
     low, high = row.amin(-1, keepdim=True), row.amax(-1, keepdim=True)
     return ((row - low) / (high - low).clamp_min(1e-12)).mean(1)
 
@@ -66,11 +64,11 @@ def write_attention(
     process: Process,
     device: torch.device,
 ) -> Tensor:
-    """Write the maps of all `count` records into `path`, whole or not at all, by process 0; returns
-    them as they stay on `device`, uint8 [count, n].
+    """Write the maps of all `count` records into `path`, whole or not at all. Process 0 writes.
+    Returns them as they stay on `device`, uint8 [count, n].
 
     `batches` show each record once at least, to this process or to another; their crops and flips
-    are not used. Returns when the file is there, on all.
+    are not used. All processes return when the file is there.
     """
     rank, ranks = process.rank, process.ranks
     patches = (size // encoder.patch_embed.patch_size[0]) ** 2

@@ -38,9 +38,11 @@ def chart(
     marks: bool = False,
     across: tuple[float, float] | None = None,
 ) -> str:
-    """`lines` in one frame, whose y axis goes from `low` to `high`, by default from the least to
-    the most there is. A curve of many points is drawn as means, over a band from least to most.
-    `marks`: a dot at each point. `across`: ends of an x axis of whole numbers.
+    """`lines` in one frame. Its y axis goes from `low` to `high`, by default from the least value
+    to the greatest.
+
+    A curve of many points is drawn as means, over a band from least to greatest. `marks`: a dot at
+    each point. `across`: ends of an x axis of whole numbers.
     """
     drawn = [line for line in lines if len(line.x)]
     thin = [_binned(line) for line in drawn]

@@ -35,7 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({"version": VERSION, "step": step, **state}, file)
-    except RuntimeError as error:  # so torch calls a write that failed, as on a full disk
+    except RuntimeError as error:  # torch's name for a failed write, as on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else None
         detail = cause.strerror if cause else str(error).splitlines()[0]
         raise OSError(
@@ -50,10 +50,10 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 class Saver:
     """Writes a run's checkpoints while it goes on: from copies, by a thread, one at a time.
 
-    On CUDA the host does not wait for the copies either: they go into pinned memory, kept for the
-    next ones, in the order of what the device is given, so before the weights change again. A
-    write that failed raises at the next save, or at the end. `rows`, the file of the run's rows, is
-    synced first: a power cut leaves no checkpoint without the rows of its steps.
+    On CUDA the host does not wait for the copies either. They go into pinned memory, which is kept
+    for the next ones. The device makes them in the order of its work, so before the weights change
+    again. A write that failed raises at the next save, or at the end. `rows`, the file of the run's
+    rows, is synced first, so that a power cut leaves no checkpoint without the rows of its steps.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Saver:
     def save(
         self, step: int, state: dict[str, Any], after: Callable[[], object] = lambda: None
     ) -> None:
-        """Have `state` written as the checkpoint after `step` steps, once the one before is;
-        `after` it is written, call that.
+        """Have `state` written as the checkpoint after `step` steps, once the one before is
+        written. Then `after` is called.
         """
         self.wait()
         self.saved, cuda = time.monotonic(), self.device.type == "cuda"
@@ -108,8 +108,8 @@ class Saver:
 
 
 def _copied(tree: Any, into: Any, pin: bool) -> Any:
-    """`tree` of dictionaries and lists with copies of its tensors, in those of `into` if it has
-    them; pinned, or the copies would wait for the device.
+    """`tree` of dictionaries and lists with copies of its tensors, made in those of `into` if there
+    are any. They are pinned, or the copies would wait for the device.
     """
     if isinstance(tree, dict):
         old = into if isinstance(into, dict) else {}
@@ -226,7 +226,7 @@ def restore(
             "--resume, or name another --out"
         )
     state = load(path, device)
-    # What an older checkpoint's recipe does not have was as the defaults are, or not known.
+    # Fields that an older checkpoint's recipe lacks had the defaults, or were not known.
     known = asdict(Recipe(model="")) | {"correct": False} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     then = {
@@ -269,7 +269,7 @@ def restore(
 
 
 def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """UserError unless a run that had other epochs `then` can be extended, and shall be."""
+    """Raise UserError unless a run that was to have other epochs can be extended, and is to be."""
     before, epochs = then["recipe.epochs"], now["recipe.epochs"]
     phases = [k for k in LENGTHS[1:] if then[k] != now[k]]
     what = f"{run.out} is a run of {before:g} epochs, not of {epochs:g}"

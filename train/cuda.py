@@ -46,7 +46,7 @@ def peak_flops(name: str) -> float | None:
 
 
 def warn_of_what_is_missing(device: torch.device, compiles: bool = True) -> None:
-    """Say it if training on `device` is not what one would expect of the machine."""
+    """Warn if training on `device` is not what one would expect of this machine."""
     if device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 
+def queries_and_keys(block: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a timm ViT's `block` for what it gets, [b, heads, n, d / heads] each."""
+    attn = block.attn
+    parts = attn.qkv(block.norm1(inputs)).unflatten(2, (3, attn.num_heads, -1))
+    query, key, _ = parts.permute(2, 0, 3, 1, 4)
+    return attn.q_norm(query), attn.k_norm(key)
+
+
 def attention_of(block: Any, inputs: Tensor, prefix: int) -> Tensor:
     """Attention among patch tokens in `block` of a timm ViT, float32 [b, heads, n, n], rows sum 1.
 
     `inputs` [b, prefix + n, d] is what the block gets; attention to prefix tokens is left out.
     """
-    attn = block.attn
-    b, n, _ = inputs.shape
-    qkv = attn.qkv(block.norm1(inputs)).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    query, key = attn.q_norm(qkv[0]), attn.k_norm(qkv[1])
-    scores = (query @ key.transpose(-2, -1)) * attn.scale
+    query, key = queries_and_keys(block, inputs)
+    scores = (query @ key.transpose(-2, -1)) * block.attn.scale
     return scores[..., prefix:, prefix:].float().softmax(-1)
 
 

@@ -1,6 +1,6 @@
 """Several processes, on one machine or many: who am I, do all find the same, do all stop now.
 
-A UserError on one process is raised on all, so that none waits for one that has gone.
+If one process raises a UserError, all do, so that none waits for one that has gone.
 """
 
 import os
@@ -51,7 +51,7 @@ def connect(process: Process, device: torch.device) -> Process:
 
 
 def together(process: Process, ask: Callable[[], Answer]) -> Answer:
-    """`ask()`, here. Raises UserError on every process if it does on any: the first one's."""
+    """`ask()`, here. If it raises UserError on any process, all raise that of the first."""
     answer, problem = None, ""
     try:
         answer = ask()
@@ -98,7 +98,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """A wish to stop. Until `listen` is called, and from the second signal on, a signal ends the
+    """A wish to stop. Before `listen` is called, and from the second signal on, a signal ends the
     process at once, as it would without this.
     """
 
@@ -118,7 +118,9 @@ class Stop:
                 signal.signal(each, signal.SIG_DFL)
 
     def heeded(self, things: Iterable[Thing], done: int, ranks: int) -> Iterator[Thing]:
-        """`things`, one by one; one process alone ends in place of the next when it should."""
+        """`things`, one by one. If there is one process, it ends here when it should, before the
+        next thing.
+        """
         for thing in things:
             if ranks == 1 and self.wished:
                 self.end(done, 0)

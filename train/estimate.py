@@ -44,13 +44,13 @@ class Memory(NamedTuple):
 def largest_part(
     asked: int, flops: float, device: torch.device, memory: Memory | None = None
 ) -> int:
-    """Most images of a micro-step: those `asked` for; on CUDA, if none are, as many as `memory`
-    allows, but 256 without it; on a CPU fewer of a large model.
+    """Most images of a micro-step: those `asked` for. If none are: on CUDA as many as `memory`
+    allows, or 256 without it; on a CPU fewer for a large model.
 
-    There a step of ViT-B would be silent for minutes and take 15 GB, and a micro-step of two
-    images is no slower by the image. Depends on the model alone, not on the machine, so that
-    losses do not. On CUDA more images make fewer, longer launches, which small models need; above
-    MOST_PART tensors of Swin-B would be too long to be indexed in 32 bits. `flops`: of forward and
+    On a CPU a step of ViT-B would be silent for minutes and take 15 GB, and a micro-step of two
+    images is no slower per image. The number depends on the model alone, not on the machine, so
+    that losses do not. On CUDA more images make fewer, longer launches, which small models need;
+    above MOST_PART tensors of Swin-B would be too long for 32-bit indices. `flops`: of forward and
     backward, per image.
     """
     if device.type == "cpu":
@@ -73,11 +73,11 @@ def memory_of(
     device: torch.device,
     checkpoint: bool = False,
 ) -> Memory:
-    """What training takes, from what one and two images leave for their backward pass; `cells` are
-    of one. `checkpoint`: the encoder's activations are computed again, of a block at a time.
+    """What training takes, from what one and two images leave for their backward pass.
 
-    Compiled, five backbones took 1.00 to 1.06 times as much an image. Changes neither gradients nor
-    random state.
+    `cells` are those of one image. `checkpoint`: the encoder's activations are computed again, a
+    block at a time. Compiled, five backbones took 1.00 to 1.06 times as much per image. Changes
+    neither gradients nor random state.
     """
     one, two = (_kept(model, cells, size, count, device) for count in (1, 2))
     parameters = sum(p.numel() for p in model.parameters())
@@ -125,8 +125,8 @@ def memory_free(device: torch.device) -> float:
 
 
 def memory_lines(memory: Memory, part: int, device: torch.device) -> list[str]:
-    """What of a card `part` images use; if it is more than there is, a warning with the number that
-    would fit.
+    """How much of a card `part` images use. If it is more than there is, a warning with the number
+    that would fit.
     """
     needed, free = memory.needed(part), memory_free(device)
     if needed <= free and device.type == "cpu":
@@ -141,7 +141,7 @@ def memory_lines(memory: Memory, part: int, device: torch.device) -> list[str]:
 
 
 def smaller(part: int, fits: int) -> str:
-    """What to do where `part` images have no room, and `fits` are reckoned to have."""
+    """What to do if there is no room for `part` images; `fits` are estimated to fit."""
     if 0 < fits < part:
         return f"--micro-batch {fits} fits"
     return f"--micro-batch {part // 2} takes less" if part > 1 and fits else "take a smaller model"
@@ -149,7 +149,7 @@ def smaller(part: int, fits: int) -> str:
 
 @contextmanager
 def memory_told(part: int, fits: int) -> Iterator[None]:
-    """What to type when `part` images at once were too many, and `fits` were reckoned to fit."""
+    """Say what to type if `part` images at once were too many; `fits` are estimated to fit."""
     try:
         yield
     except RuntimeError as error:
@@ -257,8 +257,8 @@ def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:
 def say_where(
     run: Run, first: int, last: int, before: int, steps_an_epoch: float, rates: Rates
 ) -> None:
-    """Say where a run goes on, after step `first`; that it is finished; what an extension does to
-    its learning rate, whose schedule, now of `rates`, had `before` steps.
+    """Say where a run goes on, after step `first`; that it is finished; or what an extension does
+    to its learning rate: its schedule had `before` steps, and is now `rates`.
     """
     total, warmup, *levels = rates
     if first and before != total:

@@ -4,7 +4,7 @@ A run leaves in its folder run.json, metrics.jsonl, TensorBoard events, checkpoi
 pictures. Killed and resumed, the losses are the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -138,19 +138,18 @@ def pretrain(run: Run) -> None:
         here = replace(drawn, micro_steps=micro_steps)
         return data.load(here, step, end, maps=data.maps, rank=rank, ranks=ranks)
 
-    # What cannot be loaded is said before the first step.
-    loader = None if selection.due(first) else load(first)
     damaged: list[set[int]] = []
 
-    def every_batch(loader: Any) -> Iterator[Any]:
+    def every_batch(loader: Any) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
         step = first
         while step < last:
-            loader = loader or load(step)
+            loader = load(step) if loader is None else loader
             damaged.append(loader.damaged)
             yield from to_device(loader, device)
             loader, step = None, min(last, selection.end(step))
 
-    batches = every_batch(loader)
+    # What cannot be loaded is said before the first step.
+    batches = every_batch(None if selection.due(first) else load(first))
     stop = Stop()
     if ranks > 1:
         stop.listen()

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from shards.errors import UserError
 from train.loss import masked_l1, masked_mse, take
 from train.patches import patchify, sincos, unpatchify
 from train.recipes import Recipe, nearest
+from train.tokens import check_tokens, embed, encode, narrowed, through_blocks
 
 CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
@@ -357,55 +357,3 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in (MEAN, STD))
         return mean.to(device), std.to(device)
-
-
-def check_tokens(encoder: Any, name: str) -> None:
-    """UserError unless `encoder` can be run on some of its patches."""
-    if hasattr(encoder, "layers"):
-        raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
-    if not isinstance(getattr(encoder, "pos_embed", None), Tensor):
-        raise UserError(f"{name} has no absolute positions; patches cannot be left out of it")
-
-
-def embed(encoder: Any, patches: Tensor) -> Tensor:
-    """The encoder's patch embedding of some patches, [b, k, d]: its convolution as a product."""
-    stem = encoder.patch_embed
-    tokens: Tensor = stem.norm(F.linear(patches, stem.proj.weight.flatten(1), stem.proj.bias))
-    return tokens
-
-
-def encode(encoder: Any, tokens: Tensor, index: Tensor, narrow: bool = False) -> Tensor:
-    """What the encoder makes of `tokens` [b, k, d] at patches `index` [b, k], [b, prefix + k, d].
-
-    As timm's forward_features with the other patches left out; `narrow` as SimMIM's.
-    """
-    prefix = [t for t in (encoder.cls_token, getattr(encoder, "reg_token", None)) if t is not None]
-    count = sum(t.shape[1] for t in prefix)
-    # Some models have no position for class and register tokens.
-    ahead = 0 if encoder.no_embed_class else count
-    positions = encoder.pos_embed
-    tokens = tokens + take(positions[:, ahead:].expand(len(tokens), -1, -1), index)
-    if prefix:
-        first = torch.cat(prefix, dim=1)
-        first = first + positions[:, :ahead] if ahead else first
-        tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-    tokens = encoder.norm_pre(encoder.pos_drop(tokens))
-    out: Tensor = encoder.norm(through_blocks(encoder, narrowed(tokens) if narrow else tokens))
-    return out
-
-
-def through_blocks(encoder: Any, tokens: Tensor) -> Tensor:
-    """`tokens` after the blocks of a ViT. What they compute is kept for the backward pass, or
-    computed again there, as set_grad_checkpointing says. (Swin's layers see to it themselves.)
-    """
-    again = torch.is_grad_enabled() and getattr(encoder, "grad_checkpointing", False)
-    out: Tensor = checkpoint_seq(encoder.blocks, tokens) if again else encoder.blocks(tokens)
-    return out
-
-
-def narrowed(tokens: Tensor) -> Tensor:
-    """`tokens` in the type that autocast computes products in; as they are where it is off."""
-    device = tokens.device.type
-    return (
-        tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
-    )

@@ -58,8 +58,8 @@ def draw_reconstructions(
 
 
 def reconstructed(model: Any, images: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
-    """(what the model sees, that with what it makes of the masked), normalised [b, 3, S, S]; what
-    was thrown is grey.
+    """(what the model sees, the same with what it makes of the masked cells), normalised [b, 3, S,
+    S]. Thrown cells are grey.
     """
     training = model.training
     model.eval()
@@ -89,7 +89,9 @@ class Followed:
             )
 
     def taken(self, model: Any, step: int) -> Callable[[], None]:
-        """What writes the strip of `model` after `step` steps, and then the page of the run."""
+        """A function that writes the strip of `model` after `step` steps, and then the page of the
+        run.
+        """
         pixels = _pixels(reconstructed(model, self.images, self.cells)[1])
 
         def write() -> None:

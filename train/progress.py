@@ -26,7 +26,7 @@ def say(*lines: str) -> None:
 
 @contextmanager
 def ticking(draw: Callable[[], None], line: Callable[[], str]) -> Iterator[None]:
-    """Each second `draw()` on a terminal; in a log `line()`, when there was none for LOG_PACE."""
+    """Each second: on a terminal `draw()`; in a log `line()`, if nothing was said for LOG_PACE."""
     ended = threading.Event()
 
     def tick() -> None:
@@ -46,7 +46,7 @@ def ticking(draw: Callable[[], None], line: Callable[[], str]) -> Iterator[None]
 
 
 class Doing:
-    """What is done, since when, and how much of `total` by now, where that can be counted."""
+    """What is being done, since when, and how much of `total` is done, if that can be counted."""
 
     def __init__(self, what: str, total: float = 0) -> None:
         self.what, self.total, self.done, self.since = what, total, 0.0, time.monotonic()
@@ -88,7 +88,7 @@ def busy(what: str, shown: bool = True, total: float = 0) -> Iterator[Doing]:
 
 
 class Progress:
-    """A training run's one bar on a terminal, its lines in a log; nothing unless `shown`.
+    """The one bar of a training run on a terminal, or its lines in a log; nothing unless `shown`.
 
     Costs no synchronisation with the device: the loss is that of the last rows written.
     """

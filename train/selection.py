@@ -35,6 +35,7 @@ from train.recipes import Recipe
 SEED = 0  # of the cells that are masked in a look at losses
 LEAST = 1e-30  # of a score: 0 comes after all others
 FIXED = "density"
+NEVER = 1 << 62  # a step
 Scores = NDArray[np.float32]
 
 
@@ -75,9 +76,9 @@ class Selection:
         """What `step` trains on; its scores must have been read or looked at."""
         return self.whole if self.all else self._drawn(self._number(step))
 
-    def end(self, step: int) -> float:
+    def end(self, step: int) -> int:
         """The first step after `step` that another draw is for."""
-        return math.inf if self.all else self._begin(self._number(step) + 1)
+        return NEVER if self.all else self._begin(self._number(step) + 1)
 
     def due(self, step: int) -> bool:
         """Whether losses are looked at before `step`."""
@@ -217,7 +218,7 @@ def losses_of_all(
             frames = tensors["frames"], tensors["boxes"], tensors["flips"]
             images = normalised(crop_frames(*frames, masking.recipe.size))
             weights = None if weighing is None else crops.weigh(tensors | weighing, images)
-            cells = Cells(*(None if each is None else _all(each, len(images)) for each in one))
+            cells = alike(one, len(images))
             with in_bf16(device):
                 output = model(images, *cells)
             of_each = [
@@ -236,9 +237,10 @@ def losses_of_all(
     return found.nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
 
 
-def _all(each: Tensor, count: int) -> Tensor:
-    """`each` [1, ...] as that of `count` images."""
-    return each.expand(count, *each.shape[1:])
+def alike(one: Cells, count: int) -> Cells:
+    """The cells of one image as those of `count` images."""
+    masked = one.masked.expand(count, *one.masked.shape[1:])
+    return Cells(masked, None if one.encoded is None else one.encoded.expand(count, -1))
 
 
 def path_of(run: Path, step: int) -> Path:

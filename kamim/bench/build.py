@@ -68,7 +68,7 @@ def _squeezed_grey(rgb: Any, view: View) -> Any:
 
 
 def build_rate(source: Source, name: str, jobs: int) -> float:
-    """Images a second of one whole build with `jobs` processes, into a fresh folder."""
+    """Images per second of one whole build with `jobs` processes, into a fresh folder."""
     settings = Settings(detectors=(detector_settings(name),))
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()

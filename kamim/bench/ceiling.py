@@ -33,8 +33,8 @@ FOR_GOOD = ExitStack()
 
 
 def as_many(records: ShardSet, count: int = IMAGENET) -> ShardSet:
-    """`records` again and again, as a set of `count` in shards of SHARD: the plan, finding a sample
-    and the files that are open cost what they do there, whatever set is at hand.
+    """`records` again and again, as a set of `count` in shards of SHARD. The plan, finding a sample
+    and the open files then cost what they do in a set of that size.
     """
     many, manifest = ShardSet(records.folder), records.manifest
     firsts = records.ends - [shard.count for shard in records.shards]
@@ -53,7 +53,7 @@ def as_many(records: ShardSet, count: int = IMAGENET) -> ShardSet:
 
 @contextmanager
 def replaced(decode: float | None = None, read: float | None = None) -> Iterator[None]:
-    """While the block runs, decoding or reading sleeps for so many seconds, and does nothing."""
+    """While the block runs, decoding or reading only sleeps, for so many seconds."""
 
     def decoded(data: Any, colorspace: str, buffer: Any) -> Any:
         if decode:
@@ -78,14 +78,14 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
 
 
 def begin_replaced(decode: float | None, read: float | None) -> None:
-    """As `replaced`, for good, in a process of the loader."""
+    """As `replaced`, without an end, in a process of the loader."""
     FOR_GOOD.enter_context(replaced(decode, read))
 
 
 def rate(
     records: ShardSet, workers: int, seconds: float = SECONDS, processes: bool = False
 ) -> tuple[float, float]:
-    """Images a second of the loader with `workers`, with maps; and the cores that it took."""
+    """Images per second of the loader with `workers`, with maps; and the cores that it took."""
     plan = Plan(len(records), BATCH)
     ahead = max(3, 2 * workers * 16 // BATCH + 2)
     names = records.manifest.detectors[:1]

@@ -54,7 +54,7 @@ def write_stock(source: Source, path: Path) -> None:
 
 
 def ours(records: ShardSet, detectors: list[str]) -> Callable[[], float]:
-    """A function that runs our loader over several epochs and gives images a second."""
+    """A function that runs our loader over several epochs and gives images per second."""
     count = len(records)
     plan, steps = Plan(count, BATCH), 6 * count // BATCH
     loader = records.loader(plan, 0, steps, maps=detectors)

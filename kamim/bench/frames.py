@@ -1,4 +1,4 @@
-"""What a larger frame costs and keeps: run by `make bench-frames`, a row a frame size.
+"""What a larger frame costs and keeps: run by `make bench-frames`, a row per frame size.
 
 Costs: bytes per image, processor time of the build and of the loader. Kept: the gradient energy,
 the pixels and FAST's keypoints of a crop, beside the published crop of the source itself.
@@ -98,7 +98,7 @@ def _settings(frame: int) -> Settings:
 
 
 def measure(where: str, folder: Path) -> list[dict[str, Any]]:
-    """A row a size of frames, printed."""
+    """A row per size of frames, printed."""
     source, sets = open_source(where), {}
     folder.mkdir(parents=True, exist_ok=True)
     for size in SIZES:

@@ -174,7 +174,7 @@ def plain(row: dict[str, Any]) -> str:
 
 @contextmanager
 def no_later(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError where the body is after `seconds`; at once if there are none."""
+    """Raise TimeoutError if the block takes longer than `seconds`; at once if there are none."""
 
     def late(number: int, frame: FrameType | None) -> NoReturn:
         raise TimeoutError("the part's time is spent; the same command goes on with it")

@@ -84,7 +84,7 @@ def figures(
 
 
 def bandwidth(row: Row) -> str:
-    """Bytes or products a second."""
+    """Bytes or products per second."""
     if "gb_per_s" in row:
         return f"{middle(row, 'gb_per_s')} GB/s"
     return f"{middle(row, 'tflop_per_s')} TFLOP/s"

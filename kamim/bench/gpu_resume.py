@@ -3,7 +3,6 @@
 Runs are `kamim pretrain` in processes of their own, one of them ended by SIGKILL.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from kamim.bench.gpu import Bench, Case
 from train.checkpoint import newest
+from train.metrics import read_metrics
 from train.recipes import find_recipe
 
 MICRO_BATCH = 256
@@ -68,7 +68,7 @@ def _measure(bench: Bench, flags: list[str]) -> dict[str, Any]:
 
 
 def batch_of(bench: Bench) -> int:
-    """Images a step of the runs: two micro-steps of a large recipe."""
+    """Images per step of the runs: two micro-steps of a large recipe."""
     return min(find_recipe(bench.killed).batch, 2 * MICRO_BATCH)
 
 
@@ -99,9 +99,7 @@ def _begin(bench: Bench, out: Path, flags: list[str]) -> subprocess.Popen[str]:
 
 def _losses(out: Path) -> list[float]:
     """The losses of a run so far, by step."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    return [row["loss"] for row in read_metrics(out)]
 
 
 def _last(out: Path) -> str:

@@ -159,7 +159,7 @@ class Measured:
         return self.training.timed(self.still, 1)[0]
 
     def rate(self, pace: Pace, micro: Any = None) -> tuple[float, float]:
-        """Images a second of steps on what `pace` gives, and the share of time spent waiting."""
+        """Images per second of steps on what `pace` gives, and the share of time spent waiting."""
         steps = max(1, round(self.bench.seconds / self.step_s))
         spent, waited = self.training.timed(pace, steps, micro)
         return steps * self.training.recipe.batch / spent, waited / spent

@@ -42,7 +42,7 @@ class _Frames(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
-    """Images a second of one thread that does nothing but decode."""
+    """Images per second of one thread that does nothing but decode."""
     begin = time.perf_counter()
     for frame in frames:
         decode(frame)
@@ -52,14 +52,14 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
 def loader_rate(
     records: ShardSet, detectors: list[str], bank: bool = False, steps: int = STEPS
 ) -> float:
-    """Images a second of our loader once its buffers have been used."""
+    """Images per second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
     loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD)
     return timed(((batch.frames,) for batch in loader), skip=AHEAD + 1)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
-    """Images a second of a DataLoader with a process per core, its start left out."""
+    """Images per second of a DataLoader with a process per core, its start left out."""
     loader = torch.utils.data.DataLoader(
         _Frames(records), BATCH, shuffle=True, num_workers=cores, prefetch_factor=3
     )

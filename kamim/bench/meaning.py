@@ -1,6 +1,6 @@
 """What the measured rates mean for ImageNet-1K: computed, and said to be.
 
-Images a second that each backbone asks for, what 16 cores deliver, and hours.
+Images per second that each backbone asks for, what 16 cores deliver, and hours.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ WAYS = {
 def rows_of(
     found: dict[str, float], cores: int, measured: dict[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """A row per backbone. `found`: images a second of each loader on `cores` cores; `measured`:
-    images a second of a GPU's synthetic steps by recipe, in place of the assumed ones. Online
+    """A row per backbone. `found`: images per second of each loader on `cores` cores; `measured`:
+    images per second of a GPU's synthetic steps by recipe, in place of the assumed ones. Online
     loaders are processes, and are multiplied by cores; ours is one process, which has a ceiling.
     """
     ways = {way: found[name] * CORES / cores for way, name in WAYS.items() if name in found}

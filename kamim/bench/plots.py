@@ -1,6 +1,6 @@
 """Pictures of a benchmark, for the README and docs.
 
-loaders.png: images a second of every loader, logarithmic. factors.png: where the gain comes from.
+loaders.png: images per second of every loader, logarithmic. factors.png: where the gain comes from.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def draw_loaders(rows: list[dict[str, Any]], path: Path) -> None:
             axes.text(rate["max"] * 1.05, place, f"{rate['median']:,.0f}", va="center", fontsize=8)
         names = [f"{row['loader']}: {LABELS[row['detector']]}" for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=8)
-        axes.set(xscale="log", xlabel=f"images a second, median of {rows[0]['n']}, least to most")
+        axes.set(xscale="log", xlabel=f"images per second, median of {rows[0]['n']}, least to most")
         axes.set_xlim(right=3 * max(r["images_per_s"]["max"] for r in rows))
         axes.grid(axis="x", alpha=0.3)
 

@@ -26,7 +26,7 @@ LOCAL, FIRST = "local folder", "local folder, first epoch"
 
 
 def rate(records: ShardSet, epochs: int) -> float:
-    """Images a second over `epochs`, from asking for the first batch to the last."""
+    """Images per second over `epochs`, from asking for the first batch to the last."""
     windows = Windows([shard.count for shard in records.shards], WINDOW, 0)
     plan = Plan(len(records), BATCH, windows=windows)
     begin, steps = time.perf_counter(), plan.steps(epochs)

@@ -1,4 +1,4 @@
-"""Every loader that is compared, as a function: how many images to load in, images a second out.
+"""Every loader that is compared, as a function: how many images to load in, images per second out.
 
 Rates begin when every worker has given its first batch, so that starting them and filling queues
 counts for nobody.
@@ -42,7 +42,7 @@ USUAL = v2.Compose(
 
 
 def timed(batches: Iterable[Any], skip: int = 1) -> float:
-    """Images a second of `batches` once `skip` of them have come; a batch's length is its first
+    """Images per second of `batches` once `skip` of them have come; a batch's length is its first
     array's.
     """
     count, begin = 0, 0.0

@@ -19,8 +19,8 @@ PHOTO, RECORD = 109_820, 24_589
 # Of a listed input, a manifest's row as text, a File, and a record in a shard's .build row; and
 # seconds to hash one input's listing. CPython 3.11; a test holds sizes to the objects themselves.
 ENTRY, MANIFEST_ROW, FILE, BUILD_ROW, LISTING_HASH = 282, 170, 315, 81, 1.8e-6
-SHA256 = 1.4e9  # bytes a second and core: docs/decisions.md, "Every shard is hashed"
-STAT = 1e-3  # seconds a file on a network file system: assumed
+SHA256 = 1.4e9  # bytes per second and core: docs/decisions.md, "Every shard is hashed"
+STAT = 1e-3  # seconds per file on a network file system: assumed
 LINKS = (1, 10, 100)  # Gbit/s
 CORES = (16, 256, 4096)
 
@@ -33,7 +33,7 @@ def record_bytes(detectors: int, bank: int) -> int:
 
 
 def core_seconds(row: dict[str, Any]) -> dict[str, float]:
-    """Seconds an image and core by stage, and the rest of a one-job build, from a build's row."""
+    """Seconds per image and core by stage, and the rest of a one-job build, from a build's row."""
     stages = {stage: ms / 1000 for stage, ms in row["stages_ms"].items()}
     whole = 1 / row["images_per_s_1_job"]["median"]
     return {**stages, "read, write, hash": whole - sum(stages.values()), "whole": whole}
@@ -66,7 +66,7 @@ def cost() -> str:
             for cores in CORES
         ]
     paces = [f"{CORES[-1] / s['whole'] / SHARD:,.0f}" for s in seconds]
-    lines.append([f"tasks a second, {CORES[-1]:,} cores", *paces])
+    lines.append([f"tasks per second, {CORES[-1]:,} cores", *paces])
     return _table("one detector, 3 map crops", names, lines) + _origin(rows[0])
 
 
@@ -105,7 +105,7 @@ def driver() -> str:
     rows = {
         f"listing in memory, {ENTRY} B an input": [_bytes(n * ENTRY) for n in images],
         "listing hashed": [_time(n * LISTING_HASH) for n in images],
-        "folder listed at 1 ms a file": [_time(n * STAT) for n in images],
+        "folder listed at 1 ms per file": [_time(n * STAT) for n in images],
         "rows of finished shards in .build": [_bytes(n * BUILD_ROW) for n in images],
         "index while publishing (parts, joined, as bytes)": [
             _bytes(3 * n * INDEX_DTYPE.itemsize) for n in images

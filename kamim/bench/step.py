@@ -1,6 +1,6 @@
 """A training step from shards against the same step on a batch that never changes.
 
-Images a second end to end and synthetic, their ratio, what weights cost, the share of time spent
+Images per second end to end and synthetic, their ratio, what weights cost, the share of time spent
 waiting, and model FLOP utilisation. Run by `make bench-step`; made for a CUDA device, where it
 compiles and uses bf16.
 """
@@ -32,7 +32,7 @@ def measure(
     steps: int = STEPS,
     repeats: int = REPEATS,
 ) -> dict[str, Any]:
-    """One row for recipe `name` with `batch` samples a step: `repeats` in turn of `steps`."""
+    """One row for recipe `name` with `batch` samples per step: `repeats` in turn of `steps`."""
     training = Training(replace(find_recipe(name), batch=batch), records, device)
     batches = training.stream(records)
     frozen = always(deepcopy(next(batches)), device)
@@ -64,7 +64,7 @@ def measure(
         "n": repeats,
         "images_per_s": round(rate(whole), 1),
         "images_per_s_synthetic": round(rate(synthetic), 1),
-        "end_to_end_over_synthetic": quotient(synthetic, whole),  # of images a second
+        "end_to_end_over_synthetic": quotient(synthetic, whole),  # of images per second
         "weighted_over_unweighted": quotient(synthetic, unweighted),  # of the time of a step
         "waiting": round(statistics.median(waiting), 4),
         "mfu": round(rate(whole) * training.flops / peak, 3) if peak else None,

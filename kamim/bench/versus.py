@@ -1,6 +1,6 @@
 """Offline against online detection: all loaders on the same images and cores, in turn.
 
-Images a second with their spread, the chain of factors between the published loader and ours, and
+Images per second with their spread, the chain of factors between the published loader and ours, and
 each loader's share of what no loader can beat.
 """
 
@@ -139,7 +139,7 @@ def _as_files(source: Source, folder: Path) -> None:
 def measure(
     rates: dict[str, Rate], count: int, effort: Effort
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Images a second of every loader, `effort.repeats` times, in turn; and of a warm-up before."""
+    """Images per second of every loader, in turn, `effort.repeats` times; and of a warm-up."""
     cv2.setNumThreads(1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -3,8 +3,7 @@
 `pack` writes photos.npz from a finished set of shards, and cifar.npz from CIFAR-10's tars.
 """
 
-import tarfile
-from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import shards
-from preprocess import detector_settings
+from preprocess import detector_settings, open_source
 from shards.crops import visible_cells
 from shards.errors import UserError
 
@@ -76,20 +75,12 @@ def pack(photos: Path, cifar: Path, out: Path, train: int, test: int) -> list[Pa
 
 def first_of_each(path: Path, count: int) -> tuple[list[NDArray[np.uint8]], list[int]]:
     """(JPEG files, labels) of the first `count` of each class folder in a tar, by name."""
-    found: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile():
-                _, name, file = member.name.rsplit("/", 2)
-                data = archive.extractfile(member)
-                assert data is not None
-                found[name].append((file, data.read()))
-    images, labels = [], []
-    for label, name in enumerate(sorted(found)):
-        for _, content in sorted(found[name])[:count]:
-            images.append(np.frombuffer(content, np.uint8))
-            labels.append(label)
-    return images, labels
+    source = open_source(str(path))
+    labels = range(len(source.classes))
+    chosen = [[e for e in source.entries if e.label == label][:count] for label in labels]
+    entries = list(chain.from_iterable(chosen))
+    files = [np.frombuffer(source.read(entry), np.uint8) for entry in entries]
+    return files, [entry.label for entry in entries]
 
 
 def joined(files: list[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:

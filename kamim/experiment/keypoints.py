@@ -40,7 +40,7 @@ RATES = (5e-4, 1e-3, 2e-3)  # tried, on uniform weights
 TUNING, SEEDS = 99, (0, 1, 2, 3, 4)
 MAIN, MORE = ("uniform", "fast", "contrast", "shuffled", "inverse"), ("orb", "sift")
 CHECKED = ("fast", "contrast")
-UNTIMED = 0.06  # seconds a step of a model that no run has timed yet
+UNTIMED = 0.06  # seconds per step of a model that no run has timed yet
 SAME, ALIKE = 20, 0.02  # steps in which losses of graphs and of plain steps must be as near
 LEAST, MOST = 1000, 4000  # steps of a main run, whatever fits
 # Does attention collapse? The published 8e-4 by the root of 256 / 2048.
@@ -287,7 +287,7 @@ def work(
 ) -> None:
     """Do group after group until none is left that nobody does, or that would not end in time."""
     bench: Bench | None = None
-    took: dict[tuple[str, str], float] = {}  # seconds a step, by model and method
+    took: dict[tuple[str, str], float] = {}  # seconds per step, by model and method
     method = ""
     while True:
         left = list(todo(size, out))

@@ -13,7 +13,7 @@ from kamim.experiment.keypoints import COLLAPSE, MAIN, METHODS, MORE, read
 from train.metrics import COLLAPSED
 
 EMPTY = "<!-- results: begin -->\n<!-- results: end -->\n"
-POINTS = 0.5  # a gain below this is none that matters
+POINTS = 0.5  # a smaller gain does not matter
 LEAST = 3  # pairs that a verdict needs
 TITLES = {"simmim": "SimMIM", "mae": "MAE", "fast": "FAST", "orb": "ORB", "sift": "SIFT"}
 PAIRS = (("fast", "uniform"), ("fast", "contrast"), ("fast", "shuffled"), ("fast", "inverse"))
@@ -167,7 +167,7 @@ def tables(rows: Sequence[Row]) -> str:
     )
     parts += ["\n".join(f"- {line}" for method in METHODS for line in able(rows, method))]
     if found:
-        parts.append("![Top-1 of each arm, a line a seed](top1.png)")
+        parts.append("![Top-1 of each arm, a line per seed](top1.png)")
     head = ("method", "weights", "seeds", *FIGURES)
     stages = {"main": MAIN, "more": MORE, "rate": ("uniform", "fast")}
     for stage, arms in stages.items():
@@ -265,7 +265,7 @@ def made_on(rows: Sequence[Row]) -> str:
 
 
 def draw_top1(rows: Sequence[Row], path: Path) -> Path:
-    """Top-1 of each arm, a line a seed: the pairs can be seen."""
+    """Top-1 of each arm, a line per seed: the pairs can be seen."""
     with picture(path, 10, 4, (1, len(METHODS))) as axes:
         for panel, method in zip(axes, METHODS, strict=True):
             looks = {arm: at_end(rows, method, arm) for arm in MAIN}

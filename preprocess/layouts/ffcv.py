@@ -65,7 +65,7 @@ def list_ffcv(where: str, split: str) -> Source | None:
 def _tables(
     where: str,
 ) -> tuple[list[tuple[str, int]], NDArray[np.void], NDArray[np.void]]:
-    """Names and types of the fields, a row a sample with columns f0, f1, ..., and all regions."""
+    """Names and types of the fields, a row per sample with columns f0, f1, ..., and all regions."""
     try:
         with open(where, "rb") as file:
             size = file.seek(0, 2)

@@ -64,7 +64,7 @@ def members(
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
-                archive.members = []  # type: ignore[attr-defined]  # 1 kB an image
+                archive.members = []  # type: ignore[attr-defined]  # 1 kB per image
                 if info.size < 0 or (end is not None and info.offset_data + info.size > end):
                     raise tarfile.ReadError(f"a header at byte {info.offset} has a wrong size")
                 yield info

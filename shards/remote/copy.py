@@ -47,7 +47,7 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
 
 
 def _copy_files(source: Place, target: Place, manifest: Manifest, data: bytes, jobs: int) -> int:
-    """Copy what `target` lacks, and `data`, the manifest, when all of it is there."""
+    """Copy what `target` lacks. When all of it is there, write `data`, the manifest."""
     files = manifest.files
     mark = hashlib.sha256(data).hexdigest().encode("ascii")
     there = _check_target(target, data, mark, {file.name: file.bytes for file in files})
@@ -78,7 +78,9 @@ def _copy_files(source: Place, target: Place, manifest: Manifest, data: bytes, j
 def _check_target(
     target: Place, data: bytes, mark: bytes, files: dict[str, int]
 ) -> set[str] | None:
-    """Names in `target` that may be files of this set, None if it is all there, else UserError."""
+    """Names in `target` that may be files of this set; None if all of it is there. Raises UserError
+    if it holds anything else.
+    """
     sizes = target.sizes()
     finished = target.read(MANIFEST) if MANIFEST in sizes else None
     begun = target.read(MARK) if MARK in sizes else None
@@ -102,7 +104,7 @@ def _check_target(
 
 
 def _copy_file(source: Place, target: Place, file: File, there: bool) -> bool:
-    """Whether `file` was copied: one that is there already is hashed where it is."""
+    """Whether `file` was copied. One that is there already is hashed where it is."""
     if there:
         try:
             with _here(target, file.name) as path:
@@ -123,7 +125,7 @@ def _copy_file(source: Place, target: Place, file: File, there: bool) -> bool:
 
 @contextmanager
 def _here(place: Place, name: str) -> Iterator[Path]:
-    """The file as a path of this machine: itself, or fetched for as long as the block lasts."""
+    """The file as a path of this machine: itself, or a copy for as long as the block lasts."""
     if not place.is_url:
         yield place.folder / name
         return

@@ -1,7 +1,7 @@
 """Where a set is written: a folder of this machine, or a store by its URL.
 
-A file is seen there whole or not at all, as long as the store keeps its word; docs/stores.md says
-which do.
+A file is seen there whole or not at all, if the store keeps its word; docs/stores.md says which
+stores do.
 """
 
 import fcntl
@@ -99,8 +99,9 @@ class Place:
         self._send(name, path.stat().st_size, send)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file unless it is there. Of several at once the first wins, on a disk and in a
-        store that can tell; in another the last. Who must know reads it then.
+        """Write a file unless it is there. If several processes do at once, the first wins, on a
+        disk and in a store that can tell; in any other store the last. Whoever must know reads it
+        then.
         """
         if not self.is_url:
             with (self.folder / f"{name}.lock").open("a") as lock:
@@ -126,7 +127,7 @@ class Place:
             retried(f"{self.where}/{name}", lambda: files.rm_file(f"{root}/{name}"))
 
     def sweep(self) -> None:
-        """Remove what was left half written, where nobody else writes."""
+        """Remove what was left half written. Nobody else may be writing there."""
         if not self.is_url:
             sweep(self.folder)
         elif not self._whole:
@@ -134,7 +135,7 @@ class Place:
                 self.remove(name)
 
     def remove_all(self) -> None:
-        """Remove the folder with all that is below it; never fails, for it is done last."""
+        """Remove the folder with all that is below it. Never fails: it is done last."""
         if not self.is_url:
             shutil.rmtree(self.folder, ignore_errors=True)
             return

@@ -1,7 +1,7 @@
-"""Calls to a store's client library, tried again while their failure may pass.
+"""Calls to a store's client library, repeated while their failure may pass.
 
-A server that is away or a connection that is cut is tried again, at doubling intervals; a bucket
-that does not exist or that denies access is not.
+If a server is away or a connection is cut, the call is repeated, at doubling intervals; if a bucket
+does not exist or denies access, it is not.
 """
 
 import errno
@@ -38,10 +38,10 @@ def retried(
     patience: float | None = None,
     needed: Callable[[], bool] = lambda: True,
 ) -> Result:
-    """`call()`, again and again until it returns, is hopeless, or was needed for too long.
+    """`call()`, repeated until it returns, is hopeless, or was needed for too long.
 
-    patience: seconds, PATIENCE by default. `needed` is asked now and then whether someone waits,
-    which is when patience counts, and may raise to give up. Raises FileNotFoundError if there is no
+    patience: seconds, PATIENCE by default. `needed` is asked now and then whether somebody waits:
+    only then does patience count. It may raise, to give up. Raises FileNotFoundError if there is no
     such thing, UserError if no further try would help, ConnectionError when patience has ended.
     """
     patience = PATIENCE if patience is None else patience
@@ -52,7 +52,7 @@ def retried(
         try:
             result = call()
         except Exception as error:  # every client has its own kinds
-            needed()  # its own wish to end goes before what came of it
+            needed()  # a wish to end counts for more than the failure
             _refuse(url, error)
             reason = f"{type(error).__name__}: {_line(error)}"
         else:

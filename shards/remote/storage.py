@@ -1,7 +1,7 @@
 """Files wherever fsspec reaches, by s3://, gs://, hf:// or https:// URL: their names and bytes.
 
-A failure that may pass is tried again. Credentials are the client library's business. Paths of this
-machine never come here, so they need no fsspec.
+A call is repeated if its failure may pass. Credentials are left to the client library. Paths of
+this machine never come here, so they need no fsspec.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ def is_url(where: object) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's client for `url`, and the path it knows it by.
+    """fsspec's client for `url`, and the path by which it knows it.
 
-    Raises UserError if the library for it is missing, nothing knows its protocol, or it holds a
-    secret.
+    Raises UserError if the library for it is missing, if no library knows the protocol, or if the
+    URL holds a secret.
     """
     protocol, _, rest = url.partition("://")
     if not rest:
@@ -65,7 +65,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What a client library must be told: our tries, not its own; no end to a long download."""
+    """What a client library must be told: it repeats nothing, for we do; a download may take any
+    time.
+    """
     if protocol in {"http", "https"}:
         from aiohttp import ClientTimeout
 
@@ -150,8 +152,8 @@ def opened(url: str, ahead: bool = True) -> BinaryIO:
 class Store:
     """The files right below `url` (s3://, gs://, hf://, https:// or any other that fsspec knows).
 
-    patience: seconds that a caller who needs a file at once is kept waiting for a store that does
-    not answer. Raises UserError if the URL cannot be served; its calls raise as `retried` does.
+    patience: how many seconds a caller who needs a file at once waits for a store that does not
+    answer. Raises UserError if the URL cannot be served; its calls raise as `retried` does.
     """
 
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
@@ -164,8 +166,8 @@ class Store:
         return bytes(retried(f"{self.url}/{name}", read, self.patience))
 
     def download(self, name: str, target: Path, needed: Callable[[], bool]) -> None:
-        """Copy file `name` over `target`. `needed` is asked now and then whether someone waits for
-        it, which is when patience counts, and may raise to give up.
+        """Copy file `name` over `target`. `needed` is asked now and then whether somebody waits for
+        it: only then does patience count. It may raise, to give up.
         """
         from fsspec.callbacks import Callback
 

@@ -397,8 +397,13 @@ def test_finetune_and_the_papers_probe_from_the_command_line(labelled, tmp_path)
         assert "top-1" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(COMMANDS[0], marks=pytest.mark.slow),
+        *(pytest.param(each, marks=pytest.mark.release) for each in COMMANDS[1:]),
+    ],
+)
 def test_commands_killed_again_and_again_end_with_the_numbers_of_a_calm_run(
     command, labelled, tmp_path
 ):

@@ -95,7 +95,7 @@ def test_ffcv_is_measured_where_it_is_installed(bench, tmp_path, monkeypatch):
     assert {"FFCV JPEG, 1 threads", "FFCV raw, 1 threads"} < set(rates)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_is_killed_and_goes_on_with_the_same_losses(bench, tmp_path):
     out = tmp_path / "gpu.jsonl"
     gpu.run(bench, out, ["deterministic"])

@@ -24,10 +24,11 @@ from train.distributed import Process
 from train.loop import pretrain
 from train.loss import masked_mse, take
 from train.masking import Masking, counts, drawn, races
-from train.models import MAE, Cells, SimMIM, embed, encode, make_model
+from train.models import MAE, Cells, SimMIM, make_model
 from train.patches import patchify, sincos, unpatchify
 from train.recipes import Recipe, famt, find_recipe, recipe_names, recipe_of, simmim
 from train.request import Run
+from train.tokens import embed, encode
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
