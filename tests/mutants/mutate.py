@@ -64,7 +64,7 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "integration/test_attention",
 }
 SLOW = (  # of these files: minutes, for what the others notice
-    "tests/integration/test_build.py::test_the_same_bytes_after_20_kills",
+    "tests/integration/test_build.py::test_the_same_bytes_after_kills",
     "tests/integration/test_maps.py::test_the_same_bytes_after_kills",
 )
 # A name in place of another is mostly an error at once, and says little of the tests.
