@@ -1,15 +1,99 @@
 """Real stores on loopback, each a process of its own that can be killed: HTTP, and moto's S3.
 
-Each serves the files of a folder at `url`. Run as a program, the S3 server.
+Each serves the files of a folder at `url`. Run as a program, the S3 server. `s3_server` begins
+empty: moto's in this process, or, as `make test-stores` has it, SeaweedFS, whose S3 is no mock.
 """
 
+import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
+
 BUCKET = "bucket"
+REAL = os.environ.get("KAMIM_S3") == "seaweedfs"
+SECRETS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[None]:
+    """An S3 server without a bucket, which a client finds, with its keys, by the environment.
+    SeaweedFS keeps its files in `folder`.
+    """
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        if REAL:
+            url = stack.enter_context(_seaweedfs(folder))
+        else:
+            server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
+            server.start()
+            stack.callback(server.stop)
+            host, port = server.get_host_and_port()
+            url = f"http://{host}:{port}"
+        for name, value in {**SECRETS, "AWS_ENDPOINT_URL": url}.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+
+
+@contextmanager
+def _seaweedfs(folder: Path) -> Iterator[str]:
+    if not shutil.which("weed"):
+        pytest.skip("there is no weed, SeaweedFS's program; `make test-stores` installs it")
+    key, secret = SECRETS.values()
+    user = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}]}
+    user["actions"] = ["Admin", "Read", "List", "Tagging", "Write"]
+    (folder / "users.json").write_text(json.dumps({"identities": [user]}))
+    ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
+    line = ["weed", "server", "-ip=127.0.0.1", f"-dir={folder}", "-s3", "-volume.max=50"]
+    line += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    line += [f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=64"]
+    line += [f"-{name}.port={port}" for name, port in ports.items()]
+    with serving(line, folder / "log", ports["s3"]) as process:
+        while b"added volume server" not in (folder / "log").read_bytes():
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{ports['s3']}"
+
+
+@contextmanager
+def serving(line: list[str], log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a server, once it answers on `port`."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(line, stdout=out, stderr=out)
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()
+            with socket.socket() as asked:
+                if not asked.connect_ex(("127.0.0.1", port)):
+                    break
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, for servers that cannot choose one themselves; SeaweedFS also
+    takes those 10,000 higher.
+    """
+    with ExitStack() as stack:
+        found: list[int] = []
+        while len(found) < count:
+            one = stack.enter_context(socket.socket())
+            one.bind(("127.0.0.1", 0))
+            if one.getsockname()[1] < 55_000:
+                found.append(one.getsockname()[1])
+        return found
 
 
 class Store:
@@ -58,9 +142,8 @@ class S3Store(Store):
         """What a client must have in its environment."""
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
             "AWS_DEFAULT_REGION": "us-east-1",
+            **SECRETS,
         }
 
     def command(self) -> list[str]:

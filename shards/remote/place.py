@@ -73,8 +73,9 @@ class Place:
         files.invalidate_cache()
         with suppress(FileNotFoundError):
             for row in retried(self.where, lambda: files.ls(root, detail=True)):
-                found[row["name"].rstrip("/").rpartition("/")[2]] = int(row["size"] or 0)
-        found.pop("", None)  # what some stores call the folder itself
+                name = row["name"].rstrip("/")
+                if name not in ("", root.rstrip("/")):  # some stores list a folder in itself
+                    found[name.rpartition("/")[2]] = int(row["size"] or 0)
         return found
 
     def read(self, name: str) -> bytes | None:

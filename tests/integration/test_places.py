@@ -20,9 +20,11 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import REPOSITORY, contents, settings
+from stores import s3_server
 from test_cli import KAMIM, SMALL, kamim, kamim_process
 
 import preprocess.building
+import shards
 from preprocess import BuildError, build_part, build_shards, join_parts, open_source
 from preprocess.building import hold
 from preprocess.compare import WORK
@@ -31,6 +33,7 @@ from preprocess.repair import repair_shards
 from shards.errors import UserError
 from shards.remote import place as places
 from shards.remote import retry
+from shards.remote.copy import copy_set
 from shards.remote.place import Place
 
 FRAMES, MAPS = settings(), settings(frame=0, quality=0)
@@ -95,20 +98,12 @@ def part_of(listed, out, part, chosen=FRAMES, jobs=1):
 
 
 @pytest.fixture(scope="module")
-def s3():
+def s3(tmp_path_factory):
     """The URL of a folder of an empty bucket; the client finds server and keys as one does."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    names |= {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
+    with s3_server(tmp_path_factory.mktemp("s3")):
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir("places")
         numbers = count()
         yield lambda: f"s3://places/set{next(numbers)}"
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "local", "failing", "s3"])
@@ -196,6 +191,18 @@ def test_what_is_in_a_store_already_is_left_alone(store, listed):
     files.rm_file(f"{root}/manifest.json")
     with pytest.raises(ValueError, match=r"has shards but no manifest.json"):
         built(listed, store)
+
+
+def test_an_empty_object_that_stands_for_the_folder_is_nothing(s3, listed, disk, tmp_path):
+    """As the web consoles of stores make one where a person makes a folder."""
+    url = s3()
+    files, root = fsspec.core.url_to_fs(url)
+    files.call_s3("put_object", Bucket="places", Key=root.partition("/")[2] + "/", Body=b"")
+    built(listed, url)
+    assert built(listed, url).count == 20
+    copy_set(url, str(tmp_path / "copy"))
+    assert contents(tmp_path / "copy") == disk[FRAMES.frame]
+    assert len(shards.open(url, cache=tmp_path / "cache")) == 20
 
 
 def test_scratch_has_room_for_one_shard_of_each_process(listed, tmp_path, monkeypatch):
@@ -383,8 +390,6 @@ def test_a_place_in_the_source_is_refused(s3, source, tmp_path):
 
 
 def test_a_set_in_a_store_is_copied_and_read(store, listed, disk, tmp_path):
-    from shards.remote.copy import copy_set
-
     built(listed, store)
     copy_set(store, str(tmp_path / "back"))
     assert contents(tmp_path / "back") == disk[FRAMES.frame]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from archives import picture, tar_bytes
 from conftest import contents, settings
+from stores import s3_server
 from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
@@ -31,25 +32,12 @@ def soon_again(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    """An S3 server with an empty bucket; the client finds it and its keys by the environment."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "k",
-        "AWS_SECRET_ACCESS_KEY": "s",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    client = fsspec.filesystem("s3", skip_instance_cache=True)
-    client.mkdir("bucket")
-    yield client
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+def s3(tmp_path_factory):
+    """The client of an S3 server with an empty bucket."""
+    with s3_server(tmp_path_factory.mktemp("s3")):
+        client = fsspec.filesystem("s3", skip_instance_cache=True)
+        client.mkdir("bucket")
+        yield client
 
 
 class Ranged(http.server.SimpleHTTPRequestHandler):
