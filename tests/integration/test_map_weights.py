@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 from preprocess import build_shards, detector_settings, measure_fidelity, open_source
 from preprocess.fidelity import weighing
 from shards import Plan, Settings, ShardSet, WeightedCrops
-from shards.correction import correction, expected
+from shards.correction import STEPS, correction, expected
 from shards.crops import weights
+from shards.weighting import _between
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,14 @@ def test_crops_are_weighed_by_the_correction_and_without_it_as_published(demo, w
         assert found.min() >= 1
         mean = WeightedCrops(demo, name, **choose, normalise="mean").weigh(batch)
         torch.testing.assert_close(mean.mean((1, 2)), torch.ones(len(mean)))
+
+
+def test_a_table_is_linear_between_its_entries_and_ends_with_them():
+    """Sums of cells may be a rounding above one, or below nought."""
+    table = torch.arange(STEPS + 1.0) ** 2
+    at = torch.tensor([-0.1, 0, 0.5 / STEPS, 1 / STEPS, 2.25 / STEPS, 1, 1.1])
+    expected = torch.tensor([0, 0, 0.5, 1, 5.25, STEPS**2, STEPS**2])
+    torch.testing.assert_close(_between(table, at), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_banks_weights_are_as_they_are(demo):

@@ -297,6 +297,7 @@ def test_phases_begin_where_the_recipe_says():
     )
     chooser = masking(recipe)
     assert [step for step in range(40) if chooser.due(step)] == [4, 14, 24, 34]
+    assert [step for step in range(1000, 1030) if chooser.due(step)] == [1004, 1014, 1024]
     assert [chooser.in_force(step) for step in (0, 3, 4, 13, 14, 33, 39)] == [
         None,
         None,

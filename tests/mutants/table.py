@@ -63,8 +63,8 @@ def render(rows: list[dict[str, Any]]) -> str:
     seeds, dates = (sorted({row[key] for row in rows}) for key in ("seed", "date"))
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     lines.append(
-        f"- seed {', '.join(map(str, seeds))}, {seconds:.0f} s per mutant on average, {dates[0]} "
-        f"to {dates[-1]}, commits {', '.join(sorted({row['commit'] for row in rows}))}"
+        f"- seed {', '.join(map(str, seeds))}, {seconds:.0f} s per mutant on average, "
+        f"{' and '.join(dates)}, commits {', '.join(sorted({row['commit'] for row in rows}))}"
     )
     return "\n".join([*lines, ""])
 
