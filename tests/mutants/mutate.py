@@ -51,7 +51,7 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "integration/test_version2 integration/test_reliability",
     "shards/loader.py": "unit/test_golden_batches unit/test_loader integration/test_streaming",
     "shards/weighting.py": "integration/test_crops integration/test_library "
-    "integration/test_stored_weights integration/test_map_weights",
+    "integration/test_stored_weights integration/test_map_weights integration/test_several_sets",
     "shards/remote/cache.py": "unit/test_cache integration/test_streaming",
     "shards/remote/prefetch.py": "unit/test_prefetch integration/test_streaming",
     "preprocess/shard.py": "unit/test_settings unit/test_record unit/test_densities "
