@@ -108,21 +108,22 @@ def local(tmp_path):
     [("photos", 1), ("photos.tar", 1), pytest.param("photos", 2, marks=pytest.mark.slow)],
 )
 def test_shards_from_s3_are_those_from_the_local_path(name, jobs, s3, local):
-    s3.put(str(local / name), f"bucket/in/{name}", recursive=True)
-    source = open_source(f"s3://bucket/in/{name}")
+    there = f"bucket/in{jobs}/{name}"
+    s3.put(str(local / name), there, recursive=True)
+    source = open_source(f"s3://{there}")
     assert len(source.entries) == 7
     build_shards(source, local / "remote", settings(), jobs)
     assert tars_of(local / "remote") == tars_of(local / f"of-{name}")
     if name == "photos.tar":  # nothing of the place is in the description
         assert contents(local / "remote") == contents(local / "of-photos.tar")
     before = source.description()
-    assert open_source(f"s3://bucket/in/{name}").description() == before
-    s3.rm("bucket/in/photos", recursive=True) if name == "photos" else s3.rm(f"bucket/in/{name}")
+    assert open_source(f"s3://{there}").description() == before
+    s3.rm(there, recursive=name == "photos")
     with pytest.raises(Rejected, match="vanished"):
         source.read(source.entries[0])
     # SeaweedFS keeps a folder that has become empty.
-    with pytest.raises(ValueError, match=r"no (source at|images under) s3://bucket/in/photos"):
-        open_source(f"s3://bucket/in/{name}")
+    with pytest.raises(ValueError, match=rf"no (source at|images under) s3://{there}"):
+        open_source(f"s3://{there}")
 
 
 @pytest.mark.parametrize("name", ["photos", "photos.tar"])
