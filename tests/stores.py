@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 BUCKET = "bucket"
 REAL = os.environ.get("KAMIM_S3") == "seaweedfs"
@@ -41,7 +42,9 @@ def s3_server(folder: Path) -> Iterator[None]:
         for name, value in {**SECRETS, "AWS_ENDPOINT_URL": url}.items():
             patch.setenv(name, value)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # of a server before it
+        # Clients and workers of earlier tests know another server, or none.
+        pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+        get_reusable_executor().shutdown()
         yield
 
 
