@@ -78,10 +78,10 @@ ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
 doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
 	@$(BIN)/kamim doctor
 
-test: $(VENV)/test  ## Run the tests (five to six minutes on two cores).
+test: $(VENV)/test  ## Run the tests (about eight minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/test  ## Run the long tests, and the README's commands as they are printed (six to seven minutes).
+test-slow: $(VENV)/test  ## Run the long tests, and the README's commands as they are printed (about seven minutes).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 .PHONY: test-all
