@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards import Batch
-from shards.device import to_device
 from shards.errors import UserError
-from shards.files import replacing
-from shards.weighting import crop_frames
+from train.checkpoint import read_rows, write_rows
 from train.diagnosis import queries_and_keys
 from train.distributed import Process, rows_of_all
+from train.features import frames_of
 from train.models import in_bf16, normalised
 
 UNSEEN = 255  # a record that was not reached (damaged and skipped): all alike, as AMT begins
@@ -74,23 +73,18 @@ def write_attention(
     patches = (size // encoder.patch_embed.patch_size[0]) ** 2
     was_training = encoder.training
     encoder.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.callback(encoder.train, was_training)
         stack.enter_context(torch.no_grad())
         maps = torch.full((count, patches), UNSEEN, dtype=torch.uint8, device=device)
-        for _, tensors in to_device(batches, device):
-            whole, flips = torch.ones_like(tensors["boxes"]), torch.zeros_like(tensors["flips"])
-            whole[:, :2] = 0
-            images = crop_frames(tensors["frames"], whole, flips, size)
+        for frames, tensors in frames_of(batches, size, device):
             with in_bf16(device):
-                found = class_attention(encoder, normalised(images))
+                found = class_attention(encoder, normalised(frames))
             levels = torch.round(found * 255).to(torch.uint8)
             rows, numbers = (rows_of_all(each, ranks) for each in (levels, tensors["samples"]))
             maps[numbers] = rows
     if rank == 0:
-        with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
-            np.save(file, maps.cpu().numpy())
+        write_rows(path, maps.cpu().numpy())
     if ranks > 1:
         dist.barrier()
     return maps
@@ -98,12 +92,4 @@ def write_attention(
 
 def read_attention(path: Path, count: int, patches: int) -> Tensor:
     """The maps in `path`, uint8 [count, patches]. UserError if they are not it."""
-    try:
-        maps = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
-        ) from None
-    if maps.dtype != np.uint8 or maps.shape != (count, patches):
-        raise UserError(f"{path} is {maps.dtype} {maps.shape}, the run's is uint8 {count, patches}")
-    return torch.from_numpy(maps)
+    return torch.from_numpy(read_rows(path, np.dtype(np.uint8), (count, patches)))

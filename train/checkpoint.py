@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shards import Plan
@@ -283,3 +285,23 @@ def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
         )
     if not run.extend:
         raise UserError(f"{what}; add --extend to train it longer, or name another --out")
+
+
+def write_rows(path: Path, rows: NDArray[Any]) -> None:
+    """Write what a run knows of each record, beside its checkpoints, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)
+
+
+def read_rows(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """What write_rows wrote. UserError if it is not there, or of another dtype or shape."""
+    try:
+        rows: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
+        ) from None
+    if rows.dtype != dtype or rows.shape != shape:
+        raise UserError(f"{path} is {rows.dtype} {rows.shape}, the run's is {dtype} {shape}")
+    return rows

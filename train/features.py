@@ -66,14 +66,15 @@ def frames_of(
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """(frames float32 [b, 3, size, size] of 0 to 255, the batch's tensors) of a loader's batches.
 
-    Whole frames, squeezed without antialias as the published validation does it, or `cropped`:
-    the plan's crops.
+    Whole frames, squeezed without antialias as the published validation does it, with the boxes and
+    flips of that, or `cropped`: the plan's crops.
     """
-    for batch, tensors in to_device(batches, device):
-        boxes, flips = tensors["boxes"], tensors["flips"]
+    for _, tensors in to_device(batches, device):
         if not cropped:
-            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(len(batch.labels), 4)
-            flips = torch.zeros_like(flips)
+            tensors["boxes"] = torch.ones_like(tensors["boxes"])
+            tensors["boxes"][:, :2] = 0
+            tensors["flips"] = torch.zeros_like(tensors["flips"])
+        boxes, flips = tensors["boxes"], tensors["flips"]
         yield crop_frames(tensors["frames"], boxes, flips, size), tensors
 
 

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards import Batch, Plan, WeightedCrops, to_device
+from shards import Batch, Plan, WeightedCrops
 from shards.crops import Ints
 from shards.errors import UserError
-from shards.files import replacing
 from shards.records import Records
 from shards.rng import Purpose, uniform
-from shards.weighting import crop_frames
+from train.checkpoint import read_rows, write_rows
 from train.distributed import Process, rows_of_all, together
+from train.features import frames_of
 from train.masking import Masking
 from train.models import Cells, in_bf16, normalised
 from train.progress import busy, say
@@ -105,7 +105,7 @@ class Selection:
                     of_sets = [
                         one.mean_densities(detector, read.update) for one in self.records.sets
                     ]
-                write_scores(path, np.concatenate(of_sets))
+                write_rows(path, np.concatenate(of_sets))
 
         together(process, write)
         self._use(read_scores(path, len(self.records)))
@@ -119,7 +119,7 @@ class Selection:
         began = time.perf_counter()
         found = losses().cpu().numpy()
         if process.rank == 0:
-            write_scores(path_of(run, step), found)
+            write_rows(path_of(run, step), found)
         if process.ranks > 1:
             dist.barrier()
         self._use(found)
@@ -211,12 +211,8 @@ def losses_of_all(
     one = masking.fixed(1, SEED)
     model.eval()
     with torch.no_grad():
-        for _, tensors in to_device(batches, device):
-            tensors["boxes"] = torch.ones_like(tensors["boxes"])
-            tensors["boxes"][:, :2] = 0
-            tensors["flips"] = torch.zeros_like(tensors["flips"])
-            frames = tensors["frames"], tensors["boxes"], tensors["flips"]
-            images = normalised(crop_frames(*frames, masking.recipe.size))
+        for frames, tensors in frames_of(batches, masking.recipe.size, device):
+            images = normalised(frames)
             weights = None if weighing is None else crops.weigh(tensors | weighing, images)
             cells = alike(one, len(images))
             with in_bf16(device):
@@ -247,24 +243,9 @@ def path_of(run: Path, step: int) -> Path:
     return run / f"scores-{step:08d}.npy"
 
 
-def write_scores(path: Path, scores: Scores) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
-        np.save(file, scores)
-
-
 def read_scores(path: Path, count: int) -> Scores:
     """The scores in `path`, float32 [count]. UserError if they are not it."""
-    try:
-        scores: Scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} is missing or damaged, and the run cannot go on as it was without it ({error})"
-        ) from None
-    if scores.dtype != np.float32 or scores.shape != (count,):
-        raise UserError(f"{path} is {scores.dtype} {scores.shape}, the run's is float32 {(count,)}")
-    return scores
+    return read_rows(path, np.dtype(np.float32), (count,))
 
 
 def check_selection(recipe: Recipe, bank: bool) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ import preprocess
 
 torch = pytest.importorskip("torch")
 import timm
-from test_pretrain import losses
+from test_pretrain import kills_at, losses
 
 from kamim.bench.throw import Facts
 from train import checkpoint
@@ -414,16 +413,7 @@ def test_killed_across_refreshes_losses_and_attention_are_those_of_a_calm_run(sh
     subprocess.run([*command, calm], check=True, capture_output=True)
     names = sorted(path.name for path in calm.glob("attention-*.npy"))
     assert len(names) == 2
-    midway = 0
-    for name in names:  # as the pass begins, and some steps after it
-        for wanted in (f"{name}*", name):
-            process = subprocess.Popen([*command, killed], stderr=subprocess.DEVNULL)
-            while not list(killed.glob(wanted)) and process.poll() is None:
-                time.sleep(0.001)
-            midway += process.poll() is None
-            process.kill()
-            process.wait()
-    assert midway >= 3
+    assert kills_at([*command, killed], killed, names) >= 3
     subprocess.run([*command, killed], check=True, capture_output=True)
     assert losses(killed) == losses(calm)
     for name in names:

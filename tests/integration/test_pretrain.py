@@ -53,6 +53,21 @@ def losses(out):
     return [row["loss"] for row in rows]
 
 
+def kills_at(command, out, names):
+    """Run `command` and kill it as each file of `names` is begun in `out`, and again once it is
+    whole and some steps are done; how often it still ran then.
+    """
+    midway = 0
+    for wanted in (each for name in names for each in (f"{name}*", name)):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not list(out.glob(wanted)) and process.poll() is None:
+            time.sleep(0.001)
+        midway += process.poll() is None
+        process.kill()
+        process.wait()
+    return midway
+
+
 def run(shards, out, recipe=TINY, **changes):
     changes = {"detector": "fast", "device": "cpu", "log_every": 4} | changes
     pretrain(Run(shards=shards, out=out, recipe=recipe, **changes))

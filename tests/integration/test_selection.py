@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from stores import HttpStore
-from test_pretrain import TINY, losses, run
+from test_pretrain import TINY, kills_at, losses, run
 from test_several_sets import two  # noqa: F401
 
 import shards as library
@@ -23,6 +22,7 @@ import train.loop
 from shards import ShardSet, WeightedCrops, to_device
 from shards.rng import Purpose, uniform
 from train import checkpoint
+from train.checkpoint import write_rows
 from train.masking import Masking
 from train.models import MEAN, STD, make_model
 from train.recipes import changed, find_recipe
@@ -33,7 +33,6 @@ from train.selection import (
     losses_of_all,
     path_of,
     read_scores,
-    write_scores,
 )
 
 CPU = torch.device("cpu")
@@ -203,7 +202,7 @@ def test_lost_and_foreign_scores_are_told(shards, tmp_path):
     recipe = replace(HALF, select_by="loss")
     run(shards, tmp_path / "run", recipe, steps=4)
     path = path_of(tmp_path / "run", 3)
-    write_scores(path, np.ones(39, np.float32))
+    write_rows(path, np.ones(39, np.float32))
     with pytest.raises(ValueError, match=r"is float32 \(39,\), the run's is float32 \(40,\)"):
         run(shards, tmp_path / "run", recipe, resume=True)
     path.unlink()
@@ -364,16 +363,7 @@ def test_killed_across_draws_losses_and_scores_are_those_of_a_calm_run(shards, t
     subprocess.run([*command, calm], check=True, capture_output=True)
     names = sorted(path.name for path in calm.glob("scores-*.npy"))
     assert len(names) == 5
-    midway = 0
-    for name in names[::2]:  # as the pass begins, and some steps after it
-        for wanted in (f"{name}*", name):
-            process = subprocess.Popen([*command, killed], stderr=subprocess.DEVNULL)
-            while not list(killed.glob(wanted)) and process.poll() is None:
-                time.sleep(0.001)
-            midway += process.poll() is None
-            process.kill()
-            process.wait()
-    assert midway >= 3
+    assert kills_at([*command, killed], killed, names[::2]) >= 3
     subprocess.run([*command, killed], check=True, capture_output=True)
     assert losses(killed) == losses(calm)
     for name in names:
