@@ -118,7 +118,8 @@ def test_recipes_are_the_published_ones():
     assert (base.peak, base.batch, base.epochs, base.warmup) == (8e-4, 2048, 100, 10)
     assert (base.temperature, base.w_ps, base.mask_ratio, base.clip) == (0.25, 8, 0.6, 1.0)
     assert find_recipe("vit_base_simmim") == simmim(base)
-    assert find_recipe("vit_large_patch16_224").model == "vit_large_patch16_224"
+    for name in ("vit_large_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
+        assert find_recipe(name) == Recipe(model=name)
     with pytest.raises(ValueError, match="unknown recipe 'resnet'"):
         find_recipe("resnet")
 
