@@ -138,7 +138,7 @@ def pretrain(
 
     Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
     attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
-    known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
+    known). Cells are random for the first random_epochs (41 of 100, a tenth of a shorter run), and
     attention is looked at anew every refresh_epochs, in one pass over the shards.
 
     --set select=0.5 trains on half of the samples, drawn by density or by loss (select_by), anew

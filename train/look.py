@@ -72,7 +72,7 @@ class Looks:
             self.without = f"; no probe, only rank and attention: {error}"
         images = self.every * data.selection.epoch  # that are trained on between two looks
         cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
-        wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
+        wanted = min(len(records), int(max(LEAST, min(MOST, SHARE * images / cost))))
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
         self.share = self.count * cost / images
