@@ -79,7 +79,7 @@ class Looks:
         self.deciles: Deciles | None = None
         if masking is not None:
             try:
-                self.deciles = Deciles(run, records, masking)
+                self.deciles = Deciles(run, records, masking, load)
                 self.share += self.deciles.count / 3 / images
             except UserError as error:
                 self.without += f"; no error by density: {error}"

@@ -460,7 +460,7 @@ def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):
     damage(ShardSet(shards), 17, "frame", b"\0" * 60)
     with pytest.raises(ValueError, match="record 000000017 has a frame"):
         run(shards, tmp_path / "out")
-    run(shards, tmp_path / "skipped", skip_damaged=True)
+    run(shards, tmp_path / "skipped", skip_damaged=True, probe_every=1)
     assert read_metrics(tmp_path / "skipped")[-1]["damaged"] == 1
 
 

@@ -75,7 +75,7 @@ def test_a_file_is_a_base_and_its_changes(tmp_path):
         ('base = "small"\nrun = 3', r"run = 3 is no table; write \[run\]"),
         (
             'base = "small"\n[run]\ndecode = "tpu"',
-            "decode = 'tpu' is unknown; there are cpu and gpu",
+            "decode = 'tpu' is unknown; there are cpu",
         ),
         ("base = 'small'\noptions = {x = 1979-05-27}", "nowhere"),
         ("size = 96", "names no base"),

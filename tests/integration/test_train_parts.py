@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from shards.errors import UserError
 from train.loss import masked_l1
 from train.masking import block_masks
-from shards.errors import UserError
 from train.models import MAE, SimMIM, make_encoder, model_flops
 from train.recipes import BASES, Recipe, find_recipe, recipe_names, simmim
 from train.schedule import learning_rate, temperature
