@@ -5,7 +5,7 @@ pictures. Killed and resumed, the losses are the same.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -121,15 +121,22 @@ def pretrain(run: Run) -> None:
     compiles = device.type == "cuda" and run.compile and not compiler_missing()
     micro = compiled(parallel) if compiles else parallel
     peak = peak_flops(device_name(device))
-    selection.score(run.out, first, process)
-    if writes:
-        describe(run, records, facts, model, masking.describe(), plan, selection, ranks, device)
-        say(*filter(None, [attention]), *memory_lines(memory, part, device))
-        say(*([looks.describe()] if looks else []))
-    if rank == 0 and "init_sha256" in facts and not first:
-        say(f"the encoder starts from {run.init}, SHA-256 {facts['init_sha256'][:12]}")
-    if rank == 0:
-        say_where(run, first, last, selection.steps(epochs), steps_an_epoch, rates)
+
+    @contextmanager
+    def alone_in_folder() -> Iterator[None]:
+        """Begin the run's folder, which is no other process's for as long as the block takes."""
+        with writing.alone(run.out) if rank == 0 else nullcontext():
+            selection.score(run.out, first, process)
+            if writes:
+                hiding = masking.describe()
+                describe(run, records, facts, model, hiding, plan, selection, ranks, device)
+                say(*filter(None, [attention]), *memory_lines(memory, part, device))
+                say(*([looks.describe()] if looks else []))
+            if rank == 0 and "init_sha256" in facts and not first:
+                say(f"the encoder starts from {run.init}, SHA-256 {facts['init_sha256'][:12]}")
+            if rank == 0:
+                say_where(run, first, last, selection.steps(epochs), steps_an_epoch, rates)
+            yield
 
     # --- Steps
     def load(step: int) -> Any:
@@ -148,8 +155,6 @@ def pretrain(run: Run) -> None:
             yield from to_device(loader, device)
             loader, step = None, min(last, selection.end(step))
 
-    # What cannot be loaded is said before the first step.
-    batches = every_batch(None if selection.due(first) else load(first))
     stop = Stop()
     if ranks > 1:
         stop.listen()
@@ -172,14 +177,13 @@ def pretrain(run: Run) -> None:
         return losses_of_all(model, crops, masking, shown, weighing, process)
 
     progress = Progress(first, last, total, recipe.batch, writes)
-    pace = Pace(batches, device)
     share = peak and flops / (peak * ranks)
     window = Window(seconds, recipe.batch, steps_an_epoch, ranks, share, recipe.clip)
     followed: Followed | None = None
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
     with (
-        writing.alone(run.out) if rank == 0 else nullcontext(),
+        alone_in_folder(),
         Log(run.out, first, run.wandb, facts) if writes else nullcontext() as log,
         checkpoint.Saver(
             run.out / "checkpoints", run.save_minutes, device, run.out / METRICS
@@ -187,6 +191,9 @@ def pretrain(run: Run) -> None:
         progress.running(),
         memory_told(part, fits),
     ):
+        # What cannot be loaded is said before the first step.
+        batches = every_batch(None if selection.due(first) else load(first))
+        pace = Pace(batches, device)
         for step in range(first, last):
             progress.begin(step)
             if masking.due(step):
