@@ -101,7 +101,9 @@ def names(groups: Sequence[Sequence[Any]]) -> list[str]:
     keys = [k for k in keys if k not in ("recipe", *APART)]
     if not keys:
         return [of[0].run.name for of in groups]
-    return [", ".join(f"{k} {f.get(k) or 'none'}" for k in keys) for f in facts]
+    return [
+        ", ".join(f"{k} {'none' if f.get(k) in (None, '') else f[k]}" for k in keys) for f in facts
+    ]
 
 
 def _page(groups: Sequence[Group]) -> str:

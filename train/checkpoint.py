@@ -143,20 +143,21 @@ def chosen(what: Path) -> Path:
     return path
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """The state in `path`. Raises UserError if it is no checkpoint of ours, or damaged."""
-    return checked(read(path, device), path)
+    return checked(read(path), path)
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What torch.save wrote into `path`, ours or not. Raises UserError if it is damaged.
+def read(path: Path) -> Any:
+    """What torch.save wrote into `path`, ours or not, on the CPU: an optimizer moves what it wants
+    on a device, and would wait for each step's number there. Raises UserError if it is damaged.
 
     Only tensors and plain values are read: a file that holds anything else is refused unread.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # zip, pickle and torch each raise their own, in lines of advice
         raise UserError(
             f"{path} is no sound checkpoint and was not loaded; {instead(path)}"
@@ -206,7 +207,6 @@ def restore(
     facts: dict[str, Any],
     model: nn.Module,
     optimizer: Any,
-    device: torch.device,
     average: nn.Module | None = None,
 ) -> tuple[int, float, float]:
     """Load the newest checkpoint if asked to; returns the first step to do, the seconds of
@@ -227,7 +227,7 @@ def restore(
             f"{run.out} holds a run already (to step {int(path.stem[5:])}); go on with it by "
             "--resume, or name another --out"
         )
-    state = load(path, device)
+    state = load(path)
     # Fields that an older checkpoint's recipe lacks had the defaults, or were not known.
     known = asdict(Recipe(model="")) | {"correct": False} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}

@@ -118,10 +118,10 @@ def make_rows(
     rows = []
     for (step, known, _), found in zip(pending, values.tolist(), strict=True):
         loss, weight, share, norm = found
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + norm):
             raise UserError(
-                f"the loss is {loss} at step {step + 1}; the last checkpoint is sound: lower the "
-                "peak learning rate or raise the temperature"
+                f"the loss is {loss} at step {step + 1}, and the norm of its gradient {norm}; the "
+                "last checkpoint is sound: lower the peak learning rate or raise the temperature"
             )
         row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, **known}
         rows.append(row | {"grad_norm": norm, "mean_weight": weight, "effective_share": share})

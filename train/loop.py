@@ -91,7 +91,7 @@ def pretrain(run: Run) -> None:
         average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
         beside = average and average.module
         first, seconds, epochs = together(
-            process, lambda: checkpoint.restore(run, facts, model, optimizer, device, beside)
+            process, lambda: checkpoint.restore(run, facts, model, optimizer, beside)
         )
         agree(process, run.out, first, facts["shards"])
         together(process, lambda: masking.restore(run.out, first))

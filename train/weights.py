@@ -52,14 +52,22 @@ def start_from(what: str, encoder: nn.Module, size: int) -> str:
 
 def timm_facts(path: Path) -> dict[str, str]:
     """What `kamim export --to timm` wrote beside the file `path`, as its metadata has it, if so."""
-    beside = path.parent / CONFIG
-    if path.name not in HUGGING_FACE or not beside.is_file():
-        return {}
-    config = json.loads(beside.read_text(encoding="utf-8"))
+    config = _config_beside(path)
     if not {"architecture", "pretrained_cfg"} <= set(config):
         return {}
     options = config.get("model_args", {}) | {"img_size": config["pretrained_cfg"]["input_size"][1]}
     return {"model": config["architecture"], "options": json.dumps(options)}
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """What stands beside the file `path` of a folder for from_pretrained; {} if nothing does."""
+    beside = path.parent / CONFIG
+    if path.name not in HUGGING_FACE or not beside.is_file():
+        return {}
+    try:
+        return dict(json.loads(beside.read_text(encoding="utf-8")).items())
+    except (AttributeError, ValueError):
+        raise UserError(f"{beside} is no JSON object; fetch it again") from None
 
 
 def _from_timm(name: str, size: int, fit: bool) -> Any:
@@ -128,11 +136,9 @@ def _from_huggingface(
     tensors: dict[str, Tensor], path: Path, config: str | None = None
 ) -> tuple[nn.Module, int]:
     """`config` is the text of its config.json; by default that beside it is read, if any."""
-    beside = path.parent / CONFIG
-    if config is None and path.name in HUGGING_FACE and beside.is_file():
-        config = beside.read_text(encoding="utf-8")
+    known = json.loads(config) if config else _config_beside(path)
     try:
-        options, size, eps = options_of(tensors, json.loads(config or "{}"))
+        options, size, eps = options_of(tensors, known)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} holds no whole Hugging Face ViT ({type(error).__name__}: {error})"

@@ -258,13 +258,18 @@ def _supervised(
 ) -> dict[str, list[float]]:
     """Top-1 and top-5 of each seed's run by the recipe `name`, each in a folder of its own."""
     from copy import deepcopy
+    from hashlib import sha256
 
     import torch
 
+    from kamim.evaluate.features import add_weights
     from kamim.evaluate.supervised import Classifier, recipe_for, train_supervised
 
     recipe = recipe_for(name, task.model.is_swin, batch, epochs, lr)
+    digest = sha256()
+    add_weights(digest, task.model)  # a run that was trained on has others by the same name
     same = {"encoder": task.encoder, "block": task.block, "pool": pool}
+    same |= {"weights": digest.hexdigest()}
     found: dict[str, list[float]] = {"top1": [], "top5": []}
     for seed in seeds:
         torch.manual_seed(seed)

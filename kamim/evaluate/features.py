@@ -5,6 +5,7 @@ The file is used again only for the very same set, encoder, block and pooling.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +37,13 @@ def extract(
     return features_of(encoder, batches, len(records), block, pool, device, title)
 
 
+def add_weights(digest: Any, encoder: Encoder) -> None:
+    """Have a hash of hashlib take the encoder's weights in."""
+    for key, tensor in encoder.model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+
+
 def cached(
     folder: Path,
     encoder: Encoder,
@@ -48,9 +56,7 @@ def cached(
     name = hashlib.sha256()
     what = f"{records.manifest.fingerprint} {encoder.size} {block} {pool}"
     name.update((what + " without norm" * encoder.is_swin).encode())
-    for key, tensor in encoder.model.state_dict().items():
-        name.update(key.encode())
-        name.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    add_weights(name, encoder)
     path = folder / f"features-{name.hexdigest()[:20]}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -311,7 +311,7 @@ def train_supervised(
         "seed": seed,
         "train": learn.manifest.fingerprint,
     }
-    first = _restore(out, facts, model, optimizer, device)
+    first = _restore(out, facts, model, optimizer)
     model.train()
     cuda, part = device.type == "cuda", micro_batch or plan.batch
     if cuda and not micro_batch:
@@ -351,15 +351,13 @@ def train_supervised(
     return accuracy(model, test, device)
 
 
-def _restore(
-    out: Path, facts: dict[str, Any], model: nn.Module, optimizer: Any, device: torch.device
-) -> int:
+def _restore(out: Path, facts: dict[str, Any], model: nn.Module, optimizer: Any) -> int:
     path = checkpoint.newest(out / "checkpoints")
     out.mkdir(parents=True, exist_ok=True)
     if path is None:
         trim(out, 0)
         return 0
-    state = checkpoint.load(path, device)
+    state = checkpoint.load(path)
     changed = [name for name, value in facts.items() if state["run"].get(name) != value]
     if changed:
         raise UserError(f"{out} holds another run (another {changed[0]}); name another --out")

@@ -669,6 +669,28 @@ def test_a_damaged_file_of_others_is_one_line(tmp_path):
             load_encoder(str(tmp_path / f"{name}.safetensors"), CPU)
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("name", ["x", "vit.embeddings.position_embeddings"])
+def test_a_damaged_config_beside_tensors_is_one_line(name, text, tmp_path):
+    save_file({name: torch.zeros(1, 37, 64)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+        load_encoder(str(tmp_path), CPU)
+
+
+def test_a_result_is_not_taken_for_that_of_other_weights_by_the_same_name(labelled, tmp_path):
+    options = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 0}
+    facts = {"model": "vit_tiny_patch16_224", "options": json.dumps(options)}
+    path = tmp_path / "e.safetensors"
+    words = [path, labelled, labelled, "--epochs", "1", "--batch", "20", "--out", tmp_path / "out"]
+    for seed, status in ((0, 0), (0, 0), (1, 1)):
+        torch.manual_seed(seed)
+        model = timm.create_model(facts["model"], **options)
+        save_file(model.state_dict(), path, facts)
+        found, _, error = typed("finetune", *words)
+        assert (found, "another weights" in error) == (status, bool(status)), error
+
+
 def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, error = typed("probe", "random:small", labelled, labelled, "--seeds", "1")

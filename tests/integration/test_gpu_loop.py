@@ -4,6 +4,7 @@ What it cannot see: values on a card, and kernels. `kamim bench --gpu` runs thos
 """
 
 import json
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from kamim.bench.throw import Facts
 from train import checkpoint
 from train.cuda import PEAK_FLOPS, peak_flops, warn_of_what_is_missing
 from train.estimate import MOST_PART, Memory, largest_part, memory_of, memory_told
+from train.log import make_rows
 from train.masking import ATTENTION, Masking
 from train.models import make_model
 from train.recipes import changed, find_recipe, recipe_names
@@ -453,6 +455,12 @@ def test_a_checkpoint_holds_what_was_when_it_was_saved(tmp_path):
     assert found[0]["optimizer"]["param_groups"] == [{"params": [0]}]
 
 
+def test_a_gradient_without_end_stops_the_run_before_its_weights_are_saved():
+    row = (3, {"lr": 1e-3}, torch.tensor([0.5, 1.0, 1.0, math.inf]))
+    with pytest.raises(ValueError, match="norm of its gradient inf; the last checkpoint is sound"):
+        make_rows([row], 10, 1)
+
+
 def test_a_write_that_fails_is_raised_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space")
@@ -482,7 +490,7 @@ def test_a_state_of_a_cpu_goes_on_fused_on_a_card(tmp_path):
     facts = {"recipe": json.loads(json.dumps(checkpoint.asdict(recipe)))}
     checkpoint.save(tmp_path / "checkpoints", 3, state | {"run": facts, "seconds": 2.0})
     fused = torch.optim.AdamW([{"params": g["params"]} for g in plain.param_groups], fused=True)
-    assert checkpoint.restore(run, facts, model, fused, CPU) == (3, 2.0, recipe.epochs)
+    assert checkpoint.restore(run, facts, model, fused) == (3, 2.0, recipe.epochs)
     assert [group["fused"] for group in fused.param_groups] == [True] * len(fused.param_groups)
     fused.step()
 

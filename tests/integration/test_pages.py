@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 from test_evaluate import typed
 from test_pretrain import TINY, run
 
+from kamim.compare import names
 from train import checkpoint
 from train.charts import Line, chart, ticks
 from train.metrics import read_metrics
@@ -155,6 +157,11 @@ def test_compare_gives_means_and_deviations_over_seeds(runs, tmp_path):
     assert "is no run" in typed("compare", runs / "set")[2]
     status, printed, _ = typed("compare", runs / "a", "--out", tmp_path / "alone")
     assert printed.strip() == str(tmp_path / "alone" / "index.html")
+
+
+def test_a_setting_of_0_is_told_from_none():
+    runs = [SimpleNamespace(recipe={"clip": clip}, facts={}) for clip in (0.0, None)]
+    assert names([[run] for run in runs]) == ["clip 0.0", "clip none"]
 
 
 def test_comparing_needs_no_torch(runs, tmp_path):
