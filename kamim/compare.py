@@ -101,9 +101,8 @@ def names(groups: Sequence[Sequence[Any]]) -> list[str]:
     keys = [k for k in keys if k not in ("recipe", *APART)]
     if not keys:
         return [of[0].run.name for of in groups]
-    return [
-        ", ".join(f"{k} {'none' if f.get(k) in (None, '') else f[k]}" for k in keys) for f in facts
-    ]
+    said = [{k: v for k, v in f.items() if v not in (None, "")} for f in facts]
+    return [", ".join(f"{k} {f.get(k, 'none')}" for k in keys) for f in said]
 
 
 def _page(groups: Sequence[Group]) -> str:
