@@ -14,6 +14,10 @@ def check_installed(*modules: str) -> None:
 
 
 def folder_for(command: str, encoder: str) -> Path:
-    """Where a command keeps its results without --out: runs/COMMAND-ENCODER."""
-    name = Path(encoder.replace(":", "-"))
-    return Path("runs") / f"{command}-{name.stem if name.suffix in ('.pt', '.bin') else name.name}"
+    """Where a command keeps its results without --out: runs/COMMAND-ENCODER; of a run's checkpoint
+    runs/COMMAND-RUN-STEP.
+    """
+    path = Path(encoder.replace(":", "-"))
+    run = f"{path.parent.parent.name}-" if path.parent.name == "checkpoints" else ""
+    name = path.stem if path.suffix in (".pt", ".bin") else path.name
+    return Path("runs") / f"{command}-{run}{name}"

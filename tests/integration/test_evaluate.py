@@ -703,6 +703,7 @@ def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["probe-random-small"]
     assert folder_for("finetune", "a/runs/my.run") == Path("runs/finetune-my.run")
     assert folder_for("probe", "x/step-00000010.pt") == Path("runs/probe-step-00000010")
+    assert folder_for("probe", "a/checkpoints/step-1.pt") == Path("runs/probe-a-step-1")
     status, printed, error = typed("analyse", "random:small", labelled, "--images", "4", "--json")
     assert status == 0, error
     result = json.loads(printed)
