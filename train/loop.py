@@ -82,9 +82,11 @@ def pretrain(run: Run) -> None:
     with busy("making the model", rank == 0):
         torch.manual_seed(run.seed)
         model = make_model(recipe)
-        if run.init and checkpoint.newest(run.out / "checkpoints") is None:
+        if run.init:  # each process asks, whether it sees a checkpoint or not
+            fresh = checkpoint.newest(run.out / "checkpoints") is None
             start = partial(start_from, run.init, model.encoder, recipe.size)
-            facts["init_sha256"] = together(process, start)
+            digest = together(process, start if fresh else str)
+            facts |= {"init_sha256": digest} if digest else {}
         model = model.to(device)
         masking = Masking(recipe, run.seed, records, model.encoder, steps_an_epoch, device)
         optimizer = make_optimizer(model, recipe, device)

@@ -62,7 +62,7 @@ class Recipe:
     w_ps: Annotated[int, "side of a weight cell, px"] = 8
     normalise: Annotated[
         Literal["min", "mean", "batch"],
-        "weights are divided by their least, or mean, of an image, or by the mean of all",
+        "weights are divided by their least, or mean, of an image, or by that of a forward pass",
     ] = "min"
     weights: Annotated[str, "the detector's, or a control (docs/masking.md)"] = "detector"
     correct: Annotated[

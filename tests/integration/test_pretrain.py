@@ -260,6 +260,18 @@ def test_a_run_that_another_process_trains_is_left_to_it(shards, tmp_path):
     assert not list(out.iterdir())  # what it knows of itself, and of its records, stays its own
 
 
+def test_processes_settle_as_much_whatever_they_see_of_the_run(shards, tmp_path, monkeypatch):
+    """Where the folder is not seen a run is new: what it asks must meet what the others ask."""
+    run(shards, tmp_path / "first", steps=1)
+    asked = []
+    monkeypatch.setattr("train.loop.together", lambda process, ask: asked.append(1) or ask())
+    counts = []
+    for steps in (1, 2):
+        run(shards, tmp_path / "run", init=str(tmp_path / "first"), resume=True, steps=steps)
+        counts.append(len(asked) - sum(counts))
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_loader_of_processes_gives_the_same_losses(shards, tmp_path):
     threads = run(shards, tmp_path / "threads", steps=4)
     assert run(shards, tmp_path / "processes", steps=4, workers=2, processes=True) == threads
