@@ -57,7 +57,8 @@ class Recipe:
     w_ps: Annotated[int, "side of a weight cell, px"] = 8
     normalise: Annotated[
         Literal["min", "mean", "batch"],
-        "weights are divided by their minimum or mean per image, or by the mean of the forward pass",
+        "weights are divided by their minimum or mean per image, or by the mean of the forward "
+        "pass",
     ] = "min"
     weights: Annotated[str, "source of the weights: detector, or a control (docs/masking.md)"] = (
         "detector"
