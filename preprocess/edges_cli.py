@@ -1,4 +1,4 @@
-"""`kamim shards edge-rule`: what a detector finds near a crop's edge, measured."""
+"""`kamim shards edge-rule`: measures what a detector finds near a crop's edge."""
 
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format, place;
-`join`: one of parts.
+"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format or place.
+`join`: one set of its parts.
 """
 
 from pathlib import Path

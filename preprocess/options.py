@@ -1,4 +1,4 @@
-"""Arguments and options that several commands of building and checking sets have alike."""
+"""Arguments and options shared by the commands that build and check sets."""
 
 from pathlib import Path
 from typing import Annotated, Literal

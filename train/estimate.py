@@ -1,4 +1,4 @@
-"""What a run says before its first step: what it is, where it goes on, and what it will cost."""
+"""What a run prints before its first step: what it is, where it continues, and what it costs."""
 
 import json
 from collections.abc import Iterator

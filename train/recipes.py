@@ -16,9 +16,9 @@ from shards.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that decides the numbers of a run, beside the shards and the seed.
+    """All that decides the numbers of a run, except the shards and the seed.
 
-    What is said of a field here is its line in docs/recipes.md and in `kamim recipes --show`.
+    The text of a field is its line in docs/recipes.md and in `kamim recipes --show`.
     """
 
     model: Annotated[str, "timm name of the encoder: a ViT or Swin"]
@@ -120,7 +120,7 @@ class Recipe:
 _REDUCED = {"embed_dim": 128, "depth": 4, "num_heads": 4}  # a ViT of 0.9 million parameters
 
 BASES = {
-    # The 312 demo photographs on two CPU cores: two minutes, and a picture.
+    # For the 312 demo photographs, on two CPU cores.
     "demo": Recipe(
         model="vit_tiny_patch16_224", options=_REDUCED, epochs=20, batch=16, warmup=2, peak=2e-3
     ),
@@ -157,9 +157,9 @@ def mean_normalised(recipe: Recipe) -> Recipe:
 
 
 def mae(recipe: Recipe) -> Recipe:
-    """`recipe` as plain MAE (arXiv 2111.06377), of targets by patch and unclipped gradients. Crops,
-    flips, epochs and rates stay, so that methods are compared on the same data; MAE's own crops
-    (area from 0.2) want larger frames.
+    """`recipe` as plain MAE (arXiv 2111.06377), with targets per patch and unclipped gradients.
+    Crops, flips, epochs and learning rates stay, so that methods are compared on the same data.
+    MAE's own crops (area from 0.2) need larger frames.
 
     The decoder is MAE's own for ViT-B; two thirds of a smaller encoder's width, 32 per head.
     """
@@ -183,10 +183,10 @@ def kamim(recipe: Recipe) -> Recipe:
 
 
 def sampled(recipe: Recipe, by: str) -> Recipe:
-    """`recipe` with cells drawn, and some thrown, by `by` after a random phase, as AMT and FAMT.
+    """`recipe` as AMT and FAMT: after a random phase, cells are drawn by `by`, and some thrown.
 
-    41 epochs and 40 between looks, as published for 200 and 400 (`epoch > 40` from 0, mae-AMT
-    models_mae.py); of a short run a tenth and a half.
+    The random phase has 41 epochs, and 40 lie between looks, as published for 200 and 400 epochs
+    (`epoch > 40` from 0, mae-AMT models_mae.py). In a short run: a tenth and a half of the epochs.
     """
     masked, thrown = (0.45, 0.40) if recipe.method == "mae" else (0.44, 0.26)
     first, again = (41.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)

@@ -1,4 +1,4 @@
-"""Before the first step: the device, the shards, and whether they and the recipe fit together."""
+"""Before the first step: opens device and shards, and checks that they fit the recipe."""
 
 import itertools
 import math
