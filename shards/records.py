@@ -164,7 +164,7 @@ class Records:
             from shards.ffcv_loader import FfcvLoader
 
             if skip:
-                raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
+                raise UserError("FFCV decodes damaged frames without an error: skipping needs tars")
             return FfcvLoader(self.sets[0], plan, first, last, **asked)
         from shards.loader import Loader
 

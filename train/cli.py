@@ -187,7 +187,7 @@ def pretrain(
     if recipe:
         changed(read_recipe(recipe)[0], set_ or ())
     if extend and not epochs:
-        raise UserError("--extend needs --epochs, more than the run was to have")
+        raise UserError("--extend needs --epochs, more than the run was started with")
     check_device(device)
     check_wandb(wandb)
     for folder in folders:

@@ -265,6 +265,6 @@ def check_selection(recipe: Recipe, bank: bool) -> None:
     if recipe.weights == "shuffled" or recipe.normalise == "batch":
         what = "weights=shuffled" if recipe.weights == "shuffled" else "normalise=batch"
         raise UserError(
-            f"with {what} an image's weights depend on others in its batch, and select_by="
-            "weighted_loss would with them; use loss"
+            f"with {what} the weights of an image depend on its batch, which "
+            "select_by=weighted_loss cannot use; use loss"
         )
