@@ -338,7 +338,10 @@ def test_plain_simmim_is_drawn_by_a_density_that_it_does_not_weigh_by(shards, tm
             ["select_by=weighted_loss", "normalise=batch"],
             "with normalise=batch the weights of an image",
         ),
-        (["select_by=weighted_loss", "weights=shuffled"], "with weights=shuffled an image's"),
+        (
+            ["select_by=weighted_loss", "weights=shuffled"],
+            "with weights=shuffled the weights of an image",
+        ),
         (["select=0.1", "epochs=1"], "1 epochs of 4 records make no batch of 8"),
     ],
 )
