@@ -313,9 +313,16 @@ def test_points_and_maps_of_any_float_are_taken():
         ("Big=json:dumps", "'Big' is not of a-z"),
         ("nosuch", "unknown detector 'nosuch'.*MODULE:FUNCTION"),
         ("json:dumps,dumps=json:dumps", "names a detector twice"),
+        ("points=cv2:goodFeaturesToTrack", "cv2:goodFeaturesToTrack does not say its arguments"),
+        ("f=leaving:f", "importing leaving failed: SystemExit: 0"),
+        ("f=raising.inside:f", "there is no module 'raising.inside'.* RuntimeError: no GPU"),
     ],
 )
-def test_what_cannot_be_named_is_one_line(call, words):
+def test_what_cannot_be_named_is_one_line(call, words, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving.py").write_text("import sys\ndef f(rgb): ...\nsys.exit(0)\n")
+    (tmp_path / "raising").mkdir()
+    (tmp_path / "raising" / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
     with pytest.raises(UserError, match=words):
         parsed_detectors(call, [])
 
