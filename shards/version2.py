@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         whole = spec.as_json(content | {"checksum": checksum}) == data
         if version == 2 and whole and spec.fingerprint(content) == checksum:
             return spec.parse(path, spec.as_json(_of_version_3(content)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if version == 2:
         raise UserError(f"{path} is damaged: its content does not match its checksum; restore it")

@@ -11,9 +11,10 @@ from conftest import settings
 
 import preprocess
 from preprocess import build_shards, open_source, redetect_maps
-from shards import LEVELS, ShardSet, load
+from shards import LEVELS, ShardSet, UserError, load
 from shards.spec import FORMAT_VERSION
 from shards.verification import verify_shards
+from shards.version2 import upgrade_set
 
 
 @pytest.fixture
@@ -119,6 +120,17 @@ def resign(built, change):
     content["checksum"] = fingerprint(content)
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (built / "manifest.json").write_text(text)
+
+
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_a_manifest_deeper_than_it_can_be_is_damaged(built, depth):
+    nested = "[" * depth + "]" * depth
+    resign(built, lambda content: content["source"].update(more="HERE"))
+    text = (built / "manifest.json").read_text()
+    (built / "manifest.json").write_text(text.replace('"HERE"', nested))
+    assert "manifest.json is damaged" in verify_shards(built)[0]
+    with pytest.raises(UserError, match=r"manifest.json (is damaged|has format version 3)"):
+        upgrade_set(built, built.with_name("new"))
 
 
 def test_a_ledger_that_does_not_balance_is_refused(built):
