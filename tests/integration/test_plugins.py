@@ -25,7 +25,7 @@ from preprocess import (
     open_source,
 )
 from preprocess.detectors import CREATE, parsed_detectors
-from preprocess.edges import measure_edge
+from preprocess.edges import measure_edge, with_edge
 from preprocess.plugins import Rejected, checked, found
 from shards.beton import convert_to_ffcv
 from shards.crops import visible, visible_cells
@@ -277,6 +277,15 @@ def test_a_rule_that_is_none_is_damage(own, at, share, small_source, tmp_path):
             continue
         with pytest.raises(UserError, match="damaged"):
             parse("m", to_json(there))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '"x"', "5", "[]", "null", '{"checksum": 1}', "[" * 10**5]
+)
+def test_a_file_that_is_no_rule_is_one_line(text, tmp_path):
+    (tmp_path / "fast.edge.json").write_text(text)
+    with pytest.raises(UserError, match=r"fast.edge.json is no edge rule that kamim wrote"):
+        with_edge((detector_settings("fast"),), tmp_path / "fast.edge.json")
 
 
 BAD = [
