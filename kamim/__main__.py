@@ -14,6 +14,7 @@ _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if sys.path and os.path.abspath(sys.path[0]) == os.getcwd() != _HERE:
     del sys.path[0]
 
+import io
 import json
 import re
 import signal
@@ -124,6 +125,8 @@ def main() -> None:
     if not debug:
         threading.excepthook = _thread_failed
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="surrogateescape")
     # When workers are ended in the middle, joblib's resource tracker may warn of semaphores that
     # are gone already; nothing is left behind, and it would be the last thing a user reads.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")

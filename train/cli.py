@@ -50,7 +50,8 @@ def pretrain(
         ),
     ] = "",
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Decides order, crops, flips, masks, weights; 0.")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Decides order, crops, flips, masks, weights; 0."),
     ] = None,
     resume: Annotated[
         bool,

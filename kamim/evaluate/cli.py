@@ -151,7 +151,9 @@ def finetune(
     ] = "simmim",
     epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's, 100 or 110.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 2048,
-    seed: Annotated[int, typer.Option(min=0, help="Decides order and augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Decides order and augmentation.")
+    ] = 0,
     device: Device = "auto",
     cache: Cache = None,
     out: Out = None,

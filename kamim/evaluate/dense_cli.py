@@ -22,7 +22,7 @@ def dense(
     ] = "knn",
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest patches.")] = 20,
     block: Block = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Decides patches and head.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides patches and head.")] = 0,
     device: Device = "auto",
     out: Out = None,
     json_output: Json = False,

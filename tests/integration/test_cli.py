@@ -155,6 +155,15 @@ def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):
     assert kamim("shards", "verify", f"{out}-orb").returncode == 0
 
 
+def test_a_folder_whose_name_is_no_utf8_is_printed_as_it_was_typed(small_source, tmp_path):
+    out = tmp_path / "caf\udce9"
+    words = [*KAMIM, "shards", "build", small_source, out, *SMALL, "--jobs", "1"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+    done = subprocess.run(words, capture_output=True, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(os.fsencode(out))
+
+
 def test_small_frames_and_too_many_jobs_are_said(small_source, tmp_path):
     flags = ["--frame", "100", "--map-crops", "0", "--jobs", "999"]
     done = kamim("shards", "build", small_source, tmp_path / "out", *flags)

@@ -320,7 +320,7 @@ def test_a_set_without_a_bank_says_how_to_add_one(folder, tmp_path):
         ({"frame": 1}, "frame 1 is out of range"),
         ({"quality": 101}, "quality 101 is out of range"),
         ({"crop": 63}, "crop 63 is no multiple of 8; give 64"),
-        ({"area": (0.9, 0.1)}, "area 0.9 is out of range"),
+        ({"area": (0.9, 0.1)}, r"area \(0.9, 0.1\) is out of range"),
         ({"bank": 256}, "bank 256 is out of range"),
         ({"mark": "star"}, "mark is 'star'; there are ring, disc, point"),
         ({"detect_on": "photo"}, "detect_on is 'photo'; there are source, frame"),

@@ -27,6 +27,7 @@ from preprocess import (
 from preprocess.detectors import CREATE, parsed_detectors
 from preprocess.edges import measure_edge, with_edge
 from preprocess.plugins import Rejected, checked, found
+from preprocess.repair import repair_shards
 from shards.beton import convert_to_ffcv
 from shards.crops import visible, visible_cells
 from shards.errors import UserError
@@ -152,6 +153,10 @@ def test_an_image_that_it_fails_on_is_rejected_and_the_build_goes_on(
     assert all(words in line["detail"] for line in lines)
     assert {line["source"] for line in lines} < {entry.name for entry in source.entries}
     assert shards.verify(out, "decode") == []
+    kept = (out / "rejected.jsonl").read_bytes()
+    (out / "rejected.jsonl").unlink()
+    assert repair_shards(source, out, chosen, 1) == ["rejected.jsonl"]
+    assert (out / "rejected.jsonl").read_bytes() == kept
     with pytest.raises(BuildError, match=rf"\.jpg' was rejected \({reason}: {own}:{name}"):
         build_shards(source, tmp_path / "strict", chosen, 1, "fail")
 
