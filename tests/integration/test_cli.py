@@ -122,6 +122,9 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     told = json.loads(kamim("shards", "inspect", out, "--samples", "3", "--json").stdout)
     assert told == {"folder": str(out), "page": str(out / "inspect.html"), "records": 40}
     assert kamim("shards", "inspect", out, "--w-ps", "7").returncode == 2
+    lost = tmp_path / "nowhere" / "page.html"
+    unwritten = kamim("shards", "inspect", out, "--page", lost)
+    assert unwritten.stderr == f"kamim: No such file or directory: {lost}\n"
     with (out / "shard-000002.tar").open("r+b") as file:
         file.write(b"X")
     bad = kamim("shards", "verify", out, "--json")
