@@ -167,6 +167,14 @@ def test_a_folder_whose_name_is_no_utf8_is_printed_as_it_was_typed(small_source,
     assert done.stdout.startswith(os.fsencode(out))
 
 
+def test_it_works_where_stderr_is_closed(small_source, tmp_path):
+    words = [*KAMIM, "shards", "build", small_source, tmp_path / "out", *SMALL, "--jobs", "2"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.decode().startswith(f"{tmp_path / 'out'}: 40 inputs = 40 written")
+    assert kamim("shards", "verify", tmp_path / "out", "--level", "decode").returncode == 0
+
+
 def test_small_frames_and_too_many_jobs_are_said(small_source, tmp_path):
     flags = ["--frame", "100", "--map-crops", "0", "--jobs", "999"]
     done = kamim("shards", "build", small_source, tmp_path / "out", *flags)

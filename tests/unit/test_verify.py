@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from conftest import settings
 import preprocess
 from preprocess import build_shards, open_source, redetect_maps
 from shards import LEVELS, ShardSet, UserError, load
-from shards.spec import FORMAT_VERSION
+from shards.record import npy_bytes
+from shards.spec import FORMAT_VERSION, to_json, write_file
 from shards.verification import verify_shards
 from shards.version2 import upgrade_set
 
@@ -145,10 +147,6 @@ def test_file_names_that_leave_the_folder_are_refused(built):
 
 def test_decode_names_shard_and_key_of_a_bad_record(built):
     """A record damaged before the checksums were made, as by a faulty build."""
-    from dataclasses import replace
-
-    from shards.spec import to_json, write_file
-
     records = ShardSet(built)
     path, row = records.locate(17)
     data = bytearray(path.read_bytes())
@@ -162,6 +160,18 @@ def test_decode_names_shard_and_key_of_a_bad_record(built):
     (problem,) = verify_shards(built, "decode")
     assert path.name in problem
     assert "record 000000017" in problem
+
+
+@pytest.mark.parametrize("field", ["label", "height", "width"])
+def test_decode_holds_the_index_to_the_records(built, field):
+    """Training takes labels and sizes from the index, stock readers from the records."""
+    index = np.load(built / "index.npy")
+    index[field][17] += 1
+    row = write_file(built / "index.npy", npy_bytes(index), 40)
+    (built / "manifest.json").write_bytes(to_json(replace(load(built), index=row)))
+    assert verify_shards(built, "checksum") == []
+    (problem,) = verify_shards(built, "decode")
+    assert problem.endswith("record 000000017: the index has another size or label")
 
 
 def test_redetect_compares_with_the_source(built, small_source):
