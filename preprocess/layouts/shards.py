@@ -29,8 +29,6 @@ def list_shards(where: str, split: str) -> Source | None:
     """Records in their order. Raises UserError if the set is not finished or not here."""
     if is_url(where):
         raise UserError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
-    if split:
-        raise UserError(f"{where} is one set and has no split {split}; leave --split out")
     records = _opened(where)
     if records.manifest.container == "maps":
         raise UserError(

@@ -65,6 +65,8 @@ def test_webdataset_tars_of_others(tars):
     (tars / "d-extra.tar").unlink()
     one = open_source(f"webdataset:{tars / 'd-train-0001.tar'}")
     assert [(e.name, e.part) for e in one.entries] == [("0000.jpeg", "")]
+    with pytest.raises(ValueError, match=r"0001.tar is one file and has no split val"):
+        open_source(f"webdataset:{tars / 'd-train-0001.tar'}", "val")
     (tars / "listing.txt").write_text("# chosen\nd-train-0001.tar\nd-validation-0000.tar\n")
     listed = open_source(f"webdataset:{tars / 'listing.txt'}")
     assert [e.part for e in listed.entries] == ["d-train-0001.tar", "d-validation-0000.tar"]
