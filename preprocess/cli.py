@@ -237,6 +237,7 @@ def fidelity(
     listed = _source_of(records, source, split)
     within("--samples", samples, 1)
     within("--temperature", temperature, 0.001, 1000)
+    within("--seed", seed, 0, 2**63 - 1)
     found = preprocess.measure_fidelity(records, listed, samples, temperature, w_ps, seed, jobs)
     sizes = preprocess.storage(records)
     headline = {

@@ -49,8 +49,6 @@ class Dataset(NamedTuple):
 def _list_split(where: str, split: str) -> Source | None:
     """Class folders or a tar of them, or the class folders in a sub-folder named as the split."""
     if kind_of(where) == "file":
-        if split:
-            raise UserError(f"{where} is one file and has no split {split}; leave --split out")
         return list_tar(where)
     if kind_of(join(where, split)) != "folder":
         there = ", ".join(name for name in names_in(where) if name in SPLITS)
@@ -269,6 +267,9 @@ def _list_placed(name: str, given: str, split: str) -> Source:
         raise UserError(f"{name} has no split {split}; it may have {', '.join(SPLITS)}")
     if not kind_of(given):
         raise UserError(f"no {name} source at {given}: there is no such place; give another")
+    if split and (name == "shards" or kind_of(given) == "file"):
+        one = "set" if name == "shards" else "file"
+        raise UserError(f"{given} is one {one} and has no split {split}; leave --split out")
     source = PLACED[name](given, split)
     if source is None:
         raise UserError(f"no {name} source at {given}; give the place of one")

@@ -195,11 +195,12 @@ def published_grey(rgb: Image) -> Image:
 
 
 def _on(view: View, source: tuple[int, int], frame: tuple[int, int]) -> View:
-    """A view of the source as the nearest whole pixels of its frame."""
+    """A view of the source as the nearest whole pixels of its frame, one at least."""
     down, across = frame[0] / source[0], frame[1] / source[1]
     top, left, tall, wide = view.box
-    box = round(top * down), round(left * across), round(tall * down), round(wide * across)
-    return View(box, view.rows, view.columns)
+    tall, wide = max(1, round(tall * down)), max(1, round(wide * across))
+    top, left = min(round(top * down), frame[0] - tall), min(round(left * across), frame[1] - wide)
+    return View((top, left, tall, wide), view.rows, view.columns)
 
 
 def squeezed(rgb: Image, view: View) -> Image:

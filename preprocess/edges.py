@@ -109,7 +109,7 @@ def with_edge(detectors: tuple[Detector, ...], path: Path) -> tuple[Detector, ..
             raise ValueError("it was changed")
     except FileNotFoundError:
         raise UserError(f"there is no {path}; measure it by kamim shards edge-rule") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no edge rule that kamim wrote: {error}") from None
     if replace(measured, edge=None) not in detectors:
         raise UserError(

@@ -108,9 +108,12 @@ def weighing(detector: Detector, settings: Settings, w_ps: int) -> Weigh:
 
 
 def looked_up(records: ShardSet, source: Source, number: int) -> tuple[Record, NDArray[np.uint8]]:
-    """Record `number`, and the pixels of its source."""
+    """Record `number`, and the pixels of its source. UserError if that cannot be read any more."""
     record = records[number]
-    return record, decode_image(source.read(source.entries[int(record.key)]))
+    try:
+        return record, decode_image(source.read(source.entries[int(record.key)]))
+    except Rejected as error:
+        raise UserError(f"{record.source!r} is now {error.reason}: {error.detail}") from None
 
 
 def keypoint_detectors(settings: Settings) -> list[Detector]:

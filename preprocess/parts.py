@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,10 @@ def _parts(place: Place, facts: Facts) -> dict[Part, dict[str, Any]]:
     """What the parts of this build that have ended say of themselves."""
     parts, work = {}, place / WORK
     for found in filter(None, map(FILE.fullmatch, work.sizes())):
-        content = json.loads(work.read(found[0]) or b"{}")
-        if content.get("fingerprint") == fingerprint(facts):
-            parts[int(found[1]), int(found[2])] = content
+        with suppress(ValueError):  # half of it is there
+            content = json.loads(work.read(found[0]) or b"{}")
+            if content.get("fingerprint") == fingerprint(facts):
+                parts[int(found[1]), int(found[2])] = content
     return parts
 
 

@@ -98,7 +98,7 @@ def expected(mean: Floats, deviation: Floats, pixels: int, temperature: float) -
     `mean` and `deviation`, float64 [n] each.
     """
     mean = np.clip(mean, 1e-5, 1 - 1e-5)
-    alike = (deviation**2 / (mean * (1 - mean)) - 1 / pixels) / (1 - 1 / pixels)
+    alike = (deviation**2 / (mean * (1 - mean)) - 1 / pixels) / ((1 - 1 / pixels) or 1)
     both = 1 / np.clip(alike, 1e-3, 0.98)[:, None] - 1
     a, b = mean[:, None] * both, (1 - mean[:, None]) * both
     k = np.arange(pixels)

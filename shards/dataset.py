@@ -86,7 +86,7 @@ def open_set(
     if not isinstance(where, str | os.PathLike):
         from shards.sets import ShardSets
 
-        if cache is not None and not any(map(is_url, where)):
+        if where and cache is not None and not any(map(is_url, where)):
             raise UserError(f"a cache is for shards at a URL; {where[0]} is read where it is")
         sets = [open_set(each, cache=cache if is_url(each) else None, **how) for each in where]
         return sets[0] if len(sets) == 1 else ShardSets(sets, shares)
@@ -161,10 +161,8 @@ class ShardSet(Records):
 
         return Maps(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.manifest.container == "maps":  # its files are opened anew, not copied
-            return ShardSet, (self.folder,)
-        return super().__reduce_ex__(protocol)
+    def __reduce__(self) -> Any:  # its files are opened anew: a descriptor is of one process
+        return ShardSet, (self.folder, self.copies and self.manifest, self.copies)
 
     def find_maps(self, names: Sequence[str], bank: bool = False) -> list[int]:
         """Rows of the detectors `names` among the set's maps. Raises UserError if one is absent."""

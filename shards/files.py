@@ -44,6 +44,10 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(temporary):
+            error.filename = str(path)  # which people know
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if durable:

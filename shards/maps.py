@@ -24,7 +24,6 @@ from shards.tar import INDEX_DTYPE
 if TYPE_CHECKING:
     from shards.dataset import Held, ShardSet
 
-Ints = NDArray[np.int64]
 OPEN_FILES = 512  # at a time, of a process: half of what Linux allows by default
 
 

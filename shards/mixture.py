@@ -28,7 +28,7 @@ class Mixture:
         self.total = sum(self.counts)
         if self.total > MOST:
             raise UserError(f"{self.total:,} samples are more than {MOST:,}: train on fewer sets")
-        self.quotas = _split(self.total, shares) if shares else self.counts
+        self.quotas = self.counts if shares is None else _split(self.total, shares)
         self.firsts = np.cumsum([0, *(order.records for order in orders)])
 
     def by_size(self) -> "Mixture":

@@ -152,6 +152,8 @@ class Records:
         need less of this one's interpreter lock.
         """
         self._check_frames()
+        if prefetch < 1:
+            raise UserError(f"prefetch {prefetch} is out of range; give 1 or more")
         last = plan.steps() if last is None else last
         asked: dict[str, Any] = {"maps": maps, "bank": bank, "rank": rank, "ranks": ranks}
         asked |= {"workers": workers, "prefetch": prefetch}

@@ -12,7 +12,7 @@ from shards.crops import Ints
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.mixture import Mixture
-from shards.order import Plan, check_subset
+from shards.order import Plan, checked_subset
 from shards.record import Record
 from shards.records import Records
 from shards.rng import Purpose, mix
@@ -65,7 +65,7 @@ class ShardSets(Records):
         keys = [int(mix(Purpose.SET, seed, number)) for number in range(len(self.sets))]
         parts: Sequence[Ints | None] = [None] * len(keys)
         if subset is not None:
-            check_subset(subset, len(self))
+            subset = checked_subset(subset, len(self))
             begins = np.cumsum([0, *map(len, self.sets)])
             split = np.split(subset, np.searchsorted(subset, begins[1:-1]))
             parts = [part - begin for part, begin in zip(split, begins, strict=False)]

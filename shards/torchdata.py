@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from shards.crops import unit_boxes
+from shards.errors import UserError
 from shards.loader import check_plan
 from shards.order import Plan
 from shards.record import decode_frame
@@ -71,6 +72,8 @@ class PlanSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         self.plan, self.place = plan, (rank, ranks)
         self.first, self.last = first, plan.steps() if last is None else last
+        if not 0 <= first <= self.last:
+            raise UserError(f"there are no steps {first} to {self.last}; give 0 <= first <= last")
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.plan.micro_steps

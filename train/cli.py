@@ -53,7 +53,9 @@ def pretrain(
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Decides order, crops, flips, masks and initial weights. Default: 0."
+            min=0,
+            max=2**63 - 1,
+            help="Decides order, crops, flips, masks and initial weights. Default: 0.",
         ),
     ] = None,
     resume: Annotated[

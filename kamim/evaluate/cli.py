@@ -166,7 +166,9 @@ def finetune(
         float, typer.Option(min=0, help="Epochs. 0: as in the recipe, 100 (simmim) or 110 (kamim).")
     ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 2048,
-    seed: Annotated[int, typer.Option(min=0, help="Decides order and augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Decides order and augmentation.")
+    ] = 0,
     device: Device = "auto",
     cache: Cache = None,
     out: Out = None,

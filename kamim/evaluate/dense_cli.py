@@ -24,7 +24,8 @@ def dense(
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest patches.")] = 20,
     block: Block = 0,
     seed: Annotated[
-        int, typer.Option(min=0, help="Decides the patches that are kept, and the head.")
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Decides the patches that are kept, and the head."),
     ] = 0,
     device: Device = "auto",
     out: Out = None,
