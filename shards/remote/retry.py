@@ -53,8 +53,9 @@ def retried(
             result = call()
         except Exception as error:  # every client has its own kinds
             needed()  # a wish to end counts for more than the failure
-            _refuse(url, error)
-            reason = f"{type(error).__name__}: {_line(error)}"
+            failure = _true(url, error)
+            _refuse(url, failure)
+            reason = f"{type(failure).__name__}: {_line(failure)}"
         else:
             if AWAY.pop(store, None):
                 LOG.warning("%s answers again", store)
@@ -76,7 +77,15 @@ def retried(
             )
 
 
-def _refuse(url: str, error: Exception) -> None:
+def _true(url: str, error: BaseException) -> BaseException:
+    """The failure itself: to fsspec's client of web servers a file is missing whenever it could not
+    look.
+    """
+    missing = isinstance(error, FileNotFoundError) and url.startswith("http")
+    return error.__cause__ or error if missing else error
+
+
+def _refuse(url: str, error: BaseException) -> None:
     """Raise, as one clear line, an error that no further try would mend."""
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in GONE:
@@ -97,7 +106,7 @@ def _refuse(url: str, error: Exception) -> None:
         raise UserError(f"{url} cannot be used ({_line(error)})") from None
 
 
-def _status(error: Exception) -> int:
+def _status(error: BaseException) -> int:
     """The HTTP status an error of a client library carries, or 0."""
     for place, name in (
         (error, "status"),
@@ -110,6 +119,6 @@ def _status(error: Exception) -> int:
     return 0
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."

@@ -107,14 +107,14 @@ def kind_of(url: str) -> str:
     files, path = filesystem(url)
     files.invalidate_cache()
     try:
-        kind = retried(url, lambda: files.info(path))["type"]
+        facts = retried(url, lambda: files.info(path))
     except FileNotFoundError:
         return ""
-    if kind == "file" and path.startswith("http"):
-        # A web server has no folders: a page that lists files is one, and no image or archive.
-        page = path.endswith("/") or "html" in str(files.info(path).get("mimetype"))
-        kind = "directory" if page else "file"
-    return "file" if kind == "file" else "folder"
+    # A web server has no folders: a page that lists files is one, and no image or archive.
+    page = path.endswith("/") or "html" in str(facts.get("mimetype"))
+    if facts["type"] != "file" or (path.startswith("http") and page):
+        return "folder"
+    return "file"
 
 
 def find(url: str) -> list[RemoteFile]:
@@ -122,15 +122,51 @@ def find(url: str) -> list[RemoteFile]:
     files, path = filesystem(url)
     base = path.rstrip("/") + "/"
     files.invalidate_cache()
-    found: dict[str, Any] = retried(url, lambda: files.find(base, detail=True))
+    if _by_folder(files):
+        found = _walk(files, base)
+    else:
+        found = retried(url, lambda: files.find(base, detail=True))
     unsized = [name for name, facts in found.items() if facts.get("size") is None]
     with ThreadPoolExecutor(16) as pool:  # a web server's page of links says no sizes
-        found |= zip(unsized, pool.map(files.info, unsized), strict=True)
+        sized = lambda name: retried(name, lambda: files.info(name))  # noqa: E731
+        found |= zip(unsized, pool.map(sized, unsized), strict=True)
     return [
         RemoteFile(name[len(base) :], int(facts["size"] or 0), _stamp(facts))
         for name, facts in found.items()
         if name.startswith(base)
     ]
+
+
+def _by_folder(files: Any) -> bool:
+    """Whether fsspec's own `find` would list this store folder by folder."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    kind = type(files)
+    return getattr(kind, "_find", kind.find) in (AsyncFileSystem._find, AbstractFileSystem.find)
+
+
+def _walk(files: Any, base: str) -> dict[str, dict[str, Any]]:
+    """What is known of every file below `base`: fsspec's walk leaves out, in silence, a folder that
+    does not answer (2026.9).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seen, folders = {base}, [base]
+
+    def listed(folder: str) -> list[dict[str, Any]]:
+        url = files.unstrip_protocol(folder)
+        return cast(list[dict[str, Any]], retried(url, lambda: files.ls(folder, detail=True)))
+
+    with ThreadPoolExecutor(16) as pool:
+        while folders:
+            # Links of some web servers begin with ./
+            every = (facts for listing in pool.map(listed, folders) for facts in listing)
+            here = {facts["name"].replace("/./", "/"): facts for facts in every}
+            found |= {name: facts for name, facts in here.items() if facts["type"] == "file"}
+            inner = {name for name, facts in here.items() if facts["type"] == "directory"}
+            folders = sorted(inner - seen)
+            seen |= inner
+    return found
 
 
 def _stamp(facts: dict[str, Any]) -> int:

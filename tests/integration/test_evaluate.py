@@ -333,7 +333,10 @@ def test_attention_learns_what_the_mean_of_tokens_has_lost(pairs, tmp_path):
     assert found["mean"] < 0.7
 
 
-@pytest.mark.parametrize("name", ["random:small", "random:swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["random:small", pytest.param("random:swin_tiny_patch4_window7_224", marks=pytest.mark.slow)],
+)
 def test_an_attentive_probe_of_any_backbone_leaves_it_as_it_was(name, labelled, tmp_path):
     words = ["probe", name, labelled, labelled, "--protocol", "attentive", "--epochs", "1"]
     words += ["--seeds", "1", "--batch", "10", "--lr", "1e-2", "--out", tmp_path / "probe"]
@@ -527,7 +530,9 @@ def test_analyse_takes_a_url_and_an_ffcv_set(labelled, store, tmp_path):
     assert all(facts == found[0] for facts in found)
 
 
-@pytest.mark.parametrize("command", COMMANDS[1:])
+@pytest.mark.parametrize(
+    "command", [*(pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS[1:3]), COMMANDS[3]]
+)
 def test_training_with_labels_from_ffcv(command, labelled, tmp_path):
     if find_spec("ffcv") is None:  # to import it here would set torch's number of threads
         pytest.skip("FFCV is not installed")

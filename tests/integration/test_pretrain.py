@@ -166,7 +166,9 @@ def test_a_temperature_that_moves_weighs_as_it_is_at_each_step(weights, shards, 
     assert "temperature" not in read_metrics(tmp_path / "last")[0]
 
 
-@pytest.mark.parametrize("drops", [{}, {"drop_path_rate": 0.5}])
+@pytest.mark.parametrize(
+    "drops", [pytest.param({}, marks=pytest.mark.slow), {"drop_path_rate": 0.5}]
+)
 def test_a_swin_drops_the_same_paths_after_a_stop_or_none(shards, tmp_path, drops):
     options = {"embed_dim": 24, "depths": (2, 2, 2, 2), **drops}
     recipe = replace(TINY, model="swin_tiny_patch4_window7_224", options=options, epochs=2)

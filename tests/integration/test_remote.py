@@ -2,10 +2,12 @@
 
 import errno
 import http.server
+import io
 import os
 import re
 import shutil
 import socket
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,11 +46,22 @@ class Ranged(http.server.SimpleHTTPRequestHandler):
     """Python's file server with ranges, which it lacks; every `fails`-th request gets a 503."""
 
     fails, seen, ranges = 0, 0, True
+    resets: tuple[str, ...] = ()  # paths; for each its next request is cut off
 
     def send_head(self):
         type(self).seen += 1
         if self.fails and self.seen % self.fails == 0:
             return self.send_error(503)
+        if self.path in self.resets:
+            left = list(self.resets)
+            left.remove(self.path)
+            type(self).resets, self.close_connection = tuple(left), True
+            hard = struct.pack("ii", 1, 0)  # a reset, no orderly end
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
+            for one in (self.wfile, self.rfile, self.connection):
+                one.close()
+            self.wfile = io.BytesIO()
+            return None
         match = re.match(r"bytes=(\d+)-(\d*)$", self.headers.get("Range", ""))
         path = self.translate_path(self.path)
         if not match or not self.ranges or not os.path.isfile(path):
@@ -134,6 +147,27 @@ def test_shards_from_a_web_server_that_fails_now_and_then(name, web, local):
     handler.fails = 3
     build_shards(source, local / "remote", settings(), 1)
     assert tars_of(local / "remote") == tars_of(local / f"of-{name}")
+
+
+def test_a_listing_cut_short_is_asked_for_again_and_leaves_nothing_out(web, local):
+    url, root, handler = web
+    (local / "photos").rename(root / "photos")
+    whole = open_source(f"{url}/photos")
+    handler.resets = ("/photos/b/", "/photos/c/5.jpg") * 4  # aiohttp asks twice itself
+    again = open_source(f"{url}/photos")
+    assert not handler.resets
+    assert again.entries == whole.entries
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_web_server_that_answers_with_an_error_is_not_taken_for_an_empty_one(
+    status, web, local, monkeypatch
+):
+    monkeypatch.setattr(retry, "PATIENCE", 1)
+    url, _, handler = web
+    handler.send_head = lambda self: self.send_error(status)
+    with pytest.raises((ValueError, OSError), match=r"no access to|could not be reached for 1 s"):
+        open_source(f"{url}/photos")
 
 
 def test_layouts_are_found_in_stores_too(s3, web, tmp_path):
