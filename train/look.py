@@ -72,14 +72,14 @@ class Looks:
             self.without = f"; no probe, only rank and attention: {error}"
         images = self.every * data.selection.epoch  # that are trained on between two looks
         cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
-        wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
+        wanted = min(len(records), int(max(LEAST, min(MOST, SHARE * images / cost))))
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
         self.share = self.count * cost / images
         self.deciles: Deciles | None = None
         if masking is not None:
             try:
-                self.deciles = Deciles(run, records, masking)
+                self.deciles = Deciles(run, records, masking, load)
                 self.share += self.deciles.count / 3 / images
             except UserError as error:
                 self.without += f"; no error by density: {error}"

@@ -231,9 +231,9 @@ def find_recipe(name: str) -> Recipe:
 
     Raises UserError, with the nearest name and what there is, for any other name.
     """
-    base = next((each for each in BASES if f"{name}_".startswith(f"{each}_")), "")
-    if not base and "_patch" in name:
+    if "_patch" in name:
         return Recipe(model=name)
+    base = next((each for each in BASES if f"{name}_".startswith(f"{each}_")), "")
     recipe, rest = BASES.get(base, Recipe(model=name)), name.removeprefix(base)
     for group in ENDINGS if base else ():
         for ending, change in group.items():

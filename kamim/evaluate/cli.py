@@ -109,7 +109,7 @@ def probe(
     from shards.files import alone
     from train.probe import linear_probe, nearest_neighbours
 
-    folder, count = out or folder_for("probe", encoder), round(epochs) or 30
+    folder, count = out or folder_for("probe", encoder), max(1, round(epochs)) if epochs else 30
 
     def features(number: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
         """Of block `number`: of the set to learn on, and of that to test on."""
