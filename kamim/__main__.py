@@ -14,6 +14,7 @@ _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if sys.path and os.path.abspath(sys.path[0]) == os.getcwd() != _HERE:
     del sys.path[0]
 
+import io
 import json
 import re
 import signal
@@ -117,6 +118,16 @@ def _is_missing(module: str) -> bool:
     return bool(package) and package not in OURS and (not inside or find_spec(package) is None)
 
 
+def _prepare_output() -> None:
+    """Have stderr open, or another file would get its number, and print names that are no text."""
+    if sys.stderr is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.set_inheritable(2, True)
+        sys.stderr = os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and a status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -124,6 +135,7 @@ def main() -> None:
     if not debug:
         threading.excepthook = _thread_failed
     signal.signal(signal.SIGTERM, _terminate)
+    _prepare_output()
     # When workers are ended in the middle, joblib's resource tracker may warn of semaphores that
     # are gone already; nothing is left behind, and it would be the last thing a user reads.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")

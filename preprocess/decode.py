@@ -110,10 +110,9 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
         return None
     try:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         return None
-    return None if pixels is None else pixels
 
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """Density maps and the bank: the pixels of a source in, uint8 densities of each detector out.
 
-A map estimates the density that detection on a random crop would give, on a fixed grid of the unit
-square, from a few views of the source. The bank is that density itself, on stored crops.
+A map estimates, on a fixed grid of the unit square, the density that detection on a random crop
+gives. It is made from a few views of the source. The bank has this density itself, on stored crops.
 """
 
 from collections.abc import Sequence
@@ -195,11 +195,12 @@ def published_grey(rgb: Image) -> Image:
 
 
 def _on(view: View, source: tuple[int, int], frame: tuple[int, int]) -> View:
-    """A view of the source as the nearest whole pixels of its frame."""
+    """A view of the source as the nearest whole pixels of its frame, one at least."""
     down, across = frame[0] / source[0], frame[1] / source[1]
     top, left, tall, wide = view.box
-    box = round(top * down), round(left * across), round(tall * down), round(wide * across)
-    return View(box, view.rows, view.columns)
+    tall, wide = max(1, round(tall * down)), max(1, round(wide * across))
+    top, left = min(round(top * down), frame[0] - tall), min(round(left * across), frame[1] - wide)
+    return View((top, left, tall, wide), view.rows, view.columns)
 
 
 def squeezed(rgb: Image, view: View) -> Image:

@@ -1,5 +1,5 @@
-"""The edge rule of a detector, measured: what it finds near the edge of a crop, as a share of what
-it finds there when the image goes on.
+"""Measures the edge rule of a detector: what it finds near the edge of a crop, as a share of what
+it finds there in a larger picture.
 
 Each photo is squeezed to WHOLE px. The density in its middle WINDOW px is compared with that of
 detection on this window alone (docs/decisions.md, "A map is what its views found").
@@ -109,7 +109,7 @@ def with_edge(detectors: tuple[Detector, ...], path: Path) -> tuple[Detector, ..
             raise ValueError("it was changed")
     except FileNotFoundError:
         raise UserError(f"there is no {path}; measure it by kamim shards edge-rule") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no edge rule that kamim wrote: {error}") from None
     if replace(measured, edge=None) not in detectors:
         raise UserError(

@@ -1,13 +1,14 @@
-"""A set built in n parts by machines that share nothing but its place, and their joining.
+"""Builds a set in n parts, on machines that share only its place, and joins the parts.
 
-A part is a run of whole shards of the one plan, so that names and bytes are those of one build. Its
-ledger, written last, says that it is there; the manifest is written by whoever joins them.
+A part is a range of whole shards of one plan, so names and bytes are those of one build. The part's
+ledger, written last, marks it as complete. Joining writes the manifest.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,10 @@ def _parts(place: Place, facts: Facts) -> dict[Part, dict[str, Any]]:
     """What the parts of this build that have ended say of themselves."""
     parts, work = {}, place / WORK
     for found in filter(None, map(FILE.fullmatch, work.sizes())):
-        content = json.loads(work.read(found[0]) or b"{}")
-        if content.get("fingerprint") == fingerprint(facts):
-            parts[int(found[1]), int(found[2])] = content
+        with suppress(ValueError):  # half of it is there
+            content = json.loads(work.read(found[0]) or b"{}")
+            if content.get("fingerprint") == fingerprint(facts):
+                parts[int(found[1]), int(found[2])] = content
     return parts
 
 

@@ -1,4 +1,4 @@
-"""A person's own detector: `module:function` in, its points or map of an image out, checked.
+"""A user's own detector: `module:function` in, its checked points or map of an image out.
 
 A function takes uint8 RGB [H, W, 3] and gives points float32 [N, 2], (x, y) from pixel centres,
 or a map float32 [h, w] of any size above 2 columns, 0 to 1. Its keyword arguments with a default
@@ -38,9 +38,16 @@ def described(function: str) -> tuple[Plugin, dict[str, Any]]:
     """
     module = function.partition(":")[0]
     path = _file_of(function)
+    chosen = _imported(function, _sha256(path))
+    try:
+        parameters = inspect.signature(chosen).parameters.values()
+    except ValueError:  # compiled code may have none
+        raise UserError(
+            f"{function} does not say its arguments; call it in a function of your own"
+        ) from None
     options = {
         each.name: each.default
-        for each in inspect.signature(_imported(function, _sha256(path))).parameters.values()
+        for each in parameters
         if isinstance(each.default, (bool, int, float))
     }
     return Plugin(function, _version_of(module), _sha256(path)), options
@@ -121,8 +128,9 @@ def _file_of(function: str) -> Path:
     importlib.invalidate_caches()
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"there is no module {module!r} for {function!r}: {error}") from None
+    except (Exception, SystemExit) as error:  # it imports what the module lies in
+        words = f"{type(error).__name__}: {error}"
+        raise UserError(f"there is no module {module!r} for {function!r}: {words}") from None
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
         raise UserError(
             f"there is no module {module!r} for {function!r}: install it, or run in its folder"
@@ -139,7 +147,7 @@ def _imported(function: str, sha256: str) -> Callable[..., Any]:
         if _hashes.setdefault(module, sha256) != sha256:  # edited since, as in a notebook
             home = importlib.reload(home)
             _hashes[module] = sha256
-    except Exception as error:  # whatever a person's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a person's module does
         raise UserError(f"importing {module} failed: {type(error).__name__}: {error}") from None
     chosen = getattr(home, name, None)
     if not callable(chosen):

@@ -1,6 +1,6 @@
 """Makes a finished set whole again, to the same bytes, where files are missing or damaged.
 
-What is built is held to the manifest's sha256 before it takes the place of what is damaged.
+A rebuilt file is checked by the manifest's sha256 before it replaces the damaged one.
 """
 
 import json
@@ -23,7 +23,7 @@ from preprocess.compare import (
 )
 from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
-from preprocess.shard import Job, read_rows, rejected_line, row_name
+from preprocess.shard import Job, describe, read_rows, rejected_line, row_name
 from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
@@ -118,7 +118,8 @@ def _restore_lists(
     else:
         shards = progress("indexing", len(finished.shards), finished.shards, unit="shard", delay=1)
         index = np.concatenate([index_of(out / shard.name, finished.settings) for shard in shards])
-    lists = [(finished.index, npy_bytes(index)), (finished.rejected, _rejected(source, index))]
+    rejected = _rejected(source, index, finished.settings)
+    lists = [(finished.index, npy_bytes(index)), (finished.rejected, rejected)]
     if finished.names:
         lists += zip(finished.names, lists_of(names_in(source, index), source.kind), strict=True)
     for file, data in lists:
@@ -127,13 +128,13 @@ def _restore_lists(
         write_atomically(out / file.name, data)
 
 
-def _rejected(source: Source, index: NDArray[np.void]) -> bytes:
+def _rejected(source: Source, index: NDArray[np.void], settings: Settings) -> bytes:
     """The lines of the inputs that are in no shard: each is looked at again."""
     written, lines = set(index["key"].tolist()), []
     for number in sorted(set(range(len(source.entries))) - written):
         entry = source.entries[number]
         try:
-            decode_image(source.read(entry))
+            describe(decode_image(source.read(entry)), number, entry, settings)
         except Rejected as error:
             line = rejected_line(number, entry, error)
             lines.append(json.dumps(line, sort_keys=True) + "\n")

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-MARKS = ("ring", "disc", "point")
+from shards.spec import MARKS
+
 RADIUS = 3  # px, cv2.drawKeypoints' default
 REACH = 5  # px that a mark can reach from its rounded centre (4 at integer centres)
 SUBPIXEL = 16  # OpenCV rounds centres to 1/16 px before it draws

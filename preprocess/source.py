@@ -231,7 +231,8 @@ def look_up(root: str, listed: Iterable[tuple[str, int]]) -> Iterator[Entry]:
     for name, label in listed:
         folder = os.path.dirname(name)
         if folder not in folders:
-            safe = ".." not in PurePosixPath(folder).parts and not os.path.isabs(folder)
+            strange = "\0" in folder or ".." in PurePosixPath(folder).parts
+            safe = not strange and not os.path.isabs(folder)
             folders[folder] = safe and inside(os.path.join(root, folder), home)
         if not folders[folder] or "\0" in name:
             yield Entry(name, label, 0, flaw="link")

@@ -226,8 +226,6 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
     fingerprint = _manifest.fingerprint(facts)
     finished = finished_copy(out, fingerprint, {BETON})
     if finished:
-        if (out / LOCK).exists():  # killed between the manifest and the tidying up
-            (out / LOCK).unlink(missing_ok=True)
         return finished
     manifest = replace(
         source.manifest,
@@ -269,8 +267,11 @@ def finished_copy(out: Path, fingerprint: str, shards: set[str]) -> Manifest | N
         manifest = _manifest.load(out)
         if manifest.fingerprint != fingerprint:
             raise UserError(f"{out} holds another set; name a new folder")
-        flaws = flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected])
-        return None if flaws else manifest
+        if flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected]):
+            return None
+        if LOCK in names:  # killed between the manifest and the tidying up
+            (out / LOCK).unlink(missing_ok=True)
+        return manifest
     ours = {*shards, INDEX, REJECTED, MANIFEST, LOCK, *EXTRAS}
     others = {name for name in names if LEFT.sub("", name) not in ours}
     if others:

@@ -20,13 +20,14 @@ Moved = Generator[tuple[Batch, dict[str, Any], torch.cuda.Event], None, None]
 
 
 def to_device(
-    batches: Iterable[Batch], device: torch.device
+    batches: Iterable[Batch], device: torch.device | str
 ) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
     """Each batch with its tensors on `device`: (batch, {field: tensor, or tensors by detector}).
 
     On CUDA the copies run beside the computation, from pinned buffers; the loader gets a buffer
     back only when its copy is done. Frames that are still files are decoded on the device.
     """
+    device = torch.device(device)
     if device.type != "cuda":
         for batch in batches:
             yield batch, _tensors(batch, device)

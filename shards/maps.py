@@ -1,8 +1,7 @@
 """Densities without frames: each shard is one plain .npy block of maps, looked up by a source's
 name.
 
-Others read them by `ShardSet.density`. A look-up reads the file once, so that little stays in
-memory, however much of the set was asked for.
+`ShardSet.density` reads them. A look-up reads from the file, so that little stays in memory.
 """
 
 import os
@@ -25,7 +24,6 @@ from shards.tar import INDEX_DTYPE
 if TYPE_CHECKING:
     from shards.dataset import Held, ShardSet
 
-Ints = NDArray[np.int64]
 OPEN_FILES = 512  # at a time, of a process: half of what Linux allows by default
 
 

@@ -75,12 +75,12 @@ class Windows:
     ) -> None:
         if window < 1:
             raise UserError(f"a window of {window} shards reads nothing; use 1 or more")
-        self.limit, self.seed, self.subset = window, seed, subset
+        self.limit, self.seed = window, seed
         self.sizes = self.counts = np.asarray(counts, np.int64)
         self.records, self.shown = int(self.sizes.sum()), np.arange(len(counts))
-        if subset is not None:
-            check_subset(subset, self.records)
-            ends = np.searchsorted(subset, np.cumsum(self.sizes))
+        self.subset = None if subset is None else checked_subset(subset, self.records)
+        if self.subset is not None:
+            ends = np.searchsorted(self.subset, np.cumsum(self.sizes))
             self.counts = np.diff(ends, prepend=0)
             self.shown = np.flatnonzero(self.counts)
         self.firsts = np.cumsum(self.counts) - self.counts
@@ -147,12 +147,14 @@ class Windows:
         return np.where(uses[0] >= window, *uses)
 
 
-def check_subset(subset: Ints, count: int) -> None:
-    """UserError unless `subset` are numbers of some of `count` samples, ascending."""
+def checked_subset(subset: Sequence[int] | Ints, count: int) -> Ints:
+    """`subset`, int64 [n]. UserError unless it is numbers of some of `count` samples, ascending."""
+    subset = np.asarray(subset, np.int64)  # differences of unsigned numbers are never below 0
     if not len(subset):
         raise UserError("a subset without samples shows nothing; choose one or more")
     if subset[0] < 0 or subset[-1] >= count or (np.diff(subset) <= 0).any():
         raise UserError(f"a subset of {count} samples is of their numbers, ascending, each once")
+    return subset
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,9 @@ class Plan:
         for name in ("count", "batch", "micro_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; give 1 or more")
+        if self.windows and self.windows.records != self.count:
+            records = self.windows.records
+            raise UserError(f"windows of {records} samples are of no plan of {self.count}")
         for name, most in (("area", 1.0), ("ratio", math.inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= most:

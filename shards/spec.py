@@ -126,8 +126,7 @@ class Settings:
     side of a map. mark: what a keypoint covers. detect_on: source or frame. detectors: in the order
     of the maps. shard_size: inputs per shard. weights: (T, w_ps) of the loss weights stored beside
     the densities, None for none. levels: densities that a map tells apart. Raises UserError if a
-    value is out of its range.
-    docs/decisions.md has the measurements behind the defaults.
+    value is out of its range. docs/decisions.md has the measurements behind the defaults.
     """
 
     frame: int = 256
@@ -145,18 +144,26 @@ class Settings:
     levels: int = DENSITY_LEVELS[0]
 
     def __post_init__(self) -> None:
+        for each in fields(self):  # 90.0 would be written, and be damage when it is read
+            value = getattr(self, each.name)
+            if each.type is int and type(value) is not int:
+                raise UserError(f"{each.name} is {value!r}; give a whole number")
         for name, least, most in RANGES:
             value = getattr(self, name)
             if not least <= value <= most and not (name == "frame" and value == 0):
                 raise UserError(f"{name} {value} is out of range; give {least} to {most}")
         if not 0.01 <= self.area[0] <= self.area[1] <= 1:
-            raise UserError(f"area {self.area[0]} is out of range; give 0.01 to 1")
+            area = self.area[0] if self.area[1] == 1 else self.area
+            raise UserError(f"area {area} is out of range; give 0.01 to 1")
         self._check_bare()
         if self.crop % BANK_CELL:
             nearest = round(self.crop / BANK_CELL) * BANK_CELL
             raise UserError(f"crop {self.crop} is no multiple of {BANK_CELL}; give {nearest}")
         if self.levels not in DENSITY_LEVELS:
             raise UserError(f"levels {self.levels} is unknown; there are 256, and 16 of version 2")
+        names = [detector.name for detector in self.detectors]
+        if len(set(names)) < len(names):
+            raise UserError(f"detectors {', '.join(names)}: name each once")
         for detector in self.detectors:
             if not NAME.fullmatch(detector.name):
                 raise UserError(f"a detector's name has a-z, 0-9, _ and -, not {detector.name!r}")
@@ -166,6 +173,8 @@ class Settings:
                     f"{detector.edge.mark!r}: measure it again with --mark {self.mark}"
                 )
         if self.weights is not None:
+            temperature, w_ps = self.weights
+            object.__setattr__(self, "weights", (float(temperature), w_ps))
             self._check_weights(*self.weights)
         for name, words in (("mark", MARKS), ("detect_on", DETECT_ON)):
             if getattr(self, name) not in words:
@@ -201,7 +210,12 @@ class Settings:
                 f"weights of temperature {temperature:g} reach beyond 255, the most that is "
                 f"stored; give {math.ceil(1000 * least) / 1000} or more"
             )
-        if w_ps < 1 or self.crop % w_ps or (self.bank and w_ps % BANK_CELL):
+        if (
+            type(w_ps) is not int
+            or w_ps < 1
+            or self.crop % w_ps
+            or (self.bank and w_ps % BANK_CELL)
+        ):
             rule = f"a multiple of {BANK_CELL} that divides" if self.bank else "a divisor of"
             raise UserError(f"w_ps {w_ps} of the weights: give {rule} the crop of {self.crop} px")
 
@@ -287,13 +301,13 @@ def write(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, to_json(manifest))
 
 
-def load(folder: Path) -> Manifest:
+def load(folder: Path | str) -> Manifest:
     """Read and check the manifest of the set in `folder`.
 
     Raises UserError, naming the file and what to do, if it is missing, damaged, of a newer
     format, or if its totals do not add up.
     """
-    path = folder / MANIFEST
+    path = (folder := Path(folder)) / MANIFEST
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -317,7 +331,7 @@ def parse(path: Path | str, data: bytes) -> Manifest:
     try:
         content = json.loads(data)
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: it is not the JSON that a build writes") from None
     if version == 2:
         folder = str(path).rpartition("/")[0] or "."
@@ -374,7 +388,7 @@ def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
             }
         )
         whole = to_json(manifest) == data and holds_its_types(manifest)
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
         raise damaged from None
     if not whole or (manifest.container == "maps") != (manifest.settings.frame == 0):
         raise damaged

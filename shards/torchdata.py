@@ -1,4 +1,4 @@
-"""The plan for users of torch's DataLoader: a map-style dataset and the sampler that orders it."""
+"""For torch's DataLoader: a map-style dataset, and the batch sampler that follows a plan."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from shards.crops import unit_boxes
+from shards.errors import UserError
 from shards.loader import check_plan
 from shards.order import Plan
 from shards.record import decode_frame
@@ -62,8 +63,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
 class PlanSampler(Sampler[list[tuple[int, int]]]):
     """The batches of steps `first` to `last` - 1 of a plan, for DataLoader's `batch_sampler`.
 
-    Each is a list of (epoch, sample). `last` is by default the end of the first epoch. A process
-    of `ranks` gets its part.
+    Each is a list of (epoch, sample). last: by default the end of the first epoch. rank, ranks: a
+    process gets its part of each batch.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class PlanSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         self.plan, self.place = plan, (rank, ranks)
         self.first, self.last = first, plan.steps() if last is None else last
+        if not 0 <= first <= self.last:
+            raise UserError(f"there are no steps {first} to {self.last}; give 0 <= first <= last")
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.plan.micro_steps

@@ -1,4 +1,4 @@
-"""Check a finished set of shards: its folder in, a list of what is wrong with it out.
+"""Check a finished set of shards: a folder in, a list of problems out.
 
 structure: manifest, ledger, files, sizes, index against every tar header. checksum: sha256 of
 every file. decode: every record parses and its frame decodes. Each level includes those before.
@@ -139,18 +139,18 @@ def _decode(folder: Path) -> list[str]:
     records = ShardSet(folder)
     problems = []
     for number in progress("decoding", len(records), range(len(records)), delay=1):
+        path, row = records.locate(number)
         try:
-            problem = _flaw(records[number], records.manifest)
+            record = records[number]
         except ValueError as error:
             problems.append(str(error))
             continue
-        if problem:
-            path, _ = records.locate(number)
-            problems.append(f"{path}: record {records[number].key}: {problem}")
+        if problem := _flaw(record, row, records.manifest):
+            problems.append(f"{path}: record {record.key}: {problem}")
     return problems
 
 
-def _flaw(record: Record, manifest: Manifest) -> str:
+def _flaw(record: Record, row: NDArray[np.void], manifest: Manifest) -> str:
     settings = manifest.settings
     frame = (settings.frame, settings.frame, 3)
     try:
@@ -172,6 +172,8 @@ def _flaw(record: Record, manifest: Manifest) -> str:
         return flaw
     if any((found < FIXED_POINT).any() for found in record.weights.values()):
         return "it has a weight below 1"
+    if any(row[name] != getattr(record, name) for name in ("height", "width", "label")):
+        return "the index has another size or label"
     if not -1 <= record.label < max(1, len(manifest.classes)):
         return f"label {record.label} is none of the {len(manifest.classes)} classes"
     return ""

@@ -1,4 +1,4 @@
-"""Sets of format version 2, written anew as version 3. No other file knows of version 2.
+"""Converts sets of format version 2 to version 3. No other file knows version 2.
 
 It kept densities of 16 levels, two to a byte. One member `maps.npy` held all maps of a record, and
 behind them its bank: rows of a box, its flips and the counts of every detector.
@@ -21,7 +21,7 @@ from shards.beton import finished_copy
 from shards.card import write_card
 from shards.dataset import ShardSet
 from shards.errors import UserError
-from shards.files import LOCK, MANIFEST, alone
+from shards.files import MANIFEST, alone
 from shards.index import flaws_of_files
 from shards.progress import progress
 from shards.record import Bank, Record, from_members, key_of, npy_bytes
@@ -53,7 +53,6 @@ def upgrade_set(folder: Path, out: Path) -> Manifest:
         )
     finished = finished_copy(out, manifest.fingerprint, {file.name for file in manifest.shards})
     if finished:
-        (out / LOCK).unlink(missing_ok=True)  # killed between the manifest and the tidying up
         return finished
     flaws = flaws_of_files(folder, [*manifest.shards, manifest.index, manifest.rejected])
     if flaws:
@@ -110,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
         whole = spec.as_json(content | {"checksum": checksum}) == data
         if version == 2 and whole and spec.fingerprint(content) == checksum:
             return spec.parse(path, spec.as_json(_of_version_3(content)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if version == 2:
         raise UserError(f"{path} is damaged: its content does not match its checksum; restore it")

@@ -1,9 +1,9 @@
-"""Looks at the features while a run trains: linear probe, neighbours, effective rank, attention.
+"""Probes the features while a run trains: linear probe, neighbours, effective rank, attention.
 
-A look changes nothing of the run. It sees whole frames of a labelled set, by default of the shards
-that are trained on: a tenth of its images is held out from the heads and from the neighbours. The
-encoder may have been trained on their pixels, never on a label; that keeps a run the same with and
-without looks. A set of its own (`--probe-set`) holds them out from both.
+A look does not change the run. It uses whole frames of a labelled set, by default the shards that
+are trained on. A tenth of the images is held out from heads and neighbours. The encoder may have
+trained on their pixels, never on a label, so a run is the same with and without looks. With
+`--probe-set` the encoder has not seen the images either.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""A recipe as TOML: what a person starts from, what a run used, and a table of all fields.
+"""A recipe as TOML: a file to start from, what a run used, and a table of all fields.
 
-Beside fields of the recipe it may have `base`, a recipe's name whose values the others have, and a
-table `run` of what else decides a run's numbers: see RUN.
+In addition to fields the file may have `base`, the recipe with the values of all other fields, and
+a table `run` of other options that decide a run's numbers: see RUN.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Before the first step: the device, the shards, and whether they and the recipe fit together."""
+"""Before the first step: opens device and shards, and checks that they fit the recipe."""
 
 import itertools
 import math
@@ -258,7 +258,7 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
     if recipe.ema >= 1:
         raise UserError(f"ema {recipe.ema} is out of range; give a decay as 0.9999, or 0 for none")
     if run.skip_damaged and [one.manifest.container for one in records.sets] == ["ffcv"]:
-        raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
+        raise UserError("FFCV decodes damaged frames without an error: --on-error skip needs tars")
     if run.bank:
         check_bank(run, records)
     check_guides(run, records)
@@ -298,7 +298,7 @@ def find_detector(run: Run, records: Records) -> str:
     ]
     usual = [each.name for each in common if each.has_keypoints]
     if run.detector is None and not common:
-        raise UserError("the sets have no maps of one detector in common; build one anew with it")
+        raise UserError("the sets have no maps of one detector in common; build again with it")
     if run.detector is None and len(usual) != 1:
         names = ", ".join(each.name for each in common)
         raise UserError(f"the shards have maps of {names}; choose one by --detector")

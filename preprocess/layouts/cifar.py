@@ -5,6 +5,7 @@ An image is a row of a batch, which is read once and kept; its pixels come back 
 
 import os
 import tarfile
+import zlib
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -98,8 +99,11 @@ def list_cifar(archives: tuple[Archive, ...], where: str, split: str) -> Source 
 def _names_in_archive(where: str) -> dict[str, str]:
     try:
         with opened(where) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
-            return {os.path.basename(info.name): info.name for info in archive if info.isreg()}
-    except (tarfile.TarError, EOFError, OSError) as error:
+            names = {os.path.basename(info.name): info.name for info in archive if info.isreg()}
+            while archive.fileobj and archive.fileobj.read(1 << 20):
+                pass  # to the end, where gzip's checksum of all is
+            return names
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{where} is not a whole .tar.gz ({error}); fetch it again") from None
 
 
@@ -130,7 +134,7 @@ def _classes(where: str, members: dict[str, str], archive: Archive) -> list[str]
         return [str(label) for label in range(count)]
     data = _bytes_of(where, part)
     if part.endswith(".txt"):
-        names = data.decode("utf-8").split()
+        names = data.decode("utf-8", "replace").split()
     else:
         names = load_dictionary(data, f"{part} in {where}").get(archive.key, [])
     if len(names) != count:
@@ -190,6 +194,6 @@ def _bytes_of(root: str, part: str) -> bytes:
                 stream = archive.extractfile(info) if info.name == part and info.isreg() else None
                 if stream and info.size <= LARGEST:
                     return stream.read()
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{root} is not a whole .tar.gz ({error}); fetch it again") from None
     raise UserError(f"{root} lacks {part}; take the complete archive")

@@ -29,8 +29,6 @@ def list_ffcv(where: str, split: str) -> Source | None:
     """
     if is_url(where) or kind_of(where) != "file":
         raise UserError(f"{where} is no .beton file on this machine; name one")
-    if split:
-        raise UserError(f"{where} is one file and has no split {split}; leave --split out")
     names, rows, regions = _tables(where)
     images = [n for n, (_, kind) in enumerate(names) if kind == IMAGES]
     if len(images) != 1:

@@ -78,7 +78,7 @@ def _rows(path: str) -> list[tuple[str, int]]:
         name, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not name or not label.isdecimal():
+        if not name or not label.isdecimal() or len(label) > 9:
             raise UserError(f"{path}, line {number + 1}: not a name and a label: {line[:80]!r}")
         rows.append((name, int(label)))
     return rows

@@ -55,7 +55,7 @@ def _names(records: ShardSet) -> Iterator[str]:
                 try:
                     head = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
                     yield str(json.loads(data[BLOCK : BLOCK + head.size])["source"])
-                except (tarfile.HeaderError, ValueError, KeyError, TypeError):
+                except (tarfile.HeaderError, ValueError, KeyError, TypeError, RecursionError):
                     key = key_of(int(row["key"]))
                     raise UserError(f"{file.name}: record {key} is damaged") from None
         first = end

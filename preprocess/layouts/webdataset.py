@@ -31,7 +31,8 @@ def list_webdataset(where: str, split: str) -> Source | None:
     root, parts = where, [""]
     if where.endswith(".txt") and kind_of(where) == "file":
         root = where.rpartition("/")[0]
-        parts = [line.strip() for line in read_all(where).decode("utf-8").splitlines()]
+        text = read_all(where).decode("utf-8", "surrogateescape")
+        parts = [line.strip() for line in text.splitlines()]
         parts = [line for line in parts if line and not line.startswith("#")]
         flawed = next((part for part in look_up(root, ((p, -1) for p in parts)) if part.flaw), None)
         if flawed:

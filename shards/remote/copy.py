@@ -1,7 +1,7 @@
 """Copying a finished set between folders and URLs.
 
-Every file is held to the manifest's sha256, and the manifest is written last. A restart copies only
-what is missing.
+Every file is checked by the manifest's sha256, and the manifest is written last. A restart copies
+only what is missing.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
     if data is None:
         raise UserError(f"{source} has no {MANIFEST}: it is not a finished set of shards; name one")
     manifest = _manifest.parse(f"{origin}/{MANIFEST}", data)
-    ours = next((f.name for f in manifest.shards if f.name in {MANIFEST, MARK, LOCK}), None)
+    ours = next((f.name for f in manifest.files if f.name in {MANIFEST, MARK, LOCK}), None)
     if ours:
-        raise UserError(f"{source} lists a shard called {ours}, which is no shard")
+        raise UserError(f"{source} lists a file called {ours}, which is none of a set's")
     if place.is_url:
         return manifest, _copy_files(origin, place, manifest, data, jobs)
     if place.folder.exists() and not place.folder.is_dir():
@@ -114,13 +114,22 @@ def _copy_file(source: Place, target: Place, file: File, there: bool) -> bool:
             pass  # of that size, but not whole
     if target.is_url:
         with _here(source, file.name) as path:
-            check_sha256(path, file.sha256)
+            _check(source, file, path)
             target.put(file.name, path)
         return True
     with replacing(target.folder / file.name) as temporary:
         _fetch(source, file.name, temporary)
-        check_sha256(temporary, file.sha256)
+        _check(source, file, temporary)
     return True
+
+
+def _check(source: Place, file: File, copy: Path) -> None:
+    """UserError, naming the file at `source`, unless its `copy` is what the manifest says."""
+    try:
+        check_sha256(copy, file.sha256)
+    except UserError as error:
+        name = f"{source}/{file.name}"
+        raise UserError(str(error).replace(str(copy), name)) from None
 
 
 @contextmanager

@@ -122,6 +122,9 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     told = json.loads(kamim("shards", "inspect", out, "--samples", "3", "--json").stdout)
     assert told == {"folder": str(out), "page": str(out / "inspect.html"), "records": 40}
     assert kamim("shards", "inspect", out, "--w-ps", "7").returncode == 2
+    lost = tmp_path / "nowhere" / "page.html"
+    unwritten = kamim("shards", "inspect", out, "--page", lost)
+    assert unwritten.stderr == f"kamim: No such file or directory: {lost}\n"
     with (out / "shard-000002.tar").open("r+b") as file:
         file.write(b"X")
     bad = kamim("shards", "verify", out, "--json")
@@ -153,6 +156,23 @@ def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):
     typed = more.stderr.splitlines()[-1].split("new folder: kamim ")[1].split()
     assert kamim(*typed).returncode == 0
     assert kamim("shards", "verify", f"{out}-orb").returncode == 0
+
+
+def test_a_folder_whose_name_is_no_utf8_is_printed_as_it_was_typed(small_source, tmp_path):
+    out = tmp_path / "caf\udce9"
+    words = [*KAMIM, "shards", "build", small_source, out, *SMALL, "--jobs", "1"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+    done = subprocess.run(words, capture_output=True, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(os.fsencode(out))
+
+
+def test_it_works_where_stderr_is_closed(small_source, tmp_path):
+    words = [*KAMIM, "shards", "build", small_source, tmp_path / "out", *SMALL, "--jobs", "2"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.decode().startswith(f"{tmp_path / 'out'}: 40 inputs = 40 written")
+    assert kamim("shards", "verify", tmp_path / "out", "--level", "decode").returncode == 0
 
 
 def test_small_frames_and_too_many_jobs_are_said(small_source, tmp_path):

@@ -13,6 +13,7 @@ from conftest import DATA, errors, settings
 
 import shards
 from preprocess import Rejected, build_shards, datasets, decode_image, open_source
+from shards import UserError
 
 
 def small(where, split=""):
@@ -240,9 +241,16 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"lacks data_batch_2.bin"):
         small(f"cifar10:{tmp_path / 'gone'}")
     archive = archives.packed(archives.cifar10_python(), tmp_path / "cifar-10-python.tar.gz")
-    archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"is not a whole .tar.gz"):
-        small(f"cifar10:{archive}")
+    for more in (b"", b"well compressed" * 10**5):
+        archive = archives.packed([("more", more), *archives.cifar10_python()], archive)
+        whole = archive.read_bytes()
+        damaged = [whole[:5000]]
+        for at in range(64, len(whole), len(whole) // 9):
+            damaged.append(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        for data in damaged:
+            archive.write_bytes(data)
+            with pytest.raises(UserError, match=r"is not a whole .tar.gz"):
+                small(f"cifar10:{archive}")
 
 
 def test_inaturalist_by_its_json_and_by_its_folders(tmp_path):
@@ -270,6 +278,7 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
         "train/../../secret.jpg",
         "train/out/secret.jpg",
         "train/nul\0.jpg",
+        "train/nul\0/a.jpg",
         "train/new\nline.jpg",
     ]
     images = [{"id": 100 + n, "file_name": name} for n, name in enumerate(names)]
@@ -282,7 +291,7 @@ def test_a_hostile_list_of_inaturalists_leads_nowhere(tmp_path):
             reasons[entry.name] = source.read(entry) == archives.picture(0)
         except Rejected as error:
             reasons[entry.name] = error.reason
-    flaws = dict.fromkeys(names[:5], "link") | {names[5]: "vanished"}
+    flaws = dict.fromkeys(names[:6], "link") | {names[6]: "vanished"}
     assert reasons == flaws | {images[-1]["file_name"]: True}
     for words, changes in {
         "category 9, which is none": {"annotations": [{"image_id": 40, "category_id": 9}]},
@@ -314,9 +323,10 @@ def test_places365_small_and_large(large, tmp_path):
     listing.write_text("Places365_val_00000001.jpg 365\n")
     with pytest.raises(ValueError, match="label 365, no category has"):
         small(f"places365:{root}", "val")
-    listing.write_text("Places365_val_00000001.jpg\n")
-    with pytest.raises(ValueError, match="line 1: not a name and a label"):
-        small(f"places365:{root}", "val")
+    for line in ("Places365_val_00000001.jpg", "a.jpg " + "9" * 5000):
+        listing.write_text(f"{line}\n")
+        with pytest.raises(UserError, match="line 1: not a name and a label"):
+            small(f"places365:{root}", "val")
 
 
 def test_what_is_not_found_says_where_it_was_looked_for(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from test_cli import kamim
 
 import preprocess
 from preprocess import build_shards, measure_fidelity, open_source, storage
-from shards import Settings, ShardSet, load
+from shards import Settings, ShardSet, UserError, load
 from shards.verification import verify_shards
 
 
@@ -90,11 +90,21 @@ def test_mistakes_are_one_line(small_source, tmp_path):
         (["--source", "demo"], "is not what"),
         (["--source", small_source, "--w-ps", "12"], "w_ps 12"),
         (["--source", small_source, "--samples", "0"], "--samples 0"),
+        (["--source", small_source, "--seed", "9" * 20], "--seed 999"),
     ):
         done = kamim("shards", "fidelity", tmp_path / "set", *arguments)
         assert done.returncode == 2
         assert lines(done) == 1
         assert words in done.stderr
+
+
+def test_a_source_that_cannot_be_read_any_more_is_one_line(small_source, tmp_path, monkeypatch):
+    source = open_source(str(small_source))
+    build_shards(source, tmp_path / "set", settings(), 1)
+    for path in small_source.rglob("*.jpg"):
+        path.rename(path.with_suffix(".gone"))
+    with pytest.raises(UserError, match=r"jpg' is now vanished: it was listed and is gone"):
+        measure_fidelity(ShardSet(tmp_path / "set"), source, samples=1, jobs=1)
 
 
 @pytest.mark.parametrize(

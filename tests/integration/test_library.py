@@ -226,9 +226,8 @@ def test_loader_module_and_dataset_give_what_batches_does(records, bank):
     plan = Plan(len(records), BATCH)
     crops = WeightedCrops(records, "fast", size=SIZE, bank=bank)
     loader = records.loader(plan, 0, plan.steps(2), maps=["fast"], bank=bank)
-    device = torch.device("cpu")
     steps, ours = [], []
-    for batch, tensors in shards.to_device(loader, device):
+    for batch, tensors in shards.to_device(loader, "cpu"):
         steps.append(batch.step)
         ours.append(crops(tensors))
     assert steps == list(range(8))
@@ -320,7 +319,7 @@ def test_a_set_without_a_bank_says_how_to_add_one(folder, tmp_path):
         ({"frame": 1}, "frame 1 is out of range"),
         ({"quality": 101}, "quality 101 is out of range"),
         ({"crop": 63}, "crop 63 is no multiple of 8; give 64"),
-        ({"area": (0.9, 0.1)}, "area 0.9 is out of range"),
+        ({"area": (0.9, 0.1)}, r"area \(0.9, 0.1\) is out of range"),
         ({"bank": 256}, "bank 256 is out of range"),
         ({"mark": "star"}, "mark is 'star'; there are ring, disc, point"),
         ({"detect_on": "photo"}, "detect_on is 'photo'; there are source, frame"),
@@ -357,6 +356,7 @@ def test_wrong_places_and_plans_are_one_line(folder, records, tmp_path):
         (lambda: records.dataset(plan, maps=["sift"]), "has no maps of 'sift'"),
         (lambda: WeightedCrops(records, "sift"), "has no maps of 'sift'"),
         (lambda: list(PlanSampler(plan, ranks=3)), "does not split"),
+        (lambda: PlanSampler(plan, 9), "there are no steps 9 to 4; give 0 <= first <= last"),
         (lambda: Plan(0, 8), "count 0 is out of range"),
         (lambda: Plan(8, 8, micro_steps=0), "micro_steps 0 is out of range"),
         (lambda: Plan(8, 8, ratio=(2, 1)), "ratio 2 to 1 is out of range"),

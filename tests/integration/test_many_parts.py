@@ -12,7 +12,7 @@ from conftest import settings
 
 import preprocess
 from preprocess import Rejected, build_shards, decode_image, open_source
-from shards import ShardSet, decode_frame
+from shards import ShardSet, UserError, decode_frame
 from shards.verification import verify_shards
 
 
@@ -65,6 +65,8 @@ def test_webdataset_tars_of_others(tars):
     (tars / "d-extra.tar").unlink()
     one = open_source(f"webdataset:{tars / 'd-train-0001.tar'}")
     assert [(e.name, e.part) for e in one.entries] == [("0000.jpeg", "")]
+    with pytest.raises(ValueError, match=r"0001.tar is one file and has no split val"):
+        open_source(f"webdataset:{tars / 'd-train-0001.tar'}", "val")
     (tars / "listing.txt").write_text("# chosen\nd-train-0001.tar\nd-validation-0000.tar\n")
     listed = open_source(f"webdataset:{tars / 'listing.txt'}")
     assert [e.part for e in listed.entries] == ["d-train-0001.tar", "d-validation-0000.tar"]
@@ -113,10 +115,13 @@ def test_hostile_tars_of_others(tmp_path):
     ]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "out.tar").symlink_to(path)
-    (tmp_path / "list.txt").write_text("../x.tar\n")
-    for place in ("folder", "list.txt"):
-        with pytest.raises(ValueError, match=r"cannot be read: (link|vanished)"):
-            open_source(f"webdataset:{tmp_path / place}")
+    for text in (b"../x.tar\n", b"nul\0/x.tar\n", b"caf\xe9.tar\n"):
+        (tmp_path / "list.txt").write_bytes(text)
+        for place in ("folder", "list.txt"):
+            with pytest.raises(UserError, match=r"cannot be read: (link|vanished)"):
+                open_source(f"webdataset:{tmp_path / place}")
+    (tmp_path / "caf\udce9.tar").write_bytes(path.read_bytes())
+    assert len(open_source(f"webdataset:{tmp_path / 'list.txt'}").entries) == 6
 
 
 def test_a_part_stays_open_and_another_file_of_its_name_is_noticed(tmp_path, monkeypatch):
@@ -202,6 +207,8 @@ def test_finished_shards_as_a_source(quality, tmp_path):
     archives.unpack(members, tmp_path / "source")
     chosen = settings(quality=quality)
     build_shards(open_source(str(tmp_path / "source")), tmp_path / "old", chosen, 1)
+    with pytest.raises(UserError, match="old is one set and has no split val; leave --split out"):
+        open_source(f"shards:{tmp_path / 'old'}", "val")
     source = open_source(f"shards:{tmp_path / 'old'}")
     records = ShardSet(tmp_path / "old")
     assert source.classes == ["a", "b"]

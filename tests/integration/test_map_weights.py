@@ -3,6 +3,7 @@ on the crops themselves.
 """
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch")
 from preprocess import build_shards, detector_settings, measure_fidelity, open_source
 from preprocess.fidelity import weighing
 from shards import Plan, Settings, ShardSet, WeightedCrops
-from shards.correction import STEPS, correction, expected
+from shards.correction import AT, SPREADS, STEPS, correction, expected
 from shards.crops import weights
 from shards.weighting import _between
 
@@ -105,6 +106,15 @@ def test_a_correction_rises_with_density_and_stays_above_it_by_less_for_larger_c
             assert (wider.likely <= found.likely + 2e-3).all()
     assert correction(detector_settings("fast"), "disc", 0.25, 8, 24) is None
     assert correction(detector_settings("gftt"), "ring", 0.25, 8, 24) is None
+
+
+def test_a_cell_of_one_pixel_is_full_or_empty():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = correction(detector_settings("fast"), "ring", 0.25, 1, 48).likely
+    mean = np.interp(np.linspace(0, 1, STEPS + 1), AT, [*map(float, SPREADS["fast"].mean.split())])
+    mean = np.clip(mean, 1e-5, 1 - 1e-5)
+    np.testing.assert_allclose(found, 0.25 * np.log(1 - mean + mean * np.exp(1 / 0.25)), rtol=1e-6)
 
 
 def batch_of(records: ShardSet, name: str) -> dict:

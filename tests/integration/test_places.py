@@ -475,6 +475,9 @@ def test_what_a_part_lost_is_named_and_built_again(store, listed, disk, monkeypa
     def forget():
         files.rm_file(ledger)
 
+    def halve():
+        files.pipe_file(ledger, json.dumps(content).encode()[:20])
+
     def others():
         files.pipe_file(ledger, json.dumps({**content, "fingerprint": "0"}).encode())
 
@@ -486,6 +489,7 @@ def test_what_a_part_lost_is_named_and_built_again(store, listed, disk, monkeypa
         (rename, "part 2/2 has other classes than part 1/2", []),
         (forget, "it lacks part 2/2", []),
         (others, "it lacks part 2/2", []),
+        (halve, "it lacks part 2/2", []),
     ):
         harm()
         written.clear()

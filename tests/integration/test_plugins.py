@@ -25,8 +25,9 @@ from preprocess import (
     open_source,
 )
 from preprocess.detectors import CREATE, parsed_detectors
-from preprocess.edges import measure_edge
+from preprocess.edges import measure_edge, with_edge
 from preprocess.plugins import Rejected, checked, found
+from preprocess.repair import repair_shards
 from shards.beton import convert_to_ffcv
 from shards.crops import visible, visible_cells
 from shards.errors import UserError
@@ -152,6 +153,10 @@ def test_an_image_that_it_fails_on_is_rejected_and_the_build_goes_on(
     assert all(words in line["detail"] for line in lines)
     assert {line["source"] for line in lines} < {entry.name for entry in source.entries}
     assert shards.verify(out, "decode") == []
+    kept = (out / "rejected.jsonl").read_bytes()
+    (out / "rejected.jsonl").unlink()
+    assert repair_shards(source, out, chosen, 1) == ["rejected.jsonl"]
+    assert (out / "rejected.jsonl").read_bytes() == kept
     with pytest.raises(BuildError, match=rf"\.jpg' was rejected \({reason}: {own}:{name}"):
         build_shards(source, tmp_path / "strict", chosen, 1, "fail")
 
@@ -279,6 +284,15 @@ def test_a_rule_that_is_none_is_damage(own, at, share, small_source, tmp_path):
             parse("m", to_json(there))
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", '"x"', "5", "[]", "null", '{"checksum": 1}', "[" * 10**5]
+)
+def test_a_file_that_is_no_rule_is_one_line(text, tmp_path):
+    (tmp_path / "fast.edge.json").write_text(text)
+    with pytest.raises(UserError, match=r"fast.edge.json is no edge rule that kamim wrote"):
+        with_edge((detector_settings("fast"),), tmp_path / "fast.edge.json")
+
+
 BAD = [
     ([1, 2], "returned list"),
     (np.zeros((3, 2)).astype(int), r"int64 \[3, 2\]"),
@@ -313,9 +327,16 @@ def test_points_and_maps_of_any_float_are_taken():
         ("Big=json:dumps", "'Big' is not of a-z"),
         ("nosuch", "unknown detector 'nosuch'.*MODULE:FUNCTION"),
         ("json:dumps,dumps=json:dumps", "names a detector twice"),
+        ("points=cv2:goodFeaturesToTrack", "cv2:goodFeaturesToTrack does not say its arguments"),
+        ("f=leaving:f", "importing leaving failed: SystemExit: 0"),
+        ("f=raising.inside:f", "there is no module 'raising.inside'.* RuntimeError: no GPU"),
     ],
 )
-def test_what_cannot_be_named_is_one_line(call, words):
+def test_what_cannot_be_named_is_one_line(call, words, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving.py").write_text("import sys\ndef f(rgb): ...\nsys.exit(0)\n")
+    (tmp_path / "raising").mkdir()
+    (tmp_path / "raising" / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
     with pytest.raises(UserError, match=words):
         parsed_detectors(call, [])
 

@@ -379,7 +379,7 @@ def test_a_damaged_set_is_not_copied_as_finished(s3, local):
     data[700] ^= 1
     (built / "shard-000001.tar").write_bytes(data)
     for target in ("s3://bucket/damaged", str(local / "damaged")):
-        with pytest.raises(ValueError, match=r"shard-000001.tar.* is damaged: its sha256"):
+        with pytest.raises(ValueError, match=r"of-photos/shard-000001.tar is damaged: its sha256"):
             copy_set(str(built), target)
     assert not s3.exists("bucket/damaged/manifest.json")
     assert not (local / "damaged" / "manifest.json").exists()

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -274,6 +275,15 @@ def test_a_set_elsewhere_is_read_by_number_and_in_order(http, folder, tmp_path):
     plan = Plan(80, 16, in_order=True)
     for a, b in zip(Loader(local, plan, 0, 5), Loader(records, plan, 0, 5), strict=True):
         assert equal(a, b)
+
+
+def test_a_set_elsewhere_travels_to_a_process_and_holds_files_of_its_own(http, folder, tmp_path):
+    records = shards.open(http.url, cache=tmp_path / "cache")
+    again = pickle.loads(pickle.dumps(records))
+    assert again.held.descriptor != records.held.descriptor
+    assert again[17].frame == ShardSet(folder)[17].frame
+    del again
+    os.fstat(records.held.descriptor)  # raises if it was closed
 
 
 def signed(folder, target, **changes):

@@ -78,6 +78,15 @@ def test_an_image_without_keypoints_has_an_empty_map():
     assert not density_maps(flat, 0, chosen)["fast"].any()
 
 
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (1, 1), (3000, 3)])
+def test_a_line_is_detected_on_in_its_frame_too(size, demo_images):
+    chosen = Settings(frame=64, crop=64, grid=4, detectors=(detector_settings("fast"),))
+    frame = squeeze(demo_images[3][:, :1], 64)
+    for number in range(20):  # a crop of it may be less than a pixel of the frame
+        density = density_maps(frame, number, chosen, size)["fast"]
+        assert density.shape == (4, 4)
+
+
 def test_an_image_of_texture_everywhere_is_dense_up_to_its_edges():
     """What FAST misses near the edge of each view is made up for by what the view sees there."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 1), np.uint8).repeat(3, axis=2)

@@ -355,6 +355,9 @@ def test_what_does_not_fit_is_refused_before_the_first_batch(records):
         Loader(records, Plan(40, 8), 0, 1, maps=["surf"])
     with pytest.raises(ValueError, match="the plan is for 41 samples, the set has 40"):
         Loader(records, Plan(41, 8), 0, 1)
+    for prefetch in (0, -1):  # no batch would come, and nobody would know
+        with pytest.raises(ValueError, match=f"prefetch {prefetch} is out of range; give 1"):
+            records.loader(Plan(40, 8), prefetch=prefetch)
 
 
 def test_a_manifest_of_imagenets_size_opens_in_a_moment(tmp_path, records):

@@ -129,6 +129,11 @@ def test_shares_that_are_none_are_refused(shares, words):
         Mixture([Windows([10], 1, 0), Windows([10], 1, 0)], shares)
 
 
+def test_shares_are_numbers_in_any_sequence():
+    orders = [Windows([10], 1, 0), Windows([10], 1, 0)]
+    assert Mixture(orders, np.array([0.75, 0.25])).quotas == [15, 5]
+
+
 def test_more_than_can_be_counted_is_refused():
     with pytest.raises(ValueError, match="train on fewer sets"):
         Mixture([Windows([2**31], 1, 0), Windows([2**31], 1, 0)])

@@ -160,8 +160,9 @@ def test_what_cannot_be_mixed_is_one_line(built, other, small_source, tmp_path):
         shards.open([built, maps])
     with pytest.raises(ValueError, match="1 shares for 2 sets: give each one, or none"):
         shards.open([built, other], shares=[1])
-    with pytest.raises(ValueError, match="no set is named"):
-        shards.open([])
+    for cache in (None, tmp_path):
+        with pytest.raises(ValueError, match="no set is named"):
+            shards.open([], cache=cache)
     with pytest.raises(ValueError, match=r"the plan mixes sets of \[14, 40\] samples, not these"):
         shards.open([built, other]).loader(shards.open([other, built]).plan(8))
     with pytest.raises(ValueError, match="a cache is for shards at a URL"):

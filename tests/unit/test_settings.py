@@ -45,6 +45,12 @@ def test_each_setting_has_its_bounds(field, taken, refused):
         ({"frame": 15}, "frame 15 is out of range; give 16 to 8192"),
         ({"bank": 256}, "bank 256 is out of range; give 0 to 255"),
         ({"area": (0.005, 1)}, "area 0.005 is out of range; give 0.01 to 1"),
+        ({"area": (0.5, 1.5)}, r"area \(0.5, 1.5\) is out of range; give 0.01 to 1"),
+        ({"quality": 90.0}, "quality is 90.0; give a whole number"),
+        ({"bank": True}, "bank is True; give a whole number"),
+        ({"levels": 256.0}, "levels is 256.0; give a whole number"),
+        ({"weights": (0.25, 8.0)}, "w_ps 8.0 of the weights: give a divisor"),
+        ({"detectors": (FAST, FAST)}, "detectors fast, fast: name each once"),
         ({"crop": 61}, "crop 61 is no multiple of 8; give 64"),
         ({"levels": 15}, "levels 15 is unknown; there are 256, and 16 of version 2"),
         ({"mark": "square"}, "mark is 'square'; there are ring, disc, point"),
@@ -79,6 +85,10 @@ def test_a_refusal_says_the_value_and_what_may_be_given(changes, line):
 def test_settings_that_do_not_go_together_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         Settings(**changes)
+
+
+def test_a_whole_temperature_is_written_as_it_is_read():
+    assert [*map(type, Settings(weights=(1, 8)).weights)] == [float, int]
 
 
 def test_settings_that_go_together():

@@ -105,11 +105,21 @@ def test_of_several_sets_each_walks_through_its_own_part(built):
         ([2, 2], "is of their numbers, ascending, each once"),
         ([-1, 2], "is of their numbers"),
         ([2, 40], "a subset of 40 samples is of their numbers"),
+        (np.array([3, 2], np.uint8), "is of their numbers, ascending, each once"),
     ],
 )
 def test_what_is_no_subset_is_refused(subset, words, built):
     with pytest.raises(ValueError, match=words):
-        shards.open(built).plan(2, subset=np.array(subset, np.int64))
+        shards.open(built).plan(2, subset=subset)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, range])
+def test_a_subset_is_numbers_in_any_sequence(kind, built):
+    for records in (shards.open(built), shards.open([built, built])):
+        some = range(3, len(records), 30)
+        expected = records.plan(2, subset=np.array(some)).samples(1)
+        numbers = some if kind is range else kind(some)
+        np.testing.assert_array_equal(records.plan(2, subset=numbers).samples(1), expected)
 
 
 def test_a_set_without_a_sample_in_the_subset_is_refused(built):

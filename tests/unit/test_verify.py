@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from conftest import settings
 
 import preprocess
 from preprocess import build_shards, open_source, redetect_maps
-from shards import LEVELS, ShardSet, load
-from shards.spec import FORMAT_VERSION
+from shards import LEVELS, ShardSet, UserError, load
+from shards.record import npy_bytes
+from shards.spec import FORMAT_VERSION, to_json, write_file
 from shards.verification import verify_shards
+from shards.version2 import upgrade_set
 
 
 @pytest.fixture
@@ -121,6 +124,17 @@ def resign(built, change):
     (built / "manifest.json").write_text(text)
 
 
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_a_manifest_deeper_than_it_can_be_is_damaged(built, depth):
+    nested = "[" * depth + "]" * depth
+    resign(built, lambda content: content["source"].update(more="HERE"))
+    text = (built / "manifest.json").read_text()
+    (built / "manifest.json").write_text(text.replace('"HERE"', nested))
+    assert "manifest.json is damaged" in verify_shards(built)[0]
+    with pytest.raises(UserError, match=r"manifest.json (is damaged|has format version 3)"):
+        upgrade_set(built, built.with_name("new"))
+
+
 def test_a_ledger_that_does_not_balance_is_refused(built):
     resign(built, lambda content: content["ledger"].update(inputs=41))
     assert "does not balance" in verify_shards(built)[0]
@@ -133,10 +147,6 @@ def test_file_names_that_leave_the_folder_are_refused(built):
 
 def test_decode_names_shard_and_key_of_a_bad_record(built):
     """A record damaged before the checksums were made, as by a faulty build."""
-    from dataclasses import replace
-
-    from shards.spec import to_json, write_file
-
     records = ShardSet(built)
     path, row = records.locate(17)
     data = bytearray(path.read_bytes())
@@ -150,6 +160,18 @@ def test_decode_names_shard_and_key_of_a_bad_record(built):
     (problem,) = verify_shards(built, "decode")
     assert path.name in problem
     assert "record 000000017" in problem
+
+
+@pytest.mark.parametrize("field", ["label", "height", "width"])
+def test_decode_holds_the_index_to_the_records(built, field):
+    """Training takes labels and sizes from the index, stock readers from the records."""
+    index = np.load(built / "index.npy")
+    index[field][17] += 1
+    row = write_file(built / "index.npy", npy_bytes(index), 40)
+    (built / "manifest.json").write_bytes(to_json(replace(load(built), index=row)))
+    assert verify_shards(built, "checksum") == []
+    (problem,) = verify_shards(built, "decode")
+    assert problem.endswith("record 000000017: the index has another size or label")
 
 
 def test_redetect_compares_with_the_source(built, small_source):
