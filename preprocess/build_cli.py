@@ -1,4 +1,4 @@
-"""What the commands that build have in common: settings, the build, and what is said of it."""
+"""Shared by the commands that build: settings, the build, and its report."""
 
 import json
 import math

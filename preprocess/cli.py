@@ -71,20 +71,22 @@ def build(
     edge_rule: EdgeRules = None,
     detector_seconds: DetectorSeconds = 60,
     frame: Annotated[
-        int, Option(help="Side of the stored square, px; best at least crop / sqrt(area).")
+        int, Option(help="Side of the stored square frame, px; best at least crop / sqrt(area).")
     ] = DEFAULTS.frame,
     quality: Annotated[
-        int, Option(help="JPEG quality of frames, 1 to 100; 0: raw pixels.")
+        int, Option(help="JPEG quality of frames, 1 to 100. 0: raw pixels.")
     ] = DEFAULTS.quality,
     crop: Crop = DEFAULTS.crop,
     area: Area = DEFAULTS.area[0],
     map_crops: MapCrops = DEFAULTS.map_crops,
     bank: Annotated[
-        int, Option(help="Crops stored per image, with their exact densities.")
+        int, Option(help="Crops stored per image, with exact densities. 0: none.")
     ] = DEFAULTS.bank,
     weights: Annotated[
         str,
-        Option(help="T,w_ps: store loss weights too, of the bank's crops, or of the whole frame."),
+        Option(
+            help="Also store loss weights for T,w_ps: of the bank's crops, or of the whole frame."
+        ),
     ] = "",
     grid: Grid = DEFAULTS.grid,
     mark: Mark = "ring",
@@ -92,7 +94,7 @@ def build(
         Literal["source", "frame"], Option(help="Detect on the source, or on the stored frame.")
     ] = "source",
     levels: Annotated[
-        int, Option(help="Levels of density: 256, or 16 to repair an upgraded set.")
+        int, Option(help="Levels of density: 256; 16 only to repair an upgraded set.")
     ] = DEFAULTS.levels,
     shard_size: ShardSize = DEFAULTS.shard_size,
     jobs: Jobs = 0,
@@ -106,13 +108,12 @@ def build(
     partial: Partial = False,
     json_output: Json = False,
 ) -> None:
-    """Write frames and keypoint densities of every image of SOURCE into shards under OUT.
+    """Write frames and keypoint densities of every image of SOURCE into shards in OUT.
 
-    OUT is a folder, or a URL as s3://bucket/set, where each shard goes once it is whole.
-    Stopped or killed, the same command goes on where it was. On a finished set it checks that each
-    file is there with its size; --repair hashes them, too. The bytes written depend on inputs and
-    settings only, never on --jobs, --backend or --part. EXIF orientation is ignored, as the field's
-    loaders do.
+    OUT is a folder or a URL, such as s3://bucket/set. If the build is stopped or killed, the same
+    command goes on. On a finished set it checks that each file is there with its size; --repair
+    also hashes the files. The bytes depend only on inputs and settings, not on --jobs, --backend or
+    --part. EXIF orientation is ignored, as in the field's loaders.
     """
     settings = settings_of(
         frame=frame,
@@ -139,17 +140,17 @@ def verify(
     folder: Folder,
     level: Annotated[
         Literal["structure", "checksum", "decode", "redetect"],
-        Option(help="How deep; each level includes those before it."),
+        Option(help="What to check; each level includes those before it."),
     ] = "checksum",
     source: From = None,
     split: Split = "",
-    samples: Annotated[int, Option(help="Records that redetect compares.")] = 64,
+    samples: Annotated[int, Option(help="Records that redetect computes again.")] = 64,
     json_output: Json = False,
 ) -> None:
-    """Check a finished set of shards; exit status 1 if anything is wrong.
+    """Check a finished set of shards. The exit status is 1 if anything is wrong.
 
-    structure: manifest, ledger, sizes, index against tar headers. checksum: sha256 of every file.
-    decode: every record. redetect: compute a sample's maps again and compare them bit for bit.
+    structure: manifest, ledger, sizes, and the index against tar headers. checksum: sha256 of every
+    file. decode: every record decodes. redetect: maps of some records, computed again, are equal.
     """
     within("--samples", samples, 1)
     if not folder.exists():
@@ -225,12 +226,12 @@ def fidelity(
     jobs: Jobs = 0,
     json_output: Json = False,
 ) -> None:
-    """Measure densities read off maps and bank against detection on the crop itself.
+    """Compare densities read from maps and bank with detection on the crop itself.
 
-    wrong is the share of an image's loss weight on the wrong cell, bias that of the mean weight; of
-    the map as training corrects its weights, and uncorrected. Beside them stand rulers:
-    weights that ignore the image, detection on a crop 2 px aside or flipped, and torchvision's
-    resize. The headline goes into the manifest, examples into FOLDER/fidelity.png.
+    wrong: share of an image's loss weight on the wrong cell. bias: error of the mean weight. Rows:
+    the map with corrected weights, as in training, and uncorrected; and as rulers uniform weights,
+    detection on the crop moved by 2 px, on the flipped crop, and with torchvision's resize. The
+    main figures go into the manifest, examples into FOLDER/fidelity.png.
     """
     records = shards.ShardSet(folder)
     listed = _source_of(records, source, split)

@@ -1,5 +1,5 @@
-"""Whether the set that is there is the one that is asked for. If not, one line says what differs
-and what to type.
+"""Whether the existing set is the requested one. If not, one line says what differs and what to
+type.
 """
 
 import json

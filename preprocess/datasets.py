@@ -1,6 +1,6 @@
 """Where source images come from: a dataset by its name, or a folder or tar by path or URL.
 
-A dataset is looked for in its published layouts, at the place given or where people keep datasets.
+A dataset is looked for in its published layouts, at the given place or in the usual folders.
 """
 
 import os
@@ -33,10 +33,9 @@ TORONTO = "www.cs.toronto.edu/~kriz/cifar.html (no licence is given; cite the re
 class Dataset(NamedTuple):
     """How one dataset is read.
 
-    splits: the published number of images of each, the default first. classes: their number. names:
-    what a split may be called below the dataset's folder. lister: lists its published layouts
-    there. origin: where people get it. folders: what people call its class folders, if it is
-    published in another form.
+    splits: published number of images per split, the default split first. classes: their number.
+    names: names of a split's folder or file. lister: lists the published layouts. origin: where to
+    get it. folders: usual names of its class folders, if it is published in another form.
     """
 
     splits: dict[str, int]
@@ -111,14 +110,13 @@ NAMES = ("demo", *NAMED, *PLACED)
 
 
 def open_source(where: str, split: str = "", partial: bool = False) -> Source:
-    """List the source `where`: a dataset's name as `imagenet` or `imagenet:PATH`, or the path or
-    URL of a folder or an uncompressed tar of class folders.
+    """List the source `where`: a dataset as `imagenet` or `imagenet:PATH`, or the path or URL of a
+    folder or an uncompressed tar of class folders.
 
-    Sub-folders of a root, in byte order, are the classes 0, 1, ...; images beside them get label
-    -1. `split` names one of a dataset's; empty is its training set. Raises UserError if there is no
-    such place or no image in it, and OSError if a store cannot be reached. Unless `partial` takes
-    what is there, raises UserError too if a folder in it cannot be listed, or if a dataset's
-    classes or images are far from those published.
+    Sub-folders, in byte order, are the classes 0, 1, ...; images beside them get label -1. split: a
+    split of a dataset; empty: its training set. Raises UserError if there is no such place, or no
+    image in it; OSError if a store cannot be reached. Without `partial`, also raises UserError if a
+    folder cannot be listed, or if classes or images are far from those published.
     """
     name, colon, given = where.partition(":")
     if where == "demo":
@@ -201,7 +199,7 @@ def _list_named(name: str, given: str, split: str) -> Source:
 
 
 def _usual_places(name: str) -> list[str]:
-    """Folders that `name` is looked for in, in turn, when no place is given."""
+    """Folders where `name` is looked for, in this order, when no place is given."""
     bases = [os.environ.get("KAMIM_DATA", ""), *map(os.path.expanduser, BASES)]
     return [place for base in filter(None, bases) for place in (os.path.join(base, name), base)]
 

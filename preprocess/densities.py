@@ -1,7 +1,7 @@
 """Density maps and the bank: the pixels of a source in, uint8 densities of each detector out.
 
-A map estimates the density that detection on a random crop would give, on a fixed grid of the unit
-square, from a few views of the source. The bank is that density itself, on stored crops.
+A map estimates, on a fixed grid of the unit square, the density that detection on a random crop
+gives. It is made from a few views of the source. The bank has this density itself, on stored crops.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Detectors by name and options, and the keypoints they find: OpenCV's, and a person's own.
+"""Detectors by name and options, and the keypoints they find: OpenCV's, and a user's own.
 
 Option names and defaults are OpenCV's, which are the published ones (KAMIM
-utils/dataset_loaders.py). OpenCV is imported when it is used: names and options are read without.
+utils/dataset_loaders.py). OpenCV is imported only for detection, not to read names and options.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The edge rule of a detector, measured: what it finds near the edge of a crop, as a share of what
-it finds there when the image goes on.
+"""Measures the edge rule of a detector: what it finds near the edge of a crop, as a share of what
+it finds there in a larger picture.
 
 Each photo is squeezed to WHOLE px. The density in its middle WINDOW px is compared with that of
 detection on this window alone (docs/decisions.md, "A map is what its views found").

@@ -1,4 +1,4 @@
-"""`kamim shards edge-rule`: what a detector finds near a crop's edge, measured."""
+"""`kamim shards edge-rule`: measures what a detector finds near a crop's edge."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +18,8 @@ from shards.progress import waiting
 
 @app.command("edge-rule")
 def measure_rule(
-    detector: Annotated[str, Argument(help="One detector, as in build.")],
-    source: Annotated[str, Argument(help="Images to measure on, as in build: 800 are plenty.")],
+    detector: Annotated[str, Argument(help="One detector, as in kamim shards build.")],
+    source: Annotated[str, Argument(help="Images, as in kamim shards build; 800 are enough.")],
     split: Split = "",
     detector_option: DetectorOptions = None,
     mark: Mark = "ring",
@@ -30,10 +30,10 @@ def measure_rule(
     jobs: Jobs = 0,
     json_output: Json = False,
 ) -> None:
-    """Measure how much of its density a detector finds near a crop's edge, for build --edge-rule.
+    """Measure how much less a detector finds near the edge of a crop, for build --edge-rule.
 
-    Density of detection on a 192-px window of each image, by distance from the window's edge, over
-    that of detection on the 320-px image that it was cut from.
+    The rule compares detection on a 192-px window with detection on the 320-px image around it: the
+    ratio of densities, by distance from the window's edge.
     """
     chosen = parsed_detectors(detector, detector_option or [])
     if len(chosen) > 1 or not chosen[0].has_keypoints:

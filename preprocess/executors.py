@@ -77,7 +77,7 @@ def _loky(jobs: int, work: Callable[..., Any], tasks: Tasks, scratch: Path) -> R
     try:
         yield from results
     except joblib.externals.loky.process_executor.TerminatedWorkerError:
-        raise Lost("a worker process died, perhaps for want of memory (fewer --jobs)") from None
+        raise Lost("a worker process died, perhaps for lack of memory (fewer --jobs)") from None
     finally:
         results.close()  # ends the workers' tasks when we were stopped in the middle
 
@@ -211,7 +211,7 @@ def _ray_result(get: Callable[[Any], Any], reference: Any) -> Any:
 
 def _given_up(workers: int, why: str = "") -> Lost:
     died = f"a shard was given up after {workers} workers died of it"
-    return Lost(f"{died}, perhaps for want of memory{why}")
+    return Lost(f"{died}, perhaps for lack of memory{why}")
 
 
 def _deafen() -> None:

@@ -1,7 +1,7 @@
-"""What offline costs in accuracy: a finished set and its source in, errors of map and bank out.
+"""Errors of maps and bank: a finished set and its source in, errors out.
 
-The truth is the published way, detection on the crop. Beside the errors stand rulers: weights that
-ignore the image, detection on the crop a little to the side or flipped, and another resize.
+The truth is detection on the crop, the published way. For comparison there are rulers: uniform
+weights, detection on a slightly moved crop, on the flipped crop, and with another resize.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ def measure_fidelity(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{detector: {what: errors}} over one new random crop each of `samples` records.
 
-    what: map; uncorrected, the map by weights of its densities as they are (shards/correction.py);
+    what: map; uncorrected, the map without shards/correction.py;
     bank (on one of its own crops); uniform, shifted, flipped, torchvision: rulers.
     Errors, against detection on the crop: correlation of densities over all cells; wrong, the mean
     share of an image's loss weight on the wrong cell (total variation); bias of the mean weight,

@@ -1,5 +1,5 @@
-"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format, place;
-`join`: one of parts.
+"""`kamim shards convert`, `upgrade`, `copy`: a finished set in another container, format or place.
+`join`: one set of its parts.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ def convert(
         Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
     ] = None,
     frames: Annotated[
-        Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store pixels.")
+        Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store raw pixels.")
     ] = "jpeg",
     json_output: Json = False,
 ) -> None:
-    """Write a finished WebDataset set as an FFCV set, and verify it record by record.
+    """Convert a finished WebDataset set to FFCV, and verify every record.
 
-    Needs no FFCV; training on the result does.
+    This does not need FFCV; training on the result does.
     """
     from shards.beton import convert_to_ffcv
 
@@ -42,12 +42,12 @@ def convert(
 @app.command()
 def upgrade(
     folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
-    out: Annotated[Path, Argument(help="Destination folder for the set in today's format.")],
+    out: Annotated[Path, Argument(help="Destination folder for the set in the present format.")],
     json_output: Json = False,
 ) -> None:
-    """Write a set of format version 2 in the format of today, without its source.
+    """Convert a set of format version 2 to the present format, without its source.
 
-    Every file is hashed before, and every record compared after: frames are the same bytes.
+    Every file is hashed first, and every record compared afterwards. Frames keep their bytes.
     """
     from shards.version2 import upgrade_set
 
@@ -64,10 +64,10 @@ def copy(
     jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
     json_output: Json = False,
 ) -> None:
-    """Copy a finished set of shards to or from s3://, gs://, hf:// or from https://.
+    """Copy a finished set between folders and s3://, gs://, hf://; also from https://.
 
-    Each file is held to the sha256 in the manifest, which is written last. Stopped or killed, the
-    same command copies only what is missing.
+    Each file is checked by the sha256 in the manifest, and the manifest is written last. If the
+    copy is stopped or killed, the same command copies only what is missing.
     """
     from shards.remote.copy import copy_set
 
@@ -86,8 +86,8 @@ def join(
     """Make one finished set of the parts that `kamim shards build --part I/N` wrote into OUT.
 
     Every part is checked: the same inputs, settings and versions, all shards with their sizes, and
-    a ledger that balances. What is missing is named with the command to type. The set is, byte for
-    byte, that of one build. For parts of `kamim maps build`, too.
+    a ledger that balances. A missing part is named, with the command that builds it. The set is
+    byte for byte that of a single build. Parts of `kamim maps build` are joined, too.
     """
     from preprocess.parts import join_parts
     from shards.remote.place import Place

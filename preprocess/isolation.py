@@ -1,8 +1,7 @@
-"""A person's own detector in a process of its own: it may hang or die, and the build goes on.
+"""Runs a user's own detector in a process of its own: if it hangs or dies, the build goes on.
 
-Each thread that detects has one such process. It ends with the thread, and is replaced if it hung
-or died. It is sent pixels, and answers with what the plug-in found, or with why the image is
-rejected.
+Each thread that detects has one such process. It ends with the thread, and is replaced if it hangs
+or dies. It gets pixels, and answers with what the plug-in found, or with why the image is rejected.
 """
 
 import ctypes
@@ -42,7 +41,7 @@ _own = _Own()
 
 
 def allow(seconds: float) -> None:
-    """Let a plug-in of this process look at an image for so long; 0: for ever."""
+    """Set how long a plug-in of this process may take per image; 0: no limit."""
     if not 0 <= seconds < threading.TIMEOUT_MAX / FIRST:
         raise UserError(
             f"--detector-seconds {seconds:g} is out of range; give 0 (no limit) or more"

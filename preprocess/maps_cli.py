@@ -1,4 +1,4 @@
-"""`kamim maps`: densities of a data set that stays as it is, without frames."""
+"""`kamim maps`: densities without frames, for a dataset that stays as it is."""
 
 import typer
 
@@ -65,10 +65,11 @@ def build(
     partial: Partial = False,
     json_output: Json = False,
 ) -> None:
-    """Write keypoint densities alone of every image of SOURCE under OUT, to be read by its name.
+    """Write keypoint densities of every image of SOURCE into OUT, without frames.
 
-    As `kamim shards build` in all else, and of the same maps. `kamim shards verify`, `inspect`,
-    `fidelity` and `copy` work on the result; in Python, `shards.open(OUT).density(NAME, DETECTOR)`.
+    The maps are those of `kamim shards build`. `kamim shards verify`, `inspect`, `fidelity` and
+    `copy` work on the result. In Python, `shards.open(OUT).density(NAME, DETECTOR)`
+    gives the map of an image by its name.
     """
     settings = settings_of(
         frame=0,

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands of building and checking sets have alike."""
+"""Arguments and options shared by the commands that build and check sets."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,76 +16,80 @@ Backend = Literal["loky", "dask", "ray"]
 DEFAULTS = Settings()
 
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
-Jobs = Annotated[int, Option(help="Processes; 0: one per core.")]
+Jobs = Annotated[int, Option(help="Processes. 0: one per core.")]
 Folder = Annotated[Path, Argument(help="Folder of a finished set of shards.")]
 Built = Annotated[
     str,
     Argument(
-        help="Folder or .tar of class folders, by path or URL, or a dataset as NAME or "
+        help="Path or URL of a folder or .tar of class folders, or a dataset as NAME or "
         f"NAME:PATH: {', '.join(DATASETS)}."
     ),
 ]
 Out = Annotated[
-    str, Argument(help="Destination folder, or URL as s3://bucket/set: new, or an unfinished set.")
+    str, Argument(help="Folder or URL (s3://bucket/set) to write: new, or an unfinished set.")
 ]
 Detectors = Annotated[
     str,
     Option(
         help=f"Detectors, separated by commas: OpenCV's {', '.join(OPENCV)}; your own as "
-        "MODULE:FUNCTION or NAME=MODULE:FUNCTION. frequency is a map of low frequencies by "
-        "FFT, without keypoints, for FAMT's masks."
+        "MODULE:FUNCTION or NAME=MODULE:FUNCTION; frequency: no keypoints, but a map of low "
+        "frequencies for FAMT's masks."
     ),
 ]
 DetectorOptions = Annotated[
     list[str] | None,
-    Option(help="Option of a detector, as fast.threshold=20. Repeatable."),
+    Option(help="Option of a detector: fast.threshold=20. Repeatable."),
 ]
 DetectorSeconds = Annotated[
     float,
-    Option(
-        help="Most that a detector of your own may look at an image, or at a crop; 0: no limit."
-    ),
+    Option(help="Most seconds that your own detector may take per image or crop. 0: no limit."),
 ]
 EdgeRules = Annotated[
     list[Path] | None,
-    Option(help="File that kamim shards edge-rule wrote for a detector. Repeatable."),
+    Option(help="Edge rule of a detector: a file from kamim shards edge-rule. Repeatable."),
 ]
-Crop = Annotated[int, Option(help="Side of the training crops that densities are for, px.")]
-Area = Annotated[float, Option(help="Least share of the source that such a crop shows.")]
+Crop = Annotated[int, Option(help="Side of the crops in training, px.")]
+Area = Annotated[float, Option(help="Least area of a crop, as a share of the source.")]
 MapCrops = Annotated[
-    int, Option(help="Random crops per image that its map averages, beside the whole image.")
+    int, Option(help="Random crops per image that a map averages, with the whole image.")
 ]
 Grid = Annotated[int, Option(help="Cells per side of a density map.")]
 Mark = Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")]
-ShardSize = Annotated[int, Option(help="Inputs per shard; 0: 1000, fewer for small sources.")]
-Engine = Annotated[Backend, Option(help="What runs the processes.")]
+ShardSize = Annotated[int, Option(help="Inputs per shard. 0: 1000, fewer for small sources.")]
+Engine = Annotated[
+    Backend, Option(help="What runs the processes: this machine (loky), Dask or Ray.")
+]
 Scheduler = Annotated[
     str, Option(help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT.")
 ]
 OnError = Annotated[
-    Literal["quarantine", "fail"], Option(help="A bad input is listed, or stops the build.")
+    Literal["quarantine", "fail"],
+    Option(help="A bad input is listed as rejected, or stops the build."),
 ]
 MaxRejected = Annotated[
     float, Option(help="Share of rejected inputs above which the exit status is 1.")
 ]
 Reuse = Annotated[
-    Path | None, Option(help="Finished set of this source whose frames and equal maps are copied.")
+    Path | None,
+    Option(help="Copy frames and equal maps from this finished set of the same source."),
 ]
 Part = Annotated[
     str,
     Option(
         metavar="I/N",
-        help="Build only the i-th of n parts of the set; then, of all: kamim shards join OUT.",
+        help="Build only part I of N. When all are built: kamim shards join OUT.",
     ),
 ]
 Repair = Annotated[
-    bool, Option("--repair", help="Hash a finished set and rebuild its damaged files.")
+    bool, Option("--repair", help="Hash the files of a finished set and rebuild damaged ones.")
 ]
 Partial = Annotated[bool, Option("--partial", help="Accept a named dataset that is incomplete.")]
-From = Annotated[str | None, Option(help="The source of the set; the demo's needs none.")]
+From = Annotated[
+    str | None, Option(help="The source that the set was built from; the demo needs none.")
+]
 Split = Annotated[str, Option(help="Split of a named dataset; the training split by default.")]
-Temperature = Annotated[float, Option(help="T of the weights.")]
-Cell = Annotated[int, Option(help="Side of a weight cell of a crop, px.")]
+Temperature = Annotated[float, Option(help="T in the weights exp(density / T).")]
+Cell = Annotated[int, Option(help="Side of a weight cell, px.")]
 
 
 def detectors_of(

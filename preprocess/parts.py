@@ -1,7 +1,7 @@
-"""A set built in n parts by machines that share nothing but its place, and their joining.
+"""Builds a set in n parts, on machines that share only its place, and joins the parts.
 
-A part is a run of whole shards of the one plan, so that names and bytes are those of one build. Its
-ledger, written last, says that it is there; the manifest is written by whoever joins them.
+A part is a range of whole shards of one plan, so names and bytes are those of one build. The part's
+ledger, written last, marks it as complete. Joining writes the manifest.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A person's own detector: `module:function` in, its points or map of an image out, checked.
+"""A user's own detector: `module:function` in, its checked points or map of an image out.
 
 A function takes uint8 RGB [H, W, 3] and gives points float32 [N, 2], (x, y) from pixel centres,
 or a map float32 [h, w] of any size above 2 columns, 0 to 1. Its keyword arguments with a default

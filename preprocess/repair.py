@@ -1,6 +1,6 @@
 """Makes a finished set whole again, to the same bytes, where files are missing or damaged.
 
-What is built is held to the manifest's sha256 before it takes the place of what is damaged.
+A rebuilt file is checked by the manifest's sha256 before it replaces the damaged one.
 """
 
 import json

@@ -4,10 +4,10 @@
     for batch in records.batches(size=192, batch=64, epochs=2, weights="fast", temperature=0.25):
         batch.images, batch.weights
 
-`open` gives a ShardSet, or of several places ShardSets, which load batches, datasets and records;
-WeightedCrops turns batches into crops and loss weights; a Plan says which samples and crops each
+`open` gives a ShardSet, or ShardSets for several places. Both load batches, datasets and records.
+WeightedCrops turns batches into crops and loss weights. A Plan says which samples and crops each
 step shows. `build` and `verify` write and check sets. A name's module is imported when the name is
-first used: torch only where tensors are asked for.
+first used, so torch is imported only for tensors.
 """
 
 from importlib import import_module
@@ -93,15 +93,14 @@ __all__ = [
 def build(
     source: str, out: "str | Path", detectors: tuple[str, ...] = ("fast",), **options: Any
 ) -> "Manifest":
-    """Build shards of `source` in the folder or at the URL `out`, as `kamim shards build` does, or
-    finish that.
+    """Build shards of `source` in the folder or URL `out`, or finish a build of them.
 
     source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH. options: the
-    fields of Settings, and those of preprocess.build: split, jobs, on_error, max_rejected, reuse,
-    backend, scheduler. Returns the manifest. Raises UserError if the request is wrong, and
-    preprocess.BuildError if the build ends short.
+    fields of Settings, and split, jobs, on_error, max_rejected, reuse, backend, scheduler of
+    preprocess.build. Returns the manifest. Raises UserError if the request is wrong, and
+    preprocess.BuildError if the build does not finish. The command is `kamim shards build`.
     """
-    # The one door to the room that writes sets; it is opened when it is used.
+    # The only import of preprocess here, when it is used.
     manifest: Manifest = import_module("preprocess").build(source, out, detectors, **options)
     return manifest
 

@@ -1,13 +1,12 @@
-"""Weights of a crop that is read off a map, corrected for what a map cannot know.
+"""Weights of a crop that are read from a map, corrected for the variation between crops.
 
-A map gives the expected density d of a cell, and a weight is exp(d / T): by the curve of exp, the
-weight of the expectation is less than the expected weight. So each cell gets the density whose
-weight is the expected one. By what detection finds on crops, the marked pixels of a cell are
-beta-binomial round what the map says, with the mean and deviation measured here. The least density
-of a crop, by which weights are divided, lies below the least of the expectations, the further the
-more cells there are.
+A map gives the expected density d of a cell. exp is convex, so exp(d / T) is less than the expected
+weight. Each cell therefore gets the density whose weight is the expected one. On crops, the marked
+pixels of a cell are beta-binomial, with the mean and deviation that were measured for the map's
+value. The least density of a crop, whose weight divides all others, lies below the least expected
+density; the more cells, the lower.
 
-Measured on 400 of the 800 photos, held to the other 400: `python -m kamim.bench.spread`.
+Measured on 400 of the 800 photos, tested on the other 400: `python -m kamim.bench.spread`.
 """
 
 import math
@@ -74,8 +73,8 @@ class Correction(NamedTuple):
 def correction(
     detector: Detector, mark: str, temperature: float, w_ps: int, cells: int
 ) -> Correction | None:
-    """For weight cells of `w_ps` px, `cells` along a crop; None where nothing was measured: of a
-    detector of one's own, or other marks than rings.
+    """For weight cells of `w_ps` px, `cells` along a crop. None if nothing was measured: for a
+    user's own detector, and for other marks than rings.
     """
     spread = SPREADS.get(detector.name)
     if spread is None or detector.plugin or mark != "ring":

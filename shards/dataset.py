@@ -72,15 +72,15 @@ def open_set(
     patience: float = PATIENCE,
     checksum: bool = True,
 ) -> "ShardSet | ShardSets":
-    """The finished set in a folder, or at an s3://, gs://, hf:// or https:// URL; or several of
-    them as one, in whatever container each is.
+    """The finished set in a folder or at an s3://, gs://, hf:// or https:// URL; or several sets as
+    one.
 
-    shares: how much of an epoch each of several sets gives, of any scale; without, each record is
-    shown once. cache: the local folder that the shards of URLs are fetched into as they are read;
-    cache_limit: bytes that all sets in it may take, 0 for any. patience: seconds to wait for a
-    store that does not answer. checksum: hash what is found in the cache before its first use.
-    Raises UserError if there is no such set, if it is damaged, if there is no access, or if sets
-    cannot be mixed; ConnectionError when patience has ended.
+    shares: the share of an epoch that each of several sets gives, in any scale; without shares each
+    record is shown once. cache: local folder for shards of URLs, fetched as they are read.
+    cache_limit: most bytes of all sets in it; 0: no limit. patience: seconds to wait for a store
+    that does not answer. checksum: hash files that are in the cache before their first use.
+    Raises UserError if there is no such set, it is damaged, access is denied, or sets cannot be
+    mixed; ConnectionError when patience has ended.
     """
     how: dict[str, Any] = {"cache_limit": cache_limit, "patience": patience, "checksum": checksum}
     if not isinstance(where, str | os.PathLike):
@@ -141,12 +141,12 @@ class ShardSet(Records):
         return self.manifest.count
 
     def density(self, name: str | int, detector: str) -> NDArray[np.uint8]:
-        """The density of one source, uint8 [G, G], density = value / 255, of a set without frames.
+        """The density of one image, uint8 [G, G], density = value / 255, of a set without frames.
 
-        name: the source's own, below the root that the set was built from; of a member of a tar
-        also its WebDataset key; or the number of the input in the listing, from 0, as of a Parquet
-        file's rows or an FFCV file's samples. From any process or thread. Raises UserError if there
-        is no such density, or more than one of that name.
+        name: the image's name below the root of the source; for a member of a tar also its
+        WebDataset key; or its number in the listing, from 0, as rows of Parquet and samples of FFCV
+        are numbered. It may be called from any process or thread. Raises UserError if there is no
+        such density, or more than one of that name.
         """
         return self.maps.density(name, detector)
 
@@ -223,7 +223,7 @@ class ShardSet(Records):
         self, detector: str, update: Callable[[int], object] = int
     ) -> NDArray[np.float32]:
         """The mean density of each record's whole map, 0 to 1, float32 [records]; no frame is read.
-        `update` is told how many more are done, shard by shard.
+        `update` is called per shard with the number of records done.
         """
         self.find_maps([detector])
         array, at = self.places[f"{detector}.{DENSITY}"]

@@ -1,4 +1,4 @@
-"""The error that a person can mend, and what to type for a package that is missing."""
+"""The error that a person can correct, and what to type for a missing package."""
 
 from pathlib import Path
 

@@ -71,7 +71,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def alone(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """Be the only process that writes into `folder`, which is made if need be; else UserError.
+    """Be the only process that writes into `folder`, which is made if it is missing; or UserError.
 
     `lock`, by default .lock in the folder, is made and removed here. The kernel frees it when the
     process dies, in whatever way. What a killed process left half written is removed.

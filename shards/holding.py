@@ -1,4 +1,4 @@
-"""Whether a manifest holds the types that it should: anybody may have written it."""
+"""Whether a manifest holds the right types: anybody may have written it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Densities without frames: each shard is one plain .npy block of maps, looked up by a source's
 name.
 
-Others read them by `ShardSet.density`. A look-up reads the file once, so that little stays in
-memory, however much of the set was asked for.
+`ShardSet.density` reads them. A look-up reads from the file, so that little stays in memory.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Several sets trained on as one: which set each place of the order shows, and what of it."""
+"""The order of several sets as one: which set, and which of its samples, each place shows."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,12 +15,11 @@ MOST = 3_000_000_000  # samples of all sets: the product of two such numbers has
 class Mixture:
     """The orders of several sets, interleaved as evenly as shares allow.
 
-    An epoch has as many samples as all sets together, or as the subsets that their orders show.
-    `quotas` says how many of each set: all of its own, or, with `shares`, its share of the sum,
-    rounded so that they add up. Each set is walked through in its own order and its own epochs:
-    each of its samples is shown once before any is shown twice. A batch holds each set's share,
-    give or take two samples. Any place is found in O(sets). Raises UserError if a share gives no
-    sample.
+    An epoch has as many samples as all sets together (or their subsets). `quotas`: samples per set
+    and epoch; all of the set, or with `shares` its share of the sum, rounded so that they add up.
+    Each set has its own order and its own epochs: each sample is shown once before any is shown
+    twice. A batch holds each set's share, give or take two samples. Any place is found in O(sets).
+    Raises UserError if a share gives no sample.
     """
 
     def __init__(self, orders: Sequence[Windows], shares: Sequence[float] | None = None) -> None:

@@ -1,9 +1,8 @@
 """Reading and decoding in processes, into memory that they share with the loader.
 
-For trainers whose own thread is short of the interpreter lock. Threads of the loader ask for it
-twice per sample, processes once per chunk. A process knows no plan: it is told places, and says
-what is wrong with them. It ends when the loader's end of its pipe closes, in whatever way the
-loader ends.
+For trainers whose own thread waits for the interpreter lock. Threads of the loader take it twice
+per sample, processes once per chunk. A process knows no plan: it gets places, and returns what is
+wrong with them. It ends when the loader's end of its pipe closes, however the loader ends.
 """
 
 import mmap

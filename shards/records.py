@@ -1,4 +1,4 @@
-"""What is trained on, of one set or of several: batches, a loader, a Dataset."""
+"""Records of one set or of several, for training: batches, a loader, a Dataset."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -91,13 +91,13 @@ class Records:
     ) -> Iterator["Crops"]:
         """Random crops with their loss weights, on `device`, for the steps from `first` on.
 
-        Each is a Crops: images float32 [b, 3, size, size] of 0 to 1, weights float32 [b, c, c] with
-        c = size / w_ps, or None without `weights`, the name of a detector of the set. The order,
-        boxes (area: least and most share of the source; flips: chance of a horizontal and a
-        vertical one) and weights depend on seed, epoch and sample alone. A process of `ranks` gets
-        its part of each batch. bank: show the stored crops with their exact densities. correct: as
-        of WeightedCrops, decode: as of `loader`. Raises UserError, with the first batch, if set or
-        arguments cannot serve.
+        Each is a Crops: images float32 [b, 3, size, size], 0 to 1; weights float32 [b, c, c] with
+        c = size / w_ps, or None. weights: the name of a detector of the set, or None. area: least
+        and most share of the source in a crop. flips: chances of a horizontal and a vertical flip.
+        bank: show the stored crops with their exact densities. rank, ranks: a process gets its part
+        of each batch. correct: as in WeightedCrops. decode: as in `loader`. Order, crops and
+        weights depend only on seed, epoch and sample. Raises UserError, with the first batch, if
+        the set or the arguments do not fit.
         """
         from shards.device import find_device, to_device
         from shards.weighting import WeightedCrops
@@ -144,12 +144,12 @@ class Records:
     ) -> "Loader | FfcvLoader":
         """The batches of steps `first` to `last` - 1 (all of one epoch by default) of `plan`.
 
-        maps: the detectors whose densities are wanted; with `bank` those of the stored crops. Each
-        Batch holds uint8 frames and densities, boxes and flips, in arrays that are used again for
-        a later one. workers: decoding threads, 0 for one per core. skip: put the next sound record
-        in the place of a damaged one. device: `cuda` has buffers pinned. decode: `gpu` leaves
-        JPEG frames to the device, by torchvision; `to_device` then has them decoded there.
-        processes: workers are processes, which take less of this one's interpreter lock.
+        Each Batch holds uint8 frames and densities, boxes and flips; its arrays are used again for
+        later batches. maps: detectors whose densities are loaded; with `bank` those of the stored
+        crops. workers: decoding threads; 0: one per core. skip: replace a damaged record by the
+        next sound one. device: `cuda` pins the buffers. decode: `gpu` leaves JPEG frames
+        undecoded; `to_device` decodes them by torchvision. processes: workers are processes, which
+        need less of this one's interpreter lock.
         """
         self._check_frames()
         if prefetch < 1:
@@ -166,7 +166,7 @@ class Records:
             from shards.ffcv_loader import FfcvLoader
 
             if skip:
-                raise UserError("FFCV decodes damage in silence: skipping needs WebDataset shards")
+                raise UserError("FFCV decodes damaged frames without an error: skipping needs tars")
             return FfcvLoader(self.sets[0], plan, first, last, **asked)
         from shards.loader import Loader
 
@@ -189,8 +189,8 @@ class Records:
     ) -> "RecordDataset":
         """A map-style torch Dataset of the frames, densities, boxes and flips.
 
-        An item is asked for by (epoch, sample), as PlanSampler does, or by sample, of epoch 0. For
-        a DataLoader; `loader` is several times as fast.
+        The key of an item is (epoch, sample), as PlanSampler gives it, or a sample of epoch 0. It
+        is for torch's DataLoader; `loader` is several times as fast.
         """
         from shards.torchdata import RecordDataset
 

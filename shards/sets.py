@@ -1,4 +1,4 @@
-"""Several finished sets as one: their records one after the other, their classes joined by name."""
+"""Several finished sets as one: records one set after the other, classes joined by name."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,11 +20,12 @@ from shards.tar import INDEX_DTYPE
 
 
 class ShardSets(Records):
-    """The records of `sets`, numbered through; `shares` says how much of an epoch each gives.
+    """The records of `sets`, numbered one set after the other.
 
-    classes: the names of all sets, each once, in the order in which they come; labels are places in
-    this list. A set without names keeps its numbers. Sets may differ in container and place, in
-    options of detectors and in edge rules. Raises UserError if frames differ in size.
+    shares: the share of an epoch that each set gives. classes: the class names of all sets, each
+    once, in their first order; labels are places in this list. A set without names keeps its
+    numbers. Sets may differ in container, place, detector options and edge rules. Raises UserError
+    if frames differ in size.
     """
 
     def __init__(self, sets: Sequence[ShardSet], shares: Sequence[float] | None = None) -> None:
@@ -58,8 +59,8 @@ class ShardSets(Records):
         **crops: Any,
     ) -> Plan:
         """The order of training, by the shares. window: shards of each set that are shuffled
-        together, 0 for all. subset: the numbers of the samples that it shows, some of each set,
-        ascending; None: all. crops: area, ratio, horizontal, vertical of Plan.
+        together; 0: all. subset: numbers of the samples to show, ascending, some of each set; None:
+        all. crops: area, ratio, horizontal, vertical of Plan.
         """
         keys = [int(mix(Purpose.SET, seed, number)) for number in range(len(self.sets))]
         parts: Sequence[Ints | None] = [None] * len(keys)
@@ -122,5 +123,5 @@ class ShardSets(Records):
             if side != sides[0]:
                 raise UserError(
                     f"{self.sets[0].folder} has {what} of {sides[0]} {unit}, {one.folder} of "
-                    f"{side}: sets of one size are mixed; build one anew with {option}"
+                    f"{side}: only sets of one size are mixed; build one again with {option}"
                 )

@@ -1,4 +1,4 @@
-"""The plan for users of torch's DataLoader: a map-style dataset and the sampler that orders it."""
+"""For torch's DataLoader: a map-style dataset, and the batch sampler that follows a plan."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,8 +63,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
 class PlanSampler(Sampler[list[tuple[int, int]]]):
     """The batches of steps `first` to `last` - 1 of a plan, for DataLoader's `batch_sampler`.
 
-    Each is a list of (epoch, sample). `last` is by default the end of the first epoch. A process
-    of `ranks` gets its part.
+    Each is a list of (epoch, sample). last: by default the end of the first epoch. rank, ranks: a
+    process gets its part of each batch.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Check a finished set of shards: its folder in, a list of what is wrong with it out.
+"""Check a finished set of shards: a folder in, a list of problems out.
 
 structure: manifest, ledger, files, sizes, index against every tar header. checksum: sha256 of
 every file. decode: every record parses and its frame decodes. Each level includes those before.

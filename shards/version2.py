@@ -1,4 +1,4 @@
-"""Sets of format version 2, written anew as version 3. No other file knows of version 2.
+"""Converts sets of format version 2 to version 3. No other file knows version 2.
 
 It kept densities of 16 levels, two to a byte. One member `maps.npy` held all maps of a record, and
 behind them its bank: rows of a box, its flips and the counts of every detector.

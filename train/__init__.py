@@ -1,4 +1,4 @@
-"""Streams shards and pretrains with a keypoint-weighted masked L1; no detection in it.
+"""Pretrains from shards with a keypoint-weighted masked L1. It detects nothing.
 
 A run folder gets checkpoints, metrics and pictures.
 """

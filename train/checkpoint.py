@@ -281,7 +281,7 @@ def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
         name = phases[0].removeprefix("recipe.")
         raise UserError(
             f"{what}, and its {name} of {then[phases[0]]:g} would have been {now[phases[0]]:g}: "
-            f"it cannot be extended; train anew with --epochs {epochs:g} and another --out"
+            f"it cannot be extended; train again with --epochs {epochs:g} and another --out"
         )
     if not run.extend:
         raise UserError(f"{what}; add --extend to train it longer, or name another --out")

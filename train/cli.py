@@ -31,13 +31,14 @@ def pretrain(
     recipe: Annotated[
         str,
         typer.Option(
-            help="See `kamim recipes`; any timm ViT; or a .toml of `kamim recipes --show` or of a "
-            "run. Default: demo, on CUDA vit_base."
+            help="A name of `kamim recipes`, a timm ViT, or a .toml file (`kamim recipes --show`, "
+            "or run.toml of a run). Default: demo, on CUDA vit_base."
         ),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE by default.")] = None,
     detector: Annotated[
-        str | None, typer.Option(help="The map to weigh by; the only one of keypoints.")
+        str | None,
+        typer.Option(help="Detector whose map gives the weights. Default: the only one."),
     ] = None,
     bank: Annotated[
         bool, typer.Option("--bank", help="Train on the stored crops, with exact densities.")
@@ -45,114 +46,129 @@ def pretrain(
     init: Annotated[
         str,
         typer.Option(
-            help="Start the encoder from timm:NAME, a run, or what `kamim export` wrote, not from "
+            help="Start the encoder from timm:NAME, a run, or a result of `kamim export`. Default: "
             "random weights."
         ),
     ] = "",
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**63 - 1, help="Decides order, crops, flips, masks, weights; 0."),
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Decides order, crops, flips, masks and initial weights. Default: 0.",
+        ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint, if any."),
+        typer.Option(
+            "--resume/--no-resume", help="Continue from the newest checkpoint, if there is one."
+        ),
     ] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Go on to more --epochs than the run was to have.")
+        bool,
+        typer.Option("--extend", help="Continue a run to more --epochs than it was started with."),
     ] = False,
     epochs: Annotated[
-        float, typer.Option(min=0, help="0: the recipe's; phases of sampling keep their share.")
+        float,
+        typer.Option(
+            min=0, help="Epochs. 0: as in the recipe. Phases of AMT and FAMT keep their share."
+        ),
     ] = 0,
     batch: Annotated[
-        int, typer.Option(min=0, help="Images per step, over all processes; 0: the recipe's.")
+        int, typer.Option(min=0, help="Images per step, over all processes. 0: as in the recipe.")
     ] = 0,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A field of the recipe, as cell=16. Repeatable."),
+        typer.Option("--set", help="Change a field of the recipe: cell=16. Repeatable."),
     ] = None,
     micro_batch: Annotated[
         int,
         typer.Option(
-            min=0, help="Most images in memory at once, per process; 0: as many as serve."
+            min=0, help="Most images per forward pass and process. 0: chosen automatically."
         ),
     ] = 0,
     steps: Annotated[
-        int, typer.Option(min=0, help="Stop after this many steps, on the same schedule.")
+        int, typer.Option(min=0, help="Stop after this many steps; the schedule stays. 0: all.")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Of the loader; 0: one per core.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Workers of the loader. 0: one per core.")
+    ] = 0,
     processes: Annotated[
-        bool, typer.Option("--processes", help="Loader workers are processes, not threads.")
+        bool, typer.Option("--processes", help="Use processes as loader workers, not threads.")
     ] = False,
     decode: Annotated[
         Literal["cpu", "gpu"] | None,
-        typer.Option(help="What decodes JPEG frames; cpu by default, gpu: by nvJPEG."),
+        typer.Option(help="Where JPEG frames are decoded; gpu: by nvJPEG. Default: cpu."),
     ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     save_minutes: Annotated[
-        float, typer.Option(min=0, help="Minutes between checkpoints, at most; 0: by steps alone.")
+        float, typer.Option(min=0, help="Most minutes between checkpoints. 0: only by steps.")
     ] = 15,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
     probe_every: Annotated[
-        float, typer.Option(min=0, help="Epochs between looks at the features; 0: none.")
+        float, typer.Option(min=0, help="Epochs between two probes of the features. 0: none.")
     ] = 0,
     probe_set: Annotated[
         str | None,
-        typer.Option(help="Labelled shards to look at; those trained on. A tenth is held out."),
+        typer.Option(
+            help="Labelled shards to probe on. Default: those trained on, a tenth held out."
+        ),
     ] = None,
     on_error: Annotated[
-        Literal["fail", "skip"], typer.Option(help="A damaged record: stop, or skip and count.")
+        Literal["fail", "skip"],
+        typer.Option(help="At a damaged record: stop, or skip and count it."),
     ] = "fail",
     check: Annotated[
         Literal["checksum", "size"], typer.Option(help="How to check the shards at the start.")
     ] = "checksum",
     compiles: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="On CUDA, into one graph.")
+        bool, typer.Option("--compile/--no-compile", help="On CUDA: compile a step into one graph.")
     ] = True,
     deterministic: Annotated[
         bool,
-        typer.Option("--deterministic", help="On CUDA the same bits each time, and slower."),
+        typer.Option("--deterministic", help="On CUDA: the same bits each time, but slower."),
     ] = False,
     wandb: Annotated[str, typer.Option(help="Weights & Biases project to log to.")] = "",
     window: Annotated[
-        int, typer.Option(min=0, help="Shards shuffled together; 0: all, 64 of a URL's.")
+        int, typer.Option(min=0, help="Shards that are shuffled together. 0: all; 64 for a URL.")
     ] = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Local folder for copies of shards at a URL.")
     ] = None,
     cache_limit: Annotated[
-        str, typer.Option(help="Most it may take, as 200GB or 1TiB; 0: no limit.")
+        str, typer.Option(help="Most bytes in --cache: 200GB, 1TiB. 0: no limit.")
     ] = "0",
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a store that does not answer.")
     ] = PATIENCE,
 ) -> None:
-    """Pretrain on the shards in FOLDER; several processes by torchrun, with the same batches.
+    """Pretrain on the shards in FOLDER. With torchrun, several processes share the same batches.
 
-    FOLDER may be an s3://, gs://, hf:// or https:// URL: shards are then fetched into --cache,
-    ahead of need, and read in windows of --window shards.
+    FOLDER may be an s3://, gs://, hf:// or https:// URL. Shards are then fetched into --cache ahead
+    of time, and shuffled in windows of --window shards.
 
-    Several FOLDERs are trained on at once, evenly mixed: each image is shown once an epoch, or,
-    with shares as A:0.7 B:0.3, an epoch has as many images as all sets together, 0.7 of them of A.
+    Several FOLDERs are mixed evenly. Without shares, each image is shown once per epoch. With
+    shares, as A:0.7 B:0.3, an epoch has as many images as all sets together, 0.7 of them from A.
 
-    What a run used is in OUT/run.toml. With that as --recipe, it is repeated to the same losses.
+    OUT/run.toml holds what a run used. As --recipe it repeats the run, with the same losses.
 
-    Recipes ending in _amt and _famt draw the masked, thrown and visible cells by the model's own
-    attention, and _famt also by the shards' frequency map, whose formula is our own (FAMT's is not
-    known). Cells are random for the first random_epochs (40 of 100, a tenth of a shorter run), and
-    attention is looked at anew every refresh_epochs, in one pass over the shards.
+    Recipes ending in _amt draw masked and thrown cells by the model's own attention. Those ending
+    in _famt also use the shards' frequency map (our own formula: FAMT's is not known). Cells are
+    random for the first random_epochs (41 of 100; a tenth of a shorter run). One pass over the
+    shards computes the attention, every refresh_epochs.
 
-    --set select=0.5 trains on half of the samples, drawn by density or by loss (select_by), anew
-    every select_epochs; a selection of our own design.
+    --set select=0.5 trains on half of the samples. They are drawn by density or by loss
+    (select_by), again every select_epochs. This selection is our own design.
 
-    --probe-every 10 looks at the features every 10 epochs: a linear probe and 20 nearest neighbours
-    on a tenth of the images that their heads did not see, effective rank, and attention beside
-    uniform attention, with a warning if it is uniform still after a tenth of the run. The encoder
-    trains on all of FOLDER, without labels; --probe-set looks at shards that it does not train on.
+    --probe-every 10 probes the features every 10 epochs: linear probe and 20 nearest neighbours on
+    a held-out tenth of the images, effective rank, and attention beside uniform attention. It warns
+    if attention is still uniform after a tenth of the run. The encoder trains on all of FOLDER,
+    without labels. --probe-set names shards that it does not train on.
 
-    SIGTERM or Ctrl-C saves and stops (exit status 143 or 130), a second one ends at once. Killed or
-    stopped, --resume goes on with the same losses as a run that was not. --extend --epochs 20 goes
-    on with a run of fewer epochs: its learning rate then follows the longer schedule.
+    SIGTERM or Ctrl-C saves and stops (exit status 143 or 130); a second one ends at once. --resume
+    continues a stopped or killed run, with the losses of an uninterrupted one. --extend --epochs 20
+    continues a run of fewer epochs, on the learning rates of the longer schedule.
     """
     from shards.remote.storage import is_url
     from train.progress import busy, say
@@ -173,7 +189,7 @@ def pretrain(
     if recipe:
         changed(read_recipe(recipe)[0], set_ or ())
     if extend and not epochs:
-        raise UserError("--extend needs --epochs, more than the run was to have")
+        raise UserError("--extend needs --epochs, more than the run was started with")
     check_device(device)
     check_wandb(wandb)
     for folder in folders:
@@ -263,12 +279,12 @@ def parse_bytes(text: str) -> int:
 
 @app.command()
 def recipes(
-    as_json: Annotated[bool, typer.Option("--json", help="All their settings, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all settings as JSON.")] = False,
     name: Annotated[
-        str, typer.Option("--show", help="One of them, or a .toml, as TOML to start from.")
+        str, typer.Option("--show", help="Print this recipe, or this .toml, as TOML.")
     ] = "",
 ) -> None:
-    """List the recipes of `kamim pretrain` with what they set."""
+    """List the recipes of `kamim pretrain` and their main settings."""
     from train.recipe_file import show
     from train.recipes import find_recipe, recipe_names
 
@@ -295,20 +311,23 @@ def recipes(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run, or a checkpoint of one.")],
+    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
     target: Annotated[
-        Path, typer.Argument(help="The .safetensors file to write; of timm and hf a folder.")
+        Path,
+        typer.Argument(help="What to write: a .safetensors file; with --to timm or hf a folder."),
     ],
     to: Annotated[
         Literal["safetensors", "timm", "hf"],
-        typer.Option(help="One file; a folder for timm; a folder for transformers, of a ViT."),
+        typer.Option(help="One file, a folder for timm, or a folder for transformers (ViT only)."),
     ] = "safetensors",
-    ema: Annotated[bool, typer.Option("--ema", help="The mean of the weights.")] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Export the moving average of the weights.")
+    ] = False,
 ) -> None:
     """Write the encoder of a checkpoint in a form that timm or transformers loads unchanged.
 
-    A folder has config.json, model.safetensors and a model card, README.md, made of what the run
-    knows: data, recipe and numbers. Its licence is for you to fill in.
+    A folder has config.json, model.safetensors and a model card (README.md) with the run's data,
+    recipe and numbers. You fill in the licence.
     """
     from train.checkpoint import chosen
 

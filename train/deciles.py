@@ -4,6 +4,7 @@ On the same few crops each time, under the same masks, for every seed: a tenth o
 cells would need a sort in each step, and would be other cells each time.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,13 @@ SEED = 0  # of every run
 
 class Deciles:
     """The crops of `records` that a run's model is tried on. UserError if they have no densities
-    of the run's detector (that weights would be of, where the recipe has none).
+    of the run's detector (that weights would be of, where the recipe has none). `load`: a plan's
+    batches of them.
     """
 
-    def __init__(self, run: Run, records: Records, masking: Masking) -> None:
+    def __init__(
+        self, run: Run, records: Records, masking: Masking, load: Callable[..., Any]
+    ) -> None:
         recipe, self.masking = run.recipe, masking
         detector = find_detector(run, records)
         self.crops = WeightedCrops(
@@ -38,8 +42,7 @@ class Deciles:
         remote = any(one.copies for one in records.sets)
         crops: dict[str, Any] = {"area": recipe.area, "vertical": recipe.vertical}
         plan = records.plan(self.count, SEED, window=WINDOW if remote else 0, **crops)
-        how: dict[str, Any] = {"device": str(masking.device), "workers": run.workers}
-        self.load = partial(records.loader, plan, 0, 1, maps=[detector], **how)
+        self.load = partial(load, plan, 0, 1, maps=[detector])
 
     def look(self, model: Any) -> dict[str, float]:
         """The error of each tenth, by its name; `model` is as it is evaluated."""

@@ -132,7 +132,7 @@ class Stop:
             say(
                 f"stopped after step {done}, which is saved; go on with --resume"
                 if done
-                else "stopped before a step was done; the same command begins anew"
+                else "stopped before a step was done; the same command begins again"
             )
         raise Stopped(self.wished)
 

@@ -1,4 +1,4 @@
-"""What a run says before its first step: what it is, where it goes on, and what it will cost."""
+"""What a run prints before its first step: what it is, where it continues, and what it costs."""
 
 import json
 from collections.abc import Iterator
@@ -266,9 +266,8 @@ def say_where(
         then = learning_rate(first - 1, before, was, *levels)
         now = learning_rate(min(first, total - 1), total, warmup, *levels)
         say(
-            f"extended from {before:,} to {total:,} steps: the learning rate's cosine is laid anew "
-            f"over all of them, so it goes from {then:.2e} to {now:.2e}, and from here as in a run "
-            "of that length"
+            f"extended from {before:,} to {total:,} steps: the learning rate goes from {then:.2e} "
+            f"to {now:.2e}, and now follows the cosine of a run of that length"
         )
     if first >= total:
         say(

@@ -1,9 +1,9 @@
-"""Looks at the features while a run trains: linear probe, neighbours, effective rank, attention.
+"""Probes the features while a run trains: linear probe, neighbours, effective rank, attention.
 
-A look changes nothing of the run. It sees whole frames of a labelled set, by default of the shards
-that are trained on: a tenth of its images is held out from the heads and from the neighbours. The
-encoder may have been trained on their pixels, never on a label; that keeps a run the same with and
-without looks. A set of its own (`--probe-set`) holds them out from both.
+A look does not change the run. It uses whole frames of a labelled set, by default the shards that
+are trained on. A tenth of the images is held out from heads and neighbours. The encoder may have
+trained on their pixels, never on a label, so a run is the same with and without looks. With
+`--probe-set` the encoder has not seen the images either.
 """
 
 import math
@@ -72,14 +72,14 @@ class Looks:
             self.without = f"; no probe, only rank and attention: {error}"
         images = self.every * data.selection.epoch  # that are trained on between two looks
         cost = model_flops(encoder, recipe.size, ()) / 3 / flops  # of one image, trained on: 1
-        wanted = min(len(records), max(LEAST, min(MOST, int(SHARE * images / cost))))
+        wanted = min(len(records), int(max(LEAST, min(MOST, SHARE * images / cost))))
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
         self.share = self.count * cost / images
         self.deciles: Deciles | None = None
         if masking is not None:
             try:
-                self.deciles = Deciles(run, records, masking)
+                self.deciles = Deciles(run, records, masking, load)
                 self.share += self.deciles.count / 3 / images
             except UserError as error:
                 self.without += f"; no error by density: {error}"

@@ -4,7 +4,6 @@ A run leaves in its folder run.json, metrics.jsonl, TensorBoard events, checkpoi
 pictures. Killed and resumed, the losses are the same.
 """
 
-from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from shards import Batch, Plan, to_device
+from shards import Plan, to_device
 from shards import files as writing
 from shards.rng import Purpose, mix
 from train import checkpoint
@@ -52,6 +51,7 @@ from train.setup import (
     start_device,
 )
 from train.step import Pace, Step, compiled, in_parallel, weighed
+from train.stream import Stream
 from train.weights import start_from
 
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
@@ -132,42 +132,16 @@ def pretrain(run: Run) -> None:
         say_where(run, first, last, selection.steps(epochs), steps_an_epoch, rates)
 
     # --- Steps
-    def load(step: int) -> Any:
-        """The loader from `step` on, to the next draw of samples or the end."""
-        end, drawn = min(last, selection.end(step)), selection.plan(step)
-        here = replace(drawn, micro_steps=micro_steps)
-        return data.load(here, step, end, maps=data.maps, rank=rank, ranks=ranks)
-
-    damaged: list[set[int]] = []
-
-    def every_batch(loader: Any) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
-        step = first
-        while step < last:
-            loader = load(step) if loader is None else loader
-            damaged.append(loader.damaged)
-            yield from to_device(loader, device)
-            loader, step = None, min(last, selection.end(step))
-
-    # What cannot be loaded is said before the first step.
-    batches = every_batch(None if selection.due(first) else load(first))
     stop = Stop()
+    stream = Stream(data, micro_steps, process, device, stop)
+    batches = stream.batches(first, last)  # what cannot be loaded is said before the first step
     if ranks > 1:
         stop.listen()
-
-    def every_record(step: int, looking: Doing, maps: Sequence[str] = ()) -> Iterator[Batch]:
-        """Each record once, for a look at it before `step`; crops are not used."""
-        order = plan.mixture.by_size() if plan.mixture else None
-        once = replace(plan, batch=part * ranks, micro_steps=1, mixture=order)
-        steps = -(-len(records) // once.batch)
-        whole = data.load(once, 0, steps, maps=maps, rank=rank, ranks=ranks)
-        for batch in stop.heeded(whole, step, ranks):
-            yield batch
-            looking.update(once.batch)
 
     def losses(step: int, looking: Doing) -> Tensor:
         """Each record's, for a draw before `step`."""
         weighed_too, now = recipe.select_by == "weighted_loss", temperature(step, total, recipe)
-        shown = every_record(step, looking, data.maps if weighed_too else ())
+        shown = stream.every_record(step, looking, data.maps if weighed_too else ())
         weighing = weighed(now, device) if weighed_too else None
         return losses_of_all(model, crops, masking, shown, weighing, process)
 
@@ -193,7 +167,7 @@ def pretrain(run: Run) -> None:
                 with progress.busy("saving"):
                     saver.wait()  # a signal would have it said that all is saved
                 with progress.busy("looking at attention", len(records)) as looking:
-                    frames = partial(every_record, step, looking)
+                    frames = partial(stream.every_record, step, looking)
                     window.since += masking.refresh(run.out, step, model.encoder, frames, process)
             if selection.due(step):
                 with progress.busy("saving"):
@@ -256,7 +230,7 @@ def pretrain(run: Run) -> None:
             look = looks is not None and not cut and looks.due(done)
             due = saving or paced or look or step == first or done % run.log_every == 0
             if window.pending and due:
-                rows = window.rows(pace.take(), len(set().union(*damaged)))
+                rows = window.rows(pace.take(), stream.damaged)
                 if looks and look and rank == 0:  # the others wait in the next step
                     rows[-1] |= looks.look(model, progress.busy)
                     window.since += rows[-1]["look_seconds"]

@@ -19,7 +19,7 @@ from shards.errors import UserError
 from train.loss import masked_l1, masked_mse, take
 from train.patches import patchify, sincos, unpatchify
 from train.recipes import Recipe, nearest
-from train.tokens import check_tokens, embed, encode, narrowed, through_blocks
+from train.tokens import check_plain, check_tokens, embed, encode, narrowed, through_blocks
 
 CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
@@ -76,9 +76,15 @@ class SimMIM(nn.Module):
     ) -> None:
         super().__init__()
         self.narrow, self.cell = narrow, cell
-        encoder = make_encoder(name, size, options, cell)
+        encoder = make_encoder(name, size, options)
+        check_plain(encoder, name)
         self.is_swin = hasattr(encoder, "layers")
         self.patch: int = encoder.patch_embed.patch_size[0]
+        if size % cell or cell % self.patch:
+            raise UserError(
+                f"crop size {size} is no multiple of the mask cell, {cell} px, or that of the "
+                f"patches of {name}, {self.patch} px"
+            )
         self.stride = CELL if self.is_swin else self.patch
         embed: int = encoder.patch_embed.proj.out_channels
         self.encoder: Any = encoder
@@ -96,7 +102,8 @@ class SimMIM(nn.Module):
             nn.init.trunc_normal_(self.encoder.cls_token, std=0.02)
         for convolution in (self.encoder.patch_embed.proj, self.decoder[0]):
             nn.init.trunc_normal_(convolution.weight, std=0.02)
-            nn.init.zeros_(convolution.bias)
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
 
     def forward(self, images: Tensor, mask: Tensor, encoded: Tensor | None = None) -> Tensor:
         """Reconstructions [b, 3, S, S] of `images` [b, 3, S, S], normalised as they are.
@@ -213,6 +220,8 @@ class MAE(nn.Module):
         self.patch: int = encoder.patch_embed.patch_size[0]
         self.side, self.norm_pix = size // self.patch, norm_pix
         width, blocks, heads = decoder
+        if width % heads:
+            raise UserError(f"decoder {decoder}: a width of {width} has no {heads} equal heads")
         self.widen = nn.Linear(encoder.num_features, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions: Tensor
@@ -293,23 +302,23 @@ class MAE(nn.Module):
         return unpatchify(whole, self.patch), shown, seen
 
 
-def make_encoder(
-    name: str, size: int, options: Mapping[str, Any] | None = None, cell: int = CELL
-) -> Any:
-    """The timm model `name` without a head at `size` px. UserError if it cannot serve `cell`s."""
-    if size % (CELL if "swin" in name else cell):
-        raise UserError(f"crop size {size} is no multiple of the mask cell, {cell} px; use 192")
+def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None) -> Any:
+    """The timm model `name` without a head at `size` px. UserError if it has no whole patches."""
+    if "swin" in name and size % CELL:
+        raise UserError(f"crop size {size} is no multiple of a Swin's {CELL} px; use 192")
     if name not in timm.list_models():
         some = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
         near = nearest(name, timm.list_models()) or f"; it has {some} ..."
         raise UserError(f"timm has no model {name!r}{near}")
     try:
         encoder: Any = timm.create_model(name, **encoder_options(name, size, options))
-    except TypeError:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if options:
+            raise UserError(f"timm makes no {name!r} with {dict(options)}: {error}") from None
         raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
     known = hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
-    if not known or cell % encoder.patch_embed.patch_size[0]:
-        raise UserError(f"{name!r} is no ViT or Swin whose patches divide {cell} px")
+    if not known or size % encoder.patch_embed.patch_size[0]:
+        raise UserError(f"{name!r} is no ViT or Swin whose patches divide {size} px")
     return encoder
 
 

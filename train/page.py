@@ -1,6 +1,6 @@
 """A run as one page, RUN/index.html: curves, what they cost, and the model's own pictures.
 
-Read from what the run has written; whoever has a run folder can make the page anew.
+It is made from the files in the run folder, and can be made again from them.
 """
 
 import json

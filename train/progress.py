@@ -1,7 +1,6 @@
-"""What a run says while it works: lines on stderr, and signs of life in between.
+"""Progress of a run on stderr.
 
-On a terminal one line is drawn anew each second, the bar of a training run; a log gets a line every
-10 s at least.
+On a terminal the bar is redrawn each second. A log gets a line at least every 10 s.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""A recipe as TOML: what a person starts from, what a run used, and a table of all fields.
+"""A recipe as TOML: a file to start from, what a run used, and a table of all fields.
 
-Beside fields of the recipe it may have `base`, a recipe's name whose values the others have, and a
-table `run` of what else decides a run's numbers: see RUN.
+In addition to fields the file may have `base`, the recipe with the values of all other fields, and
+a table `run` of other options that decide a run's numbers: see RUN.
 """
 
 import json
@@ -47,9 +47,13 @@ def read_recipe(what: str) -> tuple[Recipe, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what} is no sound TOML: {error}") from None
     options, base = found.pop("run", {}), found.pop("base", None)
+    if not isinstance(options, dict):
+        raise UserError(f"{what}: run = {options!r} is no table; write [run], and options below it")
     for name, value in options.items():
         if name not in RUN:
             raise UserError(f"{what}: [run] has no {name!r}{nearest(name, RUN) or _known(RUN)}")
+        if name == "decode" and value not in ("cpu", "gpu"):
+            raise UserError(f"{what}: decode = {value!r} is unknown; there are cpu and gpu")
         if type(value) is not RUN[name]:
             raise UserError(f"{what}: {name} = {value!r} is no {RUN[name].__name__}")
     if base is None and "model" not in found:
@@ -115,7 +119,7 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_word, value))
     if isinstance(value, dict | bool):
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     return str(value)
 
 

@@ -16,109 +16,111 @@ from shards.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that decides the numbers of a run, beside the shards and the seed.
+    """All that decides the numbers of a run, except the shards and the seed.
 
-    What is said of a field here is its line in docs/recipes.md and in `kamim recipes --show`.
+    The text of a field is its line in docs/recipes.md and in `kamim recipes --show`.
     """
 
-    model: Annotated[str, "timm's name of the encoder: a ViT or Swin"]
-    options: Annotated[dict[str, Any], "for timm beside it, as `depth`"] = field(
+    model: Annotated[str, "timm name of the encoder: a ViT or Swin"]
+    options: Annotated[dict[str, Any], "arguments for timm, such as `depth`"] = field(
         default_factory=dict
     )
     size: Annotated[int, "side of a crop, px"] = 192
     epochs: Annotated[float, "passes over the shards"] = 100
-    batch: Annotated[int, "images of an optimizer step, over all processes"] = 2048
-    warmup: Annotated[float, "epochs in which the learning rate rises"] = 10
-    peak: Annotated[float, "learning rate after them"] = 8e-4
-    floor: Annotated[float, "learning rate at the end, by a cosine"] = 1e-5
+    batch: Annotated[int, "images per optimizer step, over all processes"] = 2048
+    warmup: Annotated[float, "epochs in which the learning rate rises to its peak"] = 10
+    peak: Annotated[float, "peak learning rate"] = 8e-4
+    floor: Annotated[float, "learning rate of the last step (cosine decay)"] = 1e-5
     start: Annotated[float, "learning rate of the first step"] = 1e-6
-    optimizer: Annotated[
-        str, "adamw, or another by its name in timm.optim: muon, lion, sgd ..."
-    ] = "adamw"
-    optimizer_options: Annotated[dict[str, Any], "for it, as `betas` or `momentum`"] = field(
-        default_factory=dict
-    )
-    beta2: Annotated[float, "of AdamW: decay of its mean of squares"] = 0.999
-    weight_decay: Annotated[float, "of the optimizer"] = 0.05
+    optimizer: Annotated[str, "adamw, or another name of timm.optim: muon, lion, sgd ..."] = "adamw"
+    optimizer_options: Annotated[
+        dict[str, Any], "arguments for the optimizer, such as `betas` or `momentum`"
+    ] = field(default_factory=dict)
+    beta2: Annotated[float, "beta2 of AdamW"] = 0.999
+    weight_decay: Annotated[float, "weight decay of the optimizer"] = 0.05
     decay_all: Annotated[
-        bool, "norms, biases and positions decay too, as published; SimMIM: not"
+        bool, "weight decay also for norms, biases and positions, as published; SimMIM: no"
     ] = True
-    clip: Annotated[float, "most norm of the gradient; 0: any"] = 1.0
+    clip: Annotated[float, "the gradient is clipped to this norm; 0: no clipping"] = 1.0
     ema: Annotated[
-        float,
-        "decay of a mean of the weights beside them, as 0.9999, less at first; 0: there is none",
+        float, "decay of a moving average of the weights, such as 0.9999; 0: no average"
     ] = 0.0
-    mask_ratio: Annotated[float, "share of cells that are masked"] = 0.6
-    cell: Annotated[int, "side of a cell of simmim, px; a cell of mae is a patch"] = 32
+    mask_ratio: Annotated[float, "mask ratio: share of cells that are masked"] = 0.6
+    cell: Annotated[int, "side of a mask cell of simmim, px; a cell of mae is a patch"] = 32
     temperature: Annotated[
-        float | None, "T of the weights exp(density / T); none: no weights, plain SimMIM or MAE"
+        float | None, "T in the weights exp(density / T); none: no weights, plain SimMIM or MAE"
     ] = 0.25
     temperature_end: Annotated[
-        float | None, "T of the last step, to which T goes from the first on; none: T stays"
+        float | None, "T of the last step: T changes from step to step; none: T is constant"
     ] = None
-    temperature_form: Annotated[Literal["cosine", "linear"], "of the way from T to its end"] = (
-        "cosine"
-    )
+    temperature_form: Annotated[Literal["cosine", "linear"], "how T changes"] = "cosine"
     w_ps: Annotated[int, "side of a weight cell, px"] = 8
     normalise: Annotated[
         Literal["min", "mean", "batch"],
-        "weights are divided by their least, or mean, of an image, or by the mean of all",
+        "weights are divided by their minimum or mean per image, or by the mean of the forward "
+        "pass",
     ] = "min"
-    weights: Annotated[str, "the detector's, or a control (docs/masking.md)"] = "detector"
+    weights: Annotated[str, "source of the weights: detector, or a control (docs/masking.md)"] = (
+        "detector"
+    )
     correct: Annotated[
         bool,
-        "weights off a map as shards/correction.py has them; those of controls, and while T moves, "
-        "are as they are",
+        "correct weights that are read from a map (docs/fidelity.md); never those of controls, and "
+        "never while T changes",
     ] = True
-    area: Annotated[tuple[float, float], "least and most area of a crop, of the image's"] = (
+    area: Annotated[
+        tuple[float, float], "least and most area of a crop, as shares of the image"
+    ] = (
         0.67,
         1.0,
     )
-    vertical: Annotated[float, "probability of a vertical flip, as published; SimMIM has none"] = (
+    vertical: Annotated[float, "probability of a vertical flip; 0.5 as published, 0 in SimMIM"] = (
         0.5
     )
     micro_batch: Annotated[
-        int, "most images of a forward pass, of one process; 0: as many as serve"
+        int, "most images per forward pass and process; 0: chosen automatically"
     ] = 0
     checkpoint: Annotated[
-        bool, "activations of the encoder are computed again, not kept: less memory, a third slower"
+        bool, "activation checkpointing in the encoder: less memory, a third slower"
     ] = False
     method: Annotated[Literal["simmim", "mae"], "model and loss"] = "simmim"
-    decoder: Annotated[tuple[int, int, int], "of mae: width, blocks, heads"] = (512, 8, 16)
+    decoder: Annotated[tuple[int, int, int], "decoder of mae: width, blocks, heads"] = (512, 8, 16)
     norm_pix: Annotated[
-        bool, "of mae: targets are each patch's pixels by their own mean and spread"
+        bool, "mae: each target patch is normalised by its own mean and deviation"
     ] = False
-    throw_ratio: Annotated[float, "share of cells that are neither masked nor seen"] = 0.0
+    throw_ratio: Annotated[
+        float, "share of cells that are thrown away: neither masked nor visible"
+    ] = 0.0
     sample_by: Annotated[
         str,
-        "what cells are drawn by: `none` (at random), `attention`, a map of the shards, or several "
-        "with `*` between",
+        "what masked and thrown cells are drawn by: `none` (at random), `attention`, a map of the "
+        "shards, or a product such as `attention*frequency`",
     ] = "none"
     random_epochs: Annotated[
-        float, "epochs before that: `random_mask_ratio` masked at random, nothing thrown"
+        float, "epochs at the start in which cells are masked at random and none thrown"
     ] = 0.0
-    random_mask_ratio: Annotated[float, "share of cells that are masked in them"] = 0.6
-    refresh_epochs: Annotated[float, "epochs from one look at attention to the next"] = 40.0
-    select: Annotated[float, "share of the samples that is trained on; 1: all"] = 1.0
+    random_mask_ratio: Annotated[float, "mask ratio in these epochs"] = 0.6
+    refresh_epochs: Annotated[float, "epochs between two passes that compute attention"] = 40.0
+    select: Annotated[float, "share of the samples to train on; 1: all"] = 1.0
     select_by: Annotated[
         Literal["density", "loss", "weighted_loss"],
-        "score that they are drawn by: a map's mean, or the loss as it was last looked at",
+        "score by which samples are drawn: mean density, or the latest loss",
     ] = "density"
     select_power: Annotated[
-        float, "of the score in that draw; 0: at random, large: the highest scores alone"
+        float, "power of the score; 0: draw at random; large: only the highest scores"
     ] = 1.0
     select_epochs: Annotated[
-        float, "epochs from one draw to the next; an epoch is a pass over the drawn"
+        float, "epochs between two draws; an epoch is a pass over the drawn samples"
     ] = 10.0
     bf16_residual: Annotated[
-        bool, "on CUDA: tokens between blocks in bfloat16, patches by a product"
+        bool, "on CUDA: keep tokens between blocks in bfloat16, embed patches by a matrix product"
     ] = False
 
 
 _REDUCED = {"embed_dim": 128, "depth": 4, "num_heads": 4}  # a ViT of 0.9 million parameters
 
 BASES = {
-    # The 312 demo photographs on two CPU cores: two minutes, and a picture.
+    # For the 312 demo photographs, on two CPU cores.
     "demo": Recipe(
         model="vit_tiny_patch16_224", options=_REDUCED, epochs=20, batch=16, warmup=2, peak=2e-3
     ),
@@ -155,9 +157,9 @@ def mean_normalised(recipe: Recipe) -> Recipe:
 
 
 def mae(recipe: Recipe) -> Recipe:
-    """`recipe` as plain MAE (arXiv 2111.06377), of targets by patch and unclipped gradients. Crops,
-    flips, epochs and rates stay, so that methods are compared on the same data; MAE's own crops
-    (area from 0.2) want larger frames.
+    """`recipe` as plain MAE (arXiv 2111.06377), with targets per patch and unclipped gradients.
+    Crops, flips, epochs and learning rates stay, so that methods are compared on the same data.
+    MAE's own crops (area from 0.2) need larger frames.
 
     The decoder is MAE's own for ViT-B; two thirds of a smaller encoder's width, 32 per head.
     """
@@ -181,10 +183,10 @@ def kamim(recipe: Recipe) -> Recipe:
 
 
 def sampled(recipe: Recipe, by: str) -> Recipe:
-    """`recipe` with cells drawn, and some thrown, by `by` after a random phase, as AMT and FAMT.
+    """`recipe` as AMT and FAMT: after a random phase, cells are drawn by `by`, and some thrown.
 
-    41 epochs and 40 between looks, as published for 200 and 400 (`epoch > 40` from 0, mae-AMT
-    models_mae.py); of a short run a tenth and a half.
+    The random phase has 41 epochs, and 40 lie between looks, as published for 200 and 400 epochs
+    (`epoch > 40` from 0, mae-AMT models_mae.py). In a short run: a tenth and a half of the epochs.
     """
     masked, thrown = (0.45, 0.40) if recipe.method == "mae" else (0.44, 0.26)
     first, again = (41.0, 40.0) if recipe.epochs >= 100 else (recipe.epochs / 10, recipe.epochs / 2)
@@ -229,9 +231,9 @@ def find_recipe(name: str) -> Recipe:
 
     Raises UserError, with the nearest name and what there is, for any other name.
     """
-    base = next((each for each in BASES if f"{name}_".startswith(f"{each}_")), "")
-    if not base and "_patch" in name:
+    if "_patch" in name:
         return Recipe(model=name)
+    base = next((each for each in BASES if f"{name}_".startswith(f"{each}_")), "")
     recipe, rest = BASES.get(base, Recipe(model=name)), name.removeprefix(base)
     for group in ENDINGS if base else ():
         for ending, change in group.items():

@@ -1,4 +1,4 @@
-"""What a user asks of `kamim pretrain`, checked before torch is imported: that takes seconds."""
+"""Checks a request to `kamim pretrain` before torch is imported, which takes seconds."""
 
 import os
 import re

@@ -1,8 +1,8 @@
-"""Which samples a run trains on: a share of them, drawn by a score, anew every so many epochs.
+"""Which samples a run trains on: a share, drawn by a score, and drawn again every few epochs.
 
-In the spirit of PASS (AAAI 2024), whose formulas are not known to us: all of this is our own. A
-score is fixed, the mean density of a record's map, or the loss of each record, in one pass over the
-set at the draw. RUN/scores-STEP.npy, float32 [records], is read back without unpickling.
+In the spirit of PASS (AAAI 2024), whose formulas are not known to us: this method is our own. The
+score is the mean density of a record's map, which is fixed, or the record's loss, from one pass
+over the set before the draw. RUN/scores-STEP.npy, float32 [records], is read without unpickling.
 """
 
 import math
@@ -252,10 +252,8 @@ def check_selection(recipe: Recipe, bank: bool) -> None:
     """UserError unless samples can be drawn as the recipe says."""
     if not 0 < recipe.select <= 1:
         raise UserError(f"select {recipe.select:g} is out of range; give a share above 0, up to 1")
-    if not 0 < recipe.select_epochs < math.inf:
+    if recipe.select_epochs == 0:
         raise UserError(f"select_epochs {recipe.select_epochs:g} is out of range; give one above 0")
-    if not 0 <= recipe.select_power < math.inf:
-        raise UserError(f"select_power {recipe.select_power:g} is out of range; give 0 or more")
     if recipe.select == 1 or recipe.select_by != "weighted_loss":
         return
     if recipe.temperature is None:
@@ -265,6 +263,6 @@ def check_selection(recipe: Recipe, bank: bool) -> None:
     if recipe.weights == "shuffled" or recipe.normalise == "batch":
         what = "weights=shuffled" if recipe.weights == "shuffled" else "normalise=batch"
         raise UserError(
-            f"with {what} an image's weights depend on others in its batch, and select_by="
-            "weighted_loss would with them; use loss"
+            f"with {what} the weights of an image depend on its batch, which "
+            "select_by=weighted_loss cannot use; use loss"
         )

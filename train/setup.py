@@ -1,10 +1,11 @@
-"""Before the first step: the device, the shards, and whether they and the recipe fit together."""
+"""Before the first step: opens device and shards, and checks that they fit the recipe."""
 
 import itertools
 import math
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from train.recipes import Recipe, nearest
 from train.request import Run, check_device
 from train.selection import FIXED, Selection, check_selection
 
+COUNTED = ("size", "batch", "cell", "w_ps", "decoder")  # of a recipe, 1 at least
 WINDOW = 64  # shards of a remote set: 64,000 samples, or all of one that has no more
 
 
@@ -146,12 +148,12 @@ def weighted_crops(
     recipe: Recipe, records: Records, detector: str | None, bank: bool = False
 ) -> WeightedCrops:
     """The recipe's crops of a batch, normalised, with the weights of `detector`, if any."""
-    rule = None
+    rule, degree = None, 1.0 if recipe.temperature is None else recipe.temperature
     if recipe.weights != "detector":
         rule = partial(
             control_weights,
             source=recipe.weights,
-            temperature=recipe.temperature or 1,
+            temperature=degree,
             normalise=recipe.normalise,
         )
     return WeightedCrops(
@@ -159,7 +161,7 @@ def weighted_crops(
         detector,
         size=recipe.size,
         w_ps=recipe.w_ps,
-        temperature=recipe.temperature or 1,
+        temperature=degree,
         normalise=recipe.normalise,
         bank=bank,
         rule=rule,
@@ -194,7 +196,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
             by_kind, opt=name, **rates | recipe.optimizer_options
         )
         return made
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, IndexError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0].rpartition("__init__() ")[2]
         raise UserError(f"the optimizer {name!r} cannot be made: {reason}") from None
 
@@ -244,6 +246,7 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
     shards cannot serve the recipe, or are damaged.
     """
     recipe, settings = run.recipe, records.sets[0].manifest.settings
+    check_numbers(run)
     if recipe.size % recipe.cell:
         raise UserError(
             f"crop size {recipe.size} is no multiple of the mask cell, {recipe.cell} px; "
@@ -252,16 +255,16 @@ def check(run: Run, records: Records, process: Process) -> WeightedCrops:
     check_source(recipe.weights)
     check_temperature(recipe)
     check_selection(recipe, run.bank)
-    if not 0 <= recipe.ema < 1:
+    if recipe.ema >= 1:
         raise UserError(f"ema {recipe.ema} is out of range; give a decay as 0.9999, or 0 for none")
     if run.skip_damaged and [one.manifest.container for one in records.sets] == ["ffcv"]:
-        raise UserError("FFCV decodes damage in silence: --on-error skip needs WebDataset shards")
+        raise UserError("FFCV decodes damaged frames without an error: --on-error skip needs tars")
     if run.bank:
         check_bank(run, records)
     check_guides(run, records)
     crops = weighted_crops(recipe, records, choose_detector(run, records), run.bank)
     smallest = settings.frame * math.sqrt(recipe.area[0] * 3 / 4)
-    if smallest < 0.8 * recipe.size and process.rank == 0:
+    if 0 < smallest < 0.8 * recipe.size and process.rank == 0:
         better = math.ceil(recipe.size / math.sqrt(recipe.area[0]) / 8) * 8
         say(
             f"warning: frames of {settings.frame} px are enlarged for crops of {recipe.size} px "
@@ -295,11 +298,21 @@ def find_detector(run: Run, records: Records) -> str:
     ]
     usual = [each.name for each in common if each.has_keypoints]
     if run.detector is None and not common:
-        raise UserError("the sets have no maps of one detector in common; build one anew with it")
+        raise UserError("the sets have no maps of one detector in common; build again with it")
     if run.detector is None and len(usual) != 1:
         names = ", ".join(each.name for each in common)
         raise UserError(f"the shards have maps of {names}; choose one by --detector")
     return run.detector or usual[0]
+
+
+def check_numbers(run: Run) -> None:
+    """UserError for a number that no run can have, whatever it is for."""
+    for name, value in {"seed": run.seed, **asdict(run.recipe)}.items():
+        least = 1 if name in COUNTED else 0
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int | float) and not least <= each < 2**64:
+                rule = f"give {least} or more, below 2**64"
+                raise UserError(f"{name} {each:g} is out of range; {rule}")
 
 
 def check_temperature(recipe: Recipe) -> None:
@@ -309,7 +322,7 @@ def check_temperature(recipe: Recipe) -> None:
         raise UserError(
             f"temperature_end is {last}, and the recipe has no weights; set temperature"
         )
-    if last is not None and not 0 < last < math.inf:
+    if last == 0:
         raise UserError(f"temperature_end {last} is out of range; give a number above 0")
 
 
@@ -326,8 +339,8 @@ def check_guides(run: Run, records: Records) -> None:
             )
     if wanted and run.bank:
         raise UserError(f"--bank loads no maps, and the recipe draws cells by {wanted[0]!r}")
-    if run.recipe.refresh_epochs <= 0 or run.recipe.random_epochs < 0:
-        raise UserError("refresh_epochs must be above 0, and random_epochs at least 0")
+    if run.recipe.refresh_epochs <= 0:
+        raise UserError("refresh_epochs must be above 0")
 
 
 def check_bank(run: Run, records: Records) -> None:

@@ -69,8 +69,8 @@ def compiled(step: nn.Module) -> Any:
 class Pace:
     """Hands out batches while the host is AHEAD micro-steps before the device, no more.
 
-    waited: seconds in which the device had nothing to do for want of a batch: the host waited for
-    one, and the device had done all it was given. On a CPU those in which the process waited.
+    waited: seconds in which the device had nothing to do: the host waited for a batch, and the
+    device had finished all its work. On a CPU those in which the process waited.
     second: seconds of the second micro-step, once it is known; the first warms up.
     """
 

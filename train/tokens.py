@@ -8,18 +8,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards.errors import UserError
 from train.loss import take
 
 
+def check_plain(encoder: Any, name: str) -> None:
+    """UserError unless the blocks of `encoder` take tokens and no more."""
+    if not hasattr(encoder, "layers") and not isinstance(encoder.blocks, nn.Sequential):
+        raise UserError(f"{name}: its blocks take more than tokens, as positions; use a plain ViT")
+
+
 def check_tokens(encoder: Any, name: str) -> None:
     """UserError unless `encoder` can be run on some of its patches."""
+    check_plain(encoder, name)
     if hasattr(encoder, "layers"):
         raise UserError(f"{name}: Swin's windows need every patch; none can be left out, use a ViT")
     if not isinstance(getattr(encoder, "pos_embed", None), Tensor):
         raise UserError(f"{name} has no absolute positions; patches cannot be left out of it")
+    if hasattr(encoder, "dist_token"):
+        raise UserError(f"{name} has a token of distillation; patches cannot be left out of it")
 
 
 def embed(encoder: Any, patches: Tensor) -> Tensor:

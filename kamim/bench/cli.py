@@ -19,39 +19,38 @@ PARTS = ("loaders", "step", "build", "meaning")
 @app.command()
 def bench(
     source: Annotated[
-        str, typer.Argument(help="Folder or .tar of class folders, or: demo.")
+        str, typer.Argument(help="Folder or .tar of class folders, or demo.")
     ] = "demo",
     quick: Annotated[
-        bool, typer.Option("--quick", help="FAST alone, coarser: under three minutes on two cores.")
+        bool, typer.Option("--quick", help="Only FAST, coarser: under three minutes on two cores.")
     ] = False,
     only: Annotated[
-        str, typer.Option(help=f"Parts, by commas, of {', '.join(PARTS)}; others with --gpu.")
+        str,
+        typer.Option(help=f"Parts, separated by commas: {', '.join(PARTS)}; others with --gpu."),
     ] = "",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each loader and repeat.")] = 2.5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds per loader and repeat.")] = 2.5,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 5,
     save: Annotated[
         bool, typer.Option("--save", help="Append to docs/results/bench and draw into docs.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="What this GPU can do and what training takes of it.")
+        bool, typer.Option("--gpu", help="Measure this GPU, and training on it.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="With --gpu: the file to append to; what it has is kept.")
-    ] = None,
-    again: Annotated[bool, typer.Option("--again", help="With --gpu: measure anew.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --gpu: the file to append to.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --gpu: measure again.")] = False,
     micro_batch: Annotated[
-        int, typer.Option(min=0, help="With --gpu: images of a micro-step; 0: the trainer's.")
+        int, typer.Option(min=0, help="With --gpu: images per micro-step. 0: as in training.")
     ] = 0,
 ) -> None:
     """Measure loaders with offline and online detection on the same images and cores.
 
-    Repeats are interleaved; figures are medians with least and most. Warm-up is told apart, and so
-    is a machine too noisy to trust. `published` does what KAMIM's own code does, step by step.
+    Repeats are interleaved. Figures are medians, with least and most. Warm-up is not counted, and a
+    machine that is too noisy is reported. `published` is KAMIM's own code, step by step.
 
-    --gpu is another benchmark, of under ten minutes on a CUDA device, where SOURCE may be finished
-    shards too. Each figure is appended to docs/results/bench/gpu.jsonl or --out when it is
-    measured, and the same command goes on where it was cut off.
+    --gpu is another benchmark, of under ten minutes on a CUDA device. SOURCE may also be finished
+    shards. Each figure is appended to docs/results/bench/gpu.jsonl or --out as soon as it is
+    measured. If it is cut off, the same command continues.
     """
     if gpu:
         from kamim.bench.gpu import main

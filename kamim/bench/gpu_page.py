@@ -162,8 +162,8 @@ def decode(rows: Rows) -> list[str]:
         rate, times = middle(row, "images_per_s"), middle(row, "device_over_threads", ".2f")
         lines += [
             "",
-            f"Weighted crops of what it decodes: {rate} images/s, {times} times those of "
-            "frames that the loader's threads decode.",
+            f"Weighted crops from frames decoded on the GPU: {rate} images/s, {times} times the "
+            "rate from frames that the loader's threads decode.",
         ]
     return lines
 
@@ -171,7 +171,7 @@ def decode(rows: Rows) -> list[str]:
 def deterministic(rows: Rows) -> list[str]:
     """Killed and resumed against unbroken, and what determinism costs."""
     heads = ["losses equal", "largest relative difference", "first step that differs"]
-    lines, costs = table(["killed and resumed against unbroken", *heads], []), list[str]()
+    lines, costs = table(["killed and resumed, against uninterrupted", *heads], []), list[str]()
     for case, row in cases(rows, "deterministic"):
         if "equal" not in row:
             rate, plain = row["images_per_s"]["median"], rows.get(("step", case), {})
@@ -196,7 +196,7 @@ KERNELS = {"ms": of("device_ms", ".1f"), "launches": of("launches", "d")}
 KERNELS |= {kind: share_of(kind) for kind in KINDS}
 END_TO_END: dict[str, Cell] = {
     "images/s": of("images_per_s"),
-    "of synthetic": of("end_to_end_over_synthetic", ".3f"),
+    "share of the rate on one batch": of("end_to_end_over_synthetic", ".3f"),
     "waiting": of("waiting", ".1%"),
     f"hours of {EPOCHS} epochs of ImageNet-1K (an estimate)": hours,
 }

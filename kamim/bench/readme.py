@@ -95,7 +95,7 @@ def render_fidelity() -> str:
         "map of 8 crops": [found[name, 8] for name in names],
     }
     for ruler, title in {
-        "shifted": "ruler: the crop 2 px aside",
+        "shifted": "ruler: the crop moved by 2 px",
         "flipped": "ruler: the crop flipped",
         "torchvision": "ruler: torchvision's resize",
         "uniform": "ruler: no weights",
@@ -110,7 +110,7 @@ def render_fidelity() -> str:
     )
     row = found[names[0], 3]
     taken = f"{row['samples']} ImageNet photos, a new crop each, w_ps 8, T 0.25; {row['date']}"
-    plain = "" if "wrong at 0.25" in row else "Weights are not corrected as below. "
+    plain = "" if "wrong at 0.25" in row else "Without the correction below. "
     return "\n".join([*lines, "", f"{taken}. {plain}The bank is exact. Cost of more crops:", ""])
 
 
@@ -122,9 +122,9 @@ def render_spread() -> str:
     )
     for row in rows:
         for what, title in {
-            "map": "read off the map, corrected",
-            "uncorrected": "not corrected",
-            "shifted": "ruler: the crop 2 px aside",
+            "map": "map, corrected",
+            "uncorrected": "map, not corrected",
+            "shifted": "ruler: the crop moved by 2 px",
         }.items():
             cells = (
                 f"{row[what][f'bias at {t}']:+.1%}; {row[what][f'wrong at {t}']:.1%}"
@@ -132,7 +132,7 @@ def render_spread() -> str:
             )
             lines.append(line([f"{row['detector'].upper()}, {title}", *cells]))
     count = rows[0]["map"]["samples"]
-    taken = f"{count} ImageNet photos, none of those that the correction was measured on"
+    taken = f"{count} ImageNet photos; the correction was measured on others"
     return "\n".join([*lines, "", f"{taken}; w_ps 8; {rows[0]['date']}.", ""])
 
 
@@ -156,8 +156,8 @@ def render_frames() -> str:
         )
     last = rows[-1]
     note = (
-        "Crops of 192 px beside the published crops of the source; energy and keypoints as shares "
-        "of theirs. Build and loader: processor time per image over that of 256 px (medians of "
+        "Crops of 192 px. Energy and keypoints are shares of those of the published crop; PSNR is "
+        "against it. Build and loader: processor time per image over that of 256 px (medians of "
         f"interleaved repeats). {last['images']} ImageNet photos; {last['cores']} cores of an "
         f"{last['cpu']}; {last['date']}."
     )
@@ -178,7 +178,7 @@ def render_versus() -> str:
         return f"{rate} ({times['median']:.1f})" if times else rate
 
     known = {name for name, _ in newest_of}
-    heads = ["images per second (times as published)", "no weights", "FAST", "ORB", "SIFT"]
+    heads = ["images per second (times the published rate)", "no weights", "FAST", "ORB", "SIFT"]
     columns = ("None", "fast", "orb", "sift")
     lines = table(
         heads, ([name, *(cell(name, each) for each in columns)] for name in ORDER if name in known)
@@ -200,17 +200,17 @@ def render_factors() -> str:
     """Where the gain over the published loader comes from, and the ceilings, as Markdown."""
     newest_of = _versus()
     chain = newest_of["chain", "fast"]
-    factors = ", ".join(f"{k} {chain['factors'][k]['median']:.2f}" for k in FACTORS)
-    ceilings = ", ".join(
-        f"{name} {row['images_per_s']['median']:,.0f}"
+    steps = [[name, f"{chain['factors'][name]['median']:.2f}"] for name in FACTORS]
+    steps.append(["all: product", f"{chain['product']:.1f}"])
+    steps.append(["all: measured", f"{chain['total']['median']:.1f}"])
+    ceilings = [
+        [name, f"{row['images_per_s']['median']:,.0f}"]
         for (name, _), row in newest_of.items()
         if "only" in name
-    )
-    return (
-        f"From the published FAST loader to ours from WebDataset, factor by factor: {factors}; "
-        f"product {chain['product']:.1f}, measured {chain['total']['median']:.1f}. "
-        f"Ceilings, images per second: {ceilings}.\n"
-    )
+    ]
+    heads = ["from the published FAST loader to ours (WebDataset)", "times as fast"]
+    lines = [*table(heads, steps), "", *table(["ceiling", "images per second"], ceilings)]
+    return "\n".join([*lines, ""])
 
 
 def render_meaning() -> str:
@@ -220,17 +220,17 @@ def render_meaning() -> str:
     lines = table(["100 epochs of ImageNet-1K, 16 cores, 1 GPU: hours", *ways], [])
     for row in rows:
         hours = (f"{row['hours_100_epochs'][way]:,.1f}" for way in ways)
-        wants = f"{row['recipe']}: takes {row['gpu_images_per_s']:,} images/s"
+        wants = f"{row['recipe']}: GPU {row['gpu_images_per_s']:,} images/s"
         lines.append(line([wants, *hours]))
     delivered = ", ".join(f"{k} {rows[0]['delivered_by_16_cores'][k]:,}" for k in ways)
     kinds = " or ".join(sorted({row["gpu_is"] for row in rows}))
     times, most = f"{16 / rows[0]['cores']:g}", f"{ONE_PROCESS:,}"
     lines += [
         "",
-        f"An estimate, not a measurement: the rates of {rows[0]['cores']} cores times {times} "
-        f"({delivered} images/s), and a GPU's rate that is {kinds}. WebDataset stops at {most}, "
-        "what one process gave on 16 cores (gpu.md). Raw frames are left out: two cores say "
-        "nothing of what sixteen copy from one memory.",
+        f"An estimate. Loaders: the rates of {rows[0]['cores']} cores times {times} ({delivered} "
+        f"images/s); WebDataset is limited to {most}, the rate of one process on 16 cores "
+        f"(gpu.md). GPU: {kinds}. Raw frames are left out: 2 cores do not show how fast 16 cores "
+        "copy from one memory.",
     ]
     return "\n".join([*lines, ""])
 
@@ -250,9 +250,10 @@ def render_ceiling() -> str:
     own, share = row["JPEG, own work per sample, us"]["median"], row["JPEG, own work / decode"]
     lines += [
         "",
-        f"{row['images']:,} samples, {row['cores']} cores of an {row['cpu']}; {row['date']}. All "
-        f"but decoding takes {own:.0f} us per sample, {share:.2f} of a frame's decode "
-        f"({row['decode, us']} us), and `Plan.samples` of 2,048 {row['samples of 2,048, ms']} ms.",
+        f"{row['images']:,} samples, {row['cores']} cores of an {row['cpu']}; {row['date']}. Work "
+        f"other than decoding takes {own:.0f} us per sample: {share:.2f} of the time to decode a "
+        f"frame ({row['decode, us']} us). `Plan.samples` of 2,048 takes "
+        f"{row['samples of 2,048, ms']} ms.",
     ]
     return "\n".join([*lines, ""])
 
@@ -263,7 +264,7 @@ def render_throw() -> str:
         return "Not measured yet on this machine: `make bench-throw`.\n"
     rows = list({(row["recipe"], row["device"]): row for row in kept("throw")}.values())
     heads = ["a step", "an attention pass, of an epoch", "a published run"]
-    lines = table(["time, throwing over not", *heads], [])
+    lines = table(["time with throwing / time without", *heads], [])
     for row in rows:
         for method in ("MAE", "SimMIM"):
             step, look, run = (row[method][key] for key in ("step", "look", "run"))
@@ -272,10 +273,10 @@ def render_throw() -> str:
             lines.append(line([title, extent, f"{look['median']:.2f}", f"{run['median']:.2f}"]))
     last = rows[-1]
     note = (
-        "Claimed: training time cut by nearly half. 224 px, medians of "
+        "FAMT claims that training time falls by nearly half. 224 px, medians of "
         f"{last['n']} interleaved repeats, {last['cores']} cores of an {last['cpu']}; "
-        f"{last['date']}. A published run has random masks for its first 40 epochs, of 400 (MAE) "
-        "or 200 (SimMIM)."
+        f"{last['date']}. A published run has random masks in its first 40 epochs; it has 400 "
+        "epochs (MAE) or 200 (SimMIM)."
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -295,9 +296,9 @@ def render_maps() -> str:
         )
     last = rows[-1]
     note = (
-        f"A synthetic set, {last['lookups']:,} names at random; look-ups per second of one core's "
-        "processor time, medians of 7, with the files in the page cache. Resident is all of the "
-        f"process. One core of an {last['cpu']}; {last['date']}."
+        f"A synthetic set, {last['lookups']:,} random names, files in the page cache; look-ups per "
+        "second of processor time, medians of 7. Resident: the memory of the whole process. "
+        f"One core of an {last['cpu']}; {last['date']}."
     )
     return "\n".join([*lines, "", note, ""])
 

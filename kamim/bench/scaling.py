@@ -79,7 +79,7 @@ def storage() -> str:
         lines.append([title, *(_bytes(n * size) for n in DATASETS.values())])
     lines.append(["shards of 1,000", *(f"{n // SHARD:,}" for n in DATASETS.values())])
     index = [_bytes(n * INDEX_DTYPE.itemsize) for n in DATASETS.values()]
-    lines.append([f"index.npy, {INDEX_DTYPE.itemsize} B a record", *index])
+    lines.append([f"index.npy, {INDEX_DTYPE.itemsize} B per record", *index])
     return _table("", list(DATASETS), lines)
 
 
@@ -93,7 +93,7 @@ def network() -> str:
     for row in newest("build"):
         rate = (PHOTO + size) / core_seconds(row)["whole"]
         cores = [f"{link * 1e9 / 8 / rate:,.0f}" for link in LINKS]
-        lines.append([f"cores that fill it, building {row['detector'].upper()}", *cores])
+        lines.append([f"cores that fill the link, building {row['detector'].upper()}", *cores])
     return _table("", [f"{link} Gbit/s" for link in LINKS], lines)
 
 
@@ -103,16 +103,16 @@ def driver() -> str:
     images, counts = list(DATASETS.values()), list(files.values())
     total = [n * record_bytes(1, 0) for n in images]
     rows = {
-        f"listing in memory, {ENTRY} B an input": [_bytes(n * ENTRY) for n in images],
+        f"listing in memory, {ENTRY} B per input": [_bytes(n * ENTRY) for n in images],
         "listing hashed": [_time(n * LISTING_HASH) for n in images],
         "folder listed at 1 ms per file": [_time(n * STAT) for n in images],
         "rows of finished shards in .build": [_bytes(n * BUILD_ROW) for n in images],
-        "index while publishing (parts, joined, as bytes)": [
+        "index while it is written (held three times)": [
             _bytes(3 * n * INDEX_DTYPE.itemsize) for n in images
         ],
-        f"manifest.json, {MANIFEST_ROW} B a shard": [_bytes(n * MANIFEST_ROW) for n in counts],
-        "opening: shards as objects, a process": [_bytes(n * FILE) for n in counts],
-        "opening: one stat a shard at 1 ms": [_time(n * STAT) for n in counts],
+        f"manifest.json, {MANIFEST_ROW} B per shard": [_bytes(n * MANIFEST_ROW) for n in counts],
+        "opening: shards as Python objects, per process": [_bytes(n * FILE) for n in counts],
+        "opening: one stat per shard at 1 ms": [_time(n * STAT) for n in counts],
         "opening: index hashed on one core": [
             _time(n * INDEX_DTYPE.itemsize / SHA256) for n in images
         ],

@@ -1,4 +1,4 @@
-"""Offline against online detection: all loaders on the same images and cores, in turn.
+"""Offline against online detection: all loaders on the same images and cores, interleaved.
 
 Images per second with their spread, the chain of factors between the published loader and ours, and
 each loader's share of what no loader can beat.

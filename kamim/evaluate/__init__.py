@@ -1,1 +1,1 @@
-"""What a pretrained encoder is worth: probes, neighbours, diagnostics, and exports for others."""
+"""Evaluates a pretrained encoder: probes, neighbours, diagnostics; and exports it."""

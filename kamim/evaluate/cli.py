@@ -32,19 +32,23 @@ What = Annotated[
         help="A run, checkpoint, exported or Hugging Face file or folder, timm:NAME or random:NAME."
     ),
 ]
-Train = Annotated[str, typer.Argument(help="Shards to learn on: a folder or a URL.")]
+Train = Annotated[str, typer.Argument(help="Shards to train on: a folder or a URL.")]
 Val = Annotated[str, typer.Argument(help="Shards to test on: a folder or a URL.")]
 Cache = Annotated[Path | None, typer.Option(help="Local folder for copies of shards at a URL.")]
 Block = Annotated[
-    int, typer.Option(min=0, help="Features after this block; 0: 8 of 12, a Swin's last stage.")
+    int,
+    typer.Option(
+        min=0, help="Take features after this block. 0: 8 of 12; for Swin the last stage."
+    ),
 ]
 Pool = Annotated[
-    Literal["mean", "cls"], typer.Option(help="Mean of the patch tokens, or the class token.")
+    Literal["mean", "cls"],
+    typer.Option(help="Use the mean of the patch tokens, or the class token."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder for what is kept and the result; runs/COMMAND-ENCODER by default."),
+    typer.Option(help="Folder for the result and kept features; runs/COMMAND-ENCODER by default."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -56,38 +60,47 @@ def probe(
     val: Val,
     protocol: Annotated[
         Literal["fast", "paper", "fewshot", "attentive"],
-        typer.Option(
-            help="Cached features, the published augmented recipe, 1 and 10 %, or by attention."
-        ),
+        typer.Option(help="How to probe; described above."),
     ] = "fast",
     block: Block = 0,
     pool: Pool = "mean",
     seeds: Annotated[int, typer.Option(min=1, help="Heads trained, each with its own seed.")] = 3,
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest neighbours.")] = 20,
     epochs: Annotated[
-        float, typer.Option(min=0, help="Of the head; 0: 30 fast, 110 paper, 20 attentive.")
+        float,
+        typer.Option(min=0, help="Epochs of the head. 0: 30 (fast), 110 (paper), 20 (attentive)."),
     ] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Of paper and attentive.")] = 2048,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Images per step, of paper and attentive.")
+    ] = 2048,
     lr: Annotated[
-        float, typer.Option(min=0, help="Peak rate; 0: 5e-3 paper, 1e-3 attentive; fast sweeps it.")
+        float,
+        typer.Option(
+            min=0, help="Peak learning rate. 0: 5e-3 (paper), 1e-3 (attentive); fast tries several."
+        ),
     ] = 0,
     every_block: Annotated[
-        bool, typer.Option("--every-block", help="Beside --block, each block by the fast protocol.")
+        bool, typer.Option("--every-block", help="Also probe each block by the fast protocol.")
     ] = False,
     device: Device = "auto",
     cache: Cache = None,
     out: Out = None,
     json_output: Json = False,
 ) -> None:
-    """Linear or attentive probe of frozen features, and their nearest neighbours.
+    """Linear or attentive probe of frozen features, and nearest neighbours.
 
-    fast: features are computed once and kept, learning rates are swept on a tenth of the training
-    set, no augmentation. fewshot: the same with the labels of 1 % and 10 % of the training set, as
-    many of each class, others for each seed. paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide,
-    erasing, MixUp or CutMix. attentive: one block of attention with a learned query pools the patch
-    tokens before the linear layer; random crops and flips, AdamW 1e-3 at batch 2048. Killed, the
-    same command goes on from what is finished. --every-block tells where in the encoder the
-    features are that a line can use.
+    --protocol fast: features are computed once and kept; learning rates are tried on a tenth of the
+    training set; no augmentation.
+
+    --protocol fewshot: as fast, with the labels of 1 % and 10 % of the training set: equally many
+    per class, different for each seed.
+
+    --protocol paper: AdamW 5e-3 at batch 2048, TrivialAugmentWide, erasing, MixUp or CutMix.
+
+    --protocol attentive: a block of attention with a learned query pools the patch tokens before
+    the linear layer; random crops and flips, AdamW 1e-3 at batch 2048.
+
+    If it is killed, the same command continues from what is finished.
     """
     if lr and protocol not in SUPERVISED:
         raise UserError(f"--lr is of the protocols {' and '.join(SUPERVISED)}; leave it out")
@@ -96,7 +109,7 @@ def probe(
     from shards.files import alone
     from train.probe import linear_probe, nearest_neighbours
 
-    folder, count = out or folder_for("probe", encoder), round(epochs) or 30
+    folder, count = out or folder_for("probe", encoder), max(1, round(epochs)) if epochs else 30
 
     def features(number: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
         """Of block `number`: of the set to learn on, and of that to test on."""
@@ -147,10 +160,12 @@ def finetune(
     train: Train,
     val: Val,
     recipe: Annotated[
-        Literal["kamim", "simmim"], typer.Option(help="KAMIM's, or SimMIM's with layer decay.")
+        Literal["kamim", "simmim"], typer.Option(help="KAMIM's recipe, or SimMIM's.")
     ] = "simmim",
-    epochs: Annotated[float, typer.Option(min=0, help="0: the recipe's, 100 or 110.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 2048,
+    epochs: Annotated[
+        float, typer.Option(min=0, help="Epochs. 0: as in the recipe, 100 (simmim) or 110 (kamim).")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 2048,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Decides order and augmentation.")
     ] = 0,
@@ -159,12 +174,14 @@ def finetune(
     out: Out = None,
     json_output: Json = False,
 ) -> None:
-    """Train all of an encoder with labels, and test it.
+    """Train the whole encoder with labels, and test it.
 
-    simmim: rates in proportion to the batch, 5e-3 at 2048, with layer decay; RandAugment, drop path
-    0.1. kamim: AdamW 5e-3, TrivialAugmentWide.
+    --recipe simmim: learning rate in proportion to the batch (5e-3 at 2048), layer decay,
+    RandAugment, drop path 0.1.
 
-    Killed, the same command goes on from the last finished epoch, to the same numbers.
+    --recipe kamim: AdamW 5e-3, TrivialAugmentWide.
+
+    If it is killed, the same command continues from the last finished epoch, to the same numbers.
     """
     task = _open(encoder, train, val, 0, "mean", device, cache)
     from shards.files import alone
@@ -319,20 +336,21 @@ def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> No
 @app.command()
 def analyse(
     encoders: Annotated[
-        list[str], typer.Argument(help="Encoders as for probe, then the shards: a folder or a URL.")
+        list[str],
+        typer.Argument(help="Encoders (as for probe), then the shards: a folder or a URL."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page and the figure.")] = Path(
         "runs/analysis"
     ),
-    images: Annotated[int, typer.Option(min=2, help="Frames to look at.")] = 32,
+    images: Annotated[int, typer.Option(min=2, help="Frames to analyse.")] = 32,
     cache: Cache = None,
     json_output: Json = False,
 ) -> None:
     """Attention, frequencies, tokens and reconstructions of several encoders on one page.
 
-    analysis.html has a column per encoder, on the same axes, with attention distance beside that of
-    uniform attention, tokens coloured by class, and tables; analysis.svg has all of it as one
-    figure. It warns where attention has collapsed.
+    analysis.html has one column per encoder, on the same axes: attention distance beside that of
+    uniform attention, tokens coloured by class, and tables. It warns if attention has collapsed.
+    analysis.svg has all panels as one figure.
     """
     *names, where = encoders
     if not names:

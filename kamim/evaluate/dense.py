@@ -1,4 +1,4 @@
-"""What patch tokens know of where things are: segmentation by nearest neighbours or a linear head.
+"""Segmentation from patch tokens, by nearest neighbours or a linear head.
 
 A set is a folder with images/ and masks/. The mask of images/a/b.jpg is masks/a/b.png, of one
 channel or with a palette: the class of each pixel by its number, 255 where it has none.

@@ -15,22 +15,26 @@ from train.request import check_encoders
 @app.command()
 def dense(
     encoder: What,
-    train: Annotated[Path, typer.Argument(help="Folder with images/ and masks/ to learn on.")],
+    train: Annotated[Path, typer.Argument(help="Folder with images/ and masks/ to train on.")],
     val: Annotated[Path, typer.Argument(help="Folder with images/ and masks/ to test on.")],
     by: Annotated[
-        Literal["knn", "linear"], typer.Option(help="Nearest patches, or a linear head on them.")
+        Literal["knn", "linear"],
+        typer.Option(help="Classify patches by nearest patches, or by a linear head."),
     ] = "knn",
     neighbours: Annotated[int, typer.Option(min=1, help="k of the nearest patches.")] = 20,
     block: Block = 0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Decides patches and head.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Decides the patches that are kept, and the head."),
+    ] = 0,
     device: Device = "auto",
     out: Out = None,
     json_output: Json = False,
 ) -> None:
     """Segmentation from frozen patch tokens: mean intersection over union (mIoU) on masks.
 
-    The mask of images/a/b.jpg is masks/a/b.png: the class of each pixel by its number, 255 for
-    none. Images and masks are squeezed to the encoder's size, where pixels are counted.
+    The mask of images/a/b.jpg is masks/a/b.png: the class number of each pixel, 255 for none.
+    Images and masks are squeezed to the encoder's size; mIoU is over pixels of that size.
     """
     from shards.files import alone, write_atomically
     from shards.progress import waiting

@@ -1,4 +1,4 @@
-"""A frozen encoder from whatever holds one."""
+"""Loads a frozen encoder from a run, a file, a folder or a name."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What features are worth where few images have labels: shares of a training set, by class."""
+"""Probes with few labels: a share of the training set, equally many per class."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Copying a finished set between folders and URLs.
 
-Every file is held to the manifest's sha256, and the manifest is written last. A restart copies only
-what is missing.
+Every file is checked by the manifest's sha256, and the manifest is written last. A restart copies
+only what is missing.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Where a set is written: a folder of this machine, or a store by its URL.
 
-A file is seen there whole or not at all, if the store keeps its word; docs/stores.md says which
-stores do.
+A file is visible there whole or not at all, in stores that guarantee it: see docs/stores.md.
 """
 
 import fcntl

@@ -399,7 +399,7 @@ def test_a_loky_worker_that_dies_costs_one_try(small_source, calm, tmp_path, cap
     monkeypatch.setattr(preprocess.building, "write_shard", _dies_once)
     build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 2)
     assert contents(tmp_path / "out") == calm
-    assert "a worker process died, perhaps for want of memory" in capsys.readouterr().err
+    assert "a worker process died, perhaps for lack of memory" in capsys.readouterr().err
 
 
 def test_an_engine_lost_before_it_told_of_a_shard_is_looked_for_again(

@@ -64,6 +64,16 @@ def test_transformers_loads_what_is_exported_for_it(trained, tmp_path):
     assert shape == {"height": 96, "width": 96}
 
 
+def test_an_encoder_of_other_cells_than_simmims_is_loaded_and_exported(built, tmp_path):
+    words = (*SMALL, *setting("size=80", "cell=16", "w_ps=16"), "--steps", 1)
+    pretrain(built, tmp_path / "run", *words)
+    exported(tmp_path / "run", tmp_path / "e.safetensors", "safetensors")
+    exported(tmp_path / "run", tmp_path / "timm", "timm")
+    assert {
+        load_encoder(str(tmp_path / n), CPU).size for n in ("run", "e.safetensors", "timm")
+    } == {80}
+
+
 def test_the_mean_of_the_weights_is_exported_by_an_option(trained, tmp_path):
     exported(trained, tmp_path / "plain.safetensors", "safetensors")
     exported(trained, tmp_path / "mean.safetensors", "safetensors", "--ema")

@@ -221,7 +221,7 @@ def test_ctrl_c_in_the_first_step_leaves_nothing_and_the_same_command_begins_ane
         interrupted_at(2, patch)
         with pytest.raises(Stopped):
             run(built, out, recipe)
-    assert "the same command begins anew" in capsys.readouterr().err
+    assert "the same command begins again" in capsys.readouterr().err
     assert checkpoint.newest(out / "checkpoints") is None
     assert len(run(built, out, recipe, steps=2)) == 2
 
@@ -301,7 +301,7 @@ def test_a_run_is_extended_only_when_asked_and_goes_on_to_the_last_bit(built, tm
     rates = [row["lr"] for row in read_metrics(out)]
     assert rates[15:] == [learning_rate(s, 25, 2, 1.5e-3, 1e-5, 1e-6) for s in range(15, 25)]
     said = capsys.readouterr().err
-    assert "from 15 to 25 steps: the learning rate's cosine is laid anew" in said
+    assert "extended from 15 to 25 steps: the learning rate goes from" in said
     assert f"from {rates[14]:.2e} to {rates[15]:.2e}" in said
     assert whole[:15] == short
     assert len(whole) == 25
@@ -316,7 +316,7 @@ def test_phases_of_sampling_that_would_have_begun_elsewhere_are_not_extended(tmp
     asked = Run(shards=tmp_path, out=tmp_path, recipe=TINY, resume=True, extend=True)
     then = {"recipe.epochs": 10, "recipe.random_epochs": 1.0, "recipe.refresh_epochs": 5.0}
     now = {"recipe.epochs": 20, "recipe.random_epochs": 2.0, "recipe.refresh_epochs": 10.0}
-    with pytest.raises(ValueError, match=r"its random_epochs of 1 would have been 2.*train anew"):
+    with pytest.raises(ValueError, match=r"its random_epochs of 1 would have been 2.*train again"):
         check_length(asked, then, now)
 
 

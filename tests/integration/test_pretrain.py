@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 import timm
 from safetensors.torch import load_file
 
+from shards.errors import UserError
 from shards.files import alone
 from train import checkpoint, setup
 from train.export import export
@@ -333,6 +334,8 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ({}, replace(TINY, optimizer="adahessian"), "timm has no optimizer 'adahessian'"),
         ({}, changed(TINY, ['optimizer_options={"beta": 1}']), "'adamw' cannot be made: .*'beta'"),
         ({}, replace(TINY, ema=1.0), "ema 1.0 is out of range"),
+        ({}, replace(TINY, temperature=0.0), "temperature 0.0 is not positive"),
+        ({"seed": 1 << 64}, TINY, r"seed 1.84467e\+19 is out of range; give 0 or more, below 2"),
         ({"device": "cuda:9"}, TINY, "no CUDA device"),
     ]
     for changes, recipe, words in cases:
@@ -344,6 +347,30 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
     capsys.readouterr()
     run(shards, tmp_path / "enlarged", recipe=replace(TINY, size=128, w_ps=16, epochs=0.3))
     assert "warning: frames of 120 px are enlarged for crops of 128 px" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("warmup=nan", "warmup nan is out of range; give 0 or more"),
+        ("peak=-1", "peak -1 is out of range"),
+        ("floor=inf", "floor inf is out of range"),
+        ("clip=-1", "clip -1 is out of range"),
+        ("batch=0", "batch 0 is out of range; give 1 or more"),
+        ("micro_batch=-1", "micro_batch -1 is out of range; give 0 or more"),
+        ("cell=0", "cell 0 is out of range"),
+        ("area=-1,1", "area -1 is out of range"),
+        ("area=0,1", "area 0 to 1 is out of range"),
+        ("mask_ratio=nan", "mask_ratio nan is out of range"),
+        ("random_epochs=inf", "random_epochs inf is out of range"),
+        ("decoder=12,1,0", "decoder 0 is out of range; give 1 or more"),
+        ('optimizer_options={"betas": [0.9]}', "'adamw' cannot be made"),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_one_line(word, said, shards, tmp_path):
+    with pytest.raises(UserError, match=said):
+        run(shards, tmp_path / "out", recipe=changed(TINY, [word]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_shards_are_refused_before_the_first_step(shards, tmp_path):
@@ -435,7 +462,7 @@ def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):
     damage(ShardSet(shards), 17, "frame", b"\0" * 60)
     with pytest.raises(ValueError, match="record 000000017 has a frame"):
         run(shards, tmp_path / "out")
-    run(shards, tmp_path / "skipped", skip_damaged=True)
+    run(shards, tmp_path / "skipped", skip_damaged=True, probe_every=1)
     assert read_metrics(tmp_path / "skipped")[-1]["damaged"] == 1
 
 

@@ -143,7 +143,6 @@ def test_options_that_the_pages_name_are_real():
         seen.add(command)
     assert len(seen) >= 8
     named = {option for page in pages for option in re.findall(r"`(--[a-z-]+)", page)}
-    named -= {"--missing"}  # of `make abuse`
     assert len(named) >= 15
     assert named <= set().union(*known.values()), named - set().union(*known.values())
 

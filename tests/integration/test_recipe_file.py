@@ -72,6 +72,12 @@ def test_a_file_is_a_base_and_its_changes(tmp_path):
         ('base = "small"\narea = [1]', "is no tuple"),
         ('base = "small"\n[run]\nsead = 1', r"\[run\] has no 'sead'; did you mean seed?"),
         ('base = "small"\n[run]\nseed = "1"', "seed = '1' is no int"),
+        ('base = "small"\nrun = 3', r"run = 3 is no table; write \[run\]"),
+        (
+            'base = "small"\n[run]\ndecode = "tpu"',
+            "decode = 'tpu' is unknown; there are cpu",
+        ),
+        ("base = 'small'\noptions = {x = 1979-05-27}", "nowhere"),
         ("size = 96", "names no base"),
         ("size = ", "is no sound TOML"),
         (None, "there is no recipe file"),

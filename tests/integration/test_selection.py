@@ -334,8 +334,14 @@ def test_plain_simmim_is_drawn_by_a_density_that_it_does_not_weigh_by(shards, tm
         (["select_epochs=0"], "select_epochs 0 is out of range; give one above 0"),
         (["select_power=-1"], "select_power -1 is out of range; give 0 or more"),
         (["select_by=weighted_loss", "temperature=none"], "the recipe has no weights; use loss"),
-        (["select_by=weighted_loss", "normalise=batch"], "with normalise=batch an image's weights"),
-        (["select_by=weighted_loss", "weights=shuffled"], "with weights=shuffled an image's"),
+        (
+            ["select_by=weighted_loss", "normalise=batch"],
+            "with normalise=batch the weights of an image",
+        ),
+        (
+            ["select_by=weighted_loss", "weights=shuffled"],
+            "with weights=shuffled the weights of an image",
+        ),
         (["select=0.1", "epochs=1"], "1 epochs of 4 records make no batch of 8"),
     ],
 )

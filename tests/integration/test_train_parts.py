@@ -10,9 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from shards.errors import UserError
 from train.loss import masked_l1
 from train.masking import block_masks
-from train.models import SimMIM, make_encoder, model_flops
+from train.models import MAE, SimMIM, make_encoder, model_flops
 from train.recipes import BASES, Recipe, find_recipe, recipe_names, simmim
 from train.schedule import learning_rate, temperature
 
@@ -118,7 +119,8 @@ def test_recipes_are_the_published_ones():
     assert (base.peak, base.batch, base.epochs, base.warmup) == (8e-4, 2048, 100, 10)
     assert (base.temperature, base.w_ps, base.mask_ratio, base.clip) == (0.25, 8, 0.6, 1.0)
     assert find_recipe("vit_base_simmim") == simmim(base)
-    assert find_recipe("vit_large_patch16_224").model == "vit_large_patch16_224"
+    for name in ("vit_large_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
+        assert find_recipe(name) == Recipe(model=name)
     with pytest.raises(ValueError, match="unknown recipe 'resnet'"):
         find_recipe("resnet")
 
@@ -166,7 +168,31 @@ def test_every_recipes_encoder_can_be_made_and_counts_its_operations():
         with pytest.raises(ValueError, match=words):
             make_encoder(name, 192)
     with pytest.raises(ValueError, match="no multiple of the mask cell"):
+        SimMIM("vit_tiny_patch16_224", 208)
+    with pytest.raises(ValueError, match="patches divide 200 px"):
         make_encoder("vit_tiny_patch16_224", 200)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: MAE("deit_tiny_distilled_patch16_224", 96), "has a token of distillation"),
+        (lambda: SimMIM("vit_small_patch16_rope_224", 96), "take more than tokens"),
+        (lambda: MAE("vit_small_patch16_rope_ape_224", 96), "take more than tokens"),
+        (lambda: MAE("vit_tiny_patch16_224", 96, decoder=(12, 1, 5)), "no 5 equal heads"),
+        (lambda: SimMIM("vit_tiny_patch16_224", 96, {"foo": 1}), "with {'foo': 1}: .*'foo'"),
+        (lambda: SimMIM("vit_tiny_patch16_224", 96, {"num_heads": 0}), "with {'num_heads': 0}"),
+    ],
+)
+def test_an_encoder_that_cannot_serve_is_one_line(made, words):
+    with pytest.raises(UserError, match=words):
+        made()
+
+
+def test_an_encoder_may_have_no_bias_of_patches():
+    small = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = SimMIM("vit_base_patch16_clip_224", 32, small)
+    assert model(torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 1, dtype=torch.bool)).shape[1] == 3
 
 
 def test_two_images_can_be_learned_by_heart():
