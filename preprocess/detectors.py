@@ -206,11 +206,16 @@ def check_detector(settings: Detector) -> None:
     if not settings.has_keypoints:
         frequency.check_options(settings)
         return
+    name, chosen = settings.name, settings.options
+    if chosen.get("nlevels") == 0:  # OpenCV dies of it
+        raise UserError(f"{name}.nlevels=0 is out of range; give 1 or more")
     try:
         detect(settings, np.zeros((192, 192), np.uint8))
-    except cv2.error as error:
-        name, chosen = settings.name, settings.options
-        raise UserError(f"OpenCV refuses {name} with {chosen}: {error.err}") from None
+    except UserError:
+        raise
+    except (cv2.error, ValueError, OverflowError) as error:  # of what C's numbers cannot hold
+        words = getattr(error, "err", error)
+        raise UserError(f"OpenCV refuses {name} with {chosen}: {words}") from None
 
 
 def detect(detector: Detector, pixels: NDArray[np.uint8], crop: int = 0) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ from preprocess.source import Entry, Source
 from shards.errors import UserError
 from shards.files import write_atomically
 from shards.progress import progress
+from shards.report import spread
 from shards.spec import Detector, Edge, as_json, detector_of, fingerprint, plain
 
 WHOLE, WINDOW = 320, 192  # px
@@ -38,7 +39,7 @@ def measure_edge(
 
     Raises UserError if too few can be read, or if it finds nothing on them.
     """
-    picked = np.unique(np.linspace(0, len(source.entries) - 1, samples).astype(int)).tolist()
+    picked = spread(len(source.entries), samples)
     bare, work = replace(source, entries=[], classes=[]), joblib.delayed(_profiles)
     tasks = (work(bare, source.entries[n], detector, mark) for n in picked)
     found = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)

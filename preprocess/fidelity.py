@@ -24,6 +24,7 @@ from shards.html import heat
 from shards.index import places_of
 from shards.progress import progress
 from shards.record import DENSITY, WEIGHTS
+from shards.report import spread
 from shards.rng import Purpose
 from shards.spec import BANK_CELL
 
@@ -73,7 +74,7 @@ def measure_fidelity(
         raise UserError(f"w_ps {w_ps} is no multiple of {BANK_CELL} that divides {settings.crop}")
     if source.description()["sha256"] != records.manifest.source["sha256"]:
         raise UserError(f"{source.root} is not what {records.folder} was built from; name that")
-    numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist()
+    numbers = spread(len(records), samples)
     work, part = joblib.delayed(_densities), w_ps // BANK_CELL
     tasks = (work(*looked_up(records, source, n), settings, seed, part) for n in numbers)
     found = joblib.Parallel(n_jobs=jobs or joblib.cpu_count(), return_as="generator")(tasks)

@@ -14,6 +14,7 @@ from preprocess.source import Source
 from shards import Record, ShardSet
 from shards.errors import UserError
 from shards.record import equal
+from shards.report import spread
 
 
 def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -> list[str]:
@@ -29,8 +30,8 @@ def redetect_maps(records: ShardSet, source: Source | None, samples: int = 64) -
             "redetect needs the pixels that detection ran on: give the source of these shards by "
             "--source (sets built with --detect-on frame and without a bank need none)"
         )
-    numbers = np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist()
-    found = (_differences(records, records[n], source if needs_source else None) for n in numbers)
+    used = source if needs_source else None
+    found = (_differences(records, records[n], used) for n in spread(len(records), samples))
     return [line for lines in found for line in lines]
 
 

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -28,7 +29,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     path, (_, arrays) = folder / INDEX, places_of(manifest)
     check_size(path, manifest.index.bytes)
     check_sha256(path, manifest.index.sha256)
-    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    index = mapped(path)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
         raise UserError(
             f"{path} is damaged: {index.dtype} {index.shape} for {manifest.count} records"
@@ -42,6 +43,16 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
                     f"{path} has a record of {shard.name} that cannot lie in it; {mending(path)}"
                 )
     return index
+
+
+def mapped(path: Path) -> Any:
+    """The .npy file `path`, memory-mapped. Raises UserError if it is none."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception:  # NumPy would say how to load what may run code
+        raise UserError(f"{path} is damaged: it is no array; {mending(path)}") from None
 
 
 def places_of(manifest: Manifest) -> tuple[dict[str, tuple[Array, int]], int]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.files import check_sha256, check_size
+from shards.index import mapped
 from shards.record import npy_bytes
 from shards.spec import File, Manifest, write_file
 
@@ -76,7 +77,7 @@ class Names:
         for file in manifest.names:
             check_size(folder / file.name, file.bytes)
             check_sha256(folder / file.name, file.sha256)
-        keys = np.load(folder / KEYS, mmap_mode="r", allow_pickle=False)
+        keys = mapped(folder / KEYS)
         whole = keys.dtype == np.uint64 and keys.ndim == 2 and len(keys) == 3 and keys.size
         most = manifest.count, manifest.names[0].bytes  # of a record, of a place in the text
         if not whole or any(keys[n + 1].max() >= most[n] for n in (0, 1)):

@@ -52,7 +52,7 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
     if not temperature > 0:
         raise UserError(f"temperature {temperature} is not positive; the published one is 0.25")
     manifest = records.manifest
-    measured = [records[n].maps for n in _spread(len(records), 512)]
+    measured = [records[n].maps for n in spread(len(records), 512)]
     cells = crop // w_ps
     parts = [
         _facts(manifest),
@@ -75,14 +75,14 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         f"weights, of {cells} x {cells} cells, are those that this run reads for it: how often "
         "over the least one a cell's error counts in the loss.</p>"
     )
-    for n in _spread(len(records), samples):
+    for n in spread(len(records), samples):
         parts.append(_card(records[n], n, manifest, cells, temperature))
     return page(records.folder.name, parts, STYLE)
 
 
-def _spread(count: int, samples: int) -> list[int]:
-    numbers = np.linspace(0, count - 1, min(samples, count)).astype(int)
-    return [int(number) for number in np.unique(numbers)]
+def spread(count: int, samples: int) -> list[int]:
+    """Up to `samples` of the numbers 0 to count - 1, spread evenly."""
+    return np.unique(np.linspace(0, count - 1, min(samples, count)).astype(int)).tolist()
 
 
 def _facts(manifest: Manifest) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from shards import ShardSet, crop_frames, decode_frame
 from shards.html import page, table, text
 from shards.progress import waiting
+from shards.report import spread
 from train import checkpoint
 from train.charts import COLOURS, WIDTH, Line, chart, grid, scatter, svg, words
 from train.diagnosis import diagnose
@@ -40,11 +41,6 @@ STYLE = """.panels{display:grid;gap:.8rem}.panels figcaption{font-weight:600}
 pre{overflow-x:auto;user-select:all;font-size:12px}summary{cursor:pointer}"""
 
 
-def spread(records: ShardSet, count: int) -> list[int]:
-    """The numbers of `count` records, spread over the set."""
-    return np.unique(np.linspace(0, len(records) - 1, count).astype(int)).tolist()
-
-
 def of_classes(records: ShardSet, count: int) -> tuple[list[int], list[int], list[str]]:
     """(numbers of about `count` records, group of each, names of groups): as many of each of up to
     CLASSES classes; of a set without classes, CLASSES records by their sources' names.
@@ -52,10 +48,10 @@ def of_classes(records: ShardSet, count: int) -> tuple[list[int], list[int], lis
     labels, classes = records.index["label"].astype(int), records.manifest.classes
     there = np.unique(labels[(labels >= 0) & (labels < len(classes))])
     if len(there) < 2:
-        numbers = spread(records, CLASSES)
+        numbers = spread(len(records), CLASSES)
         named = [records[n].source or f"record {records[n].key}" for n in numbers]
         return numbers, list(range(len(numbers))), named
-    shown = there[np.unique(np.linspace(0, len(there) - 1, CLASSES).astype(int))]
+    shown = there[spread(len(there), CLASSES)]
     numbers, groups = [], []
     for group, label in enumerate(shown):
         mine = np.flatnonzero(labels == label)[: max(1, count // len(shown))]
@@ -128,7 +124,7 @@ def analyse(
     for number, (title, encoder) in enumerate(encoders.items(), start=1):
         which = f"{title} ({number} of {len(encoders)})"
         with waiting(f"{which}: attention"):
-            images = images_of(records, encoder.size, spread(records, count))
+            images = images_of(records, encoder.size, spread(len(records), count))
             rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
         found[title] = {"blocks": rows}
         if rows and max(row["nmi"] for row in rows) < COLLAPSED:

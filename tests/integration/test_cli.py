@@ -53,6 +53,8 @@ def kamim(*arguments):
         (["--detector-option", "fast.treshold=3"], "no option 'treshold'; it has threshold"),
         (["--detector-option", "fast.threshold=many"], "'many' is no int"),
         (["--detector-option", "orb.nfeatures=9"], "not DETECTOR.OPTION=VALUE"),
+        (["--detector-option", "fast.threshold=99999999999"], "OpenCV refuses fast with"),
+        (["--detector", "orb", "--detector-option", "orb.nlevels=0"], "orb.nlevels=0"),
         (["--detector", "sift", "--detector-option", "sift.sigma=nan"], "finite"),
         (
             ["--frame", "0"],
