@@ -73,13 +73,15 @@ def _loky(jobs: int, work: Callable[..., Any], tasks: Tasks, scratch: Path) -> R
         return_as="generator_unordered",
         temp_folder=str(scratch),  # or a killed build leaves folders in shared memory for good
     )
-    results = pool(joblib.delayed(work)(*task) for task in tasks)
-    try:
-        yield from results
-    except joblib.externals.loky.process_executor.TerminatedWorkerError:
-        raise Lost("a worker process died, perhaps for lack of memory (fewer --jobs)") from None
-    finally:
-        results.close()  # ends the workers' tasks when we were stopped in the middle
+    with ExitStack() as stack:
+        try:
+            results = pool(joblib.delayed(work)(*task) for task in tasks)
+            stack.callback(results.close)  # ends the workers' tasks when we are stopped midway
+            yield from results
+        except joblib.externals.loky.process_executor.TerminatedWorkerError:
+            raise Lost("a worker process died, perhaps for lack of memory (fewer --jobs)") from None
+        except UnboundLocalError as error:  # joblib 1.6, when the system lets no worker start
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _dask(scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:

@@ -1,5 +1,6 @@
 """Engines that run a build, the real ones: same bytes, workers and schedulers killed, refusals."""
 
+import errno
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, contents, settings
@@ -431,3 +433,22 @@ def _dies_once(job, number, entries):
         else:
             os._exit(9)
     return write_shard(job, number, entries)
+
+
+def test_a_worker_that_the_system_does_not_let_start_is_said_as_the_system_says_it(
+    small_source, tmp_path, monkeypatch
+):
+    """joblib 1.6 then trips over what it never opened: a name that has no value."""
+    from joblib.externals import loky
+    from joblib.externals.loky.backend import popen_loky_posix
+
+    def pipe():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    loky.get_reusable_executor().shutdown()
+    monkeypatch.setattr(popen_loky_posix, "os", SimpleNamespace(**vars(os) | {"pipe": pipe}))
+    with pytest.raises(OSError, match="Too many open files"):
+        build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 2)
+    monkeypatch.undo()
+    build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 2)
+    assert not verify_shards(tmp_path / "out", "decode")

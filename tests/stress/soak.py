@@ -110,7 +110,8 @@ def left(arena: Path, shared: set[str], temporary: set[str]) -> Case:
     """What lies around after it: in shared memory, temporary folders and outputs."""
     case = Case("soak", "left in /dev/shm, temporary folders and outputs")
     there = files_in(SHARED) - shared
-    semaphores = {name for name in there if "loky-" in name}
+    # The system's own, while it makes one, begin with sem. and have no name yet.
+    semaphores = {name for name in there if "loky-" in name or name.startswith("sem.")}
     case.trial(f"shared memory: {sorted(there - semaphores)}" if there - semaphores else "")
     found = files_in(arena / "tmp") - temporary
     case.trial(f"temporary: {sorted(found)[:5]}" if found else "")
