@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kamim.evaluate.augment import Augment, augment, mixed
 from shards import Plan, ShardSet, Windows
 from shards.errors import UserError
+from shards.files import sweep
 from shards.progress import progress
 from shards.rng import Purpose, mix
 from shards.spec import AREA
@@ -354,6 +355,7 @@ def train_supervised(
 def _restore(out: Path, facts: dict[str, Any], model: nn.Module, optimizer: Any) -> int:
     path = checkpoint.newest(out / "checkpoints")
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     if path is None:
         trim(out, 0)
         return 0

@@ -278,7 +278,10 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
     monkeypatch.setattr(kamim.evaluate.supervised, "augmented", killed)
     with pytest.raises(KeyboardInterrupt):
         supervised(labelled, tmp_path / "parts", 2, frozen, pool=pool)
+    left = tmp_path / "parts" / "metrics.jsonl.0123456789ab.tmp"  # killed while rows were trimmed
+    left.touch()
     again = supervised(labelled, tmp_path / "parts", 2, frozen, pool=pool)
+    assert not left.exists()
     assert seen[5:7] == [5, 4]  # it goes on after the first epoch's four steps
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="holds another run"):
@@ -434,6 +437,7 @@ def test_commands_killed_again_and_again_end_with_the_numbers_of_a_calm_run(
         process.wait()
     assert midway > 0
     assert typed_into(out) == calm
+    assert not [*out.rglob("*.tmp")]
 
 
 def resigned(folder, index):

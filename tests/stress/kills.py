@@ -189,7 +189,7 @@ def kill(job: Job, arena: Path, kills: int, seed: int) -> Case:
         midway += any(out.iterdir()) and not (out / job.done).exists() if out.exists() else False
         flaw = finish(start(job, out, arena))
         if not flaw and call(job.digest, str(out), log=log) != wanted:
-            flaw = f"killed and resumed, its result differs; kept in {_keep(out, arena)}"
+            flaw = f"killed and resumed, its result differs; kept in {keep(out, arena)}"
         case.trial(flaw)
     case.note = f"{midway} midway; {lasts:.1f} s left in peace"
     return case
@@ -211,7 +211,7 @@ def strike(processes: list[Process], alone: bool) -> bool:
     return alive
 
 
-def _keep(out: Path, arena: Path) -> Path:
+def keep(out: Path, arena: Path) -> Path:
     """`out` moved aside, to be looked at."""
     number = len(list(arena.glob("lost-*")))
     return Path(shutil.move(out, arena / f"lost-{number}"))

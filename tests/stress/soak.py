@@ -23,7 +23,7 @@ from stress.cases import Case
 from stress.faults import _through, again, calm
 from stress.forked import behind, call, spawn
 from stress.inputs import resident
-from stress.kills import Job, jobs, start, strike, warm_up
+from stress.kills import Job, jobs, keep, start, strike, warm_up
 
 MINUTES = 60
 GROWTH = 24  # MB that the long process may have at its end beyond what it had after two rounds
@@ -65,7 +65,7 @@ def one(job: Job, wanted: Any, lasts: float, arena: Path, rng: random.Random) ->
     time.sleep(rng.uniform(0, lasts))
     strike(processes, job.workers and rng.random() < 0.5)
     flaw = again(job, out, arena, wanted)
-    return f"{job.name}, killed: {flaw}" if flaw else ""
+    return f"{job.name}, killed: {flaw}; kept in {keep(out, arena)}" if flaw else ""
 
 
 def long_process(arena: Path, until: float) -> None:
