@@ -69,7 +69,7 @@ def sized(settings: Settings, source: Source) -> Settings:
 def build(
     source: str,
     out: Path | str,
-    detectors: Sequence[str] = ("fast",),
+    detectors: str | Sequence[str] = ("fast",),
     *,
     split: str = "",
     partial: bool = False,
@@ -85,8 +85,8 @@ def build(
     manifest.
 
     source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH; split and
-    partial as open_source. detectors: by name, with OpenCV's defaults. settings: fields of
-    shards.Settings; frame=0 stores densities alone. The rest as build_shards, whose errors are
+    partial as open_source. detectors: one or more, by name, with OpenCV's defaults. settings:
+    fields of shards.Settings; frame=0 stores densities alone. The rest as build_shards, whose errors are
     raised; UserError also for a setting that there is not, or that is out of its range.
     """
     known = {field.name for field in fields(Settings)} - {"detectors"}
@@ -94,6 +94,7 @@ def build(
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
         raise UserError(f"there is no setting {name!r}{hint}")
+    detectors = (detectors,) if isinstance(detectors, str) else detectors
     if not detectors or len(set(detectors)) < len(detectors):
         raise UserError(f"detectors {', '.join(detectors) or '()'}: name one or more, each once")
     if jobs < 0:

@@ -66,8 +66,8 @@ def crop_boxes(
     fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
     first = fits.argmax(axis=0)[None]
     tall, wide = (np.take_along_axis(x, first, axis=0)[0] for x in (tall, wide))
-    centred_tall = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
-    centred_wide = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
+    centred_tall = np.clip(np.rint(widths / ratio[0]), 1, heights).astype(np.int64)
+    centred_wide = np.clip(np.rint(heights * ratio[1]), 1, widths).astype(np.int64)
     found = fits.any(axis=0)
     tall, wide = np.where(found, tall, centred_tall), np.where(found, wide, centred_wide)
     top = np.floor(u[-4] * (heights - tall + 1)).astype(np.int64)
@@ -136,7 +136,7 @@ def read_map(
     """Mean density of each of `cells` x `cells` parts of a box, float64 [cells, cells], 0 to 1.
 
     `density` is uint8 [G, G] over the unit square; `box` is (top, left, height, width) in it;
-    `visible` is float64 [cells] of shards.visibility.visible_cells.
+    `visible` is float64 [cells], as visible_cells gives it.
     """
     grid = density.shape[0]
     integral = np.zeros((grid + 1, grid + 1))

@@ -120,7 +120,9 @@ class WeightedCrops(nn.Module):
             least = _between(self.least, density.flatten(1).amin(1))
             density = _between(self.likely, density)
             return loss_weights(density, self.temperature, self.normalise, least)
-        if self.rule is not None and images is not None:
+        if self.rule is not None:
+            if images is None:
+                raise UserError("the weights are by a rule, which needs the images of the crops")
             return self.rule(density, images, batch)
         return loss_weights(density, batch.get("temperature", self.temperature), self.normalise)
 

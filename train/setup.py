@@ -234,8 +234,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether SimMIM lets the weight of `parameter` decay."""
-    return parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "bias_table"))
+    """Whether SimMIM lets the weight of `parameter` decay. Its mask token is [1, 1, d]; ours [d]."""
+    matrix = parameter.ndim > 1 or name.endswith("mask_token")
+    return matrix and not name.endswith(("pos_embed", "cls_token", "bias_table"))
 
 
 def check(run: Run, records: Records, process: Process) -> WeightedCrops:

@@ -326,6 +326,7 @@ def test_a_set_without_a_bank_says_how_to_add_one(folder, tmp_path):
         ({"shard_size": -1}, "shard_size -1 is out of range"),
         ({"gird": 48}, "there is no setting 'gird'; did you mean grid"),
         ({"detectors": ("superpoint",)}, "unknown detector 'superpoint'; there are fast, orb"),
+        ({"detectors": "superpoint"}, "unknown detector 'superpoint'; there are fast, orb"),
         ({"detectors": ()}, "name one or more, each once"),
         ({"detectors": ("fast", "fast")}, "detectors fast, fast: name one or more, each once"),
         ({"jobs": -1}, "jobs -1 is out of range"),

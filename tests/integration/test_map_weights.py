@@ -17,6 +17,7 @@ from preprocess.fidelity import weighing
 from shards import Plan, Settings, ShardSet, WeightedCrops
 from shards.correction import AT, SPREADS, STEPS, correction, expected
 from shards.crops import weights
+from shards.errors import UserError
 from shards.weighting import _between
 
 
@@ -137,6 +138,8 @@ def test_crops_are_weighed_by_the_correction_and_without_it_as_published(demo, w
         choose = {"size": 192, "w_ps": w_ps, "temperature": 0.1}
         plain = WeightedCrops(demo, name, **choose, rule=lambda density, *_: density)
         density = plain.weigh(batch, torch.empty(0)).double().numpy()
+        with pytest.raises(UserError, match="by a rule, which needs the images of the crops"):
+            plain.weigh(batch)
         weigh = weighing(detector, settings, w_ps)
         found = WeightedCrops(demo, name, **choose).weigh(batch).numpy()
         as_it_is = WeightedCrops(demo, name, **choose, correct=False).weigh(batch).numpy()

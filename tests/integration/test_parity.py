@@ -4,6 +4,7 @@ docs/parity.md says which line of it each of these tests holds.
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from train.models import MAE, SimMIM, make_model
 from train.recipes import find_recipe
 from train.schedule import learning_rate
 from train.setup import clipped
+from train.setup import parameter_groups as pretrain_groups
 
 CPU = torch.device("cpu")
 SWIN = "swin_tiny_patch4_window7_224"
@@ -343,6 +345,18 @@ def test_maes_forward_pass_is_that_of_its_equations():
     out = layers(whole, model.decoder, model.norm) @ model.head.weight.T + model.head.bias
     wanted = torch.stack([each[1:][gone] for each, gone in zip(out, masked, strict=True)])
     torch.testing.assert_close(model(images, masked, visible), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_without_decay_all_what_decays_is_simmims():
+    """SimMIM optimizer.py: no vectors, positions or class token; its mask token is [1, 1, d]."""
+    recipe = replace(find_recipe("small"), decay_all=False)
+    model = make_model(recipe)
+    decayed, free = pretrain_groups(model, recipe)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert "mask_token" in {names[each].rpartition(".")[2] for each in decayed["params"]}
+    kept = {names[each] for each in free["params"]}
+    assert {"pos_embed", "cls_token"} <= {name.rpartition(".")[2] for name in kept}
+    assert all(p.ndim == 1 or names[p].endswith(("pos_embed", "cls_token")) for p in free["params"])
 
 
 def test_kamim_lets_all_parameters_decay():

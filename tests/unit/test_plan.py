@@ -253,6 +253,13 @@ def test_boxes_follow_torchvisions_rule(height, width, epoch, sample):
         assert flip.tolist() == [u[-2] < 0.5, u[-1] < 0.5]
 
 
+def test_a_box_has_a_pixel_at_least():
+    ones = np.ones(4, np.int64)
+    for ratio in ((3, 4), (1 / 4, 1 / 3)):
+        boxes, _ = Plan(4, 4, ratio=ratio).boxes(ones, np.arange(4), ones, ones)
+        np.testing.assert_array_equal(boxes, [[0, 0, 1, 1]] * 4)
+
+
 def test_boxes_are_distributed_as_torchvisions():
     torch = pytest.importorskip("torch")
     v2 = pytest.importorskip("torchvision.transforms")
