@@ -86,8 +86,8 @@ def build(
 
     source: a folder, tar or URL of class folders, or a dataset as NAME or NAME:PATH; split and
     partial as open_source. detectors: one or more, by name, with OpenCV's defaults. settings:
-    fields of shards.Settings; frame=0 stores densities alone. The rest as build_shards, whose errors are
-    raised; UserError also for a setting that there is not, or that is out of its range.
+    fields of shards.Settings; frame=0 stores densities alone. The rest as build_shards, whose
+    errors are raised; UserError also for a setting that there is not, or that is out of its range.
     """
     known = {field.name for field in fields(Settings)} - {"detectors"}
     for name in settings.keys() - known:

@@ -234,7 +234,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether SimMIM lets the weight of `parameter` decay. Its mask token is [1, 1, d]; ours [d]."""
+    """Whether SimMIM lets the weight of `parameter` decay; its mask token is no vector."""
     matrix = parameter.ndim > 1 or name.endswith("mask_token")
     return matrix and not name.endswith(("pos_embed", "cls_token", "bias_table"))
 
