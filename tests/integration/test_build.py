@@ -17,10 +17,12 @@ from conftest import REPOSITORY, contents, settings
 import preprocess
 import shards
 from preprocess import BuildError, build_shards, open_source
-from preprocess.building import shard_size_for
+from preprocess.building import shard_size_for, sized
 from preprocess.repair import repair_shards
+from preprocess.source import Source
 from shards import ShardSet
 from shards.beton import convert_to_ffcv
+from shards.progress import progress
 from shards.remote.place import Place
 from shards.verification import verify_shards
 
@@ -144,7 +146,15 @@ def test_a_restart_does_only_what_is_missing(small_source, tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"settings\.quality is \d+ there, 50 here"):
         build_shards(source, out, settings(quality=50), jobs=1)
     written.clear()
+    shown = []
+
+    def bar(title, total, initial):
+        shown.append((title, total, initial))
+        return progress(title, total, initial=initial)
+
+    monkeypatch.setattr(preprocess.building, "progress", bar)
     build_shards(source, out, settings(), jobs=1)
+    assert shown == [("building", 40, 20)]
     assert written == [1, 6, 7, 8, 9]
     assert verify_shards(out, "decode") == []
     written.clear()
@@ -346,6 +356,9 @@ def test_marks_and_detector_options_change_the_maps(small_source, tmp_path):
 
 def test_shard_sizes_share_out_small_sources_and_stay_at_a_thousand():
     assert [shard_size_for(n) for n in (1, 800, 50_000, 1_281_167)] == [16, 16, 781, 1000]
+    chosen, many = settings(shard_size=0), Source("folder", "", range(1_281_167), [])
+    assert sized(chosen, many).shard_size == 1000
+    assert sized(replace(chosen, frame=0, quality=0), many).shard_size == 10_000
 
 
 def damage(out, name):

@@ -476,6 +476,8 @@ def test_counts_far_from_those_published_are_refused(nobodys, monkeypatch):
             continue
         with pytest.raises(ValueError, match=r"name where all of it lies, .*--partial") as caught:
             open_source(f"cifar10:{place}", "test")
+        with pytest.raises(ValueError, match="--partial"):
+            shards.build(f"cifar10:{place}", nobodys / "out", split="test")
         found = f"{place} holds {count} images of {len(classes)} classes"
         assert f"{found}, and cifar10 (split test) has 100 images of 10" in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -112,7 +112,7 @@ def test_crops_of_frames_that_the_device_decodes_are_timed_beside_the_threads(be
     rows = {("decode", "nvJPEG, 64 at once"): row, ("decode", "weighted crops"): row}
     lines = gpu_page.TABLES["decode"](rows)
     assert len([line for line in lines if line.startswith("|")]) == 3
-    assert lines[-1].startswith("Weighted crops of what it decodes")
+    assert lines[-1].startswith("Weighted crops from frames decoded on the GPU")
 
 
 def test_a_set_is_as_large_as_it_is_asked_to_be(bench):

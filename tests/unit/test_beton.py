@@ -69,7 +69,7 @@ def test_skipping_refuses_an_ffcv_set(converted, tmp_path):
     pytest.importorskip("torch")
     from test_pretrain import run
 
-    with pytest.raises(ValueError, match="--on-error skip needs WebDataset"):
+    with pytest.raises(ValueError, match="--on-error skip needs tars"):
         run(converted, tmp_path / "run", skip_damaged=True)
 
 
