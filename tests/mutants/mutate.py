@@ -57,7 +57,8 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "preprocess/shard.py": "unit/test_settings unit/test_record unit/test_densities "
     "integration/test_build "
     "integration/test_backends::test_what_a_worker_says_is_looked_at",
-    "preprocess/building.py": "integration/test_build integration/test_maps",
+    "preprocess/building.py": "integration/test_build integration/test_maps "
+    "integration/test_datasets::test_counts_far_from_those_published_are_refused",
     "train/loss.py": "integration/test_train_parts integration/test_method "
     "integration/test_figures",
     "train/masking.py": "integration/test_train_parts integration/test_method "
