@@ -81,10 +81,10 @@ class Saver:
         return time.monotonic() - self.saved >= self.seconds
 
     def save(
-        self, step: int, state: dict[str, Any], after: Callable[[], object] = lambda: None
+        self, step: int, state: dict[str, Any], first: Callable[[], object] = lambda: None
     ) -> None:
         """Have `state` written as the checkpoint after `step` steps, once the one before is
-        written. Then `after` is called.
+        written. `first` is called before: a run killed in it comes here again.
         """
         self.wait()
         self.saved, cuda = time.monotonic(), self.device.type == "cuda"
@@ -96,8 +96,10 @@ class Saver:
                 copied.synchronize()
             if self.rows:
                 sync(self.rows)
-            path = save(self.folder, step, self._copy)
-            after()
+            try:
+                first()
+            finally:  # even if its disk is full
+                path = save(self.folder, step, self._copy)
             return path
 
         self._writing = self._pool.submit(write)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.files import write_atomically
+from shards.files import sweep, write_atomically
 from shards.html import encoded, heat
 from train.models import MEAN, STD, Cells, in_bf16
 from train.page import GIVEN, pictures_of, write_page
@@ -79,6 +79,7 @@ class Followed:
     ) -> None:
         self.folder, self.images, self.cells = pictures_of(run), images, cells
         self.folder.mkdir(exist_ok=True)
+        sweep(self.folder)
         seen, _ = reconstructed(model, images, cells)
         strips = {"crop": _pixels(images), "visible": _pixels(seen)}
         if weights is not None:

@@ -126,9 +126,24 @@ def test_pictures_at_every_save_change_no_loss_and_are_alike_after_a_stop(
     assert len(list(one.glob("step-*"))) == 15
 
 
-def test_the_checkpoint_is_there_before_the_page(shards, tmp_path, monkeypatch):
-    """A page that cannot be written costs no step that was saved."""
+def test_a_kill_between_picture_and_checkpoint_costs_neither(shards, tmp_path, monkeypatch):
+    """A picture came after its checkpoint, and a kill in between lost it, and left half of it."""
+    run(shards, tmp_path / "run", save_every=5, steps=5)
+    left = tmp_path / "run" / "pictures" / "step-00000010.jpg.0123456789ab.tmp"
+    left.touch()
+    drawn, save = [], checkpoint.save
 
+    def saving(folder, step, state):
+        drawn.append((folder.parent / "pictures" / f"step-{step:08d}.jpg").exists())
+        return save(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    run(shards, tmp_path / "run", save_every=5, resume=True)
+    assert drawn == [True, True]
+    assert not left.exists()
+
+
+def test_a_page_that_cannot_be_written_costs_no_checkpoint(shards, tmp_path, monkeypatch):
     def full(run):
         raise OSError(28, "No space left on device", str(run))
 
