@@ -81,7 +81,7 @@ doctor: $(VENV)/core  ## Say what is missing, and what to type.
 test: $(VENV)/test  ## Run the tests (about eight minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/test  ## Run the long tests and the README's commands (about seven minutes).
+test-slow: $(VENV)/test  ## Run the long tests and the README's commands (about nine minutes).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 .PHONY: test-all
