@@ -10,14 +10,16 @@ import sys
 
 import archives
 import pytest
-from archives import picture, tar_bytes
+from archives import tar_bytes
 from conftest import contents
 from stores import free_ports, serving
 
 pytest.importorskip("aiohttp")
+
+from test_remote import MEMBERS, tars_of
+
 pytestmark = pytest.mark.slow
 
-MEMBERS = [(f"{c}/{n}.jpg", picture(n)) for n, c in enumerate("aabbbcc")]
 NGINX = """
 daemon off; master_process off; pid {state}/pid; error_log stderr; events {{}}
 http {{
@@ -72,10 +74,6 @@ def build(source, out, check=True):
     return run("-m", "kamim", "shards", "build", source, out, *line, check=check)
 
 
-def tars(folder):
-    return {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """What is served: photographs, a tar of them, and the set that is built of it."""
@@ -101,7 +99,7 @@ def test_what_it_serves_is_what_the_folder_holds(server, root, tmp_path, monkeyp
         assert contents(tmp_path / "of-tar") == contents(root / "set")
         build(f"{url}/photos", tmp_path / "of-folder")
         build(root / "photos", tmp_path / "of-local-folder")
-        assert tars(tmp_path / "of-folder") == tars(tmp_path / "of-local-folder")
+        assert tars_of(tmp_path / "of-folder") == tars_of(tmp_path / "of-local-folder")
         there = run("-c", BATCHES, f"{url}/set", tmp_path / "cache")
         assert there.stdout == run("-c", BATCHES, root / "set").stdout
 
