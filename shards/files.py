@@ -116,18 +116,22 @@ def naming_if_full(folder: Path) -> Iterator[None]:
 
 
 def check_sha256(
-    path: Path, expected: str, told: Callable[[int], object] = lambda count: None
+    path: Path,
+    expected: str,
+    told: Callable[[int], object] = lambda count: None,
+    name: Path | str | None = None,
 ) -> None:
     """Raise UserError unless `path` can be read and its sha256 (hex) is `expected`; `told` as in
-    sha256_of.
+    sha256_of. `name`: what the error calls it.
     """
+    name = name or path
     try:
         actual = sha256_of(path, told)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {mending(path)}") from None
+        raise UserError(f"{name} cannot be read ({error.strerror}); {mending(path)}") from None
     if actual != expected:
         raise UserError(
-            f"{path} is damaged: its sha256 is {actual[:12]}..., the manifest says "
+            f"{name} is damaged: its sha256 is {actual[:12]}..., the manifest says "
             f"{expected[:12]}...; {mending(path)}"
         )
 

@@ -75,10 +75,15 @@ def planned(
     return Batch(step, frames[:count], maps, labels, samples, epochs, boxes, flips, counts), rows
 
 
-def check_plan(records: Records, plan: Plan, first: int = 0, last: int = 0) -> None:
-    """Raise UserError unless the plan is for the records, and has steps `first` to `last`."""
+def check_steps(first: int, last: int) -> None:
+    """Raise UserError unless there can be steps `first` to `last`."""
     if not 0 <= first <= last:
         raise UserError(f"there are no steps {first} to {last}; give 0 <= first <= last")
+
+
+def check_plan(records: Records, plan: Plan, first: int = 0, last: int = 0) -> None:
+    """Raise UserError unless the plan is for the records, and has steps `first` to `last`."""
+    check_steps(first, last)
     if plan.count != len(records):
         raise UserError(f"the plan is for {plan.count} samples, the set has {len(records)}")
     orders = plan.mixture.orders if plan.mixture else []
@@ -95,7 +100,8 @@ class Loader:
     maps. With `coded`, frames stay JPEG files. `allocate(shape)` gives a uint8 buffer (pinned,
     say); with `shared`, buffers are in it and workers are processes. Memory: prefetch + 1 batches.
     With `skip`, a record that does not decode is replaced by the next sample and noted in
-    `damaged`; otherwise it raises UserError, naming shard and key.
+    `damaged`; otherwise it raises UserError, naming shard and key. One iterator at a time: the
+    first batch of another raises UserError.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class Loader:
             raise UserError(f"workers {workers} is out of range; give 0 (one per core) or more")
         self.records, self.plan, self.skip, self.ends = records, plan, skip, records.set_ends
         self.damaged: set[int] = set()
+        self.iterating = False
         self.ahead: list[Callable[[], Prefetch] | None] = [None] * len(records.sets)
         if not plan.in_order:
             self.ahead = [
@@ -145,6 +152,17 @@ class Loader:
         self.buffers = [buffers_of(self.layouts, size, allocate) for _ in range(prefetch + 1)]
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.iterating:  # in the same buffers
+            raise UserError(
+                "this loader is being iterated; close that iterator, or make a second one"
+            )
+        self.iterating = True
+        try:
+            yield from self._batches()
+        finally:
+            self.iterating = False
+
+    def _batches(self) -> Iterator[Batch]:
         parts = self.plan.parts(self.first, self.last, self.rank, self.ranks)
         micro_steps = range(self.plan.micro_steps)
         steps = (step for step in range(self.first, self.last) for _ in micro_steps)

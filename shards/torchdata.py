@@ -8,8 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from shards.crops import unit_boxes
-from shards.errors import UserError
-from shards.loader import check_plan
+from shards.loader import check_plan, check_steps
 from shards.order import Plan
 from shards.record import decode_frame
 from shards.records import Records
@@ -72,8 +71,7 @@ class PlanSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         self.plan, self.place = plan, (rank, ranks)
         self.first, self.last = first, plan.steps() if last is None else last
-        if not 0 <= first <= self.last:
-            raise UserError(f"there are no steps {first} to {self.last}; give 0 <= first <= last")
+        check_steps(first, self.last)
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.plan.micro_steps

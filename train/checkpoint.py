@@ -21,7 +21,7 @@ from shards import Plan
 from shards.errors import UserError
 from shards.files import replacing, sweep, sync
 from shards.records import Records
-from train.recipes import Recipe
+from train.recipes import Recipe, recipe_of
 from train.request import Run
 
 VERSION = 1
@@ -230,6 +230,7 @@ def restore(
             "--resume, or name another --out"
         )
     state = load(path)
+    recipe_of(state["run"]["recipe"])  # or it is of a newer kamim
     # Fields that an older checkpoint's recipe lacks had the defaults, or were not known.
     known = asdict(Recipe(model="")) | {"correct": False} | state["run"]["recipe"]
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}

@@ -23,7 +23,7 @@ from train.features import Bar, Encoder, features_of, frames_of
 from train.masking import Masking
 from train.metrics import COLLAPSED, DECILES
 from train.models import model_flops, normalised
-from train.probe import effective_rank, linear_probe, nearest_neighbours
+from train.probe import FEWEST, effective_rank, linear_probe, nearest_neighbours
 from train.request import Run, count_classes
 from train.setup import WINDOW, Data
 
@@ -75,6 +75,11 @@ class Looks:
         wanted = min(len(records), int(max(LEAST, min(MOST, SHARE * images / cost))))
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
+        if self.classes and self.count <= FEWEST:
+            self.classes, self.without = (
+                0,
+                f"; no probe, only rank and attention: {self.count} images",
+            )
         self.share = self.count * cost / images
         self.deciles: Deciles | None = None
         if masking is not None:

@@ -7,6 +7,7 @@ loads into timm unchanged.
 
 from collections.abc import Mapping
 from functools import cache, partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import timm
@@ -22,6 +23,10 @@ from train.recipes import Recipe, nearest
 from train.tokens import check_plain, check_tokens, embed, encode, narrowed, through_blocks
 
 CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage
+# No option of a model: what a recipe or a frame decides, and what has timm fetch or read weights,
+# as options come with files of others too.
+NO_OPTIONS = {*signature(timm.create_model).parameters, "img_size", "dynamic_img_size", "in_chans"}
+NO_OPTIONS |= {"num_classes", "features_only", "out_indices"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
 
 
@@ -85,7 +90,10 @@ class SimMIM(nn.Module):
                 f"crop size {size} is no multiple of the mask cell, {cell} px, or that of the "
                 f"patches of {name}, {self.patch} px"
             )
-        self.stride = CELL if self.is_swin else self.patch
+        reduction = encoder.feature_info[-1]["reduction"] if self.is_swin else self.patch
+        if size % reduction:
+            raise UserError(f"crop size {size} is no multiple of a token's {reduction} px")
+        self.stride: int = reduction
         embed: int = encoder.patch_embed.proj.out_channels
         self.encoder: Any = encoder
         self.mask_token = nn.Parameter(torch.zeros(embed))
@@ -310,9 +318,19 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
         some = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
         near = nearest(name, timm.list_models()) or f"; it has {some} ..."
         raise UserError(f"timm has no model {name!r}{near}")
+    for option in options or {}:
+        if option in NO_OPTIONS or option.startswith("pretrained"):
+            raise UserError(f"options: {option} is not to be set for {name!r}; leave it out")
     try:
         encoder: Any = timm.create_model(name, **encoder_options(name, size, options))
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         if options:
             raise UserError(f"timm makes no {name!r} with {dict(options)}: {error}") from None
         raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.errors import UserError
 from shards.progress import progress
 from train.features import Bar
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set
+FEWEST = 3  # training images of a linear probe: one to choose a rate on, two that have a spread
 SIMILARITIES = 2**28  # float32, 1 GiB
 
 
@@ -36,8 +38,10 @@ def linear_probe(
     """The fast protocol: a linear head behind a BatchNorm without parameters, by AdamW and cosine.
 
     Heads for all RATES are trained side by side; the one best on a tenth of the training set, which
-    no head was trained on, is read on the validation set. features [N, d], labels [N].
+    no head was trained on, is read on the validation set. features [N, d], labels [N]. UserError if
+    there are too few images.
     """
+    check_images(train, val, FEWEST)
     shuffle = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train[0]), generator=shuffle)
     held = max(1, round(HELD_OUT * len(order)))
@@ -91,8 +95,9 @@ def nearest_neighbours(
 
     Cosine similarity of features with the training mean taken off, votes exp(similarity / T), as
     in DINO's evaluation (arXiv 2104.14294, eval_knn.py). Computed on `device`, 1 GiB of
-    similarities at a time beside the training features.
+    similarities at a time beside the training features. UserError if there are too few images.
     """
+    check_images(train, val, 1)
     mean = train[0].mean(0).to(device)
     known, known_labels = F.normalize(train[0].to(device) - mean), train[1].to(device)
     batch = max(1, min(1024, SIMILARITIES // len(known)))
@@ -106,6 +111,15 @@ def nearest_neighbours(
             right += (votes.argmax(1) == labels.to(device)).sum()
             shown.update(len(features))
     return int(right) / len(val[0])
+
+
+def check_images(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], fewest: int) -> None:
+    """Raise UserError unless there are `fewest` training images, and one to validate on."""
+    if len(train[0]) < fewest or not len(val[0]):
+        raise UserError(
+            f"a probe needs at least {fewest} training images and 1 of validation, not "
+            f"{len(train[0])} and {len(val[0])}; give larger sets"
+        )
 
 
 def effective_rank(features: Tensor) -> float:

@@ -252,8 +252,10 @@ def check_selection(recipe: Recipe, bank: bool) -> None:
     """UserError unless samples can be drawn as the recipe says."""
     if not 0 < recipe.select <= 1:
         raise UserError(f"select {recipe.select:g} is out of range; give a share above 0, up to 1")
-    if recipe.select_epochs == 0:
-        raise UserError(f"select_epochs {recipe.select_epochs:g} is out of range; give one above 0")
+    if recipe.select_epochs < 1e-4:
+        raise UserError(
+            f"select_epochs {recipe.select_epochs:g} is out of range; give 1e-4 or more"
+        )
     if recipe.select == 1 or recipe.select_by != "weighted_loss":
         return
     if recipe.temperature is None:

@@ -55,8 +55,14 @@ def timm_facts(path: Path) -> dict[str, str]:
     config = _config_beside(path)
     if not {"architecture", "pretrained_cfg"} <= set(config):
         return {}
-    options = config.get("model_args", {}) | {"img_size": config["pretrained_cfg"]["input_size"][1]}
-    return {"model": config["architecture"], "options": json.dumps(options)}
+    try:
+        size = {"img_size": config["pretrained_cfg"]["input_size"][1]}
+        options = {**config.get("model_args", {}), **size}
+    except (LookupError, TypeError) as error:
+        raise UserError(
+            f"{path.parent / CONFIG} says no size ({error!r}); fetch it again"
+        ) from None
+    return {"model": str(config["architecture"]), "options": json.dumps(options)}
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
@@ -118,8 +124,13 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
         facts = timm_facts(path) | facts
         if not {"model", "options"} <= set(facts):
             raise UserError(f"{path} does not say what it is of; `kamim export` writes that")
-        options = json.loads(facts["options"])
-        size = int(options.pop("img_size"))
+        try:
+            options = dict(json.loads(facts["options"]))
+            size = int(options.pop("img_size"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: its options are no arguments of a model ({type(error).__name__}: {error})"
+            ) from None
         for known in ("num_classes", "window_size"):
             options.pop(known, None)
         return fitted(make_encoder(facts["model"], size, options), tensors, path), size

@@ -136,3 +136,9 @@ def opened(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no {path}; make it with `python -m kamim.experiment pack`")
     return np.load(path, allow_pickle=False)
+
+
+def few(images: Labelled, count: int) -> Labelled:
+    """`count` images, spread over all; 0: all."""
+    step = max(1, len(images.labels) // count) if count else 1
+    return Labelled(images.images[::step], images.labels[::step])

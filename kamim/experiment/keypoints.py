@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 
 from kamim.bench.provenance import provenance
-from kamim.experiment.data import Labelled, load_cifar, load_photos
+from kamim.experiment.data import Labelled, few, load_cifar, load_photos
 from kamim.experiment.measure import measure
 from kamim.experiment.steps import Arm, Order, Trainer, make_order
 from shards.errors import UserError
+from shards.files import locked
 from train.recipes import Recipe, find_recipe
 
 ARMS = {
@@ -45,6 +47,7 @@ SAME, ALIKE = 20, 0.02  # steps in which losses of graphs and of plain steps mus
 LEAST, MOST = 1000, 4000  # steps of a main run, whatever fits
 # Does attention collapse? The published 8e-4 by the root of 256 / 2048.
 COLLAPSE = ("uniform", "times26", "kamim")
+CLAIMED = ExitStack()
 LARGE: Any = {"model": "vit_base_patch16_224", "steps": 1000, "batch": 256, "rate": 2.8e-4}
 
 
@@ -265,12 +268,6 @@ def means(values: torch.Tensor, parts: int = 20) -> list[float]:
     return [round(float(part.mean()), 6) for part in values.tensor_split(min(parts, len(values)))]
 
 
-def few(images: Labelled, count: int) -> Labelled:
-    """`count` images, spread over all; 0: all."""
-    step = max(1, len(images.labels) // count) if count else 1
-    return Labelled(images.images[::step], images.labels[::step])
-
-
 def todo(size: Size, out: Path) -> Iterator[Task]:
     """What is left to do, as it stands now: tuning first, then all else, of methods tuned."""
     rows = read(out / "runs.jsonl")
@@ -301,7 +298,7 @@ def work(
                 return
             time.sleep(0.5)  # others still tune
             continue
-        for task in [each for each in left if each.group == group]:
+        for task in [each for each in todo(size, out) if each.group == group]:
             if time.time() + 1.1 * task.steps * took.get((task.model, task.method), UNTIMED) > end:
                 return
             bench = bench or Bench(data, torch.device(device), size, fast)
@@ -320,10 +317,10 @@ def work(
 
 
 def claimed(claims: Path, group: str) -> bool:
-    """Whether this process, and no other, may do `group` from now on."""
+    """Whether this process, and no other that lives, does `group` from now on."""
     try:
-        (claims / group).touch(exist_ok=False)
-    except FileExistsError:
+        CLAIMED.enter_context(locked(claims / group, group))
+    except UserError:
         return False
     return True
 

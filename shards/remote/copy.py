@@ -114,22 +114,13 @@ def _copy_file(source: Place, target: Place, file: File, there: bool) -> bool:
             pass  # of that size, but not whole
     if target.is_url:
         with _here(source, file.name) as path:
-            _check(source, file, path)
+            check_sha256(path, file.sha256, name=f"{source}/{file.name}")
             target.put(file.name, path)
         return True
     with replacing(target.folder / file.name) as temporary:
         _fetch(source, file.name, temporary)
-        _check(source, file, temporary)
+        check_sha256(temporary, file.sha256, name=f"{source}/{file.name}")
     return True
-
-
-def _check(source: Place, file: File, copy: Path) -> None:
-    """UserError, naming the file at `source`, unless its `copy` is what the manifest says."""
-    try:
-        check_sha256(copy, file.sha256)
-    except UserError as error:
-        name = f"{source}/{file.name}"
-        raise UserError(str(error).replace(str(copy), name)) from None
 
 
 @contextmanager

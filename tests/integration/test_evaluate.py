@@ -218,6 +218,14 @@ def test_what_is_no_encoder_is_one_line(labelled, tmp_path):
             load_encoder(str(what), CPU)
 
 
+@pytest.mark.parametrize(("known", "asked"), [(0, 3), (2, 3), (3, 0)])
+def test_a_probe_of_too_few_images_is_one_line(known, asked):
+    train, val = (clusters(10, 2, 1), clusters(10, 2, 2))
+    few = [tuple(part[:n] for part in each) for each, n in ((train, known), (val, asked))]
+    with pytest.raises(ValueError, match=f"at least 3 training .* not {known} and {asked};"):
+        linear_probe(*few, 2, seed=0)
+
+
 def test_the_command_resumes_from_its_features_and_refuses_wrong_labels(labelled, tmp_path):
     out = tmp_path / "probe"
     name = "random:vit_tiny_patch16_224"
@@ -676,6 +684,38 @@ def test_a_damaged_file_of_others_is_one_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             load_encoder(str(tmp_path / f"{name}.safetensors"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"checkpoint_path": "/etc/hostname"}, "options: checkpoint_path is not to be set"),
+        ({"pretrained": True}, "options: pretrained is not to be set"),
+        ({"pretrained_cfg": {"url": "http://127.0.0.1/x"}}, "options: pretrained_cfg is not"),
+        ({"pretrained_strict": False}, "options: pretrained_strict is not to be set"),
+        ({"in_chans": 1}, "options: in_chans is not to be set"),
+        ({"act_layer": "nothing"}, "timm makes no 'vit_tiny_patch16_224' with"),
+        ({"img_size": "wide"}, "its options are no arguments of a model"),
+        ([1], "its options are no arguments of a model"),
+    ],
+)
+def test_a_file_of_others_has_timm_read_and_fetch_nothing(options, words, tmp_path):
+    if isinstance(options, dict):
+        options = {"img_size": 32} | options
+    facts = {"model": "vit_tiny_patch16_224", "options": json.dumps(options)}
+    save_file({"x": torch.zeros(1)}, tmp_path / "e.safetensors", facts)
+    with pytest.raises(ValueError, match=words) as error:
+        load_encoder(str(tmp_path / "e.safetensors"), CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [None, {}, {"input_size": [3]}])
+def test_a_timm_config_without_a_size_is_one_line(size, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    text = json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": size})
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json says no size"):
+        load_encoder(str(tmp_path), CPU)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])

@@ -65,6 +65,18 @@ def test_an_experiment_goes_on_after_whole_lines(data, tmp_path):
     assert list(map(key, map(json.loads, again))) == [key(asdict(task)) for task in wanted]
 
 
+def test_what_a_dead_process_had_claimed_is_free(tmp_path):
+    line = "import sys, pathlib; from kamim.experiment.keypoints import claimed; "
+    line += "print(claimed(pathlib.Path(sys.argv[1]), 'a'), flush=True); input()"
+    words = [sys.executable, "-c", line, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"True\n"
+        assert not keypoints.claimed(tmp_path, "a")
+        process.kill()
+    assert keypoints.claimed(tmp_path, "a")
+    assert not keypoints.claimed(tmp_path, "a")
+
+
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on_where_it_was(data, tmp_path):
     out = tmp_path / "out"

@@ -5,6 +5,7 @@ nothing of the run.
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -119,6 +120,16 @@ def test_a_labelled_set_of_its_own_is_looked_at(shards, small_source, tmp_path, 
     run(none, tmp_path / "unlabelled", probe_every=3, steps=1)
     assert "no probe, only rank and attention" in capsys.readouterr().err
     assert FIGURES - set(looks(tmp_path / "unlabelled")[1]) == {"probe_top1", "knn_top1"}
+    for number in range(3):
+        source = tmp_path / "few" / f"class{number % 2}"
+        source.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sorted(small_source.glob("class0/*"))[number], source)
+    build_shards(
+        open_source(str(tmp_path / "few")), tmp_path / "three", settings(frame=120, crop=96), 1
+    )
+    three = replace(TINY, batch=2, epochs=2)
+    run(tmp_path / "three", tmp_path / "by-three", recipe=three, probe_every=1)
+    assert "no probe, only rank and attention: 3 images" in capsys.readouterr().err
     done = kamim("pretrain", shards, "--probe-set", tmp_path / "own")
     assert (done.returncode, "--probe-set needs --probe-every" in done.stderr) == (2, True)
     done = kamim("pretrain", shards, "--probe-every", "1", "--probe-set", tmp_path / "nowhere")

@@ -151,6 +151,16 @@ def test_a_resumed_run_keeps_the_parts_of_its_steps(shards, tmp_path):
     assert state["run"]["micro_batch"] == 8  # what is asked for goes first
 
 
+def test_a_run_of_a_newer_version_is_not_gone_on_with(shards, tmp_path):
+    run(shards, tmp_path / "run", steps=2)
+    path = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    state = checkpoint.load(path)
+    state["run"]["recipe"]["soon"] = 1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"\['soon'\], of a newer kamim"):
+        run(shards, tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize("weights", ["detector", "inverse"])
 def test_a_temperature_that_moves_weighs_as_it_is_at_each_step(weights, shards, tmp_path):
     recipe = replace(TINY, weights=weights, temperature=0.5, temperature_end=0.1, correct=False)

@@ -331,7 +331,8 @@ def test_plain_simmim_is_drawn_by_a_density_that_it_does_not_weigh_by(shards, tm
         (["select=0"], "select 0 is out of range; give a share above 0, up to 1"),
         (["select=1.5"], "select 1.5 is out of range"),
         (["select=nan"], "select nan is out of range"),
-        (["select_epochs=0"], "select_epochs 0 is out of range; give one above 0"),
+        (["select_epochs=0"], "select_epochs 0 is out of range; give 1e-4 or more"),
+        (["select_epochs=1e-10"], "select_epochs 1e-10 is out of range; give 1e-4 or more"),
         (["select_power=-1"], "select_power -1 is out of range; give 0 or more"),
         (["select_by=weighted_loss", "temperature=none"], "the recipe has no weights; use loss"),
         (

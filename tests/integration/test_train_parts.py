@@ -113,6 +113,24 @@ def test_hidden_pixels_do_not_reach_the_model(name, size):
         assert (model(images, ~mask) - output).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("options", [{"patch_size": 8}, {"depths": (1, 1), "num_heads": (3, 6)}])
+def test_a_swin_of_other_strides_gives_whole_images(options):
+    small = {"embed_dim": 24, "depths": (1, 1, 1, 1)} | options
+    model = SimMIM("swin_tiny_patch4_window7_224", 192, small).eval()
+    images, mask = torch.randn(1, 3, 192, 192), block_masks(0, 0, 1, 6, 0.6, CPU)
+    with torch.no_grad():
+        assert model(images, mask).shape == images.shape
+    if "patch_size" in options:  # a token of 64 px
+        with pytest.raises(ValueError, match="crop size 224 is no multiple of a token's 64 px"):
+            SimMIM("swin_tiny_patch4_window7_224", 224, small)
+
+
+@pytest.mark.parametrize("option", ["dynamic_img_size", "in_chans", "checkpoint_path"])
+def test_what_is_no_option_of_a_model_is_one_line(option):
+    with pytest.raises(ValueError, match=f"^options: {option} is not to be set for 'vit_tiny"):
+        SimMIM("vit_tiny_patch16_224", 192, {option: 1})
+
+
 def test_recipes_are_the_published_ones():
     assert set(BASES) <= set(recipe_names())
     base = find_recipe("vit_base")

@@ -38,6 +38,21 @@ def records(small_source, tmp_path, build_once):
     return ShardSet(build_once(small_source, tmp_path / "shards", chosen))
 
 
+def test_a_second_iterator_is_refused_while_there_is_a_first(records):
+    loader = Loader(records, Plan(40, 8), 0, 5, workers=1)
+    first = iter(loader)
+    next(first)
+    with pytest.raises(
+        ValueError, match="is being iterated; close that iterator, or make a second"
+    ):
+        next(iter(loader))
+    assert [batch.step for batch in first] == [1, 2, 3, 4]
+    assert [batch.step for batch in loader] == [0, 1, 2, 3, 4]
+    for _ in loader:
+        break  # and it is closed
+    assert next(iter(loader)).step == 0
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("wanted", [["fast", "orb", "sift"], ["sift"], ["sift", "fast"], []])
 def test_batches_are_the_plans_records(records, workers, wanted):
