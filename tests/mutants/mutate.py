@@ -138,9 +138,18 @@ def changed(before: str, after: str) -> tuple[str, str]:
 
 
 def source(module: str) -> str:
-    """Names the text of a module: rows of another text are of no use."""
+    """Names the code of a module: rows of other code are of no use. Comments and docstrings are
+    none of it.
+    """
     path = ROOT / module
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else ""
+    if not path.exists():
+        return ""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 
 def copy_of_the_tree(folder: str) -> Path:
@@ -205,7 +214,7 @@ def test(copy: Path, module: str, code: str, python: str, limit: float) -> tuple
 
 
 def known_rows(results: Path) -> list[dict[str, Any]]:
-    """The rows of `results` that are of the modules' present text."""
+    """The rows of `results` that are of the modules' present code."""
     lines = results.read_text().splitlines() if results.exists() else []
     return [row for row in map(json.loads, lines) if row["source"] == source(row["module"])]
 
