@@ -1,7 +1,7 @@
-"""The build: a listed source and settings in, a finished, verified-by-ledger set of shards out.
+"""The build: a listed source and settings in, a finished set of shards out.
 
-Shards are tasks for any backend; each publishes itself. What is finished survives any kill, a
-restart does only what is missing, and the manifest, written last, says that all is there.
+A shard is a task for any backend, and is put in place when it is whole. After a kill, the next
+start makes only the shards that are missing. The manifest is written last, if the ledger balances.
 """
 
 import hashlib
@@ -54,14 +54,14 @@ PAUSE_SECONDS = 2  # before the first of them; each waits that much longer
 
 
 def shard_size_for(inputs: int, frames: bool = True) -> int:
-    """Inputs per shard: 1000, or 10,000 without frames; fewer for small sources, so that about 64
-    shards share out evenly.
+    """Inputs per shard: 1000, or 10,000 without frames. Fewer for small sources: about 64 shards
+    keep all processes busy to the end.
     """
     return min(1000 if frames else 10_000, max(16, inputs // 64))
 
 
 def sized(settings: Settings, source: Source) -> Settings:
-    """`settings` with a shard size for `source`, if they leave it open."""
+    """`settings`, with a shard size for `source` if they have none."""
     size = settings.shard_size or shard_size_for(len(source.entries), settings.frame > 0)
     return replace(settings, shard_size=size)
 
@@ -123,15 +123,16 @@ def build_shards(
 ) -> Manifest:
     """Write `source` into shards under `out` by `jobs` processes (0: one per core), or finish that.
 
-    `out` is a folder, or the URL of a store, where each shard goes once it is whole. `backend`
-    loky, dask or ray runs the processes, here or on the cluster of `scheduler`. The finished set
-    `reuse` of the same source gives its frames, and the maps it shares, so that nothing is encoded
-    or detected twice; the bytes are those of a build without it. Returns the manifest. Raises
-    UserError if `out` lies in the source or holds anything else or other settings or inputs,
-    BuildError if a finished set lacks a file or one has another size (repair_shards mends it), if
-    an input is rejected and on_error is `fail`, if no input could be used, if the engine is lost
-    for good, or, after a complete build, if more than the share `max_rejected` was rejected;
-    OSError if a store cannot be reached.
+    `out` is a folder, or the URL of a store. `backend` loky, dask or ray runs the processes, here
+    or on the cluster of `scheduler`. `reuse`: a finished set of the same source, whose frames and
+    maps are copied where the settings agree; the bytes are those of a build without it. Returns the
+    manifest.
+
+    Raises UserError if `out` lies in the source, or holds something else, other settings or other
+    inputs. BuildError: a finished set lacks a file or a file has another size (repair_shards mends
+    it); an input is rejected and on_error is `fail`; no input could be used; the backend is lost;
+    or, after a complete build, more than the share `max_rejected` was rejected. OSError: a store
+    cannot be reached.
     """
     backends.check(backend, scheduler)
     place, settings, facts, complete = prepare(source, out, settings, reuse)
@@ -149,9 +150,9 @@ def build_shards(
 def prepare(
     source: Source, out: Path | str, settings: Settings, reuse: Path | None
 ) -> tuple[Place, Settings, Facts, Manifest | None]:
-    """Where to build, with which settings and facts, and the manifest if that is done already.
+    """Where to build, the settings, the facts, and the manifest of a build that is finished.
 
-    Raises UserError if `out` or `reuse` is not for such a build.
+    Raises UserError if `out` or `reuse` does not fit.
     """
     place = Place.of(out)
     check_outside(source, str(place))
@@ -164,7 +165,7 @@ def prepare(
 
 
 def shards_of(facts: Facts) -> int:
-    """How many shards a build of these facts has."""
+    """The number of shards of a build with these facts."""
     return -(-int(facts["source"]["inputs"]) // int(facts["settings"]["shard_size"]))
 
 
@@ -182,10 +183,10 @@ def check_rejected(ledger: Ledger, most: float, where: str) -> None:
 def claim(
     source: Source, settings: Settings, out: Place, facts: Facts, part: str = "", **options: Any
 ) -> Iterator[Job]:
-    """The build of `facts`, or a `part` of it; they are written into its work folder for all of its
-    processes, unless they stand there.
+    """The build of `facts`, or a `part` of it. The facts are written into the work folder, for all
+    processes of the build.
 
-    The work folder goes when the build is finished, not when a part is. options: of Job.
+    The work folder is removed when the build is finished, not when a part is. options: of Job.
     """
     work = out / WORK
     with hold(out, part) as scratch:
@@ -204,9 +205,9 @@ def claim(
 
 @contextmanager
 def hold(out: Place, part: str = "") -> Iterator[Path]:
-    """Build in `out` as no other process does, or this `part` of it; gives a folder for scratch.
+    """Be the only process that builds in `out`, or this `part` of it. Gives a scratch folder.
 
-    In a store only processes of this machine are kept out: what others write there is the same.
+    In a store, processes of other machines are not kept out: they write the same bytes.
     """
     if out.is_url:
         digest = hashlib.sha256(f"{out} {part}".encode()).hexdigest()[:16]
@@ -234,13 +235,13 @@ def hold(out: Place, part: str = "") -> Iterator[Path]:
 
 
 def tidy(out: Place) -> None:
-    """Remove what a finished build leaves; the next one finds what is left, and removes it."""
+    """Remove what a finished build needs no more. What a kill leaves, the next build removes."""
     out.sweep()  # a killed build's orphan may have outlived the kill
     (out / WORK).remove_all()
 
 
 def finish_tidying(out: Place) -> None:
-    """Tidy up after a build that was killed between its manifest and that."""
+    """Tidy up after a build that was killed between its manifest and `tidy`."""
     with suppress(ValueError), hold(out):  # or a repair is under way
         tidy(out)
 
@@ -256,7 +257,7 @@ def write_missing(
 ) -> None:
     """Write every shard of `numbers` that has no row yet, with progress on stderr.
 
-    An engine that is gone is looked for again, TRIES times without a new shard in between.
+    If the backend is lost, it is started again, up to TRIES times without a new shard in between.
     """
     size = job.settings.shard_size
     parts = {n: slice(n * size, n * size + size) for n in numbers}
@@ -295,7 +296,7 @@ def write_missing(
 
 
 def _finished(job: Job, numbers: Iterable[int]) -> set[int]:
-    """Those shards of `numbers` that are published whole."""
+    """Those shards of `numbers` that are in place."""
     return {n for n, _ in read_rows(job.work, job.out, job.fingerprint, numbers)}
 
 
@@ -310,7 +311,7 @@ def index_in(row: Mapping[str, Any]) -> NDArray[np.void]:
 
 
 def ledger_of(inputs: int, written: int, rejected: Iterable[Mapping[str, str]]) -> Ledger:
-    """The ledger of inputs with these lines of rejected ones. BuildError if it does not balance."""
+    """The ledger, from the lines of rejected inputs. BuildError if it does not balance."""
     ledger = Ledger(inputs, written, dict(Counter(line["reason"] for line in rejected)))
     if not ledger.balanced:
         raise BuildError(f"the rows of the shards do not account for {inputs} inputs: {ledger}")

@@ -1,6 +1,6 @@
-"""The order of training: which samples each step of each epoch shows, and which crop of them.
+"""The order of training: which samples each step shows, and which crop of each.
 
-Pure functions of numbers, without state: any step of any epoch is reached at the same cost, for any
+Pure functions of numbers, without state. Any step of any epoch costs the same to find, with any
 number of workers and processes.
 """
 
@@ -29,10 +29,10 @@ AHEAD = 4096  # samples that `parts` finds at once: a few cost nearly as much ti
 def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
     """The samples at `places` of an epoch's order: a permutation of 0..count-1, O(1) each.
 
-    A Feistel network permutes the smallest even power of two that holds `count`; what falls
-    beyond `count` is sent through again, at most four times on average. The last few of many may
-    go through thirty times, so a pass over few is made cheap: what it needs no sample for is
-    hashed beforehand, and arrays are worked on in place.
+    A Feistel network permutes 0..4^k-1, with the smallest 4^k that is at least `count`. A result of
+    `count` or more goes through the network again: four times on average, at most. The last few may
+    need thirty passes, so a pass over few must be cheap: the keys of the rounds are hashed before
+    the first pass, and arrays are changed in place.
     """
     bits = max(1, math.ceil(max(1, count - 1).bit_length() / 2))
     half, low, end = (np.asarray(np.uint64(n)) for n in (bits, (1 << bits) - 1, count))
@@ -60,14 +60,15 @@ def shuffled(count: int, seed: int, epoch: int | Ints, places: Ints) -> Ints:
 
 
 class Windows:
-    """Each epoch permutes the shards, cuts them into windows, and permutes samples within each.
+    """Shuffling within windows: an epoch permutes the shards, cuts them into windows of nearly the
+    same number of shards, and permutes the samples of each window.
 
-    counts: records of each shard. window: the most shards a window may have; windows are as even
-    as they can be. Windows are numbered through all epochs. One that holds every shard gives the
-    plan's full permutation. Cost: an order of the shards per epoch, then O(1) per sample.
+    counts: records of each shard. window: the most shards of a window; if all fit into one, the
+    order is that of a plan without windows. The windows of all epochs are numbered in one sequence.
+    Cost: one order of the shards per epoch, then O(1) per sample.
 
-    subset: the samples that are shown, ascending; None: all. An epoch is then a pass over these,
-    and shards without one are in no window. records: of the set; total: those that are shown.
+    subset: the samples that an epoch shows, ascending; None: all. Shards without such a sample are
+    in no window. records: samples of the set; total: samples of an epoch.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class Windows:
         return order, ends[self.cuts[1:]]
 
     def samples(self, epochs: Ints, places: Ints) -> Ints:
-        """The samples at `places` of `epochs`, int64 [n] each: every one once an epoch."""
+        """The samples at `places` of `epochs`, int64 [n] each. An epoch has every sample once."""
         found = self._permuted(epochs, places)
         return found if self.subset is None else self.subset[found]
 
     def _permuted(self, epochs: Ints, places: Ints) -> Ints:
-        """As `samples`, numbered among those that are shown."""
+        """As `samples`, as places in the subset."""
         if self.an_epoch == 1:
             return shuffled(self.total, self.seed, epochs, places)
         found = np.empty_like(places)
@@ -126,18 +127,18 @@ class Windows:
         return found
 
     def window(self, place: int) -> int:
-        """The window of a place in the stream of all epochs."""
+        """The window of a place in the sequence of all epochs."""
         epoch, inside = divmod(place, self.total)
         ends = self._order(epoch)[1]
         return epoch * self.an_epoch + int(np.searchsorted(ends, inside, side="right"))
 
     def shards(self, window: int) -> list[int]:
-        """The shards that `window` reads."""
+        """The shards of `window`."""
         epoch, part = divmod(window, self.an_epoch)
         return self._order(epoch)[0][self.cuts[part] : self.cuts[part + 1]].tolist()
 
     def next_use(self, window: int) -> Ints:
-        """For each shard the first window from `window` on that reads it, int64 [shards]."""
+        """For each shard, the first window that has it, at or after `window`; int64 [shards]."""
         epoch, uses = window // self.an_epoch, []
         parts = np.repeat(np.arange(self.an_epoch), np.diff(self.cuts))
         for number in (epoch, epoch + 1):
@@ -148,7 +149,7 @@ class Windows:
 
 
 def checked_subset(subset: Sequence[int] | Ints, count: int) -> Ints:
-    """`subset`, int64 [n]. UserError unless it is numbers of some of `count` samples, ascending."""
+    """`subset`, int64 [n]. UserError unless its numbers are below `count`, ascending, each once."""
     subset = np.asarray(subset, np.int64)  # differences of unsigned numbers are never below 0
     if not len(subset):
         raise UserError("a subset without samples shows nothing; choose one or more")
@@ -161,15 +162,15 @@ def checked_subset(subset: Sequence[int] | Ints, count: int) -> Ints:
 class Plan:
     """What every step of a run trains on.
 
-    count: samples. batch: samples per step, over all processes. micro_steps: parts a step is cut
-    into. The orders of all epochs are one stream cut into batches, so that every batch is full
-    and every sample comes once an epoch; a batch may straddle two epochs. area, ratio: of a crop,
-    as torchvision's. horizontal, vertical: probability of each flip. windows: the order of an
-    epoch in windows of shards, or of a subset of the samples, of which an epoch then is a pass;
-    None permutes all samples at once. mixture: the order over several
-    sets by their shares; an epoch is then as many samples as they have, and the epochs of samples
-    are those of their own set. in_order: look at the set, once: samples in their own order, whole
-    and unflipped, the last step short.
+    The orders of all epochs follow each other and are cut into batches. So every batch is full,
+    every epoch has every sample once, and a batch may have samples of two epochs.
+
+    count: samples of the set. batch: samples per step, over all processes. micro_steps: parts of a
+    step. area, ratio: of a crop, as torchvision's. horizontal, vertical: probability of each flip.
+    windows: shuffles within windows of shards, or shows a subset; None: permutes all samples.
+    mixture: draws from several sets by their shares; an epoch then has as many samples as all sets
+    together, and the epoch of a sample is that of its own set. in_order: for looking at a set once:
+    samples in the order of the set, whole frames, no flips, and a last step that may be smaller.
     """
 
     count: int
@@ -202,12 +203,12 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Samples of an epoch: all, or those of the subset."""
+        """Samples of an epoch: all, or the subset."""
         order = self.mixture or self.windows
         return order.total if order else self.count
 
     def steps(self, epochs: float = 1) -> int:
-        """Whole steps in `epochs`; in order, the steps that show every sample once."""
+        """Whole steps in `epochs`. If in_order: the steps of one pass over the set."""
         if not 0 <= epochs < math.inf:
             raise UserError(f"epochs {epochs} is out of range; give a number, 0 or more")
         if self.in_order:
@@ -219,8 +220,8 @@ class Plan:
     ) -> tuple[Ints, Ints]:
         """(epochs, sample indices) of one process's part of a step, int64 [part] each.
 
-        Parts of all ranks and micro-steps, in that order, are the step's batch for any number of
-        either. Raises UserError if they do not divide the batch.
+        The parts of all micro-steps, and in each of all ranks, make the step's batch: the same
+        batch for any number of either. Raises UserError if they do not divide it.
         """
         part = self._part(rank, ranks)
         return self._stream(step * self.batch + (micro_step * ranks + rank) * part, part)
@@ -239,7 +240,7 @@ class Plan:
         return part
 
     def _stream(self, first: int, count: int) -> tuple[Ints, Ints]:
-        """(epochs, samples) of `count` places from `first` on in the stream of all epochs."""
+        """(epochs, samples) of `count` places, from `first` on, in the sequence of all epochs."""
         if self.in_order:
             samples = np.arange(first, min(first + count, self.count), dtype=np.int64)
             return np.zeros_like(samples), samples
@@ -254,10 +255,10 @@ class Plan:
     def boxes(
         self, epochs: Ints, samples: Ints, heights: Ints, widths: Ints
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Crop boxes and flips of `samples` whose sources measure `heights` x `widths` px.
+        """Crop boxes and flips of `samples`, from sources of `heights` x `widths` px.
 
         Returns float32 [n, 4] (top, left, height, width in the unit square) and bool [n, 2]
-        (horizontal, vertical), by the rule of crop_boxes.
+        (horizontal, vertical), as crop_boxes draws them.
         """
         if self.in_order:
             whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(samples), 1))
@@ -269,7 +270,7 @@ class Plan:
         return unit_boxes(boxes, *size), turned
 
     def slots(self, epochs: Ints, samples: Ints, count: int) -> Ints:
-        """Which of `count` stored crops each sample shows: all of them in turn, epoch by epoch."""
+        """Which of its `count` stored crops each sample shows: the next one in each epoch."""
         if self.in_order:
             return np.zeros_like(samples)
         begin = mix(Purpose.SLOT, self.seed, samples) % np.uint64(count)

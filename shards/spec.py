@@ -1,7 +1,7 @@
-"""What a set of shards is: its settings, and its manifest, which says that it is complete.
+"""The settings and the manifest of a set of shards. FORMAT.md lists the manifest's fields.
 
-The manifest is written last and atomically, and read back only if every byte is as written.
-FORMAT.md lists its fields.
+The manifest is written last, atomically: a set that has one is complete. It has a checksum of its
+own, and is read only if that holds.
 """
 
 import hashlib
@@ -98,10 +98,10 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Detector:
-    """A map's detector and every option it was made with, by OpenCV's own option names.
+    """The detector of a map, with every option, by the names that OpenCV gives them.
 
-    `plugin` is a function of somebody's own, `edge` its measured edge rule. `frequency` is a map
-    without keypoints: it has no marks, no edge that hides them, no bank.
+    plugin: a detector of the user's own; edge: its measured edge rule. `frequency` is a map without
+    keypoints: no marks, no edge rule, no bank.
     """
 
     name: str
@@ -111,13 +111,13 @@ class Detector:
 
     @property
     def has_keypoints(self) -> bool:
-        """Whether its density is found on each view and crop: of keypoint marks, or a plug-in's."""
+        """Whether it is run on each view and crop: a keypoint detector or a plug-in."""
         return self.name != FREQUENCY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All that decides the bytes of a record, beside the inputs and the library versions.
+    """What decides the bytes of a record, together with the input and the versions of libraries.
 
     frame: side of the stored square, px, or 0: densities without frames. quality: JPEG 1 to 100, or
     0 for raw pixels. crop: side of the training crops that densities are for, px; area: least and
@@ -192,7 +192,7 @@ class Settings:
         return self.crop // BANK_CELL
 
     def _check_bare(self) -> None:
-        """UserError if there are no frames, and something that is made or kept with them."""
+        """UserError if there are no frames, and a setting needs them."""
         kept = ("quality", "bank", "weights")
         odd = [name for name in kept if self.frame == 0 and getattr(self, name)]
         odd += ["detect_on"] if self.frame == 0 and self.detect_on != "source" else []
@@ -203,7 +203,7 @@ class Settings:
             )
 
     def _check_weights(self, temperature: float, w_ps: int) -> None:
-        """UserError unless such weights can be read off what is stored, and told in 16 bits."""
+        """UserError unless the weights can be computed from what is stored, and fit 16 bits."""
         least = 1 / math.log((1 << 16) / FIXED_POINT - 1)
         if not least <= temperature < math.inf:
             raise UserError(

@@ -26,7 +26,7 @@ Rule = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 class Crops(NamedTuple):
     """What a step trains on, on one device.
 
-    images: float32 [b, 3, S, S], 0 to 1 unless a mean and deviation were taken off. weights:
+    images: float32 [b, 3, S, S], 0 to 1 if `mean` and `std` were left out. weights:
     float32 [b, c, c], or None. labels, samples, epochs: int64 [b].
     """
 
@@ -40,20 +40,19 @@ class Crops(NamedTuple):
 class WeightedCrops(nn.Module):
     """A batch of frames and densities in, its random crops and their loss weights out: Crops.
 
-    The batch is what to_device gives of a loader's batches, or what a DataLoader makes of
-    `ShardSet.dataset`, or of a stock reader's with draw_crops: a mapping with frames uint8
-    [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or counts by detector, labels, samples and
-    epochs. The crop of the frame and that of the
-    density are one and the same, and the density is read by the detector's edge rule, or from the
-    bank's counts where those are given. A `temperature` in the batch, a tensor, goes before that of
-    the module: one that changes from step to step makes no new graph.
+    The batch is a mapping: frames uint8 [b, F, F, 3], boxes [b, 4], flips bool [b, 2], maps or
+    counts by detector, labels, samples and epochs. to_device makes it from a batch of the loader, a
+    DataLoader from `ShardSet.dataset`, and draw_crops completes what another reader has read. Frame
+    and density get the same crop. The density is read off the map by the detector's edge rule, or
+    from the counts, if there are any. If the batch has a `temperature`, a tensor, it is used in
+    place of the module's: it may change from step to step without a new graph.
 
     weights: a detector of the set, or None for images alone. size: side of a crop, px. w_ps: side
-    of a weight cell, px, which must divide it. temperature, normalise: as loss_weights. mean, std:
-    per channel, of 0 to 1, to take off the images. rule: what makes weights of densities instead of
-    loss_weights. correct: weights read off a map are the expected ones, not those of the expected
-    density, as far as shards/correction.py has the detector; a bank's and a rule's are as they are.
-    Raises UserError where the set cannot serve.
+    of a weight cell, px; it must divide `size`. temperature, normalise: as in loss_weights. mean,
+    std: per channel, of images from 0 to 1; images are normalised by them. rule: makes the weights
+    from the densities in place of loss_weights. correct: weights that are read off a map get the
+    correction of shards/correction.py, if it has the detector; those of counts and of a rule never.
+    Raises UserError if the set cannot serve.
     """
 
     likely: Tensor
@@ -112,7 +111,7 @@ class WeightedCrops(nn.Module):
         return Crops(images, weights, batch["labels"], batch["samples"], batch["epochs"])
 
     def weigh(self, batch: Mapping[str, Any], images: Tensor | None = None) -> Tensor | None:
-        """The loss weights of a batch's crops alone; a rule needs the `images` of the crops."""
+        """Only the loss weights of a batch's crops. A rule needs the `images` of the crops."""
         if self.weights is None:
             return None
         density, exact = self.density(batch), self.weights in batch.get("counts", {})
@@ -127,7 +126,7 @@ class WeightedCrops(nn.Module):
         return loss_weights(density, batch.get("temperature", self.temperature), self.normalise)
 
     def density(self, batch: Mapping[str, Any]) -> Tensor:
-        """The densities of a batch's crops that their weights are of, float32 [b, c, c], 0 to 1."""
+        """The density in each weight cell of a batch's crops, float32 [b, c, c], 0 to 1."""
         assert self.weights is not None
         if self.weights in batch.get("counts", {}):
             return pool_counts(batch["counts"][self.weights], self.cells)
@@ -140,8 +139,8 @@ def draw_crops(
 ) -> dict[str, Tensor]:
     """boxes, flips, samples and epochs of a batch that another reader of the set has read.
 
-    samples: the records' numbers in the set; heights, widths: of their sources, px. Each gets the
-    crop that `plan` shows in that epoch, whatever the order that they are read in.
+    samples: numbers of the records in the set. heights, widths: of their sources, px. A sample gets
+    the crop that `plan` shows of it in `epoch`, in whatever order samples are read.
     """
     numbers, tall, wide = (np.asarray(each, np.int64) for each in (samples, heights, widths))
     epochs = np.full(len(numbers), epoch)
@@ -170,9 +169,9 @@ def check_cells(settings: Settings, size: int, w_ps: int, bank: bool = False) ->
 
 
 class EdgeRule(nn.Module):
-    """What a detector finds of its marks by distance from a crop's edge, as each set has it.
+    """The share of its marks that a detector finds at each distance from a crop's edge, per set.
 
-    Called with the numbers of samples, gives float32 [cells], or [b, cells] where sets differ.
+    Call it with numbers of samples: it gives float32 [cells], or [b, cells] if the sets differ.
     """
 
     visible: Tensor
@@ -197,7 +196,7 @@ class EdgeRule(nn.Module):
 def _correction(
     records: Records, name: str, temperature: float, w_ps: int, cells: int
 ) -> Correction | None:
-    """The table of detector `name`: it is one for all sets, or none where a set has none."""
+    """The table of detector `name`, the same for all sets; None if a set has none."""
     tables = []
     for one in records.sets:
         settings, (row,) = one.manifest.settings, one.find_maps([name])
@@ -207,10 +206,11 @@ def _correction(
 
 
 def edge_rule(settings: Settings, detector: Detector, size: int, cells: int) -> Tensor:
-    """What `detector` finds of its marks by distance from a crop's edge, float32 [cells].
+    """The share of its marks that `detector` finds at each distance from the edge of a crop of
+    `size` px, float32 [cells].
 
-    The crop has `size` px, whatever the maps were made for: an edge rule is in px of what a
-    detector is shown.
+    The size for which the maps were made does not matter: an edge rule is in px of the image that
+    the detector is given.
     """
     share = visible_cells(detector, size, cells, settings.mark)
     return torch.from_numpy(share).float()
@@ -219,8 +219,8 @@ def edge_rule(settings: Settings, detector: Detector, size: int, cells: int) -> 
 def crop_frames(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """Crops of `frames` (uint8 [b, F, F, 3]) as float32 [b, 3, size, size], 0 to 255.
 
-    Bilinear without antialias, as torchvision's crop then resize: sampling positions stay within
-    the box. boxes: [b, 4] (top, left, height, width); flips: bool [b, 2] (horizontal, vertical).
+    Bilinear without antialias. As in torchvision's crop and resize, no pixel outside the box is
+    read. boxes: [b, 4] (top, left, height, width); flips: bool [b, 2] (horizontal, vertical).
     """
     pixels = frames.permute(0, 3, 1, 2).float()
     side = frames.shape[1]
@@ -243,9 +243,8 @@ def crop_maps(
 ) -> Tensor:
     """Mean density of each of cells x cells parts of a crop, float32 [b, cells, cells], 0 to 1.
 
-    `maps` is uint8 [b, G, G], density = value / 255. The mean over a part is exact: map cells count
-    by their overlap. `visible`, [cells] or [b, cells], is the share of its marks that the
-    detector finds at each distance from the crop's edge (EdgeRule).
+    `maps` is uint8 [b, G, G], density = value / 255. The mean is exact: a map cell counts by its
+    overlap with the part. `visible`, [cells] or [b, cells]: what EdgeRule gives.
     """
     return crop_grid(maps / 255, boxes, flips, cells, visible)
 
@@ -253,7 +252,7 @@ def crop_maps(
 def crop_grid(
     values: Tensor, boxes: Tensor, flips: Tensor, cells: int, visible: Tensor | None = None
 ) -> Tensor:
-    """crop_maps of any `values` over the unit square, float32 [b, G, G], of attention say."""
+    """crop_maps for any `values` over the unit square, float32 [b, G, G]; attention, say."""
     grid = values.shape[-1]
     lower = torch.arange(grid, device=values.device, dtype=torch.float32)
     edges = torch.arange(cells + 1, device=values.device) / cells
@@ -280,7 +279,7 @@ def pool_counts(counts: Tensor, cells: int) -> Tensor:
 
 
 def _between(table: Tensor, density: Tensor) -> Tensor:
-    """`table` [STEPS + 1], of densities from 0 to 1, at each `density`: between entries linear."""
+    """`table`, float32 [STEPS + 1] for densities 0 to 1, at each `density`; linear in between."""
     at = density.clamp(0, 1) * STEPS
     low = at.long().clamp(max=STEPS - 1)
     below = table[low]
@@ -293,12 +292,13 @@ def loss_weights(
     normalise: Normalise = "min",
     least: Tensor | None = None,
 ) -> Tensor:
-    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], by each image's least or mean, or
-    by the mean of all. least: [b], the least densities, if not those of `density` itself.
+    """exp(clip(density / T, -20, 20)) of `density` [b, c, c], divided as `normalise` says.
 
-    `min` is the published form (KAMIM utils/KAMIM.py): at least 1, so that detectors and
-    temperatures differ in the scale of the loss. `mean` keeps the mean weight of an image at 1,
-    `batch` that of all the images given, so that an image with more keypoints counts for more.
+    min: by the least of the image, the published form (KAMIM utils/KAMIM.py). Weights are at least
+    1, and the scale of the loss depends on the detector and on T. mean: by the mean of the image,
+    so that all images count alike. batch: by the mean of all images given, so that an image with
+    more keypoints counts for more. least: [b], the least density of each image, if it is not that
+    of `density`.
     """
     raw = torch.exp(torch.clamp(density.float() / temperature, -20, 20))
     if normalise == "batch":

@@ -1,7 +1,7 @@
-"""What of each image the model is shown in each step: cells that are masked, thrown and visible.
+"""Which cells of each image are masked, thrown or visible in each step.
 
-A draw without replacement: first the masked, then the thrown, the rest visible. AMT and FAMT (arXiv
-2211.15362, mae-AMT and simmim-AMT) draw by maps, the other methods at random.
+Cells are drawn without replacement: first those to mask, then those to throw; the rest is visible.
+AMT and FAMT (arXiv 2211.15362, mae-AMT and simmim-AMT) draw by maps, other methods at random.
 """
 
 import math
@@ -29,12 +29,12 @@ ATTENTION = "attention"
 
 
 def guides(recipe: Recipe) -> list[str]:
-    """What the recipe draws cells by: ATTENTION and names of maps; none for at random."""
+    """What the recipe draws cells by: ATTENTION and names of maps. Empty: at random."""
     return [] if recipe.sample_by == "none" else recipe.sample_by.split("*")
 
 
 def guide_maps(recipe: Recipe) -> list[str]:
-    """Those of `guides` that are maps in the shards."""
+    """Those of `guides` that are maps of the shards."""
     return [name for name in guides(recipe) if name != ATTENTION]
 
 
@@ -45,10 +45,11 @@ def wanted_maps(recipe: Recipe, detector: str | None) -> list[str]:
 
 
 class Masking:
-    """What is hidden of the images of each step, by the recipe.
+    """The cells of each step's images, by the recipe.
 
-    A pure function of (seed, step), of the maps of a batch, and of the attention in force, which is
-    written anew by `refresh` at the steps that are `due` and read again when a run goes on.
+    A pure function of (seed, step), of the maps of the batch, and of the attention. `refresh`
+    computes the attention of all records at the steps that are `due`, and writes it to a file;
+    `restore` reads the file when a run is resumed.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Masking:
         return math.ceil(epoch * self.steps_an_epoch - 1e-9)
 
     def in_force(self, step: int) -> int | None:
-        """The step at whose beginning the attention of `step` was, or is, written; None: none."""
+        """The step before which the attention that `step` uses is written; None: it uses none."""
         if ATTENTION not in self.guides or step < self.begin:
             return None
         recipe = self.recipe
@@ -104,8 +105,8 @@ class Masking:
         every_record: Callable[[], Iterable[Batch]],
         process: Process,
     ) -> float:
-        """Write the attention of every record as `encoder` now has it before `step`, and use it
-        from here on. Returns the seconds that this took.
+        """Compute the attention of every record by `encoder` before `step`, write it, and use it
+        from now on. Returns the seconds that this took.
         """
         began, path = time.perf_counter(), self._path(run, step)
         size, batches = self.recipe.size, every_record()
@@ -121,8 +122,8 @@ class Masking:
         return spent
 
     def restore(self, run: Path, step: int, done: bool = False) -> None:
-        """Before `step` of a run that goes on: read what an earlier step wrote, if it is needed;
-        what `step` itself wrote too if it is `done`.
+        """Before `step` of a resumed run: read the attention that an earlier step wrote, if `step`
+        uses it. `done`: also what was written before `step` itself.
         """
         written = self.in_force(step)
         if written is not None and (done or written != step):
@@ -135,7 +136,7 @@ class Masking:
         return run / f"attention-{step:08d}.npy"
 
     def noise(self, step: int) -> Tensor:
-        """What decides the draws of a step's whole batch; a process takes its rows of it."""
+        """The random numbers of a step's whole batch; a process takes its rows."""
         batch, recipe = self.recipe.batch, self.recipe
         plain = step < self.begin or not (self.guides or recipe.throw_ratio)
         if recipe.method == "simmim" and plain:  # SimMIM's masks, drawn where the model is
@@ -259,9 +260,9 @@ def races(seed: int, step: int, batch: int, cells: int) -> Tensor:
 def drawn(noise: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cell numbers, int64 [b, cells], in the order in which they are drawn without replacement.
 
-    Each draw takes a cell with a chance in proportion to its weight among those left: the one whose
-    exponential `noise` over its weight is least. weights: [b, cells], at least 0, of any scale;
-    None: all alike. Any weights give a full order.
+    The chance of a cell is its weight over the weights of all cells that are left: first comes the
+    cell with the least exponential `noise` / weight. weights: [b, cells], at least 0, of any scale;
+    None: all the same. Cells of weight 0 come last.
     """
     if weights is not None:
         noise = noise / weights.float().clamp_min(LEAST)
