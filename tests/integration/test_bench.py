@@ -296,6 +296,7 @@ def test_results_outside_a_checkout_are_refused_before_anything_is_measured(monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_cost_a_step_the_same_everywhere(small_source):
     """Both benchmarks of a weighted step run the same one, with weights and without."""
     with temporary_set(str(small_source), map_crops=0, frame=96, jobs=1) as records:

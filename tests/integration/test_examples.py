@@ -18,6 +18,7 @@ from train.masking import block_masks
 STEPS = 20
 NEEDS = {"stock_webdataset": "webdataset", "stock_datasets": "datasets", "stock_ffcv": "ffcv"}
 NAMES = [*NEEDS, "own_model"]
+LONG = ("stock_datasets", "stock_ffcv")  # to import and compile
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +66,16 @@ def test_each_is_short(path):
     assert len([line for line in path.read_text().splitlines() if line]) <= 40
 
 
-@pytest.mark.parametrize(
-    "name", ["own_model", *(pytest.param(name, marks=pytest.mark.slow) for name in NEEDS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_model", *NEEDS])
 def test_it_lowers_its_loss(name, folder, printed):
     lowered(printed(name, folder, STEPS))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in NAMES],
+)
 def test_its_crops_weights_and_losses_are_ours(name, folder, demo, tmp_path, monkeypatch):
     """Of each sample the same as our own loader's, in whatever order the reader has them."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

@@ -105,7 +105,10 @@ def test_the_card_says_what_the_run_knows_and_its_recipe_repeats_it(trained, bui
     assert losses(tmp_path / "again") == losses(trained)
 
 
-@pytest.mark.parametrize("to", ["run", "safetensors", "timm", "hf"])
+@pytest.mark.parametrize(
+    "to",
+    ["run", "hf", *(pytest.param(to, marks=pytest.mark.slow) for to in ("safetensors", "timm"))],
+)
 def test_a_run_starts_from_any_form_and_goes_on_and_is_repeated(to, trained, built, tmp_path):
     if to == "hf":
         pytest.importorskip("transformers")

@@ -72,7 +72,10 @@ def test_our_layout_is_ffcvs_own(converted):
         assert handler.to_binary()[0].tobytes() == arguments.tobytes()
 
 
-@pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
+WANTED = [["fast", "orb"], *(pytest.param(few, marks=pytest.mark.slow) for few in (["orb"], []))]
+
+
+@pytest.mark.parametrize("wanted", WANTED)
 def test_the_same_batches_as_from_webdataset(built, converted, wanted):
     source, copy = ShardSet(built), ShardSet(converted)
     plan = Plan(40, 12, seed=3, micro_steps=2)
@@ -96,7 +99,7 @@ def test_the_same_batches_as_from_webdataset(built, converted, wanted):
             np.testing.assert_array_equal(b.frames[place], expected)
 
 
-@pytest.mark.parametrize("wanted", [["fast", "orb"], ["orb"], []])
+@pytest.mark.parametrize("wanted", WANTED)
 def test_the_same_stored_crops_as_from_webdataset(built, converted, wanted):
     plan = Plan(40, 12, seed=3)
     options = {"maps": wanted, "bank": True}
@@ -111,6 +114,7 @@ def test_the_same_stored_crops_as_from_webdataset(built, converted, wanted):
             np.testing.assert_array_equal(a.counts[name], b.counts[name])
 
 
+@pytest.mark.slow
 def test_pretraining_gives_the_same_losses_where_the_frames_are_equal(small_source, tmp_path):
     from test_pretrain import run
 

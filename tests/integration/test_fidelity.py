@@ -24,6 +24,7 @@ def demo_set(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_demo(demo_set, capsys):
     found = measure_fidelity(ShardSet(demo_set), open_source("demo"), samples=60, jobs=1)
     assert "fidelity: 100%" in capsys.readouterr().err  # it was silent for as long as it took

@@ -72,6 +72,7 @@ def test_what_was_cut_off_goes_on(bench, tmp_path):
     assert len(cases_in(out)) == 3
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_or_is_late_is_one_line(bench, tmp_path, capsys, monkeypatch):
     def broken(measured):
         raise RuntimeError("no such kernel\nwith advice")

@@ -136,9 +136,8 @@ def test_a_labelled_set_of_its_own_is_looked_at(shards, small_source, tmp_path, 
     assert (done.returncode, "there is no folder" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(
-    "converted", [pytest.param("raw", marks=pytest.mark.slow), "jpeg"], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("converted", ["raw", "jpeg"], indirect=True)
 def test_an_ffcv_set_is_looked_at_in_the_same_order(shards, converted, tmp_path):
     pytest.importorskip("ffcv")
     run(shards, tmp_path / "tar", probe_every=3, steps=1)

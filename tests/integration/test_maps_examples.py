@@ -36,6 +36,7 @@ def images(demo_images, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_an_image_folder(images, tmp_path, printed):
     lowered(printed("maps_imagefolder", images, maps_of(images, tmp_path / "maps"), STEPS))
 

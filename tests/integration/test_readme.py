@@ -62,6 +62,7 @@ def test_every_console_block_runs_as_printed(clone):
     assert (clone / "runs" / "demo" / "reconstructions.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_python_blocks_run_as_printed_from_a_train_py_of_the_users_own(clone, tmp_path):
     """In a folder of theirs, whose train.py must not get into the way of our room of that name."""
     assert run("make shards DATASET=demo DETECTOR=fast", clone).returncode == 0

@@ -255,10 +255,9 @@ def test_records_that_are_not_reached_or_diverge_come_last(shards):
     assert (scores == 0).all()
 
 
-@pytest.mark.parametrize(
-    "converted", [pytest.param("raw", marks=pytest.mark.slow), "jpeg"], indirect=True
-)
-@pytest.mark.parametrize("by", ["density", pytest.param("loss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("converted", ["raw", "jpeg"], indirect=True)
+@pytest.mark.parametrize("by", ["density", "loss"])
 def test_an_ffcv_set_is_drawn_from_as_the_set_that_it_was_made_of(
     by, shards, converted, shown, tmp_path
 ):

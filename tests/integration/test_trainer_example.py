@@ -35,6 +35,7 @@ def test_it_is_as_short_as_it_says():
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 25
 
 
+@pytest.mark.slow
 def test_from_tars_and_from_a_url(demo, tmp_path, printed):
     ours = losses(demo, tmp_path / "run")
     assert len(ours) == STEPS
