@@ -677,7 +677,11 @@ def test_a_damaged_file_of_others_is_one_line(tmp_path):
     save_file(from_timm_names, tmp_path / "part.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors", {"model": "vit"})
+    for name, config in (("list", "[1]"), ("brace", "{")):
+        save_file(from_timm_names, tmp_path / f"{name}.safetensors", {"config": config})
     for name, words in (
+        ("list", "holds no whole Hugging Face ViT"),
+        ("brace", "holds no whole Hugging Face ViT"),
         ("part", "holds no whole Hugging Face ViT"),
         ("cut", "is no sound .safetensors file"),
         ("old", "does not say what it is of"),
