@@ -147,8 +147,9 @@ def _from_huggingface(
     tensors: dict[str, Tensor], path: Path, config: str | None = None
 ) -> tuple[nn.Module, int]:
     """`config` is the text of its config.json; by default that beside it is read, if any."""
+    beside = {} if config else _config_beside(path)
     try:
-        known = dict(json.loads(config)) if config else _config_beside(path)
+        known = dict(json.loads(config)) if config else beside
         options, size, eps = options_of(tensors, known)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
