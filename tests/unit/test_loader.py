@@ -357,6 +357,18 @@ def test_a_damaged_record_is_named_or_skipped_and_counted(records, place):
     assert sorted(samples.tolist()) == sorted([*range(17), 18, *range(18, 40)])
 
 
+def test_a_single_sound_record_stands_for_all_and_none_is_an_error(records):
+    for number in range(40):
+        if number != 21:
+            damage(records, number, "frame", b"\0" * 60)
+    loader = Loader(ShardSet(records.folder), Plan(40, 8), 0, 5, skip=True)
+    assert {sample for batch in loader for sample in batch.samples.tolist()} == {21}
+    assert loader.damaged == {*range(40)} - {21}
+    damage(records, 21, "frame", b"\0" * 60)
+    with pytest.raises(ValueError, match="has a frame that does not decode"):
+        list(Loader(ShardSet(records.folder), Plan(40, 8), 0, 5, skip=True))
+
+
 def test_a_shard_that_shrinks_while_training_is_named(records):
     path, _ = records.locate(30)
     with pytest.raises(ValueError, match=rf"{path.name}: record .* is cut short"):  # noqa: PT012
