@@ -424,14 +424,14 @@ def test_edges_lie_where_the_picture_has_some(monkeypatch):
         assert density[:, :middle].mean() > 2 * density[:, middle:].mean()
 
 
-def test_the_command_says_that_no_rule_is_there_and_takes_one_measured(own, tmp_path):
+def test_the_command_says_that_no_rule_is_there_and_takes_one_measured(own, small_source, tmp_path):
     call, small = f"slope={own}:ramp", ["--frame", "64", "--crop", "64", "--grid", "16"]
-    bare = kamim("build", "demo", "bare", "--detector", call, *small)
+    bare = kamim("build", small_source, "bare", "--detector", call, *small)
     assert bare.returncode == 0, bare.stderr
-    assert f"measure one by kamim shards edge-rule {call} demo" in bare.stderr
+    assert f"measure one by kamim shards edge-rule {call} {small_source}" in bare.stderr
     measured = kamim("edge-rule", "gftt", "demo", "--samples", "24", "--jobs", "1")
     assert "--edge-rule gftt.edge.json" in measured.stderr
-    words = ["build", "demo", "ruled", "--detector", "gftt", *small]
+    words = ["build", small_source, "ruled", "--detector", "gftt", *small]
     ruled = kamim(*words, "--edge-rule", "gftt.edge.json")
     assert "edge rule" not in ruled.stderr
     detector = shards.load(tmp_path / "ruled").settings.detectors[0]
