@@ -18,8 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, contents, settings
-from test_cli import KAMIM, SMALL
-from test_cli import kamim_process as kamim
+from test_cli import SMALL
+from typed import KAMIM
+from typed import kamim_process as kamim
 
 import preprocess.building
 import preprocess.shard

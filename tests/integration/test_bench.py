@@ -12,8 +12,8 @@ import pytest
 import simplejpeg
 from conftest import errors
 from PIL import Image
-from test_cli import kamim as typed
-from test_cli import kamim_process
+from typed import kamim as typed
+from typed import kamim_process
 from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")

@@ -1,47 +1,18 @@
 """The command line: one clear line for each mistake, exit statuses, JSON, Ctrl-C."""
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from typing import get_args
-from unittest import mock
 
 import pytest
 from conftest import REPOSITORY, errors
+from typed import KAMIM, kamim
 
-from kamim.__main__ import main
-
-KAMIM = [sys.executable, "-m", "kamim"]
 SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--shard-size", "4"]
-
-
-def kamim_process(*arguments, **options):
-    return subprocess.run([*KAMIM, *map(str, arguments)], capture_output=True, text=True, **options)
-
-
-def kamim(*arguments):
-    """As kamim_process, but here: to import everything anew takes a second."""
-    out, err = io.StringIO(), io.StringIO()
-    hook = threading.excepthook
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with (
-        mock.patch.object(sys, "argv", ["kamim", *map(str, arguments)]),
-        mock.patch.dict(os.environ),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    threading.excepthook = hook
-    return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.mark.parametrize(

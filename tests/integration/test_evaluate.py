@@ -19,8 +19,8 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY, errors, settings
-from test_cli import kamim as typed_in_full
-from test_cli import kamim_process
+from typed import kamim as typed_in_full
+from typed import kamim_process, without_torch
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -611,12 +611,8 @@ def test_sets_of_other_classes_are_refused(labelled, tmp_path):
 
 
 def test_a_request_is_checked_before_torch_is_imported(labelled, tmp_path):
-    """A torch that cannot be imported stands in its place; the last command shows that it would
-    be noticed.
-    """
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch', name='torch')\n")
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', REPOSITORY)}"
-    for words, said in (
+    """The last is right, and comes to torch: so this can fail."""
+    commands = (
         (["probe", "nosuch.pt", "A", "B"], "nosuch.pt is no file, run folder"),
         (["probe", tmp_path, labelled, labelled], "holds no checkpoint"),
         (["probe", "timm:", labelled, labelled], "names no model"),
@@ -628,10 +624,10 @@ def test_a_request_is_checked_before_torch_is_imported(labelled, tmp_path):
         (["analyse", "nosuch.pt", labelled], "nosuch.pt is no file"),
         (["export-hf", "nosuch.pt", tmp_path / "x"], "nosuch.pt is no file"),
         (["probe", "random:small", labelled, labelled], "torch is not installed"),
-    ):
-        done = kamim_process(*words, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY)
-        assert done.returncode == 2
-        assert errors(done) == 1
+    )
+    ended = without_torch(*(words for words, _ in commands), cwd=tmp_path)
+    for done, (_, said) in zip(ended, commands, strict=True):
+        assert (done.returncode, errors(done)) == (2, 1), done
         assert said in done.stderr
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import contents, copied, errors, settings
-from test_cli import kamim
+from typed import kamim
 
 import preprocess
 from preprocess import build_shards, open_source

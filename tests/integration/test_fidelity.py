@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import contents, settings
 from conftest import errors as lines
-from test_cli import kamim
+from typed import kamim
 
 import preprocess
 from preprocess import build_shards, measure_fidelity, open_source, storage

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import errors
-from test_cli import kamim
+from typed import kamim
 
 torch = pytest.importorskip("torch")
 

@@ -104,7 +104,7 @@ def test_a_run_killed_between_looks_goes_on_to_the_same_bits_and_looks(shards, t
 
 
 def test_a_labelled_set_of_its_own_is_looked_at(shards, small_source, tmp_path, capsys):
-    from test_cli import kamim
+    from typed import kamim
 
     build_shards(open_source(str(small_source)), tmp_path / "own", settings(frame=96, crop=96), 1)
     run(shards, tmp_path / "run", probe_every=3, probe_set=tmp_path / "own", steps=1)

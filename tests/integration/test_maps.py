@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import REPOSITORY, contents, settings
-from test_cli import kamim
+from typed import kamim
 
 import preprocess
 import shards

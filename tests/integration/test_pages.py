@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import look
-from test_cli import kamim_process
+from typed import kamim_process
 
 torch = pytest.importorskip("torch")
 

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, contents, settings
 from stores import s3_server
-from test_cli import KAMIM, SMALL, kamim, kamim_process
+from test_cli import SMALL
+from typed import KAMIM, kamim, kamim_process
 
 import preprocess.building
 import shards

@@ -8,8 +8,8 @@ from stores import HttpStore
 
 pytest.importorskip("torch")
 
-from test_cli import kamim
 from test_golden import build
+from typed import kamim
 
 from shards.beton import convert_to_ffcv
 from train.metrics import read_metrics

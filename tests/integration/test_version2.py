@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY, contents, settings
-from test_cli import kamim
+from typed import kamim
 
 import shards
 from preprocess import build_shards, detector_settings, open_source, redetect_maps

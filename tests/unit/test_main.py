@@ -7,12 +7,14 @@ import sys
 import tomllib
 
 import pytest
+import typed
 from conftest import REPOSITORY
 
+import kamim.doctor
+from preprocess import BuildError
 from shards import errors
-from shards.errors import EXTRAS, install
+from shards.errors import EXTRAS, UserError, install
 
-KAMIM = [sys.executable, "-m", "kamim"]
 DOCTOR = """
 import os, signal, sys
 from preprocess import BuildError
@@ -42,26 +44,29 @@ def test_what_is_done_is_status_0():
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        ("UserError('give less')", 2, "kamim: give less"),
-        ("BuildError('half is done')", 1, "kamim: half is done"),
-        ("OSError(28, 'No space left on device', '/data')", 1, "No space left on device: /data"),
-        ("ModuleNotFoundError('No module', name='torch')", 2, "sources: pip install '.[train]'"),
-        ("ModuleNotFoundError('No module', name='cv2')", 2, "pip install opencv-python-headless"),
-        ("ModuleNotFoundError('x', name='nosuch.part')", 2, "nosuch.part is not installed; type: "),
-        (
-            "ModuleNotFoundError('No shards.nosuch', name='shards.nosuch')",
-            70,
-            "a bug of kamim (Mod",
-        ),
-        ("ModuleNotFoundError('No train', name='train')", 70, "a bug of kamim (ModuleNotFoundErro"),
-        ("ModuleNotFoundError('No numpy.x', name='numpy.nosuch')", 70, "a bug of kamim (Module"),
-        ("ModuleNotFoundError('no name')", 70, "a bug of kamim (ModuleNotFoundError: no name)"),
-        ("ValueError('broadcast')", 70, "kamim: a bug of kamim (ValueError: broadcast)"),
-        ("KeyError('x')", 70, "kamim: a bug of kamim (KeyError: 'x')"),
+        (UserError("give less"), 2, "kamim: give less"),
+        (BuildError("half is done"), 1, "kamim: half is done"),
+        (OSError(28, "No space left on device", "/data"), 1, "No space left on device: /data"),
+        (ModuleNotFoundError("No module", name="torch"), 2, "sources: pip install '.[train]'"),
+        (ModuleNotFoundError("No module", name="cv2"), 2, "pip install opencv-python-headless"),
+        (ModuleNotFoundError("x", name="nosuch.part"), 2, "nosuch.part is not installed; type: "),
+        (ModuleNotFoundError("No x", name="shards.nosuch"), 70, "a bug of kamim (ModuleNotFou"),
+        (ModuleNotFoundError("No train", name="train"), 70, "a bug of kamim (ModuleNotFoundErro"),
+        (ModuleNotFoundError("No numpy.x", name="numpy.nosuch"), 70, "a bug of kamim (Module"),
+        (ModuleNotFoundError("no name"), 70, "a bug of kamim (ModuleNotFoundError: no name)"),
+        (ValueError("broadcast"), 70, "kamim: a bug of kamim (ValueError: broadcast)"),
+        (KeyError("x"), 70, "kamim: a bug of kamim (KeyError: 'x')"),
     ],
+    ids=repr,
 )
-def test_a_request_that_is_wrong_and_a_bug_of_ours_end_differently(error, status, line):
-    done = ended(f"raise {error}")
+def test_a_request_that_is_wrong_and_a_bug_of_ours_end_differently(
+    error, status, line, monkeypatch
+):
+    def examine():
+        raise error
+
+    monkeypatch.setattr(kamim.doctor, "examine", examine)
+    done = typed.kamim("doctor")
     assert (done.returncode, done.stdout) == (status, "")
     first, *rest = done.stderr.splitlines()
     assert first.startswith("kamim: ")
@@ -99,31 +104,28 @@ def test_debug_shows_where_a_request_failed():
     ]
 
 
-def kamim(*words, **environment):
-    env = {**os.environ, **environment}
-    return subprocess.run([*KAMIM, *words], capture_output=True, text=True, env=env)
-
-
 def test_the_version_is_that_of_the_package():
     with (REPOSITORY / "pyproject.toml").open("rb") as file:
         version = tomllib.load(file)["project"]["version"]
-    done = kamim("--version")
+    done = typed.kamim("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"kamim {version}\n", "")
 
 
 def test_a_shell_can_complete_commands_and_options():
-    words = {"_KAMIM_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
-    assert kamim(**words, COMP_WORDS="kamim pre").stdout.split() == ["pretrain"]
-    words["COMP_CWORD"] = "3"
-    found = kamim(**words, COMP_WORDS="kamim shards verify --lev").stdout.split()
-    assert found == ["--level"]
-    help_text = re.sub(r"\s+", " ", kamim("--help").stdout)
+    def completed(words):
+        shell = {"_KAMIM_COMPLETE": "complete_bash", "COMP_CWORD": f"{len(words.split()) - 1}"}
+        env = {**os.environ, **shell, "COMP_WORDS": words}
+        return typed.kamim_process(env=env).stdout.split()
+
+    assert completed("kamim pre") == ["pretrain"]
+    assert completed("kamim shards verify --lev") == ["--level"]
+    help_text = re.sub(r"\s+", " ", typed.kamim("--help").stdout)
     assert "--install-completion" in help_text
     assert "--show-completion" in help_text
 
 
 def test_a_usage_error_names_the_value_and_the_rule():
-    done = kamim("shards", "build", "demo", "out", "--jobs", "two")
+    done = typed.kamim("shards", "build", "demo", "out", "--jobs", "two")
     assert done.returncode == 2
     assert re.fullmatch(r"kamim: --jobs 'two' \w.* integer \(see --help\)\n", done.stderr)
 
