@@ -525,6 +525,7 @@ def test_sets_at_a_url_give_the_numbers_of_their_folder(command, labelled, store
     assert list((tmp_path / "cache").glob("*/shard-000000.tar"))
 
 
+@pytest.mark.slow
 def test_analyse_takes_a_url_and_an_ffcv_set(labelled, store, tmp_path):
     convert_to_ffcv(labelled, tmp_path / "raw", "raw")
     convert_to_ffcv(labelled, tmp_path / "jpeg", "jpeg")
@@ -641,6 +642,7 @@ def test_commands_of_evaluation_and_benchmarks_import_nothing_heavy():
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_fetched_are_one_line_after_one_call(labelled, tmp_path):
     """A server that hangs up; Hugging Face's client would call again for a minute."""
     calls = []

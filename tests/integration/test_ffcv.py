@@ -176,10 +176,8 @@ for batch in FfcvLoader(records, Plan(len(records), 8), 0, 10**9):
 """
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["interrupt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("terminate", "exception"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["interrupt", "terminate", "exception"])
 def test_nothing_hangs_and_nothing_stays_in_shared_memory(how, built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
     before = {*os.listdir("/dev/shm")}  # what others leave there may have our number

@@ -60,7 +60,8 @@ def sound(page, width, images, charts, picture=None):
     assert (found["images"], found["charts"]) == (images, charts)
 
 
-@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_all_of_every_page(runs, width, tmp_path):
     sound(runs / "a" / "index.html", width, 3 + 3, 11)
     words = [runs / "a", runs / "b", runs / "c", "--out", tmp_path / "compared"]

@@ -685,6 +685,7 @@ def test_the_command_line_of_stores_and_parts(source, disk, tmp_path):
     assert "Make one finished set of the parts" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_sbatch_file_builds_parts_and_joins_them(source, disk, tmp_path):
     """By a SLURM that runs its jobs at once: the array of parts, then what depends on it."""
     fake = tmp_path / "bin" / "sbatch"

@@ -209,7 +209,8 @@ def calm(shards, tmp_path_factory):
     return CALM
 
 
-@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_killed_and_resumed_losses_are_bitwise_those_of_a_calm_run(workers, shards, calm, tmp_path):
     flags = ["--workers", workers, "--resume"]
     rng, out = random.Random(int(workers)), tmp_path / "killed"
