@@ -25,7 +25,13 @@ FIGURES = {  # by the name in metrics.jsonl: a title, what to multiply by, digit
     "seconds": ("hours", 1 / 3600, 2),
 }
 MEDIANS = ("images_per_s", "waiting")  # of all rows: one row's is noise
-APART = ("seed", "versions", "extended", "shards_folder")  # what runs of a row may differ by
+APART = (
+    "seed",
+    "versions",
+    "extended",
+    "shards_folder",
+    "deterministic",
+)  # what runs of a row may differ by
 Group = dict[str, Any]
 
 
@@ -67,7 +73,7 @@ def grouped(found: Sequence[Any]) -> list[Group]:
     """
     alike: dict[str, list[Any]] = {}
     for each in found:
-        facts = {k: v for k, v in each.facts.items() if k not in APART}
+        facts = {k: whole(v) for k, v in each.facts.items() if k not in APART}
         alike.setdefault(json.dumps(facts, sort_keys=True), []).append(each)
     groups = []
     for of, name in zip(alike.values(), names(list(alike.values())), strict=True):
@@ -96,13 +102,22 @@ def figure_of(run: Any, name: str) -> float:
 
 def names(groups: Sequence[Sequence[Any]]) -> list[str]:
     """What tells each of `groups` from the others: the settings in which they differ."""
-    facts = [{**of[0].recipe, **of[0].facts} for of in groups]
+    facts = [whole({**of[0].recipe, **of[0].facts}) for of in groups]
     keys = [k for k in facts[0] if len({str(f.get(k)) for f in facts}) > 1]
     keys = [k for k in keys if k not in ("recipe", *APART)]
     if not keys:
         return [of[0].run.name for of in groups]
     said = [{k: v for k, v in f.items() if v not in (None, "")} for f in facts]
     return [", ".join(f"{k} {f.get(k, 'none')}" for k in keys) for f in said]
+
+
+def whole(value: Any) -> Any:
+    """`value` with 10 in place of 10.0: a recipe in a file has numbers that one of ours has not."""
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _page(groups: Sequence[Group]) -> str:

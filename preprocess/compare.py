@@ -193,7 +193,8 @@ def reuse_hint(out: Place, there: Facts, asked: Facts) -> str:
     before, now = ([d["name"] for d in facts["settings"]["detectors"]] for facts in (there, asked))
     added = "-".join(name for name in now if name not in before) or "new"
     return (
-        "keep its frames and maps by building into a new folder: "
+        "keep its frames by building into a new folder, and the maps of those of its detectors "
+        "that you name there too: "
         f"kamim shards build SOURCE {out}-{added} --reuse {out}"
     )
 
@@ -209,7 +210,7 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     ]
     words = [f"--detector {','.join(called)}"]
     for detector in settings.detectors:
-        usual = {} if detector.plugin else KNOWN[detector.name]
+        usual = {} if detector.plugin else KNOWN.get(detector.name, {})
         for option, value in detector.options.items():
             if value != usual.get(option):
                 words.append(f"--detector-option {detector.name}.{option}={value}")

@@ -176,19 +176,21 @@ def parsed_detector(call: str, options: Mapping[str, str]) -> Detector:
         if option not in chosen:
             there = ", ".join(chosen) or "none"
             raise UserError(f"{name} has no option {option!r}; it has {there}")
-        chosen[option] = _parse(f"{name}.{option}", text, chosen[option])
+        chosen[option] = _parse(f"{name}.{option}", text, chosen[option], signed=bool(plugin))
     return Detector(name, chosen, plugin)
 
 
-def _parse(name: str, text: str, default: float) -> float:
+def _parse(name: str, text: str, default: float, signed: bool) -> float:
+    """The value of an option, of the kind of its default; OpenCV's are never below 0."""
     try:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         value = type(default)(text)
     except (ValueError, KeyError):
         raise UserError(f"{name}={text!r} is no {type(default).__name__}") from None
-    if not math.isfinite(value) or value < 0:
-        raise UserError(f"{name}={text} must be a finite number of at least 0")
+    if not math.isfinite(value) or (value < 0 and not signed):
+        least = "" if signed else " of at least 0"
+        raise UserError(f"{name}={text} must be a finite number{least}")
     return value
 
 

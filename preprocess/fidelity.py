@@ -70,7 +70,7 @@ def measure_fidelity(
         raise UserError(
             f"{records.folder} has no keypoint maps: there is no detection to compare with"
         )
-    if w_ps % BANK_CELL or settings.crop % w_ps:
+    if w_ps < 1 or w_ps % BANK_CELL or settings.crop % w_ps:
         raise UserError(f"w_ps {w_ps} is no multiple of {BANK_CELL} that divides {settings.crop}")
     if source.description()["sha256"] != records.manifest.source["sha256"]:
         raise UserError(f"{source.root} is not what {records.folder} was built from; name that")

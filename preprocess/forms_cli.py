@@ -2,6 +2,7 @@
 `join`: one set of its parts.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +32,8 @@ def convert(
     from shards.beton import convert_to_ffcv
 
     suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
-    target = out or folder.with_name(folder.name + suffix)
+    whole = Path(os.path.abspath(folder))  # `.` has no name
+    target = out or (folder if folder.name else whole).with_name(whole.name + suffix)
     manifest = convert_to_ffcv(folder, target, frames)
     count, size = manifest.count, manifest.shards[0].bytes
     facts = {"out": str(target), "fingerprint": manifest.fingerprint}

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from preprocess import BuildError, isolation
 from preprocess.decode import Rejected, decode_image, naming
 from preprocess.densities import bank_of, maps_of, weights_of
-from preprocess.files import of_each
+from preprocess.files import of_each, version_of
 from preprocess.source import Entry, Source
 from shards import Record, Settings, ShardSet, ShardWriter, encode_frame
+from shards.files import MANIFEST
 from shards.maps import MapsWriter
 from shards.record import key_of
 from shards.remote.place import Place
@@ -284,9 +285,13 @@ def _old_record(folder: Path, index: int) -> tuple[Record, Settings] | None:
     return records[number], records.manifest.settings
 
 
-@lru_cache(maxsize=1)
 def _open(folder: Path) -> ShardSet:
-    """Opened once a worker: its index is hashed then."""
+    return _kept_open(folder, version_of(str(folder / MANIFEST)))
+
+
+@lru_cache(maxsize=1)
+def _kept_open(folder: Path, version: tuple[int, ...]) -> ShardSet:
+    """Opened once a worker, which may outlive the set as it was: its index is hashed then."""
     return ShardSet(folder)
 
 

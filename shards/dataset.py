@@ -210,7 +210,7 @@ class ShardSet(Records):
         numbers of the samples that it shows, ascending; None: all. crops: area, ratio, horizontal,
         vertical of Plan.
         """
-        plain = subset is None and not 0 < window < len(self.shards)
+        plain = subset is None and (window == 0 or window >= len(self.shards))
         windows = None if plain else self.windows(window, seed, subset)
         return Plan(len(self), batch, seed, windows=windows, **crops)
 
@@ -296,5 +296,5 @@ class Held:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.descriptor)  # when the interpreter ends, `os` may be gone

@@ -99,9 +99,9 @@ class Loader:
     wanted. With `bank`, crops are those stored, their slots the plan's, and counts come in place of
     maps. With `coded`, frames stay JPEG files. `allocate(shape)` gives a uint8 buffer (pinned,
     say); with `shared`, buffers are in it and workers are processes. Memory: prefetch + 1 batches.
-    With `skip`, a record that does not decode is replaced by the next sample and noted in
-    `damaged`; otherwise it raises UserError, naming shard and key. One iterator at a time: the
-    first batch of another raises UserError.
+    With `skip`, a record that does not decode is replaced by the next one of the set, be it in the
+    plan's subset or not, and noted in `damaged`; otherwise it raises UserError, naming shard and
+    key. One iterator at a time: the first batch of another raises UserError.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ record.
 
 import json
 import mmap
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +25,7 @@ from shards.record import npy_bytes
 from shards.spec import File, Manifest, write_file
 
 NAMES, KEYS = "names.jsonl", "keys.npy"
+TARS = re.compile(r"\.tar/", re.IGNORECASE | re.ASCII)
 TAR = "tar"  # the kind of source whose members answer to their WebDataset keys, too
 
 
@@ -32,8 +34,7 @@ def webdataset_key(name: str) -> str:
 
     `name` may begin with the path of its tar.
     """
-    at = name.lower().rfind(".tar/")
-    folder, slash, last = name[at + 5 if at >= 0 else 0 :].rpartition("/")
+    folder, slash, last = TARS.split(name)[-1].rpartition("/")
     return folder + slash + last.partition(".")[0]
 
 

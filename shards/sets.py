@@ -1,7 +1,9 @@
 """Several finished sets as one: records one set after the other, classes joined by name."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ class ShardSets(Records):
     """The records of `sets`, numbered one set after the other.
 
     shares: the share of an epoch that each set gives. classes: the class names of all sets, each
-    once, in their first order; labels are places in this list. A set without names keeps its
-    numbers. Sets may differ in container, place, detector options and edge rules. Raises UserError
-    if frames differ in size.
+    once, in their first order; labels are places in this list. A name that a set has twice is two
+    classes, here too. A set without names keeps its numbers. Sets may differ in container, place,
+    detector options and edge rules. Raises UserError if frames differ in size.
     """
 
     def __init__(self, sets: Sequence[ShardSet], shares: Sequence[float] | None = None) -> None:
@@ -36,10 +38,10 @@ class ShardSets(Records):
         self._sets, self.shares = list(sets), shares
         self._check_frames()
         self._check("frames", "px", "--frame", [one.manifest.settings.frame for one in sets])
-        names = [name for one in sets for name in one.manifest.classes]
-        self.classes = list(dict.fromkeys(names))
-        places = {name: place for place, name in enumerate(self.classes)}
-        self._labels = [np.array([places[n] for n in one.manifest.classes], int) for one in sets]
+        told_apart = [numbered(one.manifest.classes) for one in sets]
+        places = {key: at for at, key in enumerate(dict.fromkeys(chain(*told_apart)))}
+        self.classes = [name for name, _ in places]
+        self._labels = [np.array([places[key] for key in keys], int) for keys in told_apart]
 
     @property
     def sets(self) -> list[ShardSet]:
@@ -125,3 +127,13 @@ class ShardSets(Records):
                     f"{self.sets[0].folder} has {what} of {sides[0]} {unit}, {one.folder} of "
                     f"{side}: only sets of one size are mixed; build one again with {option}"
                 )
+
+
+def numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each name, and how often it came before: ImageNet has two classes called crane."""
+    seen = Counter[str]()
+    found = []
+    for name in names:
+        found.append((name, seen[name]))
+        seen[name] += 1
+    return found

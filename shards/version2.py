@@ -129,13 +129,13 @@ def _records(path: Path, index: NDArray[np.void], detectors: list[str]) -> Itera
     """The records of a shard. Raises UserError, naming shard and key, at a damaged one."""
     with path.open("rb") as file:
         for row in index:
-            file.seek(int(row["start"]))
             try:
+                file.seek(int(row["start"]))
                 key, parts = members_in(file.read(int(row["bytes"])))
                 if key != key_of(int(row["key"])):
                     raise UserError(f"it is record {key} by its name")
                 yield record_of(key, parts, detectors)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise UserError(f"{path}: record {key_of(int(row['key']))}: {error}") from None
 
 

@@ -38,12 +38,16 @@ def card(state: dict[str, Any], source: Path, name: str, line: str, form: str, e
     last = {key: value for row in rows for key, value in row.items() if key not in LEFT_OUT}
     file = run / "run.json"
     told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    places = told.get("shards_folder", "unknown")
+    names = [Path(place).name for place in ([places] if isinstance(places, str) else places)]
     weights = f"weights of `{facts['detector']}` densities" if facts["detector"] else "no weights"
     library = {"timm": "timm", "hf": "transformers"}[form]
     numbers = [f"| {k} | {v:.4g} |" for k, v in last.items() if isinstance(v, int | float)]
     init = facts.get("init", "")
     init = init if init.startswith("timm:") else Path(init).name  # no path of this machine
-    options = {"deterministic": False, "window": 0, "decode": "cpu", **facts, "init": init}
+    options = {"window": 0, "decode": "cpu", **facts, "init": init}
+    options["deterministic"] = told.get("deterministic", False)
+    options["detector"] = facts["detector"] or facts.get("select_detector", "")
     start = f" It started from `{init}`." if init else ""
     mean = f" These are a mean of its weights over steps, of decay {recipe.ema:g}." if ema else ""
     return "\n".join(
@@ -69,7 +73,7 @@ def card(state: dict[str, Any], source: Path, name: str, line: str, form: str, e
             "",
             "## Data",
             "",
-            f"Shards `{Path(str(told.get('shards_folder', 'unknown'))).name}`, of fingerprint "
+            f"Shards `{', '.join(names)}`, of fingerprint "
             f"`{facts['shards']}`; {weights}. To fill in: what the images show, and who took them.",
             "",
             "## Numbers",

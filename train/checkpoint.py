@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from shards import Plan
 from shards.errors import UserError
-from shards.files import replacing, sweep, sync
+from shards.files import MANIFEST, replacing, sweep, sync
 from shards.records import Records
 from train.recipes import Recipe, recipe_of
-from train.request import Run
+from train.request import Run, checkpoints_in
 
 VERSION = 1
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
@@ -43,7 +43,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         raise OSError(
             cause and cause.errno, f"checkpoint not written ({detail})", str(path)
         ) from None
-    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+    for old in checkpoints_in(folder)[:-KEEP]:
         old.unlink(missing_ok=True)
     sweep(folder)
     return path
@@ -129,7 +129,7 @@ def _copied(tree: Any, into: Any, pin: bool) -> Any:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the most steps, or None."""
-    return max(folder.glob("step-*.pt"), default=None)
+    return max(checkpoints_in(folder), default=None)
 
 
 def chosen(what: Path) -> Path:
@@ -217,6 +217,8 @@ def restore(
     `facts` is given what the run was extended by: `extended`, [step, epochs before] each time; and
     `micro_batch`, the images of its forward passes.
     """
+    if (run.out / MANIFEST).is_file():
+        raise UserError(f"{run.out} is a set of shards; name another --out")
     path = newest(run.out / "checkpoints")
     if path is None:
         if run.extend:
@@ -239,6 +241,7 @@ def restore(
         "shares": None,
         "init": "",
         "decode": "cpu",
+        "select_detector": facts.get("select_detector"),  # earlier runs do not say it
         **state["run"],
         **{f"recipe.{k}": v for k, v in known.items()},
     }

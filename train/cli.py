@@ -214,7 +214,7 @@ def pretrain(
     written, kept = read_recipe(recipe)
     chosen = changed(written, set_ or ())
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
-    if epochs and chosen.sample_by != "none":
+    if epochs and chosen.epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs
         changes["refresh_epochs"] = chosen.refresh_epochs * epochs / chosen.epochs
     changes |= {"batch": batch} if batch else {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shards import Mixture, Plan
 from shards.errors import UserError
+from shards.files import write_atomically
 from shards.records import Records
 from train.metrics import duration
 from train.models import Cells, in_bf16
@@ -225,12 +226,16 @@ def describe(
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
     place = several or str(run.shards)
-    options = {"deterministic": run.deterministic, **facts}
+    detector = facts["detector"] or facts.get("select_detector", "")
+    options = {"deterministic": run.deterministic, **facts, "detector": detector}
     remarks = {"shards": place, "fingerprint": facts["shards"], **versions}
+    if "extended" in facts:
+        remarks["extended"] = f"at [step, epochs] {facts['extended']}: this does not repeat the run"
     text = used(replace(recipe, micro_batch=part), options, remarks)
     (run.out / RUN_FILE).write_text(text, encoding="utf-8")
-    text = json.dumps(facts | {"shards_folder": place, "versions": versions}, indent=2)
-    (run.out / "run.json").write_text(text + "\n")
+    more = {"shards_folder": place, "versions": versions, "deterministic": run.deterministic}
+    text = json.dumps(facts | more, indent=2)
+    write_atomically(run.out / "run.json", f"{text}\n".encode(), durable=False)
 
 
 def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:

@@ -50,10 +50,16 @@ def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = Fal
     if target.exists():
         kind = "file" if to == "safetensors" else "folder"
         raise UserError(f"{target} exists; name another {kind} or remove it")
+    if to == "safetensors" and target.suffix != ".safetensors":
+        raise UserError(
+            f"{target} does not end in .safetensors; for a folder add --to timm or --to hf"
+        )
     state = checkpoint.load(source)
     recipe = state["run"]["recipe"]
     if ema and "ema" not in state:
-        raise UserError(f"{source} has no mean of the weights; train with --set ema=0.9999")
+        raise UserError(
+            f"{source} has no moving average of the model's weights; train with --set ema=0.9999"
+        )
     tensors = encoder_state(state, "ema" if ema else "model")
     options = encoder_options(recipe["model"], recipe["size"], recipe["options"])
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards.errors import UserError
 
@@ -39,7 +39,7 @@ POSITIONS = "embeddings.position_embeddings"
 
 def is_huggingface(tensors: dict[str, Any]) -> bool:
     """Whether these are tensors of a Hugging Face ViT."""
-    return any(name.removeprefix("vit.") == POSITIONS for name in tensors)
+    return any(str(name).removeprefix("vit.") == POSITIONS for name in tensors)
 
 
 def options_of(
@@ -50,6 +50,8 @@ def options_of(
     Heads and eps are in no shape: they are those of `config`, its config.json, or as published.
     """
     config = config or {}
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"its activation is {config['hidden_act']}, of which we know gelu alone")
     plain = _plain(tensors)
     embed, _, patch, _ = plain["embeddings.patch_embeddings.projection.weight"].shape
     depth = 1 + max(int(n.split(".")[2]) for n in plain if n.startswith("encoder.layer."))
@@ -74,6 +76,15 @@ def config_of(model: Any) -> dict[str, Any]:
     left = sorted(name for name in tensors if name not in WHOLE.values() and not OURS.match(name))
     if left or set(WHOLE.values()) - set(tensors):
         raise UserError(f"Hugging Face's ViT has no place for this model: {(left or ['?'])[0]}")
+    if (
+        not isinstance(block.mlp.act, nn.GELU)
+        or block.attn.qkv.bias is None
+        or model.pos_embed.shape[1] != model.patch_embed.num_patches + 1
+    ):
+        raise UserError(
+            "Hugging Face's ViT is only for models with gelu, qkv_bias and a position of the class "
+            "token; --to timm"
+        )
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",

@@ -58,8 +58,10 @@ class Looks:
         self.batch, self.classes, self.warned = recipe.batch, 0, False
         records = data.records.sets[0]  # of several, the first
         if run.probe_set is not None:
-            cache = run.cache if is_url(run.probe_set) else None
-            records = shards.open(run.probe_set, cache=cache, patience=run.patience)
+            where: dict[str, Any] = {"patience": run.patience}
+            if is_url(run.probe_set):
+                where |= {"cache": run.cache, "cache_limit": run.cache_limit}
+            records = shards.open(run.probe_set, **where)
         skip = run.skip_damaged and run.probe_set is None
         load = partial(records.loader, device=str(device), workers=run.workers, skip=skip)
         self.without = ""

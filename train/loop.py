@@ -78,6 +78,8 @@ def pretrain(run: Run) -> None:
     warmup = min(round(recipe.warmup * steps_an_epoch), total - 1)
     rates = total, warmup, recipe.peak, recipe.floor, recipe.start
     facts = checkpoint.run_facts(run, records, crops.weights, plan)
+    if selection.detector and not crops.weights:
+        facts["select_detector"] = selection.detector
 
     # --- Model, and where it left off
     with busy("making the model", rank == 0):
@@ -169,7 +171,8 @@ def pretrain(run: Run) -> None:
         progress.running(),
         memory_told(part, fits),
     ):
-        batches = stream.batches(first, last)  # what cannot be loaded is said before the first step
+        # What cannot be loaded is said before the first step.
+        batches = stream.batches(first, max(first, last))
         pace = Pace(batches, device)
         for step in range(first, last):
             progress.begin(step)

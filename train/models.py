@@ -318,7 +318,9 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
         some = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
         near = nearest(name, timm.list_models()) or f"; it has {some} ..."
         raise UserError(f"timm has no model {name!r}{near}")
-    for option in options or {}:
+    if not isinstance(name, str):
+        raise UserError(f"{name!r} names no model of timm")
+    for option in map(str, options or {}):
         if option in NO_OPTIONS or option.startswith("pretrained"):
             raise UserError(f"options: {option} is not to be set for {name!r}; leave it out")
     try:
@@ -337,6 +339,10 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
     known = hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
     if not known or size % encoder.patch_embed.patch_size[0]:
         raise UserError(f"{name!r} is no ViT or Swin whose patches divide {size} px")
+    for unused in ("attn_pool", "fc_norm"):  # for whose gradients several processes would wait
+        part = getattr(encoder, unused, None)
+        if part is not None:
+            part.requires_grad_(False)
     return encoder
 
 

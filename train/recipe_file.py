@@ -36,6 +36,8 @@ def read_recipe(what: str) -> tuple[Recipe, dict[str, Any]]:
 
     Raises UserError if there is no such recipe or file, or it has what it should not have.
     """
+    if (Path(what) / RUN_FILE).is_file():
+        raise UserError(f"{what} is a run; its recipe is {what}/{RUN_FILE}")
     if not is_file(what):
         return find_recipe(what), {}
     try:

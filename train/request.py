@@ -158,6 +158,11 @@ def check_encoders(encoders: list[str]) -> None:
             raise UserError(f"{encoder!r} names no model; give {kind}:vit_base_patch16_224, say")
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` by their steps, without copies that somebody keeps there."""
+    return sorted(path for path in folder.glob("step-*.pt") if path.stem[5:].isdigit())
+
+
 def file_of(encoder: str) -> Path:
     """The file of an encoder: a run's newest checkpoint, or the tensors in a folder for
     from_pretrained. Raises UserError if there is none.
@@ -165,10 +170,10 @@ def file_of(encoder: str) -> Path:
     path = Path(encoder)
     if path.is_dir():
         published = [path / name for name in HUGGING_FACE if (path / name).is_file()]
-        saved = published or sorted((path / "checkpoints").glob("step-*.pt"))
-        if not saved:
+        found = published[:1] or checkpoints_in(path / "checkpoints")
+        if not found:
             raise UserError(f"{encoder} holds no checkpoint; train first with `kamim pretrain`")
-        return saved[0] if published else saved[-1]
+        return found[-1]
     if not path.is_file():
         raise UserError(f"{encoder} is no file, run folder, timm:NAME or random:NAME")
     return path

@@ -196,7 +196,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
             by_kind, opt=name, **rates | recipe.optimizer_options
         )
         return made
-    except (AssertionError, ImportError, IndexError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0].rpartition("__init__() ")[2]
         raise UserError(f"the optimizer {name!r} cannot be made: {reason}") from None
 

@@ -42,12 +42,24 @@ def start_from(what: str, encoder: nn.Module, size: int) -> str:
         raise UserError(
             f"{what} is for {side} px, the recipe's crops have {size}; --set size={side}"
         )
+    theirs, ours = _unseen(found), _unseen(encoder)
+    if theirs != ours:
+        raise UserError(f"{what} has {theirs}, the recipe's model {ours}: heads and activations")
     tensors = found.state_dict()
     fitted(encoder, tensors, Path(what))
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _unseen(encoder: Any) -> list[tuple[int, str]]:
+    """What shapes do not show of a ViT's blocks, each kind once: heads and activation."""
+    found = set()
+    for block in getattr(encoder, "blocks", ()):
+        heads = getattr(getattr(block, "attn", None), "num_heads", 0)
+        found.add((heads, type(getattr(getattr(block, "mlp", None), "act", None)).__name__))
+    return sorted(found)
 
 
 def timm_facts(path: Path) -> dict[str, str]:
@@ -58,6 +70,8 @@ def timm_facts(path: Path) -> dict[str, str]:
     try:
         size = {"img_size": config["pretrained_cfg"]["input_size"][1]}
         options = {**config.get("model_args", {}), **size}
+        if options.get("in_chans") == 3:  # timm writes it into its own folders
+            del options["in_chans"]
     except (LookupError, TypeError) as error:
         raise UserError(
             f"{path.parent / CONFIG} says no size ({error!r}); fetch it again"
@@ -151,6 +165,7 @@ def _from_huggingface(
     try:
         known = dict(json.loads(config)) if config else beside
         options, size, eps = options_of(tensors, known)
+        renamed = to_timm(tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} holds no whole Hugging Face ViT ({type(error).__name__}: {error})"
@@ -159,7 +174,7 @@ def _from_huggingface(
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
-    return fitted(model, to_timm(tensors), path), size
+    return fitted(model, renamed, path), size
 
 
 def fitted(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:

@@ -104,6 +104,8 @@ def probe(
     """
     if lr and protocol not in SUPERVISED:
         raise UserError(f"--lr is of the protocols {' and '.join(SUPERVISED)}; leave it out")
+    if every_block and protocol == "fewshot":
+        raise UserError("--every-block is of the other protocols; leave it out")
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
     from shards.files import alone
@@ -284,6 +286,7 @@ def _supervised(
     from kamim.evaluate.features import add_weights
     from kamim.evaluate.supervised import Classifier, recipe_for, train_supervised
 
+    batch = min(batch, len(task.learn))  # rates are those of the batch that there is
     recipe = recipe_for(name, task.model.is_swin, batch, epochs, lr)
     digest = sha256()
     add_weights(digest, task.model)  # a run that was trained on has others by the same name

@@ -12,7 +12,7 @@ from preprocess.files import opened
 from preprocess.source import SUFFIXES, Entry, Source
 from shards.errors import UserError
 
-BLOCK = 512
+PART = 1 << 20
 
 
 def list_tar(where: str) -> Source:
@@ -20,7 +20,8 @@ def list_tar(where: str) -> Source:
     with opened(where) as file:
         found, ignored = images_of(members(file, where))
     found.sort()
-    folders = [entry.name.rpartition("/")[0].strip("/") for entry in found]
+    ways = (entry.name.split("/")[:-1] for entry in found)
+    folders = ["/".join(part for part in way if part not in ("", ".")) for way in ways]
     shared = os.path.commonpath(folders) if found else ""
     tops = [folder[len(shared) :].strip("/").partition("/")[0] for folder in folders]
     return by_class(where, found, tops, ignored)
@@ -69,9 +70,11 @@ def members(
                     raise tarfile.ReadError(f"a header at byte {info.offset} has a wrong size")
                 yield info
             file.seek(archive.offset)
-            room = BLOCK if end is None else min(BLOCK, end - archive.offset)
-            if any(file.read(max(0, room))):
-                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+            left = PART if end is None else end - archive.offset
+            while part := file.read(max(0, min(PART, left))):  # zeros, to the end
+                if part.strip(b"\0"):
+                    raise tarfile.ReadError(f"data, and no header, behind byte {archive.offset}")
+                left -= 0 if end is None else len(part)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise UserError(
             f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "

@@ -6,12 +6,14 @@ it; the kernel lets go of it however the process dies.
 
 import fcntl
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from shards.crops import Ints
@@ -23,6 +25,7 @@ from shards.remote.storage import Store
 from shards.spec import File, Manifest, fingerprint
 
 FOLDER, PART = "kamim-", ".part"
+SET, PARTIAL = re.compile(FOLDER + "[0-9a-f]{32}"), re.compile(r".*\.(\d+)\.part")
 TRIES = 2  # at a file that does not arrive as the manifest says
 WAIT, LONG_WAIT = 0.05, 0.25  # seconds between looks at another's download, and for room
 
@@ -193,19 +196,23 @@ class Copies:
         return excess <= 0 or at_once
 
     def listed(self) -> list["_Entry"]:
-        """Every file of every set in the cache; a download counts as what it will be."""
+        """Every file of every set in the cache; a download counts as what it will be. Other folders
+        that lie there are somebody's own.
+        """
         found = []
         for folder in self.cache.glob(FOLDER + "*/"):
+            if not SET.fullmatch(folder.name):
+                continue
             with os.scandir(folder) as entries:
                 for entry in entries:
                     try:
                         stat = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
                         continue
-                    size = stat.st_size
-                    if entry.name.endswith(PART):
-                        size = int(entry.name.split(".")[-2])
-                    found.append(_Entry(Path(entry.path), size, stat.st_atime_ns))
+                    if S_ISREG(stat.st_mode):
+                        part = PARTIAL.fullmatch(entry.name)
+                        size = int(part[1]) if part else stat.st_size
+                        found.append(_Entry(Path(entry.path), size, stat.st_atime_ns))
         return found
 
     @contextmanager

@@ -68,7 +68,7 @@ def _copy_files(source: Place, target: Place, manifest: Manifest, data: bytes, j
     if wrong:
         raise OSError(f"{target}/{wrong} was written and has another size now; copy again")
     card = source.read(CARD)
-    if card is not None:
+    if card is not None and CARD not in sizes:
         target.write(CARD, card)
     target.write(MANIFEST, data)
     target.remove(MARK)

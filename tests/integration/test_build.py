@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +310,21 @@ def test_reuse_neither_encodes_nor_detects_again(small_source, tmp_path, monkeyp
         monkeypatch.setattr(f"preprocess.shard.{name}", None)
     build_shards(source, tmp_path / "new", settings(bank=1), 1, reuse=tmp_path / "old")
     assert len(ShardSet(tmp_path / "new")) == 40
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_reuse_of_a_set_that_was_built_anew_takes_none_of_its_old_maps(
+    jobs, small_source, tmp_path
+):
+    source, old = open_source(str(small_source)), tmp_path / "old"
+    strict = settings(detectors=(preprocess.detector_settings("fast", {"threshold": "60"}),))
+    for chosen in (settings(), strict):
+        shutil.rmtree(old, ignore_errors=True)
+        build_shards(source, old, chosen, 1)
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        build_shards(source, tmp_path / "new", settings(bank=1), jobs, reuse=old)
+    build_shards(source, tmp_path / "plain", settings(bank=1), 1)
+    assert contents(tmp_path / "new") == contents(tmp_path / "plain")
 
 
 def test_reuse_refuses_another_source_other_frames_and_damage(small_source, tmp_path):

@@ -112,7 +112,7 @@ def test_a_damaged_inner_tar_is_one_clear_line(images, tmp_path):
         assert "\n" not in str(caught.value)
         assert str(tar) in str(caught.value)
     tar.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"'n01443537.tar' in .*no header at byte \d+"):
+    with pytest.raises(ValueError, match=r"'n01443537.tar' in .*no header, behind byte \d+"):
         small(f"imagenet:{tmp_path}")
 
 

@@ -324,6 +324,11 @@ def test_an_index_of_false_places_is_refused(field, value, built):
         {"ledger": {"inputs": 1.5, "written": 1.5, "rejected": {}}},
         {"classes": "abc"},
         {"versions": []},
+        {"versions": {}},
+        {"source": {}},
+        {"fidelity": {"x": 1}},
+        {"fidelity": {"detectors": {"fast": {"map": {}}}, "temperature": 1, "w_ps": 8}},
+        {"shards": [], "ledger": {"inputs": 0, "written": 0, "rejected": {}}},
     ],
 )
 def test_a_manifest_of_other_types_is_damaged_not_a_crash(change, built):

@@ -125,6 +125,20 @@ def used(copies, *numbers):
         os.utime(copies.folder / f"shard-{number:06d}.tar", (at, at))
 
 
+def test_what_somebody_else_keeps_beside_the_sets_stays(shelf, tmp_path):
+    copies = copies_of(shelf, tmp_path, limit=500)
+    others = [tmp_path / "kamim-main" / name for name in ("a.csv", "b.part", "c.2.part")]
+    others += [copies.folder / "own" / "d.csv"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 400)
+        os.utime(path, (0, 0))
+    for number in (0, 1, 2, 3):
+        shard(copies, number)
+    assert all(path.exists() for path in others)
+    assert len(here(copies)) < 4
+
+
 def test_room_is_made_of_what_is_longest_unused(shelf, tmp_path):
     copies = copies_of(shelf, tmp_path, limit=500)
     for number in (0, 3, 4):

@@ -13,6 +13,7 @@ import shards
 from preprocess import build_shards, open_source
 from shards import Plan, ShardSet, decode_frame
 from shards.beton import convert_to_ffcv
+from shards.spec import write
 
 
 def build(source, out, names=("fast", "orb"), **changes):
@@ -38,6 +39,19 @@ def other(small_source, tmp_path):
 @pytest.fixture
 def both(built, other):
     return shards.open([built, str(other)], shares=[1, 2])
+
+
+def test_a_name_that_a_set_has_twice_is_two_classes(built, other):
+    for folder in (built, other):
+        records = ShardSet(folder)
+        classes = ["crane", *records.manifest.classes[1:-1], "crane"]
+        write(folder, replace(records.manifest, classes=classes))
+    both = shards.open([built, other])
+    last = ShardSet(other).manifest.classes[1]
+    assert both.classes == ["crane", "class1", "class2", "crane", last]
+    theirs = ShardSet(built).index["label"].tolist()
+    assert both.rows(np.arange(40))["label"].tolist() == theirs
+    assert {0, 3} <= set(both.rows(np.arange(40, 54))["label"].tolist())
 
 
 def test_records_are_numbered_through_and_classes_joined_by_name(both, built, other):
@@ -114,7 +128,6 @@ def test_a_damaged_record_is_named_or_the_next_of_any_set_shown(both, built):
 
 
 def test_a_set_without_names_keeps_its_numbers(built, tmp_path, small_source):
-    from shards.spec import write
 
     records = ShardSet(built)
     write(built, replace(records.manifest, classes=[]))

@@ -114,6 +114,27 @@ def test_a_tar_is_listed_by_class_below_the_folder_they_share(tmp_path):
     assert source.ignored == 1
 
 
+@pytest.mark.parametrize("way", ["data/photos", "data//photos", "data/./photos", "./data/photos"])
+def test_classes_are_the_same_however_a_path_was_typed(way, tmp_path):
+    make_tar(tmp_path / "x.tar", [(f"{way}/{c}/{n}.jpg", b"x") for c in "ab" for n in "12"])
+    source = open_source(str(tmp_path / "x.tar"))
+    assert (source.classes, [entry.label for entry in source.entries]) == (["a", "b"], [0, 0, 1, 1])
+
+
+def test_what_stands_behind_the_end_of_a_tar_is_not_lost_in_silence(tmp_path):
+    path = tmp_path / "x.tar"
+    make_tar(path, [(f"a/{n}.jpg", b"x") for n in range(6)])
+    whole = path.read_bytes()
+    hole = bytearray(whole)
+    hole[2048:2560] = bytes(512)  # the header of the third
+    for data in (bytes(hole), whole + whole, whole + bytes(1 << 21) + b"x"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"data, and no header, behind byte \d+"):
+            open_source(str(path))
+    path.write_bytes(whole + bytes(1 << 21))
+    assert len(open_source(str(path)).entries) == 6
+
+
 def test_a_hostile_tar_reaches_nothing(tmp_path):
     path = tmp_path / "bad.tar"
     make_tar(path, [("../../etc/x.jpg", b"up"), ("/abs/y.jpg", b"abs"), ("a/link.jpg", None)])
