@@ -193,8 +193,8 @@ def reuse_hint(out: Place, there: Facts, asked: Facts) -> str:
     before, now = ([d["name"] for d in facts["settings"]["detectors"]] for facts in (there, asked))
     added = "-".join(name for name in now if name not in before) or "new"
     return (
-        "keep its frames by building into a new folder, and the maps of those of its detectors "
-        "that you name there too: "
+        "keep its frames, and the maps of those of its detectors that you name again, by building "
+        "into a new folder: "
         f"kamim shards build SOURCE {out}-{added} --reuse {out}"
     )
 

@@ -60,7 +60,7 @@ def write_set(folder: Path, images: int) -> Manifest:
         settings=SETTINGS,
         source={"inputs": images, "ignored": 0, "sha256": ""},
         classes=[f"n{n:08d}" for n in range(CLASSES)],
-        versions={},
+        versions={"opencv": ""},
         fingerprint="synthetic",
         ledger=Ledger(images, images, {}),
         shards=files,

@@ -85,7 +85,7 @@ def test_the_mean_of_the_weights_is_exported_by_an_option(trained, tmp_path):
     del state["ema"]
     torch.save(state, tmp_path / "without.pt")
     refused = kamim("export", tmp_path / "without.pt", tmp_path / "x", "--ema", check=False)
-    assert (refused.returncode, "has no mean of the weights" in refused.stderr) == (2, True)
+    assert (refused.returncode, "has no moving average" in refused.stderr) == (2, True)
 
 
 def test_the_card_says_what_the_run_knows_and_its_recipe_repeats_it(trained, built, tmp_path):
