@@ -84,8 +84,40 @@ def test_the_mean_of_the_weights_is_exported_by_an_option(trained, tmp_path):
         assert torch.equal(found, state[part][f"encoder.{name}"])
     del state["ema"]
     torch.save(state, tmp_path / "without.pt")
-    refused = kamim("export", tmp_path / "without.pt", tmp_path / "x", "--ema", check=False)
+    refused = kamim(
+        "export", tmp_path / "without.pt", tmp_path / "x.safetensors", "--ema", check=False
+    )
     assert (refused.returncode, "has no moving average" in refused.stderr) == (2, True)
+
+
+def test_what_is_no_encoder_of_hugging_faces_is_one_line(trained, tmp_path):
+    pytest.importorskip("transformers")
+    for option in ('"act_layer": "relu"', '"no_embed_class": true', '"qkv_bias": false'):
+        out = tmp_path / option[1:7]
+        small = f'options={{"embed_dim": 32, "depth": 2, "num_heads": 2, {option}}}'
+        pretrain(trained.parent / "built", out, *SMALL, *setting(small), "--steps", 1)
+        done = kamim("export", out, tmp_path / "none", "--to", "hf", check=False)
+        assert (done.returncode, "is only for models with gelu" in done.stderr) == (2, True)
+        assert not (tmp_path / "none").exists()
+    exported(trained, tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for change, words in (("relu", "its activation is relu"), ("gelu_new", "its activation is")):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"hidden_act": change}))
+        with pytest.raises(ValueError, match=words):
+            load_encoder(str(tmp_path / "hf"), CPU)
+
+
+def test_weights_of_other_heads_or_activations_are_refused_though_shapes_agree(trained, tmp_path):
+    for option in ('"num_heads": 4', '"num_heads": 2, "act_layer": "relu"'):
+        other = (*SMALL, *setting(f'options={{"embed_dim": 32, "depth": 2, {option}}}'))
+        words = (trained.parent / "built", tmp_path / "x", *other, "--init", trained)
+        done = pretrain(*words, check=False)
+        assert (done.returncode, "heads and activations" in done.stderr) == (2, True), done.stderr
+
+
+def test_tensors_without_their_ending_are_refused(trained, tmp_path):
+    done = kamim("export", trained, tmp_path / "x", check=False)
+    assert (done.returncode, "does not end in .safetensors" in done.stderr) == (2, True)
 
 
 def test_the_card_says_what_the_run_knows_and_its_recipe_repeats_it(trained, built, tmp_path):

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from test_evaluate import typed
 from test_pretrain import TINY, run
 
-from kamim.compare import names
+from kamim.compare import names, whole
 from train import checkpoint
 from train.charts import Line, chart, ticks
 from train.metrics import read_metrics
@@ -159,7 +159,7 @@ def test_compare_gives_means_and_deviations_over_seeds(runs, tmp_path):
     status, printed, error = typed("compare", *words)
     assert status == 0, error
     two, one = json.loads(printed)
-    assert (two["name"], one["name"]) == ("temperature 0.25", "temperature 1.0")
+    assert (two["name"], one["name"]) == ("temperature 0.25", "temperature 1")
     assert (two["seeds"], one["seeds"]) == ([0, 1], [0])
     values = [read_metrics(runs / name)[-1]["probe_top1"] for name in ("a", "b")]
     assert two["probe_top1"]["mean"] == pytest.approx(np.mean(values))
@@ -177,7 +177,15 @@ def test_compare_gives_means_and_deviations_over_seeds(runs, tmp_path):
 
 def test_a_setting_of_0_is_told_from_none():
     runs = [SimpleNamespace(recipe={"clip": clip}, facts={}) for clip in (0.0, None)]
-    assert names([[run] for run in runs]) == ["clip 0.0", "clip none"]
+    assert names([[run] for run in runs]) == ["clip 0", "clip none"]
+
+
+def test_a_whole_number_is_one_whether_a_file_says_10_or_10_point_0():
+    assert whole({"epochs": 10.0, "area": [0.67, 1.0], "clip": None}) == {
+        "epochs": 10,
+        "area": [0.67, 1],
+        "clip": None,
+    }
 
 
 def test_comparing_needs_no_torch(runs, tmp_path):

@@ -27,7 +27,7 @@ from train.loop import pretrain
 from train.metrics import read_metrics
 from train.models import encoder_options
 from train.recipes import changed, find_recipe, simmim
-from train.request import Run
+from train.request import Run, file_of
 from train.schedule import temperature
 
 TINY = replace(
@@ -149,6 +149,32 @@ def test_a_resumed_run_keeps_the_parts_of_its_steps(shards, tmp_path):
     run(shards, tmp_path / "other", replace(TINY, micro_batch=8), resume=True, steps=5)
     state = checkpoint.load(checkpoint.newest(tmp_path / "other" / "checkpoints"))
     assert state["run"]["micro_batch"] == 8  # what is asked for goes first
+
+
+def test_a_copy_of_a_checkpoint_is_no_checkpoint_and_stays(shards, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    run(shards, tmp_path / "run", steps=2)
+    path = checkpoint.newest(folder)
+    copies = [folder / "step-best.pt", folder / "step-00000001-mine.pt"]
+    for copy in copies:
+        copy.write_bytes(path.read_bytes())
+    assert checkpoint.newest(folder) == file_of(str(tmp_path / "run")) == path
+    run(shards, tmp_path / "run", resume=True, save_every=1, steps=6)
+    assert all(copy.exists() for copy in copies)
+    assert len(list(folder.glob("step-*.pt"))) == checkpoint.KEEP + 2
+
+
+def test_fewer_steps_than_are_done_are_none(shards, tmp_path, capsys):
+    run(shards, tmp_path / "run", steps=3)
+    assert len(run(shards, tmp_path / "run", resume=True, steps=2)) == 3
+    assert "has done the 2 steps" in capsys.readouterr().err
+
+
+def test_a_set_of_shards_is_no_place_for_a_run(shards):
+    before = sorted(shards.iterdir())
+    with pytest.raises(ValueError, match="is a set of shards; name another --out"):
+        run(shards, shards, steps=1)
+    assert sorted(shards.iterdir()) == before
 
 
 def test_a_run_of_a_newer_version_is_not_gone_on_with(shards, tmp_path):

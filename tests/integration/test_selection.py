@@ -25,6 +25,7 @@ from train import checkpoint
 from train.checkpoint import write_rows
 from train.masking import Masking
 from train.models import MEAN, STD, make_model
+from train.recipe_file import read_recipe
 from train.recipes import changed, find_recipe
 from train.selection import (
     SEED,
@@ -314,6 +315,15 @@ def test_of_several_sets_the_same_share_is_drawn_of_each(by, two, shown, tmp_pat
     for stop in (4, 9):
         run(two, tmp_path / "parts", recipe, steps=stop, save_every=2, resume=True)
     assert run(two, tmp_path / "parts", recipe, resume=True) == whole
+
+
+def test_the_detector_that_draws_is_kept_in_what_repeats_the_run(shards, tmp_path):
+    plain = replace(HALF, temperature=None)
+    losses = run(shards, tmp_path / "run", plain, steps=4, detector="orb")
+    _, kept = read_recipe(str(tmp_path / "run" / "run.toml"))
+    assert kept["detector"] == "orb"
+    assert run(shards, tmp_path / "again", plain, steps=4, detector=kept["detector"]) == losses
+    assert run(shards, tmp_path / "other", plain, steps=4, detector="fast") != losses
 
 
 def test_plain_simmim_is_drawn_by_a_density_that_it_does_not_weigh_by(shards, tmp_path):

@@ -38,6 +38,13 @@ def records(small_source, tmp_path, build_once):
     return ShardSet(build_once(small_source, tmp_path / "shards", chosen))
 
 
+def test_a_shard_that_is_open_when_the_interpreter_ends_says_nothing(records):
+    code = "import sys, shards; held = shards.open(sys.argv[1]).hold(0); sys.held = [held]"
+    words = [sys.executable, "-c", code, str(records.folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_a_second_iterator_is_refused_while_there_is_a_first(records):
     loader = Loader(records, Plan(40, 8), 0, 5, workers=1)
     first = iter(loader)
