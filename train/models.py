@@ -336,14 +336,18 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
         if options:
             raise UserError(f"timm makes no {name!r} with {dict(options)}: {error}") from None
         raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
-    known = hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
-    if not known or size % encoder.patch_embed.patch_size[0]:
+    if not is_known(encoder) or size % encoder.patch_embed.patch_size[0]:
         raise UserError(f"{name!r} is no ViT or Swin whose patches divide {size} px")
     for unused in ("attn_pool", "fc_norm"):  # for whose gradients several processes would wait
         part = getattr(encoder, unused, None)
         if part is not None:
             part.requires_grad_(False)
     return encoder
+
+
+def is_known(encoder: Any) -> bool:
+    """Whether it is of a kind that we know the parts of: a ViT or Swin of timm."""
+    return hasattr(encoder, "layers") or hasattr(encoder, "_pos_embed")
 
 
 def encoder_options(

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from train import checkpoint
 from train.export import encoder_state
 from train.huggingface import is_huggingface, options_of, to_timm
-from train.models import encoder_options, make_encoder
+from train.models import encoder_options, is_known, make_encoder
 from train.recipes import nearest
 from train.request import CONFIG, HUGGING_FACE, file_of
 
@@ -86,7 +86,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(beside.read_text(encoding="utf-8")).items())
-    except (AttributeError, ValueError):
+    except (AttributeError, RecursionError, ValueError):
         raise UserError(f"{beside} is no JSON object; fetch it again") from None
 
 
@@ -101,7 +101,7 @@ def _from_timm(name: str, size: int, fit: bool) -> Any:
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     try:
         options = encoder_options(name, size) if fit else {"img_size": size, "num_classes": 0}
-        return timm.create_model(name, pretrained=True, **options)
+        encoder = timm.create_model(name, pretrained=True, **options)
     except TypeError:
         raise UserError(f"timm's {name!r} takes no img_size; use a ViT or Swin") from None
     except Exception as error:  # the client's, httpx's and timm's own kinds
@@ -112,6 +112,9 @@ def _from_timm(name: str, size: int, fit: bool) -> Any:
             ) from None
         line = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(f"the weights of timm:{name} do not load ({line})") from None
+    if not is_known(encoder):
+        raise UserError(f"timm's {name!r} is no ViT or Swin; name one")
+    return encoder
 
 
 def _answers(url: str) -> bool:
@@ -152,9 +155,16 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
     if isinstance(plain, dict) and is_huggingface(plain):
         return _from_huggingface(plain, path)
     state = checkpoint.checked(plain, path)
-    recipe = state["run"]["recipe"]
-    model = make_encoder(recipe["model"], recipe["size"], recipe["options"])
-    return fitted(model, encoder_state(state), path), int(recipe["size"])
+    try:
+        recipe, tensors = state["run"]["recipe"], encoder_state(state)
+        size, options = int(recipe["size"]), dict(recipe["options"])
+        model = make_encoder(recipe["model"], size, options)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no whole checkpoint ({type(error).__name__}: {error}); "
+            f"{checkpoint.instead(path)}"
+        ) from None
+    return fitted(model, tensors, path), size
 
 
 def _from_huggingface(

@@ -711,6 +711,26 @@ def test_a_file_of_others_has_timm_read_and_fetch_nothing(options, words, tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": {}},
+        {"run": {"recipe": {"model": "vit_tiny_patch16_224", "size": 32, "options": [1]}}},
+        {"run": {"recipe": {"model": 5, "size": 32, "options": {}}}},
+        {"model": [1]},
+        {"model": {"encoder.x": 1}},
+        {"model": {1: torch.zeros(1)}},
+    ],
+)
+def test_a_checkpoint_of_other_content_is_one_line(change, tmp_path):
+    recipe = {"model": "vit_tiny_patch16_224", "size": 32, "options": {}}
+    whole = {"version": checkpoint.VERSION, "run": {"recipe": recipe}, "model": {}}
+    torch.save(whole | change, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"is no whole checkpoint|names no model") as error:
+        load_encoder(str(tmp_path / "x.pt"), CPU)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("size", [None, {}, {"input_size": [3]}])
 def test_a_timm_config_without_a_size_is_one_line(size, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
