@@ -31,7 +31,7 @@ KEPT = (*SUFFIXES, "/")  # how the names end of what becomes an entry: images, f
 MAX_BYTES = 1 << 30
 AHEAD = 16  # requests under way at a time: a store answers each after tens of milliseconds
 FLAWS = {
-    "link": "it leads out of the source; build from the folder it leads to, or copy the file in",
+    "link": "it leads out of the source, or to a folder; build from there, or copy the files in",
     "not-a-file": "it is a folder, pipe, socket, device, link or sparse member",
     "unreadable": "it could not be read, or as a folder listed, when the source was listed",
     "vanished": "the dataset's list names it and it is not there",
@@ -191,8 +191,8 @@ def files_below(folder: str, root: str, home: str, label: int = -1) -> Iterator[
         below.sort(key=os.fsencode)
         for name in sorted(files, key=os.fsencode):
             yield entry_of(os.path.join(here, name), root, home, label)
-        links = (path for name in below if os.path.islink(path := os.path.join(here, name)))
-        yield from flawed((path for path in links if not inside(path, home)), "link")
+        paths = (os.path.join(here, name) for name in below)
+        yield from flawed((path for path in paths if os.path.islink(path)), "link")
     yield from flawed((error.filename for error in unlisted), "unreadable")
 
 

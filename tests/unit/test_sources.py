@@ -299,8 +299,13 @@ def test_links_out_of_a_class_are_named(tree, tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "x.jpg").write_bytes(b"x")
     (tree / "a" / "far").symlink_to(tmp_path / "far")
+    (tree / ".pool").mkdir()  # within the source, and where nobody looks
+    (tree / "a" / "near").symlink_to(tree / ".pool")
     flawed = [entry for entry in open_source(str(tree)).entries if entry.flaw]
-    assert [(entry.name, entry.label, entry.flaw) for entry in flawed] == [("a/far/", 0, "link")]
+    assert [(entry.name, entry.label, entry.flaw) for entry in flawed] == [
+        ("a/far/", 0, "link"),
+        ("a/near/", 0, "link"),
+    ]
 
 
 def test_an_out_in_the_source_is_refused(small_source, tmp_path):
