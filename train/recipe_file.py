@@ -9,10 +9,10 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from shards.errors import UserError
-from train.recipes import Recipe, changed, find_recipe, nearest
+from train.recipes import Recipe, changed, find_recipe, kind_in_words, nearest
 
 RUN_FILE = "run.toml"
 RUN: dict[str, type] = {  # options of `kamim pretrain` that are kept with what a run used
@@ -99,21 +99,7 @@ def documented() -> Iterator[tuple[str, str, str, str]]:
     for each in fields(Recipe):
         kind, text = get_args(kinds[each.name])
         default = each.default_factory() if each.default_factory is not MISSING else each.default
-        yield each.name, _kind(kind), "" if default is MISSING else _toml(default), text
-
-
-def _kind(kind: Any) -> str:
-    """A type as a person says it."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return ", ".join(parts)
-    if get_origin(kind) is tuple:
-        return f"{len(parts)} {_kind(parts[0])}s"
-    if get_origin(kind) is dict:
-        return "table"
-    if type(None) in parts:
-        return f"{_kind(parts[0])}, none"
-    return {bool: "true, false", str: "text", int: "whole number", float: "number"}[kind]
+        yield each.name, kind_in_words(kind), "" if default is MISSING else _toml(default), text
 
 
 def _word(value: Any) -> str:

@@ -258,16 +258,32 @@ def changed(recipe: Recipe, words: Iterable[str]) -> Recipe:
     """
     kinds, changes = get_type_hints(Recipe), {}
     for word in words:
-        name, _, text = word.partition("=")
+        name, given, text = word.partition("=")
         if name not in kinds:
             near = nearest(name, kinds) or f"; there are {', '.join(kinds)}"
             raise UserError(f"a recipe has no {name!r}{near}")
+        if not given:
+            raise UserError(f"{name} has no value; give {name}=VALUE")
         try:
             changes[name] = _value(text, kinds[name])
         except (ValueError, TypeError, KeyError, AttributeError):
-            kind = str(kinds[name]).replace("typing.", "").removeprefix("<class '").rstrip("'>")
-            raise UserError(f"{name}={text} is no {kind}") from None
+            kind = kind_in_words(kinds[name]).replace(", none", " or none")
+            raise UserError(f"{name}={text} does not fit; it takes: {kind}") from None
     return replace(recipe, **changes)
+
+
+def kind_in_words(kind: Any) -> str:
+    """A type as a person says it."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(parts)
+    if get_origin(kind) is tuple:
+        return f"{len(parts)} {kind_in_words(parts[0])}s"
+    if get_origin(kind) is dict:
+        return "table"
+    if type(None) in parts:
+        return f"{kind_in_words(parts[0])}, none"
+    return {bool: "true, false", str: "text", int: "whole number", float: "number"}[kind]
 
 
 def _value(text: str, kind: Any) -> Any:

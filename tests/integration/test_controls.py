@@ -140,11 +140,12 @@ def test_fields_of_a_recipe_are_set_by_words():
     ("word", "said"),
     [
         ("sell=16", "no 'sell'; did you mean cell"),
-        ("cell=x", "cell=x is no int"),
-        ("normalise=most", "is no Literal"),
-        ("area=0.1", "is no tuple"),
-        ("decay_all=perhaps", "is no bool"),
-        ("options=3", "is no dict"),
+        ("cell=x", "cell=x does not fit; it takes: whole number"),
+        ("normalise=most", "it takes: min, mean, batch"),
+        ("area=0.1", "it takes: 2 numbers"),
+        ("decay_all=perhaps", "it takes: true, false"),
+        ("options=3", "it takes: table"),
+        ("cell", "cell has no value; give cell=VALUE"),
     ],
 )
 def test_a_wrong_word_is_told_apart(word, said):
