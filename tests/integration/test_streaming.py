@@ -245,7 +245,7 @@ def test_what_is_damaged_or_half_there_is_fetched_again(http, folder, tmp_path):
 def test_what_is_held_is_not_evicted_and_other_sets_go_first(http, folder, tmp_path):
     local, cache = ShardSet(folder), tmp_path / "cache"
     compare(shards.open(http.url, cache=cache), local, last=10)
-    other = cache / "kamim-00" / "shard-000000.tar"
+    other = cache / f"kamim-{0:032x}" / "shard-000000.tar"
     other.parent.mkdir()
     other.write_bytes(b"\0" * 100_000)
     os.utime(other, (0, 0))
