@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -301,6 +302,16 @@ def test_a_bank_is_of_the_source_where_maps_are_of_the_frame(small_source, tmp_p
     assert preprocess.redetect_maps(records, source) == []
     with pytest.raises(ValueError, match="give the source of these shards"):
         preprocess.redetect_maps(records, None)
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent(small_source, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "LokyProcess-1")
+    try:
+        build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_reuse_neither_encodes_nor_detects_again(small_source, tmp_path, monkeypatch):
