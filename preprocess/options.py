@@ -71,7 +71,7 @@ MaxRejected = Annotated[
 ]
 Reuse = Annotated[
     Path | None,
-    Option(help="Copy frames and equal maps from this finished set of the same source."),
+    Option(help="Copy equal maps, and frames, from this finished set of the same source."),
 ]
 Part = Annotated[
     str,
