@@ -1,11 +1,10 @@
 """A model card of an exported encoder, of what its run knows: data, recipe, numbers."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.metrics import read_metrics
+from train.metrics import read_facts, read_metrics
 from train.recipe_file import RUN_FILE, used
 from train.recipes import recipe_of
 
@@ -36,8 +35,7 @@ def card(state: dict[str, Any], source: Path, name: str, line: str, form: str, e
     method += " and keypoint-weighted loss" if weighted and recipe.method == "mae" else ""
     rows = [row for row in read_metrics(run) if row["step"] < state["step"]]
     last = {key: value for row in rows for key, value in row.items() if key not in LEFT_OUT}
-    file = run / "run.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told = read_facts(run)
     places = told.get("shards_folder", "unknown")
     names = [Path(place).name for place in ([places] if isinstance(places, str) else places)]
     weights = f"weights of `{facts['detector']}` densities" if facts["detector"] else "no weights"

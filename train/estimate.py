@@ -15,7 +15,7 @@ from shards import Mixture, Plan
 from shards.errors import UserError
 from shards.files import write_atomically
 from shards.records import Records
-from train.metrics import duration
+from train.metrics import FACTS, duration
 from train.models import Cells, in_bf16
 from train.progress import say
 from train.recipe_file import RUN_FILE, used
@@ -235,7 +235,7 @@ def describe(
     (run.out / RUN_FILE).write_text(text, encoding="utf-8")
     more = {"shards_folder": place, "versions": versions, "deterministic": run.deterministic}
     text = json.dumps(facts | more, indent=2)
-    write_atomically(run.out / "run.json", f"{text}\n".encode(), durable=False)
+    write_atomically(run.out / FACTS, f"{text}\n".encode(), durable=False)
 
 
 def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:

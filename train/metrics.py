@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shards.errors import UserError
 from shards.files import write_atomically
 
 COLLAPSED = 0.01  # normalised mutual information below which attention ignores what it sees
-METRICS = "metrics.jsonl"
+METRICS, FACTS = "metrics.jsonl", "run.json"
 DECILES = [f"error_decile_{number}" for number in range(1, 11)]  # from the least density on
 
 
@@ -21,6 +22,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """run.json of a run; {} if there is none. UserError if it is damaged."""
+    path = run / FACTS
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (AttributeError, ValueError):
+        raise UserError(f"{path} is damaged; the run writes it again when it is resumed") from None
 
 
 def trim(run: Path, step: int) -> None:

@@ -3,7 +3,6 @@
 It is made from the files in the run folder, and can be made again from them.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from shards.files import write_atomically
 from shards.html import image, page, text
 from train.charts import COLOURS, Line, chart
-from train.metrics import COLLAPSED, DECILES, duration, read_metrics
+from train.metrics import COLLAPSED, DECILES, duration, read_facts, read_metrics
 
 GIVEN = {"crop": "jpg", "weight": "png", "visible": "jpg"}  # strips that stay the same
 SHOWN = 7  # saves whose reconstructions are side by side
@@ -32,7 +31,7 @@ class Read:
 
     def __init__(self, run: Path) -> None:
         self.run, self.rows = run, read_metrics(run)
-        self.facts: Row = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        self.facts: Row = read_facts(run)
         self.recipe: Row = self.facts["recipe"]
 
     def of(self, name: str) -> tuple[list[float], list[float]]:

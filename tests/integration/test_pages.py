@@ -188,6 +188,14 @@ def test_a_whole_number_is_one_whether_a_file_says_10_or_10_point_0():
     }
 
 
+def test_a_damaged_run_json_is_one_line(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    for text in ("{", "[1]"):
+        (tmp_path / "a" / "run.json").write_text(text)
+        error = typed("compare", tmp_path / "a", "--out", tmp_path / "page")[2]
+        assert "run.json is damaged; the run writes it again" in error
+
+
 def test_comparing_needs_no_torch(runs, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch', name='torch')\n")
     path = f"{tmp_path}:{os.environ['PYTHONPATH']}"
