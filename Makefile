@@ -78,10 +78,10 @@ ffcv: $(VENV)/ffcv  ## Install FFCV and its system packages.
 doctor: $(VENV)/core  ## Say what is missing, and what to type.
 	@$(BIN)/kamim doctor
 
-test: $(VENV)/test  ## Run the tests (about eight minutes on two cores).
+test: $(VENV)/test  ## Run the tests (about six minutes on two cores).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/test  ## Run the long tests and the README's commands (about nine minutes).
+test-slow: $(VENV)/test  ## Run the long tests and the README's commands (about eleven minutes).
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 .PHONY: test-all
