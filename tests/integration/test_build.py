@@ -305,7 +305,7 @@ def test_a_bank_is_of_the_source_where_maps_are_of_the_frame(small_source, tmp_p
 
 
 def test_a_worker_leaves_ctrl_c_to_its_parent(small_source, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(multiprocessing.current_process(), "name", "LokyProcess-1")
     try:
         build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
