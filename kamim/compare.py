@@ -25,13 +25,8 @@ FIGURES = {  # by the name in metrics.jsonl: a title, what to multiply by, digit
     "seconds": ("hours", 1 / 3600, 2),
 }
 MEDIANS = ("images_per_s", "waiting")  # of all rows: one row's is noise
-APART = (
-    "seed",
-    "versions",
-    "extended",
-    "shards_folder",
-    "deterministic",
-)  # what runs of a row may differ by
+# What runs of a row may differ by.
+APART = ("seed", "versions", "extended", "shards_folder", "deterministic")
 Group = dict[str, Any]
 
 

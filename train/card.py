@@ -45,7 +45,6 @@ def card(state: dict[str, Any], source: Path, name: str, line: str, form: str, e
     init = init if init.startswith("timm:") else Path(init).name  # no path of this machine
     options = {"window": 0, "decode": "cpu", **facts, "init": init}
     options["deterministic"] = told.get("deterministic", False)
-    options["detector"] = facts["detector"] or facts.get("select_detector", "")
     start = f" It started from `{init}`." if init else ""
     mean = f" These are a mean of its weights over steps, of decay {recipe.ema:g}." if ema else ""
     return "\n".join(

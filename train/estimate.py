@@ -226,8 +226,7 @@ def describe(
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
     place = several or str(run.shards)
-    detector = facts["detector"] or facts.get("select_detector", "")
-    options = {"deterministic": run.deterministic, **facts, "detector": detector}
+    options = {"deterministic": run.deterministic, **facts}
     remarks = {"shards": place, "fingerprint": facts["shards"], **versions}
     if "extended" in facts:
         remarks["extended"] = f"at [step, epochs] {facts['extended']}: this does not repeat the run"

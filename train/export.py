@@ -44,8 +44,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, facts: dict[str, str])
 def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = False) -> str:
     """Write the encoder of checkpoint `source` to `target`; returns the line that loads it.
 
-    ema: the mean of its weights. Raises UserError if `source` is no checkpoint or has no mean, or
-    `target` exists.
+    ema: the moving average of its weights. Raises UserError if `source` is no checkpoint or has no
+    average, or if `target` exists, or is to be tensors and does not end in .safetensors.
     """
     if target.exists():
         kind = "file" if to == "safetensors" else "folder"

@@ -78,10 +78,8 @@ class Looks:
         steps = math.ceil(wanted / PART)
         self.count = wanted // steps * steps
         if self.classes and self.count <= FEWEST:
-            self.classes, self.without = (
-                0,
-                f"; no probe, only rank and attention: {self.count} images",
-            )
+            self.classes = 0
+            self.without = f"; no probe, only rank and attention: {self.count} images"
         self.share = self.count * cost / images
         self.deciles: Deciles | None = None
         if masking is not None:

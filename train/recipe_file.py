@@ -87,6 +87,8 @@ def show(name: str) -> str:
 
 def used(recipe: Recipe, options: Mapping[str, Any], remarks: Mapping[str, Any]) -> str:
     """What a run used as TOML, with every field, so that it stays whatever defaults become."""
+    detector = options["detector"] or options.get("select_detector", "")  # of weights, or of draws
+    options = {**options, "detector": detector}
     lines = [f"# {name}: {' '.join(str(value).split())}" for name, value in remarks.items()]
     lines += [f"{name} = {_toml(value)}" for name, value in asdict(recipe).items()]
     lines += ["", "[run]", *(f"{name} = {_toml(options[name])}" for name in RUN)]
