@@ -22,12 +22,13 @@ def picture(seed, suffix=".jpg", mode="RGB", side=(40, 48)):
     return stream.getvalue()
 
 
-def tar_bytes(members, mode="w"):
+def tar_bytes(members, mode="w", mtime=0):
     """A tar of (name, data); data None is a link to /etc/passwd."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
+            info.mtime = mtime
             if data is None:
                 info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
             info.size = len(data or b"")

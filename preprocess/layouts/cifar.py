@@ -121,10 +121,13 @@ def _entries(where: str, part: str, archive: Archive) -> list[Entry]:
     strange = next((n for n in labels if type(n) is not int or n not in range(count)), None)
     if strange is not None:
         raise UserError(f"{part} in {where} has the label {strange!r}; there are 0 to {count - 1}")
-    stem, size = os.path.basename(part).partition(".")[0], len(rows)
+    stem, sums = (
+        os.path.basename(part).partition(".")[0],
+        map(zlib.crc32, np.ascontiguousarray(rows)),
+    )
     return [
-        Entry(f"{stem}/{name}", label, PIXELS, row, size, part=part)
-        for row, (name, label) in enumerate(zip(names, labels, strict=True))
+        Entry(f"{stem}/{name}", label, PIXELS, row, stamp, part=part)
+        for row, (name, label, stamp) in enumerate(zip(names, labels, sums, strict=True))
     ]
 
 

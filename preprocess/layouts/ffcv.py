@@ -3,6 +3,8 @@
 Only the header, the tables and the images' bytes are read; other fields, pickles or not, are not.
 """
 
+import os
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,7 @@ from shards.remote.storage import is_url
 
 LABEL = "label"  # of the field of numbers that is taken for one
 MOST = 1_000_000  # classes; more is no label
+SIDES = 32  # bits of a stamp that hold a raw image's width and height
 FIELDS = 1000  # in a file; more is damage
 JSON, BYTES, FLOATS, TENSORS = 5, 3, 0, 6  # FFCV's other types of fields
 PLACE = np.dtype([("pointer", "<u8"), ("size", "<u8")])
@@ -47,12 +50,13 @@ def list_ffcv(where: str, split: str) -> Source | None:
             labels = rows[f"f{number}"]
     if labels.max(initial=-1) >= MOST or labels.min(initial=0) < -1:
         raise UserError(f"{where} has labels of {labels.min()} to {labels.max()}: none are classes")
-    # A raw image's sides are nowhere else: they are its stamp, and tell it from a JPEG's 0.
-    stamps = np.where(raw, width << 16 | height, 0)
-    facts = labels, sizes, found["pointer"].astype(np.int64), stamps, flawed
+    # A raw image's sides are nowhere else: they end its stamp, and tell it from a JPEG's 0.
+    sides = np.where(raw, width << 16 | height, 0)
+    stamp = os.stat(where).st_mtime_ns << SIDES
+    facts = labels, sizes, found["pointer"].astype(np.int64), sides, flawed
     entries = [
-        Entry(str(number), label, size, pointer, stamp, "unreadable" if flaw else "")
-        for number, (label, size, pointer, stamp, flaw) in enumerate(
+        Entry(str(number), label, size, pointer, stamp | both, "unreadable" if flaw else "")
+        for number, (label, size, pointer, both, flaw) in enumerate(
             zip(*(each.tolist() for each in facts), strict=True)
         )
     ]
@@ -96,5 +100,5 @@ def image(root: str, entry: Entry) -> bytes:
     data = read_part(root, entry.offset, entry.size)
     if len(data) != entry.size:
         raise Rejected("changed", f"listed with {entry.size} bytes, read {len(data)}")
-    width, height = entry.stamp >> 16, entry.stamp & 0xFFFF
-    return f"P6\n{width} {height}\n255\n".encode("ascii") + data if entry.stamp else data
+    sides = entry.stamp & ((1 << SIDES) - 1)
+    return f"P6\n{sides >> 16} {sides & 0xFFFF}\n255\n".encode("ascii") + data if sides else data

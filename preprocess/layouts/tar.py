@@ -3,6 +3,7 @@
 Only headers are looked at; names are data here and never become paths, so nothing can escape.
 """
 
+import math
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,8 @@ def images_of(infos: Iterable[tarfile.TarInfo], folder: str = "") -> tuple[list[
 def entry_of(info: tarfile.TarInfo, name: str, label: int = -1, part: str = "") -> Entry:
     """The entry of a member: its bytes are read where they lie."""
     flaw = "" if info.isreg() and not info.issparse() else "not-a-file"
-    return Entry(name, label, info.size, info.offset_data, flaw=flaw, part=part)
+    stamp = int(info.mtime) if math.isfinite(info.mtime) else 0  # PAX has any float
+    return Entry(name, label, info.size, info.offset_data, stamp, flaw, part)
 
 
 def members(

@@ -5,15 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
-from archives import picture, tar_bytes, unpack
+from archives import cifar10_binary, picture, tar_bytes, unpack
 from conftest import settings
 
 from preprocess import Rejected, build_shards, open_source
 from preprocess.layouts.folder import list_folder
 from preprocess.repair import repair_shards
 from preprocess.source import Source
+from shards.beton import convert_to_ffcv
 
 ODD = ["ünï.jpg", "with space.jpg", "quote'\"s.jpg", "dot.in.name.jpg", "new\nline.png"]
 
@@ -64,6 +66,39 @@ def test_changes_of_the_inputs_change_the_description(tree):
     touched = open_source(str(tree)).description()
     (tree / "b" / "new.jpg").write_bytes(b"n")
     assert len({d["sha256"] for d in (before, touched, open_source(str(tree)).description())}) == 3
+
+
+@pytest.mark.parametrize("kind", ["tar", "webdataset", "cifar10", "ffcv"])
+def test_other_images_of_the_same_sizes_are_another_source(kind, built, tmp_path):
+    def listed():
+        return open_source(f"{kind}:{path}".removeprefix("tar:"), partial=True).description()
+
+    if kind == "cifar10":
+        path = tmp_path / "cifar-10-batches-bin"
+        unpack(cifar10_binary(), tmp_path)
+        file, at = path / "data_batch_3.bin", 5000
+    elif kind == "ffcv":
+        convert_to_ffcv(built, tmp_path / "set")
+        path = file = tmp_path / "set" / "records.beton"
+        at = 1 << 16
+    else:
+        path = file = tmp_path / "images.tar"
+        path.write_bytes(tar_bytes([("a/1.jpg", picture(1)), ("a/2.jpg", picture(2))]))
+    before = listed()
+    if kind != "ffcv":  # others tell an image by itself, so a copy is the same source
+        os.utime(file, ns=(2, 2))
+    assert listed() == before
+    content = bytearray(file.read_bytes())
+    if file.suffix == ".tar":  # its writer notes when the image was changed
+        content = tar_bytes([("a/1.jpg", picture(1)), ("a/2.jpg", picture(2)[::-1])], mtime=7)
+    else:
+        content[at] ^= 1
+    file.write_bytes(content)
+    if kind == "ffcv":
+        os.utime(file, ns=(1, 1))
+    after = listed()
+    assert after["sha256"] != before["sha256"]
+    assert after | {"sha256": ""} == before | {"sha256": ""}
 
 
 def test_links_out_of_the_source_are_rejected_and_inside_are_read(tree, tmp_path):
@@ -137,7 +172,8 @@ def test_what_stands_behind_the_end_of_a_tar_is_not_lost_in_silence(tmp_path):
 
 def test_a_hostile_tar_reaches_nothing(tmp_path):
     path = tmp_path / "bad.tar"
-    make_tar(path, [("../../etc/x.jpg", b"up"), ("/abs/y.jpg", b"abs"), ("a/link.jpg", None)])
+    members = [("../../etc/x.jpg", b"up"), ("/abs/y.jpg", b"abs"), ("a/link.jpg", None)]
+    make_tar(path, members)
     source = open_source(str(path))
     found = {}
     for entry in source.entries:
@@ -146,6 +182,15 @@ def test_a_hostile_tar_reaches_nothing(tmp_path):
         except Rejected as error:
             found[entry.name] = error.reason
     assert found == {"../../etc/x.jpg": b"up", "/abs/y.jpg": b"abs", "a/link.jpg": "not-a-file"}
+
+
+@pytest.mark.parametrize("time", ["nan", "-inf", "1e300", "none"])
+def test_a_strange_time_in_a_tar_is_no_error(time, tmp_path):
+    info = tarfile.TarInfo("a/1.jpg")
+    info.pax_headers = {"mtime": time}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info)
+    assert open_source(str(tmp_path / "x.tar")).description()["inputs"] == 1
 
 
 def test_sources_that_cannot_be_listed_say_so(tmp_path):
