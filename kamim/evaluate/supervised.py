@@ -229,15 +229,15 @@ def _begins(encoder: Encoder) -> list[int]:
 
 def _layer(name: str, begins: list[int]) -> int:
     """The layer of a parameter; what joins two stages is of the one before, the last norm the
-    head's.
+    head's; all before the blocks is of layer 0.
     """
-    _, part, *rest = name.split(".")
+    module, part, *rest = name.split(".")
     if part == "blocks":
         return begins[int(rest[0])]
     if part == "layers":
         begin = begins[int(rest[0])]
         return begin - 1 if rest[1] == "downsample" else begin + int(rest[2])
-    return 0 if part in ("patch_embed", "cls_token", "pos_embed") else begins[-1]
+    return begins[-1] if module != "trunk" or part in ("norm", "fc_norm", "attn_pool") else 0
 
 
 def augmented(

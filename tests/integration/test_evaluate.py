@@ -389,6 +389,11 @@ def test_layer_decay_and_augmentation(labelled):
     groups = parameter_groups(model, recipe)
     assert [group["scale"] for group in groups] == [0.5**n for n in range(13, -1, -1)]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    registers = load_encoder("random:vit_small_patch14_reg4_dinov2", CPU, 98)
+    model = Classifier(registers, 12, "mean", 4, recipe)
+    found = {id(p): g["scale"] for g in parameter_groups(model, recipe) for p in g["params"]}
+    for name, layer in (("cls_token", 0), ("reg_token", 0), ("norm.weight", 13)):
+        assert found[id(dict(model.trunk.named_parameters())[name])] == 0.5 ** (13 - layer), name
     frames = torch.randint(0, 256, (6, 3, 96, 96)).float()
     batch = {"labels": torch.arange(6) % 4, "samples": torch.arange(6), "epochs": torch.zeros(6)}
     images, soft = augmented(frames, batch, 4, recipe, 0, 3)
