@@ -302,10 +302,8 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def load(folder: Path | str) -> Manifest:
-    """Read and check the manifest of the set in `folder`.
-
-    Raises UserError, naming the file and what to do, if it is missing, damaged, of a newer
-    format, or if its totals do not add up.
+    """Read and check the manifest of the set in `folder`. Raises UserError if it is missing,
+    damaged, of another format, or does not add up.
     """
     path = (folder := Path(folder)) / MANIFEST
     try:
@@ -318,6 +316,8 @@ def load(folder: Path | str) -> Manifest:
                 f"checked: kamim shards copy {scheme}://{rest} FOLDER"
             ) from None
         names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+        if sets := sorted(name for name in names if (folder / name / MANIFEST).is_file()):
+            raise UserError(f"{folder} is no set, it holds the sets {', '.join(sets)}; name one")
         words = f"{folder} OUT" if names and not names & {".build", INDEX} else f"SOURCE {folder}"
         raise UserError(
             f"{folder} has no {MANIFEST}: it is not a finished set of shards; build one with "
