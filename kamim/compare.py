@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shards.errors import UserError
+from train.metrics import FACTS
 
 app = typer.Typer()
 FIGURES = {  # by the name in metrics.jsonl: a title, what to multiply by, digits
@@ -43,7 +44,7 @@ def compare(
     Runs that differ only in the seed are one row: mean and standard deviation over seeds.
     """
     for run in runs:
-        if not (run / "run.json").is_file():
+        if not (run / FACTS).is_file():
             raise UserError(f"{run} is no run; name folders that `kamim pretrain` wrote")
     from shards.files import alone, write_atomically
     from train.page import PAGE, Read

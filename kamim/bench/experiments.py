@@ -12,7 +12,7 @@ from typing import Any
 
 from kamim.bench.markdown import deviation, line, renewed_parts, table
 from kamim.bench.provenance import provenance
-from train.metrics import read_metrics
+from train.metrics import read_facts, read_metrics
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
 TITLES = {
@@ -43,7 +43,7 @@ def gather(runs: Path) -> list[dict[str, Any]]:
 
 def _row(method: str, folders: list[Path], by_run: dict[str, Any]) -> dict[str, Any]:
     probes = [json.loads((folder / "probe" / "probe.json").read_text()) for folder in folders]
-    facts = json.loads((folders[0] / "run.json").read_text())
+    facts = read_facts(folders[0])
     last = [read_metrics(folder)[-1] for folder in folders]
     found = [by_run[folder.name] for folder in folders]
     blocks = [
