@@ -317,7 +317,7 @@ def load(folder: Path | str) -> Manifest:
             ) from None
         names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
         if sets := sorted(name for name in names if (folder / name / MANIFEST).is_file()):
-            raise UserError(f"{folder} is no set, it holds the sets {', '.join(sets)}; name one")
+            raise UserError(f"{folder} holds the sets {', '.join(sets)}; name one") from None
         words = f"{folder} OUT" if names and not names & {".build", INDEX} else f"SOURCE {folder}"
         raise UserError(
             f"{folder} has no {MANIFEST}: it is not a finished set of shards; build one with "

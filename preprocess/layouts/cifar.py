@@ -3,10 +3,13 @@
 An image is a row of a batch, which is read once and kept; its pixels come back as a PPM picture.
 """
 
+import gzip
 import os
 import tarfile
 import zlib
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +23,7 @@ from shards.errors import UserError
 
 PIXELS = 3 * 32 * 32
 LARGEST = 1 << 29  # bytes of a batch; the largest published one has 154 MB
+PIECE = 1 << 20
 
 
 class Archive(NamedTuple):
@@ -96,15 +100,35 @@ def list_cifar(archives: tuple[Archive, ...], where: str, split: str) -> Source 
     return None
 
 
-def _names_in_archive(where: str) -> dict[str, str]:
+class Unpacked(gzip.GzipFile):
+    """Reads at most PIECE bytes at once: tarfile takes a header of any size into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next `size` bytes. Raises tarfile.ReadError if they are too many."""
+        if size is None or not 0 <= size <= PIECE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+@contextmanager
+def _archive(where: str) -> Iterator[tarfile.TarFile]:
     try:
-        with opened(where) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
-            names = {os.path.basename(info.name): info.name for info in archive if info.isreg()}
-            while archive.fileobj and archive.fileobj.read(1 << 20):
-                pass  # to the end, where gzip's checksum of all is
-            return names
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        with (
+            opened(where) as file,
+            Unpacked(fileobj=file) as unpacked,
+            tarfile.open(fileobj=unpacked, mode="r:") as archive,
+        ):
+            yield archive
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{where} is not a whole .tar.gz ({error}); fetch it again") from None
+
+
+def _names_in_archive(where: str) -> dict[str, str]:
+    with _archive(where) as archive:
+        names = {os.path.basename(info.name): info.name for info in archive if info.isreg()}
+        while archive.fileobj and archive.fileobj.read(PIECE):
+            pass  # to the end, where gzip's checksum of all is
+        return names
 
 
 def _entries(where: str, part: str, archive: Archive) -> list[Entry]:
@@ -191,12 +215,9 @@ def _pixels(root: str, part: str) -> NDArray[np.uint8]:
 def _bytes_of(root: str, part: str) -> bytes:
     if not root.endswith((".tar.gz", ".tgz")):
         return read_all(join(root, part))
-    try:
-        with opened(root) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
-            for info in archive:
-                stream = archive.extractfile(info) if info.name == part and info.isreg() else None
-                if stream and info.size <= LARGEST:
-                    return stream.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{root} is not a whole .tar.gz ({error}); fetch it again") from None
+    with _archive(root) as archive:
+        for info in archive:
+            stream = archive.extractfile(info) if info.name == part and info.isreg() else None
+            if stream and info.size <= LARGEST:
+                return b"".join(iter(partial(stream.read, PIECE), b""))
     raise UserError(f"{root} lacks {part}; take the complete archive")

@@ -251,6 +251,9 @@ def test_cifar_that_is_not_whole_is_one_line(tmp_path):
             archive.write_bytes(data)
             with pytest.raises(UserError, match=r"is not a whole .tar.gz"):
                 small(f"cifar10:{archive}")
+    archive = archives.packed([("x" * (1 << 25), b"")], archive)  # 34 kB that become 34 MB
+    with pytest.raises(UserError, match=r"not a whole .tar.gz \(a header of 335\d+ bytes"):
+        small(f"cifar10:{archive}")
 
 
 def test_inaturalist_by_its_json_and_by_its_folders(tmp_path):

@@ -348,7 +348,7 @@ def test_wrong_places_and_plans_are_one_line(folder, records, tmp_path):
     other, plan = Plan(7, 7), Plan(len(records), BATCH)
     for ask, line in (
         (lambda: shards.open(tmp_path), "has no manifest.json: it is not a finished set"),
-        (lambda: shards.open(folder.parent), f"is no set, it holds the sets {folder.name}"),
+        (lambda: shards.open(folder.parent), f"holds the sets {folder.name}; name one"),
         (lambda: shards.open(folder, cache=tmp_path), "a cache is for shards at a URL"),
         (lambda: shards.open("https://example.org/set"), "needs a cache: a folder on a fast"),
         (lambda: shards.open("nosuch://place/set", cache=tmp_path), "give s3://, gs://, hf://"),
