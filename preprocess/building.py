@@ -28,6 +28,7 @@ from preprocess import executors as backends
 from preprocess.compare import (
     WORK,
     Facts,
+    check_classes,
     check_folder,
     check_reuse,
     compare,
@@ -67,7 +68,7 @@ def sized(settings: Settings, source: Source) -> Settings:
 
 
 def build(
-    source: str,
+    source: str | Path,
     out: Path | str,
     detectors: str | Sequence[str] = ("fast",),
     *,
@@ -143,7 +144,7 @@ def build_shards(
             complete = publish(place, facts, source.classes)
     elif WORK in place.sizes():
         finish_tidying(place)
-    check_rejected(complete.ledger, max_rejected, f"see {place}/{REJECTED}")
+    check_rejected(complete.ledger, max_rejected, on_error, f"see {place}/{REJECTED}")
     return complete
 
 
@@ -159,6 +160,8 @@ def prepare(
     settings = sized(settings, source)
     facts = facts_of(source, settings)
     complete = check_folder(place, facts)
+    if complete:
+        check_classes(place, complete, source)
     if reuse and complete is None:
         check_reuse(reuse, facts)
     return place, settings, facts, complete
@@ -169,27 +172,40 @@ def shards_of(facts: Facts) -> int:
     return -(-int(facts["source"]["inputs"]) // int(facts["settings"]["shard_size"]))
 
 
-def check_rejected(ledger: Ledger, most: float, where: str) -> None:
-    """BuildError if more than the share `most` of the inputs was rejected."""
-    if ledger.rejected_share > most:
+def check_rejected(ledger: Ledger, most: float, on_error: str, where: str) -> None:
+    """BuildError if more than the share `most` of the inputs was rejected, in this build or in one
+    before; if `on_error` is `fail`, if any was.
+    """
+    fail = on_error == "fail"
+    if ledger.rejected_share > (0 if fail else most):
+        how = "--on-error quarantine" if fail else "a larger --max-rejected"
         raise BuildError(
-            f"{ledger.rejected_share:.1%} of the inputs were rejected, more than {most:.1%}: "
-            f"{ledger.rejected}; the shards are complete without them, {where}, and accept with a "
-            "larger --max-rejected"
+            f"{ledger.rejected_share:.1%} of the inputs were rejected"
+            f"{'' if fail else f', more than {most:.1%}'}: {ledger.rejected}; the shards are "
+            f"complete without them, {where}, and accept with {how}"
         )
 
 
 @contextmanager
 def claim(
-    source: Source, settings: Settings, out: Place, facts: Facts, part: str = "", **options: Any
+    source: Source,
+    settings: Settings,
+    out: Place,
+    facts: Facts,
+    part: str = "",
+    repair: bool = False,
+    **options: Any,
 ) -> Iterator[Job]:
-    """The build of `facts`, or a `part` of it. The facts are written into the work folder, for all
-    processes of the build.
+    """The build of `facts`, a `part` of it, or its `repair`. The facts are written into the work
+    folder, for all processes of the build.
 
     The work folder is removed when the build is finished, not when a part is. options: of Job.
+    UserError if another process has finished a set in `out` since it was looked at.
     """
     work = out / WORK
     with hold(out, part) as scratch:
+        if not repair and MANIFEST in out.sizes():
+            raise UserError(f"{out} was finished by another process; run the same command again")
         work.create(FACTS, json.dumps(facts).encode("ascii"))
         compare(out, facts_begun(out) or facts, facts)  # another may have begun at the same time
         bare = replace(source, entries=[], classes=[])

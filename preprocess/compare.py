@@ -27,6 +27,7 @@ from shards.spec import (
     fingerprint,
     load,
     parse,
+    settings_of,
 )
 from shards.spec import plain as as_plain
 from shards.tar import shard_name
@@ -82,13 +83,44 @@ def check_folder(out: Place, facts: Facts) -> Manifest | None:
     return None
 
 
+def check_classes(out: Place, finished: Manifest, source: Source) -> None:
+    """UserError unless `source` calls its classes as the finished set in `out` does."""
+    there, here = finished.classes, source.classes
+    if there != here:
+        pairs = zip(there, here, strict=False)
+        changed = next((f"{a!r} there, {b!r} here" for a, b in pairs if a != b), "")
+        which = changed or f"{len(there)} there, {len(here)} here"
+        raise UserError(
+            f"{out} holds shards of the same inputs with other names of classes: {which}; build "
+            "into a new folder"
+        )
+
+
 def facts_begun(out: Place) -> Facts | None:
-    """The facts of the unfinished build in `out`, if there is one."""
+    """The facts of the unfinished build in `out`, if there is one. UserError if they are not such
+    as a build writes.
+    """
+    work = out / WORK
     for name in (FACTS, "plan.json"):  # as it was called before
+        facts: Any = None
         with suppress(ValueError, TypeError):  # half of it, or nothing, is there
-            facts: Facts = json.loads((out / WORK).read(name))  # type: ignore[arg-type]
-            return facts
+            facts = json.loads(work.read(name))  # type: ignore[arg-type]
+        if facts is not None:
+            if not _are_facts(facts):
+                raise UserError(f"{work}/{name} is damaged; remove {work} to begin the build anew")
+            return dict(facts)
     return None
+
+
+def _are_facts(facts: Any) -> bool:
+    try:
+        versions, source = facts["versions"].keys(), facts["source"].keys()
+        if facts["format_version"] != FORMAT_VERSION:  # whose settings only its own kamim knows
+            return bool(versions and source and facts["settings"].keys())
+        settings = settings_of(facts["settings"])
+        return facts["source"]["inputs"] > 0 and settings.shard_size > 0
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
 
 
 def compare(out: Path | Place, there: Facts, asked: Facts, hint: str = "") -> None:

@@ -109,7 +109,7 @@ PLACED: dict[str, Lister] = {
 NAMES = ("demo", *NAMED, *PLACED)
 
 
-def open_source(where: str, split: str = "", partial: bool = False) -> Source:
+def open_source(where: str | os.PathLike[str], split: str = "", partial: bool = False) -> Source:
     """List the source `where`: a dataset as `imagenet` or `imagenet:PATH`, or the path or URL of a
     folder or an uncompressed tar of class folders.
 
@@ -118,6 +118,7 @@ def open_source(where: str, split: str = "", partial: bool = False) -> Source:
     image in it; OSError if a store cannot be reached. Without `partial`, also raises UserError if a
     folder cannot be listed, or if classes or images are far from those published.
     """
+    where = os.fspath(where)
     name, colon, given = where.partition(":")
     if where == "demo":
         source = demo.list_demo(split)

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import cv2
 import joblib
 
 from preprocess import BuildError
@@ -74,6 +75,7 @@ def _loky(jobs: int, work: Callable[..., Any], tasks: Tasks, scratch: Path) -> R
         temp_folder=str(scratch),  # or a killed build leaves folders in shared memory for good
     )
     with ExitStack() as stack:
+        stack.callback(cv2.setNumThreads, cv2.getNumThreads())  # one job is done in this process
         try:
             results = pool(joblib.delayed(work)(*task) for task in tasks)
             stack.callback(results.close)  # ends the workers' tasks when we are stopped midway

@@ -85,7 +85,8 @@ def build_part(
         ledger = _ledger(part, facts, rows.values())
         content = {"classes": source.classes, "fingerprint": job.fingerprint, **asdict(ledger)}
         job.work.write(f"{name}.json", json.dumps(content).encode("ascii"))
-    check_rejected(ledger, max_rejected, "and rejected.jsonl will name these once they are joined")
+    where = "and rejected.jsonl will name these once they are joined"
+    check_rejected(ledger, max_rejected, on_error, where)
     return ledger
 
 
@@ -122,7 +123,7 @@ def join_parts(out: Path | str, max_rejected: float = 0.01) -> Manifest:
                 classes = _classes(place, facts)
             finished = publish(place, facts, classes)
             tidy(place)
-    check_rejected(finished.ledger, max_rejected, f"see {place}/{spec.REJECTED}")
+    check_rejected(finished.ledger, max_rejected, "", f"see {place}/{spec.REJECTED}")
     return finished
 
 

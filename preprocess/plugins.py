@@ -13,6 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def _file_of(function: str) -> Path:
         sys.path.append(os.getcwd())  # as for python -m; at the end, so that it hides nothing
     importlib.invalidate_caches()
     try:
-        spec = importlib.util.find_spec(module)
+        with redirect_stdout(sys.stderr):  # stdout is for our results
+            spec = importlib.util.find_spec(module)
     except (Exception, SystemExit) as error:  # it imports what the module lies in
         words = f"{type(error).__name__}: {error}"
         raise UserError(f"there is no module {module!r} for {function!r}: {words}") from None
@@ -143,7 +145,8 @@ def _imported(function: str, sha256: str) -> Callable[..., Any]:
     if module in MODELS:
         return _network(module, name)
     try:
-        home = importlib.import_module(module)
+        with redirect_stdout(sys.stderr):
+            home = importlib.import_module(module)
         if _hashes.setdefault(module, sha256) != sha256:  # edited since, as in a notebook
             home = importlib.reload(home)
             _hashes[module] = sha256

@@ -14,6 +14,7 @@ from preprocess import BuildError
 from preprocess import executors as backends
 from preprocess.building import claim, index_in, names_in, shard_size_for, sized, write_missing
 from preprocess.compare import (
+    check_classes,
     check_manifest_is_not_lost,
     compare,
     facts_begun,
@@ -69,7 +70,8 @@ def repair_shards(
     size = shard_size_for(len(source.entries), settings.frame > 0)
     flags = flags_of(finished.settings, size)
     compare(out, facts_of_set(finished), facts, f"give those of the set to repair it: {flags}")
-    with claim(source, settings, place, facts) as job:
+    check_classes(place, finished, source)
+    with claim(source, settings, place, facts, repair=True) as job:
         files = finished.files
         flaws = flaws_of_files(out, files)
         job = replace(job, out=job.work)

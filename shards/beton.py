@@ -234,6 +234,11 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         fingerprint=fingerprint,
     )
     with alone(out):
+        if finished := finished_copy(out, fingerprint, {BETON}):  # by another process, meanwhile
+            return finished
+        flaws = flaws_of_files(folder, source.manifest.files)
+        if flaws:  # whose bytes would be hashed anew, as if they were sound
+            raise UserError(min(flaws.values()))
         with replacing(out / BETON) as temporary:
             numbers = progress("converting", len(source), range(len(source)))
             index = write_beton(

@@ -71,13 +71,14 @@ def places_of(manifest: Manifest) -> tuple[dict[str, tuple[Array, int]], int]:
 
 def misplaced(rows: NDArray[np.void], size: int, arrays: int) -> NDArray[np.bool_]:
     """Which rows of an index are of no record in a shard of `size` bytes, whose arrays take
-    `arrays` bytes: whoever reads them would read elsewhere, or divide by zero.
+    `arrays` bytes: whoever reads them would read elsewhere, divide by zero, or take a wrong class.
     """
     start, end = rows["start"], rows["start"] + rows["bytes"]
     wrong = (start > size) | (end > size) | (rows["height"] == 0) | (rows["width"] == 0)
     for name, length in (("frame", rows["frame_bytes"]), ("arrays", np.uint64(arrays))):
         place = rows[name]
         wrong |= (place < start) | (place > end) | (length > end - place)
+    wrong |= rows["label"] < -1
     return np.asarray(wrong | (rows["arrays"] < rows["frame"] + rows["frame_bytes"]))
 
 

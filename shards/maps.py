@@ -4,6 +4,7 @@ name.
 `ShardSet.density` reads them. A look-up reads from the file, so that little stays in memory.
 """
 
+import hashlib
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
+from shards.files import replacing
 from shards.names import Names
-from shards.record import UINT8, Record, npy_bytes, npy_header
-from shards.spec import File, Settings, write_file
+from shards.record import Record, npy_header
+from shards.spec import File, Settings
 from shards.tar import INDEX_DTYPE
 
 if TYPE_CHECKING:
@@ -75,9 +77,13 @@ class MapsWriter:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            count = len(self.maps)
-            block = np.array(self.maps, UINT8).reshape(block_shape(count, self.settings))
-            self.file = write_file(self.path, npy_bytes(block), count)
+            count, digest, size = len(self.maps), hashlib.sha256(), 0
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
+                header = npy_header(block_shape(count, self.settings))
+                for part in (memoryview(header), *(each.data for each in self.maps)):
+                    size += file.write(part)
+                    digest.update(part)
+            self.file = File(self.path.name, count, size, digest.hexdigest())
             self.index = index_rows(self.facts, self.settings)
 
 

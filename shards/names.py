@@ -102,6 +102,8 @@ class Names:
             if self.text[start : start + len(line)] == line or self._is_key(start, name):
                 found.append(self.numbers[at])
             at += 1
+        if not found and name.startswith("./"):  # as tar -C FOLDER . calls members
+            return self.find(name[2:])
         if len(found) != 1:
             raise UserError(self._why(name, found))
         return int(found[0])

@@ -103,9 +103,7 @@ class Records:
         from shards.weighting import WeightedCrops
 
         plan = self.plan(batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
-        if plan.steps(epochs) < 1:
-            make = f"{epochs:g} epochs of {len(self)} records make no batch of {batch}"
-            raise UserError(f"{make}; give more epochs or a smaller batch")
+        last = steps_of_epoch(plan, epochs)
         where = find_device(device)
         how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}
         how["correct"] = correct
@@ -113,7 +111,7 @@ class Records:
         loader = self.loader(
             plan,
             first,
-            plan.steps(epochs),
+            last,
             maps=[weights] if weights else [],
             bank=bank,
             workers=workers,
@@ -154,7 +152,7 @@ class Records:
         self._check_frames()
         if prefetch < 1:
             raise UserError(f"prefetch {prefetch} is out of range; give 1 or more")
-        last = plan.steps() if last is None else last
+        last = steps_of_epoch(plan) if last is None else last
         asked: dict[str, Any] = {"maps": maps, "bank": bank, "rank": rank, "ranks": ranks}
         asked |= {"workers": workers, "prefetch": prefetch}
         if decode == "gpu":
@@ -205,3 +203,12 @@ class Records:
                     f"{each.folder} holds densities without frames: load images as you do, and "
                     "read each one's by `density`; shards with frames come from kamim shards build"
                 )
+
+
+def steps_of_epoch(plan: Plan, epochs: float = 1) -> int:
+    """Whole steps in `epochs`; UserError if there are none, which a loop would not notice."""
+    steps = plan.steps(epochs)
+    if steps < 1:
+        make = f"{epochs:g} epochs of {plan.total} records make no batch of {plan.batch}"
+        raise UserError(f"{make}; give more epochs or a smaller batch")
+    return steps

@@ -3,6 +3,7 @@
 The page holds its pictures and runs no scripts; every name from the data is escaped.
 """
 
+import math
 from collections.abc import Sequence
 
 import cv2
@@ -44,13 +45,13 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
     It shows `samples` records, spread evenly, each with the crop that a run of seed 0 makes of it
     in its first epoch. The histograms are of the weights of up to 512 frames, each read whole (no
     crop) with as many cells per side as a crop. Raises UserError if w_ps does not divide the crop
-    or the temperature is not positive.
+    or the temperature is out of range.
     """
     crop = records.manifest.settings.crop
     if w_ps < 1 or crop % w_ps:
         raise UserError(f"w_ps {w_ps} does not divide {crop}; use 8, 16 or 32")
-    if not temperature > 0:
-        raise UserError(f"temperature {temperature} is not positive; the published one is 0.25")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature {temperature} is out of range; the published one is 0.25")
     manifest = records.manifest
     measured = [records[n].maps for n in spread(len(records), 512)]
     cells = crop // w_ps

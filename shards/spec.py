@@ -341,7 +341,7 @@ def parse(path: Path | str, data: bytes) -> Manifest:
         )
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, this kamim reads version {FORMAT_VERSION}; "
+            f"{path} has format version {version!r}, this kamim reads version {FORMAT_VERSION}; "
             f"install the kamim that wrote it (versions: {content.get('versions')})"
         )
     return _parse(path, data, content)

@@ -11,7 +11,7 @@ from shards.crops import unit_boxes
 from shards.loader import check_plan, check_steps
 from shards.order import Plan
 from shards.record import decode_frame
-from shards.records import Records
+from shards.records import Records, steps_of_epoch
 
 
 class RecordDataset(Dataset[dict[str, Any]]):
@@ -70,7 +70,7 @@ class PlanSampler(Sampler[list[tuple[int, int]]]):
         self, plan: Plan, first: int = 0, last: int | None = None, rank: int = 0, ranks: int = 1
     ) -> None:
         self.plan, self.place = plan, (rank, ranks)
-        self.first, self.last = first, plan.steps() if last is None else last
+        self.first, self.last = first, steps_of_epoch(plan) if last is None else last
         check_steps(first, self.last)
 
     def __len__(self) -> int:

@@ -66,6 +66,8 @@ def upgrade_set(folder: Path, out: Path) -> Manifest:
         for shard, (a, b) in zip(manifest.shards, pairwise(firsts), strict=True)
     ]
     with alone(out):
+        if finished_copy(out, manifest.fingerprint, {file.name for file in manifest.shards}):
+            raise UserError(f"{out} was finished by another process; run the same command again")
         files, rows = list[File](), list[NDArray[np.void]]()
         with progress("upgrading", len(index)) as bar:
             for name, part in parts:

@@ -3,6 +3,7 @@
 `WeightedCrops` is all of it in one module; the functions below it are each usable alone.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -90,8 +91,8 @@ class WeightedCrops(nn.Module):
             records.find_maps([weights], bank)
             for one in records.sets:
                 check_cells(one.manifest.settings, size, w_ps, bank)
-            if not temperature > 0:
-                raise UserError(f"temperature {temperature} is not positive; published is 0.25")
+            if not 0 < temperature < math.inf:
+                raise UserError(f"temperature {temperature} is out of range; published is 0.25")
             self.sight = EdgeRule(records, weights, size, self.cells)
             if correct and rule is None:
                 table = _correction(records, weights, temperature, w_ps, self.cells)

@@ -21,12 +21,16 @@ from shards.files import MANIFEST
 from shards.record import decode_frame, key_of
 from shards.remote.storage import is_url
 from shards.tar import padded
+from shards.verification import damaged_files
 
 BLOCK = tarfile.BLOCKSIZE
 
 
 def list_shards(where: str, split: str) -> Source | None:
-    """Records in their order. Raises UserError if the set is not finished or not here."""
+    """Records in their order. Raises UserError if the set is not finished, not whole or not here.
+
+    Every file is hashed: what is damaged would be hashed anew, as if it were sound.
+    """
     if is_url(where):
         raise UserError(f"{where} is remote; copy it here first: kamim shards copy {where} FOLDER")
     records = _opened(where)
@@ -34,6 +38,9 @@ def list_shards(where: str, split: str) -> Source | None:
         raise UserError(
             f"{where} holds densities without frames, and no images; name a source of them"
         )
+    damage = damaged_files(records.folder, records.manifest)
+    if damage:
+        raise UserError(damage[0])
     names = _names(records) if records.manifest.container == "webdataset" else None
     entries = []
     # Frame, maps and bank of a record hang on the whole set: its fingerprint is the stamp.

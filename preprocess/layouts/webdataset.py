@@ -19,7 +19,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("label", "cls", "class")  # names of the number in a sample's json
 CLASSES = ("classnames.txt", "classes.txt")
 MOST = 1_000_000  # classes; more is damage
-LONGEST = 1 << 20  # bytes of a json that is looked into
+LONGEST = 1 << 26  # bytes of a json that is looked into
 
 
 def list_webdataset(where: str, split: str) -> Source | None:
@@ -76,8 +76,12 @@ def _list_part(root: str, part: str) -> tuple[list[Entry], int]:
 
 def _label(file: BinaryIO, info: tarfile.TarInfo, suffix: str, where: str) -> int:
     """The label a member gives, -1 if it gives none."""
+    if info.size > LONGEST:
+        raise UserError(
+            f"{where}: {info.name!r} has {info.size} bytes, more than {LONGEST}; drop it"
+        )
     file.seek(info.offset_data)
-    data = file.read(min(info.size, LONGEST))
+    data = file.read(info.size)
     try:
         label = json.loads(data)
         if suffix == "json" and isinstance(label, dict):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from shards import spec as _manifest
@@ -21,7 +22,7 @@ from shards.remote.place import Place
 from shards.remote.retry import retried
 from shards.spec import CARD, File, Manifest
 
-MARK = "copying.json"  # which set an unfinished copy is of: the sha256 of its manifest
+MARK = "copying.json"  # which set an unfinished copy is of, as _mark tells it
 
 
 def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
@@ -47,10 +48,9 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
 
 
 def _copy_files(source: Place, target: Place, manifest: Manifest, data: bytes, jobs: int) -> int:
-    """Copy what `target` lacks. When all of it is there, write `data`, the manifest."""
-    files = manifest.files
-    mark = hashlib.sha256(data).hexdigest().encode("ascii")
-    there = _check_target(target, data, mark, {file.name: file.bytes for file in files})
+    """Copy what `target` lacks. Then write `data`, the manifest, if it has none."""
+    files, mark = manifest.files, _mark(manifest)
+    there = _check_target(target, mark, {file.name: file.bytes for file in files})
     if there is None:
         return 0
     target.write(MARK, mark)
@@ -70,21 +70,27 @@ def _copy_files(source: Place, target: Place, manifest: Manifest, data: bytes, j
     card = source.read(CARD)
     if card is not None and CARD not in sizes:
         target.write(CARD, card)
-    target.write(MANIFEST, data)
+    if MANIFEST not in sizes:  # one that is there may say what was measured on it
+        target.write(MANIFEST, data)
     target.remove(MARK)
     return copied
 
 
-def _check_target(
-    target: Place, data: bytes, mark: bytes, files: dict[str, int]
-) -> set[str] | None:
-    """Names in `target` that may be files of this set; None if all of it is there. Raises UserError
-    if it holds anything else.
+def _mark(manifest: Manifest) -> bytes:
+    """What tells a set from another: its manifest, but for what was measured on it since."""
+    data = _manifest.to_json(replace(manifest, fidelity={}))
+    return hashlib.sha256(data).hexdigest().encode("ascii")
+
+
+def _check_target(target: Place, mark: bytes, files: dict[str, int]) -> set[str] | None:
+    """Names in `target` that may be files of this set, to be hashed; None if it is a store that
+    has all of it, by their sizes. Raises UserError if it holds anything else.
     """
     sizes = target.sizes()
-    finished = target.read(MANIFEST) if MANIFEST in sizes else None
+    data = target.read(MANIFEST) if MANIFEST in sizes else None
+    finished = _manifest.parse(f"{target}/{MANIFEST}", data) if data is not None else None
     begun = target.read(MARK) if MARK in sizes else None
-    if (finished or data) != data or (begun or mark) != mark:
+    if (finished and _mark(finished) != mark) or (begun or mark) != mark:
         raise UserError(f"{target} holds another set of shards, or part of one; name a new place")
     if begun is not None:  # what a killed copy left half written is ours to remove
         for name in [n for n in sizes if n.endswith(".tmp") and n.rsplit(".", 2)[0] in files]:
@@ -96,7 +102,7 @@ def _check_target(
         some = min(others or sizes)
         raise UserError(f"{target} holds something else ({some}); name a new or empty place")
     whole = {name for name, size in files.items() if sizes.get(name) == size}
-    if finished is None or whole != files.keys():
+    if finished is None or whole != files.keys() or not target.is_url:
         return whole
     if begun is not None:  # killed between the manifest and the tidying up
         target.remove(MARK)

@@ -12,18 +12,21 @@ import sys
 import time
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY, contents, settings
 
 import preprocess
 import shards
-from preprocess import BuildError, build_shards, open_source
+from preprocess import BuildError, build_shards, building, open_source
 from preprocess.building import shard_size_for, sized
+from preprocess.parts import build_part, join_parts
 from preprocess.repair import repair_shards
 from preprocess.source import Source
 from shards import ShardSet
 from shards.beton import convert_to_ffcv
+from shards.errors import UserError
 from shards.progress import progress
 from shards.remote.place import Place
 from shards.verification import verify_shards
@@ -194,6 +197,65 @@ def test_on_error_fail_stops_at_the_first_and_names_it(small_source, tmp_path):
     with pytest.raises(BuildError, match=r"class1/bad 'one'.jpg.*not-an-image.*quarantine"):
         build_shards(source, tmp_path / "out", settings(), 1, "fail")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_on_error_fail_is_kept_by_what_was_built_without_it(small_source, tmp_path):
+    (small_source / "class1" / "bad.jpg").write_bytes(b"x")
+    source, out = open_source(str(small_source)), tmp_path / "out"
+    build_shards(source, out, settings(), 1, max_rejected=0.5)
+    with pytest.raises(BuildError, match=r"2.4% .* were rejected: .*--on-error quarantine"):
+        build_shards(source, out, settings(), 1, "fail", max_rejected=0.5)
+    build_part(source, tmp_path / "part", settings(), (1, 1), 1, max_rejected=0.5)
+    with pytest.raises(BuildError, match="--on-error quarantine"):
+        build_part(source, tmp_path / "part", settings(), (1, 1), 1, "fail", max_rejected=0.5)
+
+
+def test_a_build_that_another_finished_meanwhile_is_left_alone(small_source, tmp_path, monkeypatch):
+    source, out, real = open_source(str(small_source)), tmp_path / "out", building.check_folder
+
+    def slow(place, facts):
+        found = real(place, facts)
+        monkeypatch.setattr(building, "check_folder", real)
+        build_shards(source, out, settings(detectors=THREE), 1)
+        return found
+
+    monkeypatch.setattr(building, "check_folder", slow)
+    with pytest.raises(ValueError, match="finished by another process; run the same command again"):
+        build_shards(source, out, settings(), 1)
+    assert len(ShardSet(out).manifest.detectors) == 3
+    assert verify_shards(out) == []
+
+
+def test_one_job_leaves_the_callers_threads(small_source, tmp_path):
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
+
+
+def test_other_names_of_classes_are_another_source(small_source, tmp_path):
+    out = tmp_path / "out"
+    build_shards(open_source(str(small_source)), out, settings(), 1)
+    source = open_source(str(small_source))
+    renamed = replace(source, classes=[*source.classes[:-1], "other"])
+    for again in (build_shards, repair_shards):
+        with pytest.raises(ValueError, match="'class3' there, 'other' here; build into a new fol"):
+            again(renamed, out, settings(), 1)
+    with pytest.raises(ValueError, match="other names of classes: 4 there, 5 here"):
+        build_shards(replace(source, classes=[*source.classes, "more"]), out, settings(), 1)
+
+
+@pytest.mark.parametrize("facts", [[1], {}, {"settings": {}}, "x", 7])
+def test_facts_that_no_build_writes_are_one_line(facts, small_source, tmp_path):
+    (tmp_path / "out" / ".build").mkdir(parents=True)
+    (tmp_path / "out" / ".build" / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"facts.json is damaged; remove .*\.build to begin"):
+        build_shards(open_source(str(small_source)), tmp_path / "out", settings(), 1)
+    with pytest.raises(UserError, match="is damaged"):
+        join_parts(tmp_path / "out")
 
 
 def test_a_shard_whose_inputs_are_all_bad_is_empty_but_there(small_source, tmp_path):

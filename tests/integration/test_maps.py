@@ -414,11 +414,12 @@ def test_odd_names(tmp_path, small_source):
     for name in (b"\xff\xfe.jpg", b'"q".jpg', b"line\nend.jpg", "\u00e9\u4e2d.jpg".encode()):
         with open(os.path.join(os.fsencode(root / "a"), name), "wb") as file:
             file.write(photo)
-    source = open_source(str(root))
+    source = open_source(root)
     build_shards(source, tmp_path / "out", bare(), 1)
     records = shards.open(tmp_path / "out")
     for number, entry in enumerate(source.entries):
         assert records[number].source == entry.name
+        assert records.maps.names.find(f"./{entry.name}") == number  # as tar -C FOLDER . says it
         records.density(entry.name, "fast")
     assert verify_shards(tmp_path / "out", "decode") == []
 

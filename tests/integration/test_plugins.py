@@ -225,11 +225,13 @@ def test_what_hangs_ends_with_the_build_that_was_killed(own, tmp_path):
 def test_what_it_prints_is_no_result(own, tmp_path, small_source):
     with (tmp_path / f"{own}.py").open("a") as file:
         file.write("\ndef Loud(rgb):\n    print('HERE')\n    return ramp(rgb)\n")
+        file.write("print('THERE')\n")
     words = ["build", str(small_source / "class0"), str(tmp_path / "out"), "--frame", "64"]
     done = kamim(*words, "--detector", f"{own}:Loud", "--jobs", "1")
     assert done.returncode == 0, done.stderr
     assert "HERE" not in done.stdout
     assert "HERE" in done.stderr
+    assert "THERE" in done.stderr
 
 
 def test_one_that_leaves_rejects_all_and_nothing_is_published(own, small_source, tmp_path):

@@ -384,7 +384,7 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ({}, replace(TINY, optimizer="adahessian"), "timm has no optimizer 'adahessian'"),
         ({}, changed(TINY, ['optimizer_options={"beta": 1}']), "'adamw' cannot be made: .*'beta'"),
         ({}, replace(TINY, ema=1.0), "ema 1.0 is out of range"),
-        ({}, replace(TINY, temperature=0.0), "temperature 0.0 is not positive"),
+        ({}, replace(TINY, temperature=0.0), "temperature 0.0 is out of range"),
         ({"seed": 1 << 64}, TINY, r"seed 1.84467e\+19 is out of range; give 0 or more, below 2"),
         ({"device": "cuda:9"}, TINY, "no CUDA device"),
     ]

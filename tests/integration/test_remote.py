@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import archives
 import fsspec
@@ -21,6 +22,7 @@ from stores import s3_server
 from test_many_parts import write_parquet
 
 from preprocess import Rejected, build_shards, open_source
+from shards import spec
 from shards.remote import retry
 from shards.remote.copy import copy_set
 from shards.verification import verify_shards
@@ -371,6 +373,24 @@ def test_an_interrupted_copy_goes_on_and_others_are_refused(s3, local, tmp_path,
         with pytest.raises(ValueError, match=re.escape(words)):
             copy_set(str(built), target)
     assert {p.name for p in (local / "photos").iterdir()} == {"a", "b", "c", "draft.tmp"}
+
+
+def test_a_copy_stays_one_after_fidelity_and_its_damage_is_mended(s3, local, tmp_path):
+    built, there, url = local / "of-photos", tmp_path / "copy", "s3://bucket/measured"
+    for target in (str(there), url):
+        assert copy_set(str(built), target)[1] == 4
+    manifest = spec.load(built)
+    measured = {"temperature": 0.25, "w_ps": 8, "detectors": {}}
+    spec.write(built, replace(manifest, fidelity=measured))
+    for target in (str(there), url):
+        assert copy_set(str(built), target)[1] == 0
+    shard = there / "shard-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    assert copy_set(str(built), str(there))[1] == 1
+    assert shard.read_bytes() == whole
+    assert spec.load(there).fidelity == {}  # what is measured of a copy stays its own
+    assert not (there / "copying.json").exists()
 
 
 def test_a_damaged_set_is_not_copied_as_finished(s3, local):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import contents, copied
 
+from preprocess import open_source
 from shards import ShardSet, decode_frame, load
 from shards import beton as layout
 from shards.beton import convert_to_ffcv
@@ -92,6 +93,34 @@ def test_a_bad_record_stops_the_conversion_by_name(built, tmp_path):
         convert_to_ffcv(built, tmp_path / "out", "raw")
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("frames", ["raw", "jpeg"])
+def test_a_damaged_set_is_not_made_into_a_sound_one(frames, built, tmp_path):
+    path, row = ShardSet(built).locate(17)
+    with path.open("r+b") as file:  # in the JPEG's data, which decodes all the same
+        file.seek(int(row["frame"]) + int(row["frame_bytes"]) - 40)
+        file.write(bytes(8))
+    with pytest.raises(ValueError, match=r"shard-000004.tar is damaged: its sha256"):
+        convert_to_ffcv(built, tmp_path / "out", frames)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(ValueError, match=r"shard-000004.tar is damaged: its sha256"):
+        open_source(f"shards:{built}")
+
+
+def test_a_conversion_that_another_finished_meanwhile_is_left_alone(built, tmp_path, monkeypatch):
+    real = layout.finished_copy
+
+    def slow(out, *args):
+        found = real(out, *args)
+        monkeypatch.setattr(layout, "finished_copy", real)
+        convert_to_ffcv(built, out, "raw")
+        return found
+
+    monkeypatch.setattr(layout, "finished_copy", slow)
+    with pytest.raises(ValueError, match="holds another set"):
+        convert_to_ffcv(built, tmp_path / "out", "jpeg")
+    assert ShardSet(tmp_path / "out").manifest.settings.quality == 0
 
 
 def test_any_changed_byte_and_any_cut_is_found(converted):

@@ -238,6 +238,7 @@ def test_records_that_differ_anywhere_are_not_equal(other):
         ("frame_bytes", 600),
         ("arrays", 149),
         ("arrays", 301),
+        ("label", -2),
     ],
 )
 def test_an_index_of_places_elsewhere_is_found(field, value):
