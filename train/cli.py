@@ -213,6 +213,12 @@ def pretrain(
         say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
     written, kept = read_recipe(recipe)
     chosen = changed(written, set_ or ())
+    shares = shares or tuple(kept.get("shares", ())) or None
+    if shares and len(shares) != len(folders):
+        raise UserError(
+            f"{recipe} mixes {len(shares)} sets by shares and {len(folders)} are named; name as "
+            "many, give them shares as A:0.7 B:0.3, or take shares out of it"
+        )
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if epochs and chosen.epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs

@@ -20,7 +20,7 @@ from train.models import Cells, in_bf16
 from train.progress import say
 from train.recipe_file import RUN_FILE, used
 from train.request import Run
-from train.schedule import Rates, learning_rate
+from train.schedule import Rates, learning_rate, temperature
 from train.selection import Selection
 from train.setup import device_name
 
@@ -261,17 +261,27 @@ def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:
 def say_where(
     run: Run, first: int, last: int, before: int, steps_an_epoch: float, rates: Rates
 ) -> None:
-    """Say where a run goes on, after step `first`; that it is finished; or what an extension does
-    to its learning rate: its schedule had `before` steps, and is now `rates`.
+    """Say where a run goes on, after step `first`; that it is finished; that it warms up for most
+    of its steps; or what an extension does to its schedules: they had `before` steps, and now have
+    those of `rates`.
     """
     total, warmup, *levels = rates
     if first and before != total:
         was = min(round(run.recipe.warmup * steps_an_epoch), before - 1)
         then = learning_rate(first - 1, before, was, *levels)
         now = learning_rate(min(first, total - 1), total, warmup, *levels)
+        line = f"the learning rate goes from {then:.2e} to {now:.2e}"
+        degree, later = (temperature(first - 1, n, run.recipe) for n in (before, total))
+        if degree and later:
+            line += f", T from {degree:.3g} to {later:.3g}"
         say(
-            f"extended from {before:,} to {total:,} steps: the learning rate goes from {then:.2e} "
-            f"to {now:.2e}, and now follows the cosine of a run of that length"
+            f"extended from {before:,} to {total:,} steps: {line}, as in a run of that length from "
+            "its first step on"
+        )
+    elif not first and warmup > total / 2:
+        say(
+            f"note: the warm-up takes {warmup:,} of {total:,} steps; shorten it by --set "
+            f"warmup={run.recipe.epochs / 10:g} (epochs)"
         )
     if first >= total:
         say(

@@ -237,7 +237,7 @@ def counts(
         masked = int(cells * mask)
         thrown = int(cells * (mask + throw) + 1e-9) - masked
     else:
-        masked, thrown = (math.ceil(cells * share - 1e-9) for share in (mask, throw))
+        masked, thrown = (math.ceil(cells * share) for share in (mask, throw))
     visible = cells - masked - thrown
     if masked < 1 or thrown < 0 or visible < 1:
         raise UserError(

@@ -23,6 +23,7 @@ RUN: dict[str, type] = {  # options of `kamim pretrain` that are kept with what 
     "window": int,
     "decode": str,
     "deterministic": bool,
+    "shares": list,
 }
 
 
@@ -58,6 +59,8 @@ def read_recipe(what: str) -> tuple[Recipe, dict[str, Any]]:
             raise UserError(f"{what}: decode = {value!r} is unknown; there are cpu and gpu")
         if type(value) is not RUN[name]:
             raise UserError(f"{what}: {name} = {value!r} is no {RUN[name].__name__}")
+        if isinstance(value, list) and {*map(type, value)} - {int, float}:
+            raise UserError(f"{what}: shares = {value!r} are no numbers, one for each set")
     if base is None and "model" not in found:
         raise UserError(f'{what} names no base; add a line as base = "vit_base"')
     recipe = find_recipe(str(base)) if base is not None else Recipe(model="")
@@ -91,7 +94,8 @@ def used(recipe: Recipe, options: Mapping[str, Any], remarks: Mapping[str, Any])
     options = {**options, "detector": detector}
     lines = [f"# {name}: {' '.join(str(value).split())}" for name, value in remarks.items()]
     lines += [f"{name} = {_toml(value)}" for name, value in asdict(recipe).items()]
-    lines += ["", "[run]", *(f"{name} = {_toml(options[name])}" for name in RUN)]
+    kept = {name: options[name] for name in RUN if name != "shares" or options[name]}
+    lines += ["", "[run]", *(f"{name} = {_toml(value)}" for name, value in kept.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -134,6 +134,10 @@ def run(bench: Bench, out: Path, parts: Iterable[str] = PARTS, again: bool = Fal
         wanted -= ON_CUDA
     spent = dict.fromkeys(BUDGETS, 0.0)
     out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):  # of a line that a kill cut short
+            file.write(b"\n")
     for case in cases(bench):
         if case.part not in wanted or (case.part, case.name) in found:
             continue

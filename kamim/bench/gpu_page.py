@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ KINDS = ("products", "attention", "convolution", "compiled", "eager", "copies")
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The lines of results in `path`, if there are any."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of results in `path`, if there are any; not one that a kill cut short."""
+    rows = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(text))
+    return rows
 
 
 def measured() -> dict[str, Rows]:

@@ -172,8 +172,7 @@ def training(bench: Bench) -> Iterator[Case]:
     ways = [(name, False) for name in bench.recipes]
     ways.insert(1, (bench.recipes[0], True))
     for name, eager in ways:
-        title = f"{name} at {bench.micro_batch}" if bench.micro_batch else name
-        title += ", eager" if eager else ""
+        title = _title(bench, name) + (", eager" if eager else "")
         made = lru_cache(1)(partial(Measured, bench, name, eager))
         yield Case("step", title, partial(_with, made, step))
         if not eager:
@@ -187,7 +186,7 @@ def training(bench: Bench) -> Iterator[Case]:
 def methods(bench: Bench) -> Iterator[Case]:
     """Steps of other methods, which compute fewer patches, or draw cells by maps."""
     for name in bench.methods:
-        yield Case("methods", name, lambda name=name: step(Measured(bench, name)))  # type: ignore
+        yield Case("methods", _title(bench, name), lambda name=name: step(Measured(bench, name)))  # type: ignore
 
 
 def deterministic(bench: Bench) -> Iterator[Case]:
@@ -202,7 +201,12 @@ def deterministic(bench: Bench) -> Iterator[Case]:
             torch._inductor.config.deterministic = False
             os.environ.pop("TORCHINDUCTOR_DETERMINISTIC", None)
 
-    yield Case("deterministic", bench.recipes[0], work)
+    yield Case("deterministic", _title(bench, bench.recipes[0]), work)
+
+
+def _title(bench: Bench, name: str) -> str:
+    """What a case of the recipe `name` is called, with the micro-batch that was asked for."""
+    return f"{name} at {bench.micro_batch}" if bench.micro_batch else name
 
 
 def _with(

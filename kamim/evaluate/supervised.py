@@ -116,11 +116,14 @@ def recipe_for(
 ) -> LabelRecipe:
     """The recipe called `name` for a batch, and what is Swin's own in it; epochs, peak 0: its own.
 
+    The warm-up keeps its share of the epochs.
     SimMIM's rates are in proportion to the batch, and its layers of Swin decay by 0.9; KAMIM clips
     Swin's gradient, not a ViT's.
     """
     recipe = RECIPES[name]
-    recipe = replace(recipe, batch=batch, epochs=epochs or recipe.epochs, peak=peak or recipe.peak)
+    warmup = recipe.warmup * (epochs / recipe.epochs if epochs else 1)
+    recipe = replace(recipe, batch=batch, epochs=epochs or recipe.epochs, warmup=warmup)
+    recipe = replace(recipe, peak=peak or recipe.peak)
     if name == "attentive-probe":
         return recipe
     if name != "simmim":

@@ -261,6 +261,16 @@ def test_a_finished_run_that_was_killed_before_its_pictures_gets_them(built, tmp
     assert (tmp_path / "run" / "reconstructions.png").exists()
 
 
+def test_what_an_extension_and_a_long_warm_up_do_is_said(built, tmp_path, capsys):
+    cooling = replace(TINY, temperature=1.0, temperature_end=0.25, epochs=1, warmup=10)
+    run(built, tmp_path, cooling)
+    assert (
+        "the warm-up takes 4 of 5 steps; shorten it by --set warmup=0.1" in capsys.readouterr().err
+    )
+    run(built, tmp_path, replace(cooling, epochs=2), resume=True, extend=True)
+    assert ", T from 0.25 to 0.69, as in a run of that length" in capsys.readouterr().err
+
+
 def test_a_run_is_extended_only_when_asked_and_goes_on_to_the_last_bit(built, tmp_path, capsys):
     out, longer = tmp_path / "run", replace(TINY, epochs=5)
     short = run(built, out)
@@ -278,6 +288,7 @@ def test_a_run_is_extended_only_when_asked_and_goes_on_to_the_last_bit(built, tm
     said = capsys.readouterr().err
     assert "extended from 15 to 25 steps: the learning rate goes from" in said
     assert f"from {rates[14]:.2e} to {rates[15]:.2e}" in said
+    assert ", T from" not in said
     assert whole[:15] == short
     assert len(whole) == 25
     run(built, tmp_path / "parts", longer, resume=True, extend=True, steps=18)

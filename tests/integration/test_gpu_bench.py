@@ -106,6 +106,16 @@ def test_a_run_is_killed_and_goes_on_with_the_same_losses(bench, tmp_path):
     assert 2 <= killed["losses_when_killed"] < killed["steps"] == 8
 
 
+def test_a_line_that_a_kill_cut_short_is_left_out(bench, tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    gpu.run(bench, out, ["weights"])
+    rows = gpu_page.rows_of(out)
+    with out.open("a") as file:
+        file.write('{"part": "st')
+    gpu.run(bench, out, ["weights"], again=True)
+    assert len(gpu_page.rows_of(out)) == 2 * len(rows) > 0
+
+
 def test_crops_of_frames_that_the_device_decodes_are_timed_beside_the_threads(bench):
     row = gpu_device.crops_by_decoder(bench, batch=8)
     assert row["n"] == bench.repeats

@@ -44,6 +44,7 @@ CPU = torch.device("cpu")
         (49, 0.44, 0.26, "simmim", (22, 13, 14)),
         (49, 0.6, 0, "simmim", (30, 0, 19)),
         (9, 0.44, 0.26, "simmim", (4, 3, 2)),
+        (25, 0.28, 0, "simmim", (8, 0, 17)),  # np.ceil(25 * 0.28), as the masks
     ],
 )
 def test_cells_are_counted_as_published(cells, mask, throw, method, expected):

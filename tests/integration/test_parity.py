@@ -168,6 +168,7 @@ def test_a_swins_layers_decay_block_by_block():
 
 
 def test_kamims_heads_train_ten_epochs_at_the_floor():
+    assert recipe_for("kamim", False, 2048, epochs=11).warmup == 1
     recipe = recipe_for("kamim", False, 2048)
     assert (recipe.epochs, recipe.clip, recipe_for("kamim", True, 64).clip) == (110, 0, 1)
     steps = round(1100 * (1 - recipe.level))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -75,6 +76,7 @@ def test_a_mistake_in_a_file_is_one_line_before_torch_is_imported(tmp_path):
             'base = "small"\n[run]\ndecode = "tpu"',
             "decode = 'tpu' is unknown; there are cpu",
         ),
+        ('base = "small"\n[run]\nshares = [1, "x"]', "are no numbers, one for each set"),
         ("base = 'small'\noptions = {x = 1979-05-27}", "nowhere"),
         ("size = 96", "names no base"),
         ("size = ", "is no sound TOML"),
@@ -106,6 +108,20 @@ def test_a_run_is_repeated_by_what_it_kept(built, tmp_path):
     assert tomllib.loads((again / "run.toml").read_text()) == kept
     pretrain(built, tmp_path / "b", "--seed", 6, *flags)  # what is typed goes first
     assert losses(tmp_path / "b") != losses(first)
+
+
+def test_a_mixture_is_repeated_by_the_shares_that_it_kept(built, tmp_path):
+    pytest.importorskip("torch")
+    twin = shutil.copytree(built, tmp_path / "twin")
+    first, again = tmp_path / "a", tmp_path / "b"
+    pretrain(f"{built}:2", first, f"{twin}:1", *setting(*TINY), "--recipe", "small")
+    kept = tomllib.loads((first / "run.toml").read_text())["run"]
+    assert kept["shares"] == [53, 27]
+    pretrain(built, again, twin, "--recipe", first / "run.toml")
+    assert losses(again) == losses(first)
+    done = pretrain(built, tmp_path / "c", "--recipe", first / "run.toml", check=False)
+    assert (done.returncode, errors(done)) == (2, 1)
+    assert "mixes 2 sets by shares and 1 are named; name as many" in done.stderr
 
 
 def test_every_field_is_documented():
