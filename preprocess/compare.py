@@ -158,7 +158,8 @@ def _difference(name: str, there: Any, here: Any) -> list[str]:
             if before[detector].get(option) != value
         ]
     if name == "source.sha256":
-        return ["source.sha256 differs: files were added, removed or changed"]
+        what = "files were added, removed or changed, or an older kamim listed them"
+        return [f"source.sha256 differs: {what}"]
     if name == "settings.area":
         there, here = there[0], here[0]
     return [f"{name} is {there} there, {here} here"]
