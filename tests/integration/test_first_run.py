@@ -57,7 +57,7 @@ def test_words_are_checked_before_torch_is_imported(built):
         "built --device cuda:one": "did you mean cuda:0[?]",
         "build --device cpu": "no folder build of shards",
         "build": "did you mean built[?]",
-        ".": "has no manifest.json",
+        ".": "holds the sets built; name one",
         "built --wandb mine": "pip install wandb",
         "built --cache-limit much": "'much' is no size",
         "built --extend": "--extend needs --epochs",
