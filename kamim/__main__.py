@@ -40,6 +40,7 @@ from preprocess import BuildError
 from shards.errors import UserError, install
 
 OURS = {"kamim", "preprocess", "shards", "train"}
+GO_ON = {"build", "pretrain", "finetune", "probe", "copy", "bench"}  # when they are typed again
 
 app = typer.Typer(
     help="Keypoint-weighted masked image modelling from offline shards.",
@@ -128,9 +129,24 @@ def _prepare_output() -> None:
         sys.stdout.reconfigure(errors="surrogateescape")
 
 
+def _with_home(argument: str) -> str:
+    """`argument` with ~/ as the home folder, where no shell has put it: in quotes, or after =."""
+    option, _, value = argument.partition("=")
+    if option.startswith("--") and value.startswith("~/"):
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
+
+
+def _of_system(error: OSError) -> tuple[int, str]:
+    """Exit status and line of what the system refused."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return 2, f"{error.filename} is a file, or lies below one; name a folder"
+    return 1, f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+
+
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and a status."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [_with_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
         threading.excepthook = _thread_failed
@@ -157,7 +173,7 @@ def main() -> None:
         line = str(error)
     except OSError as error:
         caught = error
-        line = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        status, line = _of_system(error)
     except Exception as error:
         caught = error
         if isinstance(error, ModuleNotFoundError) and _is_missing(error.name or ""):
@@ -173,7 +189,8 @@ def main() -> None:
             line = f"a bug of kamim ({type(error).__name__}: {error}); report it with what follows"
             debug = True
     if status in {130, 143}:  # some versions of typer turn Ctrl-C into a plain 130 themselves
-        line = "stopped; what is finished is kept, the same command goes on"
+        more = "; what is finished is kept, the same command goes on"
+        line = f"stopped{more if GO_ON & {*arguments[:2]} else ''}"
     if line:
         print(f"kamim: {line}", file=sys.stderr)
     if debug and caught:

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from shards import Plan
 from shards.errors import UserError
-from shards.files import MANIFEST, replacing, sweep, sync
+from shards.files import LOCK, MANIFEST, replacing, sweep, sync
 from shards.records import Records
+from train.metrics import FACTS
 from train.recipes import Recipe, recipe_of
 from train.request import Run, checkpoints_in
 
 VERSION = 1
+THEIRS = frozenset(
+    {".log", ".txt", ".out", ".err", ".toml", ".yaml", ".json", ".sh", ".py", ".tmp"}
+)
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
 # What --epochs decides: the length, and the phases of sampling that are shares of it.
 LENGTHS = ("recipe.epochs", "recipe.random_epochs", "recipe.refresh_epochs")
@@ -204,6 +208,18 @@ def run_facts(run: Run, records: Records, detector: str | None, plan: Plan) -> d
     }
 
 
+def check_foreign(out: Path) -> None:
+    """UserError if `out` holds what no run has written, but for somebody's logs and scripts."""
+    if not out.is_dir() or (out / FACTS).exists():
+        return
+    names = (each.name for each in out.iterdir() if each.suffix not in THEIRS)
+    others = sorted({*names} - {LOCK, "checkpoints"})
+    if others:
+        raise UserError(
+            f"{out} holds other files ({', '.join(others[:3])}); name a new or empty --out"
+        )
+
+
 def restore(
     run: Run,
     facts: dict[str, Any],
@@ -221,6 +237,7 @@ def restore(
         raise UserError(f"{run.out} is a set of shards; name another --out")
     path = newest(run.out / "checkpoints")
     if path is None:
+        check_foreign(run.out)
         if run.extend:
             raise UserError(
                 f"{run.out} holds no run to extend; leave --extend out, or name its --out"

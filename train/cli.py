@@ -179,7 +179,9 @@ def pretrain(
         check_device,
         check_encoders,
         check_folder,
+        check_once,
         check_wandb,
+        kept_shares,
         take_shares,
     )
 
@@ -188,6 +190,7 @@ def pretrain(
     limit = parse_bytes(cache_limit)
     if recipe:
         changed(read_recipe(recipe)[0], set_ or ())
+    check_once(set_ or (), {"epochs": epochs, "batch": batch, "micro_batch": micro_batch})
     if extend and not epochs:
         raise UserError("--extend needs --epochs, more than the run was started with")
     check_device(device)
@@ -213,12 +216,7 @@ def pretrain(
         say(f"no --recipe: {recipe}, as this runs on {kind}; others: kamim recipes")
     written, kept = read_recipe(recipe)
     chosen = changed(written, set_ or ())
-    shares = shares or tuple(kept.get("shares", ())) or None
-    if shares and len(shares) != len(folders):
-        raise UserError(
-            f"{recipe} mixes {len(shares)} sets by shares and {len(folders)} are named; name as "
-            "many, give them shares as A:0.7 B:0.3, or take shares out of it"
-        )
+    shares = shares or kept_shares(recipe, kept.get("shares"), len(folders))
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if epochs and chosen.epochs and chosen.sample_by != "none":
         changes["random_epochs"] = chosen.random_epochs * epochs / chosen.epochs

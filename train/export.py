@@ -45,7 +45,7 @@ def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = Fal
     """Write the encoder of checkpoint `source` to `target`; returns the line that loads it.
 
     ema: the moving average of its weights. Raises UserError if `source` is no checkpoint or has no
-    average, or if `target` exists, or is to be tensors and does not end in .safetensors.
+    average, or if `target` exists, or if its ending is not that of `to`.
     """
     if target.exists():
         kind = "file" if to == "safetensors" else "folder"
@@ -54,6 +54,8 @@ def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = Fal
         raise UserError(
             f"{target} does not end in .safetensors; for a folder add --to timm or --to hf"
         )
+    if to != "safetensors" and target.suffix == ".safetensors":
+        raise UserError(f"--to {to} writes a folder, and {target} is a file's name; give another")
     state = checkpoint.load(source)
     recipe = state["run"]["recipe"]
     if ema and "ema" not in state:
@@ -81,19 +83,23 @@ def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = Fal
         else:
             _save_huggingface(model, recipe["size"], Path(scratch), folder)
         text = card(state, source, target.name, line.replace(str(target), target.name), to, ema)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        readme = folder / "README.md"
+        readme.write_text(text, encoding="utf-8")
+        for path in folder.iterdir():  # safetensors writes files that nobody else may read
+            path.chmod(readme.stat().st_mode)
         shutil.move(folder, target)
     return line
 
 
 def _save_timm(model: Any, options: dict[str, Any], folder: Path) -> None:
-    """timm's own layout. The head of the model it is named after is not there."""
+    """timm's own layout, without a head; it says where one would be, so that timm can add it."""
     from timm.models import save_for_hf
 
     size = options["img_size"]
     own = {"input_size": (3, size, size), "mean": MEAN, "std": STD, "num_classes": 0}
     own |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}
-    model.pretrained_cfg = {"architecture": model.pretrained_cfg["architecture"], **own}
+    kept = {name: model.pretrained_cfg[name] for name in ("architecture", "classifier")}
+    model.pretrained_cfg = {**kept, **own}
     arguments = {name: value for name, value in options.items() if name != "num_classes"}
     save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
 

@@ -6,12 +6,18 @@ docs/decisions.md where they differ.
 """
 
 import json
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from shards.errors import UserError
+
+# What a run has beside its recipe; train/recipe_file.py keeps them in a table of their own.
+OPTIONS = ("seed", "init", "detector", "bank", "window", "decode", "deterministic", "out", "device")
+EXAMPLES = {dict: ", as {depth = 2}; one of its values as options.depth=2", tuple: ", as 0.5,1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,13 +258,21 @@ def find_recipe(name: str) -> Recipe:
 
 
 def changed(recipe: Recipe, words: Iterable[str]) -> Recipe:
-    """`recipe` with fields as `words` say: cell=16, area=0.08,0.3, temperature=none.
+    """`recipe` with fields as `words` say: cell=16, area=0.08,0.3 or [0.08, 0.3], temperature=none,
+    options={depth = 2} (a table of TOML or JSON), options.depth=2 (that option alone).
 
     Raises UserError for an unknown field, or a value that is none of its kind.
     """
-    kinds, changes = get_type_hints(Recipe), {}
+    kinds, changes = get_type_hints(Recipe), dict[str, Any]()
     for word in words:
         name, given, text = word.partition("=")
+        table, _, option = name.partition(".")
+        if option and get_origin(kinds.get(table)) is dict and given:
+            before = changes.get(table, getattr(recipe, table))
+            changes[table] = {**before, option: _of_toml(text)}
+            continue
+        if name in OPTIONS:
+            raise UserError(f"{name} is no field of a recipe but an option of its own: --{name}")
         if name not in kinds:
             near = nearest(name, kinds) or f"; there are {', '.join(kinds)}"
             raise UserError(f"a recipe has no {name!r}{near}")
@@ -268,6 +282,7 @@ def changed(recipe: Recipe, words: Iterable[str]) -> Recipe:
             changes[name] = _value(text, kinds[name])
         except (ValueError, TypeError, KeyError, AttributeError):
             kind = kind_in_words(kinds[name]).replace(", none", " or none")
+            kind += EXAMPLES.get(get_origin(kinds[name]), "")
             raise UserError(f"{name}={text} does not fit; it takes: {kind}") from None
     return replace(recipe, **changes)
 
@@ -292,14 +307,24 @@ def _value(text: str, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return parts[parts.index(text)]
     if get_origin(kind) is tuple:
-        return tuple(p(t) for p, t in zip(parts, text.split(","), strict=True))
+        words = text.strip("[]()").split(",")
+        return tuple(p(t) for p, t in zip(parts, words, strict=True))
     if get_origin(kind) is dict:
-        return dict(json.loads(text).items())
+        return dict(_of_toml(text).items())
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
     if type(None) in parts:
         return None if text.lower() == "none" else float(text)
     return kind(text)
+
+
+def _of_toml(text: str) -> Any:
+    """What JSON's or TOML's value `text` says; a word without quotes is text."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with suppress(tomllib.TOMLDecodeError, RecursionError):
+        return tomllib.loads(f"value = {text}")["value"]
+    return text
 
 
 def recipe_names() -> list[str]:

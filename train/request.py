@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shards.errors import UserError, install
 from shards.remote.retry import PATIENCE
@@ -94,6 +94,26 @@ def check_folder(folder: str) -> None:
         )
 
 
+def check_once(words: Iterable[str], typed: Mapping[str, Any]) -> None:
+    """UserError if one of --set's `words` sets what was `typed` as an option of its own, too."""
+    for name in (word.partition("=")[0] for word in words):
+        if typed.get(name):
+            option = name.replace("_", "-")
+            raise UserError(f"{name} is given twice, by --{option} and by --set; leave one out")
+
+
+def kept_shares(recipe: str, kept: Sequence[float] | None, sets: int) -> tuple[float, ...] | None:
+    """The shares that the file `recipe` has `kept`, if it has; UserError unless they are of as many
+    `sets`.
+    """
+    if kept and len(kept) != sets:
+        raise UserError(
+            f"{recipe} mixes {len(kept)} sets by shares and {sets} are named; name as many, give "
+            "them shares as A:0.7 B:0.3, or take shares out of it"
+        )
+    return tuple(kept) if kept else None
+
+
 def take_shares(words: Sequence[str]) -> tuple[list[str], tuple[float, ...] | None]:
     """(folders, their shares if they have any) of what is typed as FOLDER or FOLDER:SHARE.
 
@@ -102,6 +122,9 @@ def take_shares(words: Sequence[str]) -> tuple[list[str], tuple[float, ...] | No
     folders, shares = [], []
     for word in words:
         found = None if Path(word).exists() else SHARE.fullmatch(word)
+        place, colon, share = word.rpartition(":")
+        if not found and colon and Path(place).exists() and not Path(word).exists():
+            raise UserError(f"{word}: {share!r} is no share; give a number, as {place}:0.5")
         folders.append(found[1] if found else word)
         shares += [float(found[2])] if found else []
     if shares and len(shares) < len(words):

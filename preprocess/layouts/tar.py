@@ -6,6 +6,7 @@ Only headers are looked at; names are data here and never become paths, so nothi
 import math
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
@@ -18,8 +19,17 @@ PART = 1 << 20
 
 def list_tar(where: str) -> Source:
     """Entries of an uncompressed tar, by name; classes are the folders below the one they share."""
+    endings = Counter[str]()
+
+    def counted(infos: Iterator[tarfile.TarInfo]) -> Iterator[tarfile.TarInfo]:
+        for info in infos:
+            endings[os.path.splitext(info.name)[1].lower()] += 1
+            yield info
+
     with opened(where) as file:
-        found, ignored = images_of(members(file, where))
+        found, ignored = images_of(counted(members(file, where)))
+    if endings[".cls"]:
+        raise UserError(f"{where} is a WebDataset tar, with labels; say webdataset:{where}")
     found.sort()
     ways = (entry.name.split("/")[:-1] for entry in found)
     folders = ["/".join(part for part in way if part not in ("", ".")) for way in ways]
