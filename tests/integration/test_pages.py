@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from test_evaluate import typed
 from test_pretrain import TINY, run
 
-from kamim.compare import names, whole
+from kamim.compare import grouped, names, whole
 from train import checkpoint
 from train.charts import Line, chart, ticks
 from train.metrics import read_metrics
@@ -178,6 +178,31 @@ def test_compare_gives_means_and_deviations_over_seeds(runs, tmp_path):
 def test_a_setting_of_0_is_told_from_none():
     runs = [SimpleNamespace(recipe={"clip": clip}, facts={}) for clip in (0.0, None)]
     assert names([[run] for run in runs]) == ["clip 0", "clip none"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 1),
+        ({"normalise": "batch"}, 2),
+        ({"weights": "shuffled"}, 2),
+        ({"weights": "inverse"}, 1),
+    ],
+)
+def test_a_micro_batch_tells_runs_apart_only_if_weights_are_of_the_forward_pass(
+    changes, rows, runs, tmp_path
+):
+    """It follows the free memory: a run on another GPU was no seed of the same row."""
+    found = []
+    for name, asked, part in (("a", 0, 8), ("b", 4, 4)):
+        shutil.copytree(runs / name, tmp_path / name)
+        facts = json.loads((runs / name / "run.json").read_text())
+        facts |= {"recipe": facts["recipe"] | changes | {"micro_batch": asked}, "micro_batch": part}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        found.append(Read(tmp_path / name))
+    groups = grouped(found)
+    said = ["a"] if rows == 1 else ["micro_batch 8", "micro_batch 4"]
+    assert [group["name"] for group in groups] == said
 
 
 def test_a_whole_number_is_one_whether_a_file_says_10_or_10_point_0():
