@@ -22,6 +22,10 @@ from train.progress import Progress
 WANDB = "wandb.txt"  # in a run's folder: the id that W&B knows it by
 
 
+class Diverged(UserError):
+    """The loss or a gradient is no number any more. Checkpoints are of steps before that."""
+
+
 class Log:
     """Writes a run's rows. Rows from `step` on, left by a run that was killed, are dropped."""
 
@@ -123,9 +127,9 @@ def make_rows(
     for (step, known, _), found in zip(pending, values.tolist(), strict=True):
         loss, weight, share, norm = found
         if not math.isfinite(loss + norm):
-            raise UserError(
-                f"the loss is {loss} at step {step + 1}, and the norm of its gradient {norm}; the "
-                "last checkpoint is sound: lower the peak learning rate or raise the temperature"
+            raise Diverged(
+                f"the loss is {loss} at step {step + 1}, and the norm of its gradient {norm}; "
+                "lower the peak learning rate or raise the temperature"
             )
         row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, **known}
         rows.append(row | {"grad_norm": norm, "mean_weight": weight, "effective_share": share})

@@ -221,6 +221,15 @@ def test_a_damaged_run_json_is_one_line(runs, tmp_path):
         assert "run.json is damaged; the run writes it again" in error
 
 
+@pytest.mark.parametrize("recipe", ["none", "soup", {"salt": 1}, {"batch": 1, "epochs": 1}])
+def test_a_run_json_of_another_program_is_one_line(recipe, runs, tmp_path):
+    """It was a bug of ours: KeyError."""
+    (tmp_path / "run.json").write_text(json.dumps({} if recipe == "none" else {"recipe": recipe}))
+    status, _, error = typed("compare", runs / "a", tmp_path, "--out", tmp_path / "page")
+    assert status
+    assert f"{tmp_path}/run.json is not of `kamim pretrain`; name a folder of its runs" in error
+
+
 def test_comparing_needs_no_torch(runs, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch', name='torch')\n")
     path = f"{tmp_path}:{os.environ['PYTHONPATH']}"

@@ -286,8 +286,30 @@ def test_two_processes_train_on_the_same_batches_as_one(shards, calm, tmp_path):
     two = [sys.executable, *launcher, *command(shards, tmp_path / "two")[1:]]
     done = subprocess.run(two, capture_output=True, text=True, env=ONE)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'two'}\n"  # of one process
     assert losses(tmp_path / "two") == pytest.approx(calm, rel=2e-4)
     assert len(losses(tmp_path / "two")) == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--save-every", "100"], "raise the temperature; no checkpoint was saved before that"),
+        (["--save-every", "1"], "checkpoints/step-0000000"),
+    ],
+)
+def test_a_run_that_diverges_says_what_is_sound(flags, said, shards, tmp_path):
+    """It was told that the last checkpoint is sound, though there was none."""
+    wild = ["--set", "peak=1e19", "--set", "warmup=0", "--log-every", "1", *flags]
+    done = subprocess.run(
+        command(shards, tmp_path / "run", *wild), capture_output=True, text=True, env=ONE
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("kamim: ")]
+    assert "the loss is " in line
+    assert said in line
+    saved = list((tmp_path / "run").glob("checkpoints/step-*.pt"))
+    assert [f"{path} is sound" in line for path in sorted(saved)[-1:]] == [True] * bool(saved)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(shards, tmp_path):
