@@ -27,7 +27,7 @@ FIGURES = {  # by the name in metrics.jsonl: a title, what to multiply by, digit
 }
 MEDIANS = ("images_per_s", "waiting")  # of all rows: one row's is noise
 # What runs of a row may differ by.
-APART = ("seed", "versions", "extended", "shards_folder", "deterministic")
+APART = ("seed", "versions", "extended", "shards_folder", "deterministic", "micro_batch")
 Group = dict[str, Any]
 
 
@@ -69,8 +69,7 @@ def grouped(found: Sequence[Any]) -> list[Group]:
     """
     alike: dict[str, list[Any]] = {}
     for each in found:
-        facts = {k: whole(v) for k, v in each.facts.items() if k not in APART}
-        alike.setdefault(json.dumps(facts, sort_keys=True), []).append(each)
+        alike.setdefault(json.dumps(telling(each), sort_keys=True), []).append(each)
     groups = []
     for of, name in zip(alike.values(), names(list(alike.values())), strict=True):
         group: Group = {"name": name, "seeds": [each.facts["seed"] for each in of]}
@@ -98,13 +97,24 @@ def figure_of(run: Any, name: str) -> float:
 
 def names(groups: Sequence[Sequence[Any]]) -> list[str]:
     """What tells each of `groups` from the others: the settings in which they differ."""
-    facts = [whole({**of[0].recipe, **of[0].facts}) for of in groups]
+    facts = [telling(of[0]) for of in groups]
     keys = [k for k in facts[0] if len({str(f.get(k)) for f in facts}) > 1]
-    keys = [k for k in keys if k not in ("recipe", *APART)]
     if not keys:
         return [of[0].run.name for of in groups]
     said = [{k: v for k, v in f.items() if v not in (None, "")} for f in facts]
     return [", ".join(f"{k} {f.get(k, 'none')}" for k in keys) for f in said]
+
+
+def telling(run: Any) -> dict[str, Any]:
+    """The settings of a run that tell it from others: those that decide its numbers, but the seed.
+
+    The micro-batch follows the free memory. It is one of them only where weights are of the whole
+    forward pass.
+    """
+    facts: dict[str, Any] = whole({**run.recipe, **run.facts})
+    by_pass = facts.get("normalise") == "batch" or facts.get("weights") == "shuffled"
+    apart = [k for k in APART if not (by_pass and k == "micro_batch")]
+    return {k: v for k, v in facts.items() if k not in ("recipe", *apart)}
 
 
 def whole(value: Any) -> Any:

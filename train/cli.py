@@ -8,12 +8,15 @@ import re
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from shards.errors import UserError, install
 from shards.remote.retry import PATIENCE
+
+if TYPE_CHECKING:
+    from train.request import Run
 
 app = typer.Typer()
 
@@ -206,8 +209,6 @@ def pretrain(
         check_folder(probe_set)
     places = tuple(folder if is_url(folder) else Path(folder) for folder in folders)
     with busy("loading torch"):
-        from train.distributed import Stopped
-        from train.loop import pretrain
         from train.setup import find_device
 
     if not recipe:
@@ -254,11 +255,29 @@ def pretrain(
         cache_limit=limit,
         patience=patience,
     )
+    carry_out(run)
+
+
+def carry_out(run: "Run") -> None:
+    """Train as `run` says; at the end the first process prints its folder, which others may not
+    see.
+    """
+    from train.distributed import Stopped, this_process
+    from train.log import Diverged
+    from train.loop import pretrain
+    from train.request import checkpoints_in
+
+    first = this_process().rank == 0
     try:
         pretrain(run)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.args[0]) from None
-    print(run.out)
+    except Diverged as error:
+        saved = checkpoints_in(run.out / "checkpoints")[-1:]
+        left = f"{saved[0]} is sound" if saved else "no checkpoint was saved before that"
+        raise UserError(f"{error}; {left}" if first else str(error)) from None
+    if first:
+        print(run.out)
 
 
 def take_word(words: list[str], resume: bool) -> tuple[list[str], bool]:

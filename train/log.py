@@ -5,6 +5,7 @@ A resumed run goes on in the same files.
 
 import json
 import math
+import secrets
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import UserError
+from shards.files import write_atomically
 from train.metrics import METRICS, trim
 from train.progress import Progress
+
+WANDB = "wandb.txt"  # in a run's folder: the id that W&B knows it by
+
+
+class Diverged(UserError):
+    """The loss or a gradient is no number any more. Checkpoints are of steps before that."""
 
 
 class Log:
@@ -28,7 +36,7 @@ class Log:
         from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
 
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
-        self.wandb = _wandb(wandb_project, run, facts) if wandb_project else None
+        self.wandb = _wandb(wandb_project, run, step, facts) if wandb_project else None
 
     def __enter__(self) -> Self:
         return self
@@ -119,9 +127,9 @@ def make_rows(
     for (step, known, _), found in zip(pending, values.tolist(), strict=True):
         loss, weight, share, norm = found
         if not math.isfinite(loss + norm):
-            raise UserError(
-                f"the loss is {loss} at step {step + 1}, and the norm of its gradient {norm}; the "
-                "last checkpoint is sound: lower the peak learning rate or raise the temperature"
+            raise Diverged(
+                f"the loss is {loss} at step {step + 1}, and the norm of its gradient {norm}; "
+                "lower the peak learning rate or raise the temperature"
             )
         row = {"step": step, "epoch": (step + 1) / steps_an_epoch, "loss": loss, **known}
         rows.append(row | {"grad_norm": norm, "mean_weight": weight, "effective_share": share})
@@ -143,17 +151,24 @@ def line(row: dict[str, Any], steps: int) -> str:
     return "  ".join(parts)
 
 
-def _wandb(project: str, run: Path, facts: Any) -> Any:
+def _wandb(project: str, run: Path, step: int, facts: Any) -> Any:
+    """W&B's run. One that is resumed goes on with its curves, and no other run has its id."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package; type: pip install wandb") from None
+    kept = run / WANDB
+    known = kept.read_text().strip() if step and kept.exists() else ""
+    number, name = known or secrets.token_hex(8), run.resolve().name
     try:
-        # The run's own name as its id: a resumed run goes on with the same curves.
-        return wandb.init(project=project, id=run.name, resume="allow", dir=str(run), config=facts)
+        found = wandb.init(
+            project=project, id=number, name=name, resume="allow", dir=str(run), config=facts
+        )
     except Exception as error:  # its own kinds, of which most are about the login
         detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
             f"--wandb {project} cannot be used ({detail}); type: wandb login, or set "
             "WANDB_MODE=offline, or leave --wandb out"
         ) from None
+    write_atomically(kept, f"{number}\n".encode("ascii"))
+    return found

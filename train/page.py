@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shards.errors import UserError
 from shards.files import write_atomically
 from shards.html import image, page, text
 from train.charts import COLOURS, Line, chart
-from train.metrics import COLLAPSED, DECILES, duration, read_facts, read_metrics
+from train.metrics import COLLAPSED, DECILES, FACTS, duration, read_facts, read_metrics
 
 GIVEN = {"crop": "jpg", "weight": "png", "visible": "jpg"}  # strips that stay the same
 SHOWN = 7  # saves whose reconstructions are side by side
@@ -32,7 +33,10 @@ class Read:
     def __init__(self, run: Path) -> None:
         self.run, self.rows = run, read_metrics(run)
         self.facts: Row = read_facts(run)
-        self.recipe: Row = self.facts["recipe"]
+        self.recipe: Row = self.facts.get("recipe", {})
+        ours = isinstance(self.recipe, dict) and {"batch", "epochs"} <= self.recipe.keys()
+        if not ours or "seed" not in self.facts:
+            raise UserError(f"{run / FACTS} is not of `kamim pretrain`; name a folder of its runs")
 
     def of(self, name: str) -> tuple[list[float], list[float]]:
         """(epochs, values) of the rows that have the figure `name`."""

@@ -1,9 +1,14 @@
 """Checks of a request before torch is imported: a mistake need not cost seconds."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from shards.errors import UserError, install
+from train.request import HUGGING_FACE
+
+MOVED = ("encoder", "train", "val")  # of a request: names of what has hashes
 
 
 def check_installed(*modules: str) -> None:
@@ -15,9 +20,42 @@ def check_installed(*modules: str) -> None:
 
 def folder_for(command: str, encoder: str) -> Path:
     """Where a command keeps its results without --out: runs/COMMAND-ENCODER; of a run's checkpoint
-    runs/COMMAND-RUN-STEP.
+    runs/COMMAND-RUN-STEP, of Hugging Face's model.safetensors that of its folder.
     """
     path = Path(encoder.replace(":", "-"))
-    run = f"{path.parent.parent.name}-" if path.parent.name == "checkpoints" else ""
+    path = path.parent if path.name in HUGGING_FACE else path
+    path = path if path.name.strip(".") else path.resolve()  # of . and .. too
+    run = f"{path.parent.parent.resolve().name}-" if path.parent.name == "checkpoints" else ""
     name = path.stem if path.suffix in (".pt", ".bin") else path.name
     return Path("runs") / f"{command}-{run}{name}"
+
+
+def result_for(folder: Path, command: str, **unusual: object) -> Path:
+    """The file of a result in `folder`: COMMAND.json, with what is `unusual` in its name.
+
+    A value "" or 0 is the usual one; a number's name is said with it: finetune-kamim-seed-1.json.
+    """
+    said = [f"{k}-{v}" if isinstance(v, int) else str(v) for k, v in unusual.items() if v]
+    return folder / f"{'-'.join([command, *said])}.json"
+
+
+def check_kept(path: Path, request: dict[str, Any]) -> None:
+    """UserError if `path` holds the result of another request, which would be lost.
+
+    Weights and sets are compared by their hashes, and may have moved.
+    """
+    if not path.exists():
+        return
+    try:
+        kept = dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (AttributeError, ValueError):
+        kept = {}
+    if "weights" not in kept:  # no result, or one of an older kamim
+        raise UserError(
+            f"{path} does not say of what weights it is; move it, or name another --out"
+        )
+    for name in (name for name in request if name not in MOVED):
+        if kept.get(name) != request[name]:
+            hashed = name in ("weights", "sets")
+            other = f"other {name}" if hashed else f"{name} {kept.get(name)}, not {request[name]}"
+            raise UserError(f"{path} holds a result of {other}; move it, or name another --out")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kamim.evaluate.checks import check_installed, folder_for
+from kamim.evaluate.checks import check_installed, check_kept, folder_for, result_for
 from shards.errors import UserError
 from train.request import check_encoders, file_of
 
@@ -100,7 +100,9 @@ def probe(
     --protocol attentive: a block of attention with a learned query pools the patch tokens before
     the linear layer; random crops and flips, AdamW 1e-3 at batch 2048.
 
-    If it is killed, the same command continues from what is finished.
+    The result is probe.json, of other protocols than fast probe-PROTOCOL.json. One of another
+    encoder, set or option is not overwritten. If it is killed, the same command continues from what
+    is finished.
     """
     if lr and protocol not in SUPERVISED:
         raise UserError(f"--lr is of the protocols {' and '.join(SUPERVISED)}; leave it out")
@@ -132,28 +134,34 @@ def probe(
         found["top5"] = [round(score.top5, 4) for score in scores]
         return found | {"rates": [score.rate for score in scores]}
 
+    path = result_for(folder, "probe", protocol="" if protocol == "fast" else protocol)
+    request = task.facts() | {"protocol": protocol, "seeds": seeds, "neighbours": neighbours}
+    if protocol in SUPERVISED:
+        request |= {"epochs": epochs, "batch": batch, "lr": lr}
+    elif protocol == "fast":
+        request |= {"epochs": count}
+    pooled: Pooling = "attention" if protocol == "attentive" else pool
+    request |= {"every_block": every_block, "pool": pooled}
     with alone(folder):
+        check_kept(path, request)
         if protocol == "fewshot":
             from kamim.evaluate.fewshot import SHARES, few_shot
 
             known, asked = features(task.block)
             how = seeds, neighbours, task.device
             few = [few_shot(known, asked, task.classes, share, *how) for share in SHARES]
-            row = task.facts() | {"protocol": protocol, "few": few}
-            _report_few(row, folder / "probe.json", json_output)
+            _report_few(request | {"few": few}, path, json_output)
             return
-        row = task.facts() | {"protocol": protocol} | fast(task.block)
+        row = request | fast(task.block)
         near = row["knn"]
         if protocol in SUPERVISED:
             del row["rates"]
-            pooled: Pooling = "attention" if protocol == "attentive" else pool
             name = f"{protocol}-probe"
-            row |= {"pool": pooled}
             row |= _supervised(task, name, epochs, batch, folder, range(seeds), pooled, lr)
         if every_block:
             each = [{"block": n} | fast(n) for n in range(1, task.model.blocks + 1)]
             row["by_block"] = each
-        _report(row, folder / "probe.json", json_output, f", {neighbours}-NN {near:.2%}")
+        _report(row, path, json_output, f", {neighbours}-NN {near:.2%}")
 
 
 @app.command()
@@ -183,18 +191,22 @@ def finetune(
 
     --recipe kamim: AdamW 5e-3, TrivialAugmentWide.
 
-    If it is killed, the same command continues from the last finished epoch, to the same numbers.
+    The result is finetune.json, of another recipe or seed finetune-kamim-seed-1.json. One of
+    another encoder, set or option is not overwritten. If it is killed, the same command continues
+    from the last finished epoch, to the same numbers.
     """
     task = _open(encoder, train, val, 0, "mean", device, cache)
     from shards.files import alone
 
     task.block = task.model.blocks
     folder = out or folder_for("finetune", encoder)
+    path = result_for(folder, "finetune", recipe="" if recipe == "simmim" else recipe, seed=seed)
+    request = task.facts() | {"recipe": recipe, "seed": seed, "epochs": epochs, "batch": batch}
     with alone(folder):
+        check_kept(path, request)
         seeds = range(seed, seed + 1)
         found = _supervised(task, recipe, epochs, batch, folder, seeds, task.pool)
-        row = task.facts() | {"recipe": recipe} | found
-        _report(row, folder / "finetune.json", json_output, "")
+        _report(request | found, path, json_output, "")
 
 
 @dataclass(slots=True)
@@ -203,6 +215,7 @@ class _Task:
 
     encoder: str
     model: "Encoder"
+    weights: str
     train: str
     val: str
     learn: "ShardSet"
@@ -216,12 +229,14 @@ class _Task:
         """What a result stands beside."""
         return {
             "encoder": self.encoder,
+            "weights": self.weights,
             "block": self.block,
             "blocks": self.model.blocks,
             "pool": self.pool,
             "train": self.train,
             "val": self.val,
             "samples": [len(self.learn), len(self.test)],
+            "sets": [each.manifest.fingerprint for each in (self.learn, self.test)],
         }
 
 
@@ -244,14 +259,15 @@ def _open(
     classes = count_classes({train: learn, val: test})
     with waiting(f"loading PyTorch and {encoder}"):
         from kamim.evaluate.encoder import load_encoder
+        from kamim.evaluate.features import hash_of
         from train.setup import find_device
 
         where = find_device(device)
         model = load_encoder(encoder, where)
     if block > model.blocks:
         raise UserError(f"--block {block}: {encoder} has {model.blocks}")
-    block = block or model.default_block
-    return _Task(encoder, model, train, val, learn, test, classes, block, pool, where)
+    block, weights = block or model.default_block, hash_of(model)
+    return _Task(encoder, model, weights, train, val, learn, test, classes, block, pool, where)
 
 
 def _open_sets(places: list[str], cache: Path | None) -> "list[ShardSet]":
@@ -279,19 +295,15 @@ def _supervised(
 ) -> dict[str, list[float]]:
     """Top-1 and top-5 of each seed's run by the recipe `name`, each in a folder of its own."""
     from copy import deepcopy
-    from hashlib import sha256
 
     import torch
 
-    from kamim.evaluate.features import add_weights
     from kamim.evaluate.supervised import Classifier, recipe_for, train_supervised
 
     batch = min(batch, len(task.learn))  # rates are those of the batch that there is
     recipe = recipe_for(name, task.model.is_swin, batch, epochs, lr)
-    digest = sha256()
-    add_weights(digest, task.model)  # a run that was trained on has others by the same name
     same = {"encoder": task.encoder, "block": task.block, "pool": pool}
-    same |= {"weights": digest.hexdigest()}
+    same |= {"weights": task.weights}  # a run that was trained on has others by the same name
     found: dict[str, list[float]] = {"top1": [], "top5": []}
     for seed in seeds:
         torch.manual_seed(seed)

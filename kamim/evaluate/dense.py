@@ -4,6 +4,7 @@ A set is a folder with images/ and masks/. The mask of images/a/b.jpg is masks/a
 channel or with a palette: the class of each pixel by its number, 255 where it has none.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def list_pairs(folder: Path) -> list[Pair]:
         if not mask.is_file():
             raise UserError(f"{image} has no mask; there is no {mask}")
     return pairs
+
+
+def fingerprint(pairs: list[Pair]) -> str:
+    """sha256 (hex) of the names and sizes of a set's files: enough to tell it from another set."""
+    files = (f"{path.name} {path.stat().st_size}" for pair in pairs for path in pair)
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kamim.evaluate.checks import folder_for
+from kamim.evaluate.checks import check_kept, folder_for, result_for
 from kamim.evaluate.cli import Block, Device, Json, Out, What, app
 from shards.errors import UserError
 from train.request import check_encoders
@@ -35,6 +35,9 @@ def dense(
 
     The mask of images/a/b.jpg is masks/a/b.png: the class number of each pixel, 255 for none.
     Images and masks are squeezed to the encoder's size; mIoU is over pixels of that size.
+
+    The result is dense.json, by a linear head or of another seed dense-linear-seed-1.json. One of
+    another encoder, set or option is not overwritten.
     """
     from shards.files import alone, write_atomically
     from shards.progress import waiting
@@ -45,6 +48,7 @@ def dense(
     with waiting(f"loading PyTorch and {encoder}"):
         from kamim.evaluate import dense as work
         from kamim.evaluate.encoder import load_encoder
+        from kamim.evaluate.features import hash_of
         from train.setup import find_device
 
         known, asked = work.list_pairs(train), work.list_pairs(val)
@@ -53,7 +57,13 @@ def dense(
     if block > model.blocks:
         raise UserError(f"--block {block}: {encoder} has {model.blocks}")
     block, folder = block or model.default_block, out or folder_for("dense", encoder)
+    path = result_for(folder, "dense", by="" if by == "knn" else by, seed=seed)
+    row = {"encoder": encoder, "weights": hash_of(model), "block": block, "by": by, "seed": seed}
+    row |= {"train": str(train), "val": str(val), "images": [len(known), len(asked)]}
+    row |= {"sets": [work.fingerprint(pairs) for pairs in (known, asked)]}
+    row |= {"neighbours": neighbours} if by == "knn" else {}
     with alone(folder):
+        check_kept(path, row)
         tokens, labels = work.collect(model, known, block, seed, where)
         classes = int(labels.max()) + 1
         if by == "knn":
@@ -66,9 +76,8 @@ def dense(
             raise UserError(f"no pixel of {val} has a class; are all its masks {work.NONE}?")
         mean = sum(ious.values()) / len(ious)
         right = (counts.diagonal().sum() / counts.sum()).item()
-        row = {"encoder": encoder, "block": block, "by": by, "train": str(train), "val": str(val)}
-        row |= {"images": [len(known), len(asked)], "patches": len(labels)}
+        row |= {"patches": len(labels)}
         row |= {"miou": round(mean, 4), "pixels_right": round(right, 4), "iou": ious}
-        write_atomically(folder / "dense.json", (json.dumps(row, indent=2) + "\n").encode("ascii"))
+        write_atomically(path, (json.dumps(row, indent=2) + "\n").encode("ascii"))
     line = f"{encoder}, block {block} of {model.blocks}, {by}: mIoU {mean:.2%} of {len(ious)} "
     print(json.dumps(row) if json_output else f"{line}classes, {right:.2%} of pixels right")

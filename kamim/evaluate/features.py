@@ -44,6 +44,13 @@ def add_weights(digest: Any, encoder: Encoder) -> None:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
 
 
+def hash_of(encoder: Encoder) -> str:
+    """sha256 (hex) of the encoder's weights."""
+    digest = hashlib.sha256()
+    add_weights(digest, encoder)
+    return digest.hexdigest()
+
+
 def cached(
     folder: Path,
     encoder: Encoder,

@@ -45,7 +45,7 @@ def test_the_probe_of_few_labels_from_the_command_line(labelled, tmp_path):
     done = kamim(*words, "--device", "cpu", "--out", tmp_path / "out")
     lines = done.stdout.splitlines()
     assert [line.partition(", labels of ")[2][:8] for line in lines] == ["8 images", "8 images"]
-    row = json.loads((tmp_path / "out" / "probe.json").read_text())
+    row = json.loads((tmp_path / "out" / "probe-fewshot.json").read_text())
     assert [(each["share"], len(each["top1"])) for each in row["few"]] == [(0.01, 2), (0.1, 2)]
 
 
@@ -74,11 +74,14 @@ def test_what_colour_tells_is_segmented_from_the_command_line(by, tmp_path):
     words = ["dense", "random:small", train, val, "--by", by, "--device", "cpu", "--block", "1"]
     done = kamim(*words, "--out", tmp_path / "out", "--json")
     row = json.loads(done.stdout)
-    assert row == json.loads((tmp_path / "out" / "dense.json").read_text())
+    name = {"knn": "dense.json", "linear": "dense-linear.json"}[by]
+    assert row == json.loads((tmp_path / "out" / name).read_text())
     assert sorted(row["iou"]) == ["0", "1", "2"]
     assert row["miou"] > 0.8
     again = json.loads(kamim(*words, "--out", tmp_path / "other", "--json").stdout)
     assert again == row
+    refused = kamim(*words, "--block", "2", "--out", tmp_path / "out", check=False)
+    assert "holds a result of block 1, not 2; move it, or name another --out" in refused.stderr
     (val / "masks" / "a" / "2.png").unlink()
     refused = kamim(*words, check=False)
     assert (refused.returncode, "2.jpg has no mask" in refused.stderr) == (2, True)

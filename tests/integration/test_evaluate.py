@@ -56,6 +56,7 @@ from train.huggingface import from_timm, to_timm
 from train.probe import linear_probe, nearest_neighbours
 
 CPU = torch.device("cpu")
+TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 0}
 COMMANDS = [
     ["probe"],
     ["probe", "--protocol", "paper"],
@@ -759,12 +760,73 @@ def test_a_result_is_not_taken_for_that_of_other_weights_by_the_same_name(labell
     facts = {"model": "vit_tiny_patch16_224", "options": json.dumps(options)}
     path = tmp_path / "e.safetensors"
     words = [path, labelled, labelled, "--epochs", "1", "--batch", "20", "--out", tmp_path / "out"]
-    for seed, status in ((0, 0), (0, 0), (1, 1)):
+    kept = tmp_path / "out" / "finetune.json"
+    for seed, said in ((0, ""), (0, ""), (1, "result of other weights"), (1, "(another weights)")):
+        if said == "(another weights)":  # as if the first had been killed before its end
+            kept.unlink()
         torch.manual_seed(seed)
         model = timm.create_model(facts["model"], **options)
         save_file(model.state_dict(), path, facts)
-        found, _, error = typed("finetune", *words)
-        assert (found, "another weights" in error) == (status, bool(status)), error
+        status, _, error = typed("finetune", *words)
+        assert (status == 0, said in error) == (not said, True), error
+
+
+def test_results_of_other_protocols_recipes_and_seeds_lie_beside_each_other(labelled, tmp_path):
+    """Each took the place of the one before it."""
+    out, sets = tmp_path / "out", [labelled, labelled]
+    short = ["--epochs", "1", "--batch", "20"]
+    for words, name in (
+        (["probe"], "probe.json"),
+        (["probe", "--protocol", "attentive", *short], "probe-attentive.json"),
+        (["probe", "--protocol", "paper", *short], "probe-paper.json"),
+        (["probe", "--protocol", "fewshot"], "probe-fewshot.json"),
+        (["finetune", *short], "finetune.json"),
+        (["finetune", *short, "--seed", "1"], "finetune-seed-1.json"),
+        (["finetune", *short, "--recipe", "kamim", "--seed", "1"], "finetune-kamim-seed-1.json"),
+    ):
+        before = {path: path.read_bytes() for path in out.glob("*.json")}
+        seeds = ["--seeds", "1"] if words[0] == "probe" else []
+        words = [words[0], "random:small", *sets, *words[1:], *seeds, "--out", out, "--json"]
+        for _ in range(2):  # the same command may write its result again
+            status, printed, error = typed(*words)
+            assert status == 0, error
+        after = {path: path.read_bytes() for path in out.glob("*.json")}
+        assert after.keys() - before.keys() == {out / name}
+        assert {path: after[path] for path in before} == before
+        assert json.loads(after[out / name]) == json.loads(printed)
+
+
+def test_no_result_of_another_request_is_overwritten(labelled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--seeds", "1", "--epochs", "1"]
+    for name in "ab":
+        model = timm.create_model("vit_tiny_patch16_224", **TINY_VIT)
+        (tmp_path / name).mkdir()
+        facts = {"model": "vit_tiny_patch16_224", "options": json.dumps(TINY_VIT)}
+        save_file(model.state_dict(), tmp_path / name / "enc.safetensors", facts)
+    words = [labelled, labelled, *few]
+    assert typed("probe", "a/enc.safetensors", *words)[0] == 0
+    kept = tmp_path / "runs" / "probe-enc.safetensors" / "probe.json"
+    first = kept.read_bytes()
+    for encoder, more, said in (
+        ("b/enc.safetensors", [], "probe.json holds a result of other weights; move it, or name"),
+        (
+            "a/enc.safetensors",
+            ["--block", "2"],
+            "of block 1, not 2; move it, or name another --out",
+        ),
+        ("a/enc.safetensors", ["--every-block"], "of every_block False, not True"),
+        ("a/enc.safetensors", ["--epochs", "2"], "of epochs 1, not 2"),
+    ):
+        status, _, error = typed("probe", encoder, *words, *more)
+        assert (status != 0, said in error) == (True, True), error
+        assert kept.read_bytes() == first
+    # The same weights and sets by another name are no other request.
+    assert typed("probe", tmp_path / "a" / "enc.safetensors", *words)[0] == 0
+    for text in (b"{}", b"[1]", b"notes"):
+        kept.write_bytes(text)
+        assert "does not say of what weights" in typed("probe", "a/enc.safetensors", *words)[2]
+        assert kept.read_bytes() == text
 
 
 def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
@@ -775,6 +837,8 @@ def test_results_go_where_git_ignores_them(labelled, tmp_path, monkeypatch):
     assert folder_for("finetune", "a/runs/my.run") == Path("runs/finetune-my.run")
     assert folder_for("probe", "x/step-00000010.pt") == Path("runs/probe-step-00000010")
     assert folder_for("probe", "a/checkpoints/step-1.pt") == Path("runs/probe-a-step-1")
+    assert folder_for("probe", "a/model.safetensors") == Path("runs/probe-a")
+    assert folder_for("probe", ".") == Path(f"runs/probe-{tmp_path.name}")
     status, printed, error = typed("analyse", "random:small", labelled, "--images", "4", "--json")
     assert status == 0, error
     result = json.loads(printed)

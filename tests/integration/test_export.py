@@ -115,9 +115,26 @@ def test_weights_of_other_heads_or_activations_are_refused_though_shapes_agree(t
         assert (done.returncode, "heads and activations" in done.stderr) == (2, True), done.stderr
 
 
-def test_tensors_without_their_ending_are_refused(trained, tmp_path):
+def test_an_ending_that_is_not_that_of_the_form_is_refused(trained, tmp_path):
     done = kamim("export", trained, tmp_path / "x", check=False)
     assert (done.returncode, "does not end in .safetensors" in done.stderr) == (2, True)
+    done = kamim("export", trained, tmp_path / "x.safetensors", "--to", "timm", check=False)
+    assert (done.returncode, "is a file's name; give another" in done.stderr) == (2, True)
+
+
+def test_timm_adds_a_head_and_all_may_read_it(trained, tmp_path):
+    exported(trained, tmp_path / "timm", "timm")
+    modes = {path.stat().st_mode for path in (tmp_path / "timm").iterdir()}
+    assert len(modes) == 1
+    place = f"local-dir:{tmp_path / 'timm'}"
+    plain, headed = (
+        timm.create_model(place, pretrained=True, **k) for k in ({}, {"num_classes": 7})
+    )
+    images = torch.rand(2, 3, 96, 96)
+    assert headed.eval()(images).shape == (2, 7)
+    torch.testing.assert_close(
+        headed.forward_features(images), plain.eval().forward_features(images)
+    )
 
 
 def test_the_card_says_what_the_run_knows_and_its_recipe_repeats_it(trained, built, tmp_path):
@@ -171,8 +188,6 @@ def test_a_run_starts_from_any_form_and_goes_on_and_is_repeated(to, trained, bui
             "--resume",
             "--init",
             trained,
-            "--epochs",
-            3,
             check=False,
         )
         assert other.returncode == 0  # the same, and finished

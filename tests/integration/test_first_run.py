@@ -63,6 +63,8 @@ def test_words_are_checked_before_torch_is_imported(built):
         "built --extend": "--extend needs --epochs",
         "built more": "there is no folder more of shards",
         "built more:2": "1 of 2 sets have a share",
+        "built:1 built:0.5x": "built:0.5x: '0.5x' is no share; give a number, as built:0.5",
+        "built --batch 8 --set batch=-4": "batch is given twice, by --batch and by --set",
         "built": "torch is not installed",
     }
     ended = without_torch(*(["pretrain", *words.split()] for words in said), cwd=built.parent)
@@ -70,6 +72,19 @@ def test_words_are_checked_before_torch_is_imported(built):
         assert (done.returncode, errors(done)) == (2, 1), done
         assert re.search(line, done.stderr), done
     assert not (built.parent / "runs").exists()
+
+
+def test_a_folder_of_somebodys_files_is_no_runs(built, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"theirs")
+    with pytest.raises(
+        ValueError, match=r"photos holds other files \(a.jpg\); name a new or empty"
+    ):
+        run(built, tmp_path / "photos")
+    assert os.listdir(tmp_path / "photos") == ["a.jpg"]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "slurm-7.out").write_text("theirs")
+    run(built, tmp_path / "logs", steps=1)
 
 
 def test_an_ffcv_set_without_ffcv_is_told_before_torch_is_imported(built, tmp_path, monkeypatch):
@@ -263,11 +278,11 @@ def test_a_finished_run_that_was_killed_before_its_pictures_gets_them(built, tmp
 
 def test_what_an_extension_and_a_long_warm_up_do_is_said(built, tmp_path, capsys):
     cooling = replace(TINY, temperature=1.0, temperature_end=0.25, epochs=1, warmup=10)
-    run(built, tmp_path, cooling)
+    run(built, tmp_path / "run", cooling)
     assert (
         "the warm-up takes 4 of 5 steps; shorten it by --set warmup=0.1" in capsys.readouterr().err
     )
-    run(built, tmp_path, replace(cooling, epochs=2), resume=True, extend=True)
+    run(built, tmp_path / "run", replace(cooling, epochs=2), resume=True, extend=True)
     assert ", T from 0.25 to 0.69, as in a run of that length" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from test_evaluate import typed
 from test_pretrain import TINY, run
 
-from kamim.compare import names, whole
+from kamim.compare import grouped, names, whole
 from train import checkpoint
 from train.charts import Line, chart, ticks
 from train.metrics import read_metrics
@@ -180,6 +180,31 @@ def test_a_setting_of_0_is_told_from_none():
     assert names([[run] for run in runs]) == ["clip 0", "clip none"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 1),
+        ({"normalise": "batch"}, 2),
+        ({"weights": "shuffled"}, 2),
+        ({"weights": "inverse"}, 1),
+    ],
+)
+def test_a_micro_batch_tells_runs_apart_only_if_weights_are_of_the_forward_pass(
+    changes, rows, runs, tmp_path
+):
+    """It follows the free memory: a run on another GPU was no seed of the same row."""
+    found = []
+    for name, asked, part in (("a", 0, 8), ("b", 4, 4)):
+        shutil.copytree(runs / name, tmp_path / name)
+        facts = json.loads((runs / name / "run.json").read_text())
+        facts |= {"recipe": facts["recipe"] | changes | {"micro_batch": asked}, "micro_batch": part}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        found.append(Read(tmp_path / name))
+    groups = grouped(found)
+    said = ["a"] if rows == 1 else ["micro_batch 8", "micro_batch 4"]
+    assert [group["name"] for group in groups] == said
+
+
 def test_a_whole_number_is_one_whether_a_file_says_10_or_10_point_0():
     assert whole({"epochs": 10.0, "area": [0.67, 1.0], "clip": None}) == {
         "epochs": 10,
@@ -194,6 +219,15 @@ def test_a_damaged_run_json_is_one_line(runs, tmp_path):
         (tmp_path / "a" / "run.json").write_text(text)
         error = typed("compare", tmp_path / "a", "--out", tmp_path / "page")[2]
         assert "run.json is damaged; the run writes it again" in error
+
+
+@pytest.mark.parametrize("recipe", ["none", "soup", {"salt": 1}, {"batch": 1, "epochs": 1}])
+def test_a_run_json_of_another_program_is_one_line(recipe, runs, tmp_path):
+    """It was a bug of ours: KeyError."""
+    (tmp_path / "run.json").write_text(json.dumps({} if recipe == "none" else {"recipe": recipe}))
+    status, _, error = typed("compare", runs / "a", tmp_path, "--out", tmp_path / "page")
+    assert status
+    assert f"{tmp_path}/run.json is not of `kamim pretrain`; name a folder of its runs" in error
 
 
 def test_comparing_needs_no_torch(runs, tmp_path):

@@ -11,6 +11,8 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
@@ -284,8 +286,30 @@ def test_two_processes_train_on_the_same_batches_as_one(shards, calm, tmp_path):
     two = [sys.executable, *launcher, *command(shards, tmp_path / "two")[1:]]
     done = subprocess.run(two, capture_output=True, text=True, env=ONE)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'two'}\n"  # of one process
     assert losses(tmp_path / "two") == pytest.approx(calm, rel=2e-4)
     assert len(losses(tmp_path / "two")) == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--save-every", "100"], "raise the temperature; no checkpoint was saved before that"),
+        (["--save-every", "1"], "checkpoints/step-0000000"),
+    ],
+)
+def test_a_run_that_diverges_says_what_is_sound(flags, said, shards, tmp_path):
+    """It was told that the last checkpoint is sound, though there was none."""
+    wild = ["--set", "peak=1e19", "--set", "warmup=0", "--log-every", "1", *flags]
+    done = subprocess.run(
+        command(shards, tmp_path / "run", *wild), capture_output=True, text=True, env=ONE
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("kamim: ")]
+    assert "the loss is " in line
+    assert said in line
+    saved = list((tmp_path / "run").glob("checkpoints/step-*.pt"))
+    assert [f"{path} is sound" in line for path in sorted(saved)[-1:]] == [True] * bool(saved)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(shards, tmp_path):
@@ -516,28 +540,57 @@ def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):
     assert read_metrics(tmp_path / "skipped")[-1]["damaged"] == 1
 
 
-def test_weights_and_biases_gets_every_row(shards, tmp_path, monkeypatch):
-    """A stand-in for the package: what it is told, and that it is closed."""
-    import types
-
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: what it is told, in order."""
     told = []
-    fake = types.SimpleNamespace(
-        init=lambda **facts: (
-            told.append(facts)
-            or types.SimpleNamespace(
-                log=lambda row, step: told.append(row), finish=lambda: told.append("finished")
-            )
+
+    def init(**facts):
+        told.append(facts)
+        return SimpleNamespace(
+            log=lambda row, step: told.append(row), finish=lambda: told.append("finished")
         )
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return told
+
+
+def test_weights_and_biases_gets_every_row(shards, tmp_path, wandb, monkeypatch):
+    """And is closed."""
     found = run(shards, tmp_path / "named", wandb="project")
-    assert told[0]["project"] == "project"
-    assert told[0]["id"] == "named"
-    assert [row["loss"] for row in told[1:-1]] == found
-    assert told[-1] == "finished"
+    assert wandb[0]["project"] == "project"
+    assert wandb[0]["name"] == "named"
+    assert [row["loss"] for row in wandb[1:-1]] == found
+    assert wandb[-1] == "finished"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         run(shards, tmp_path / "other", wandb="project")
+
+
+def test_weights_and_biases_has_one_run_for_each_of_ours(shards, tmp_path, wandb, monkeypatch):
+    """Its id was the folder's name, which other runs have too, and `.` has none."""
+
+    def known(out, steps, **options):
+        del wandb[:]
+        run(shards, out, wandb="project", steps=steps, **options)
+        return wandb[0]["id"], wandb[0]["name"]
+
+    one, two = (tmp_path / name / "seed0" for name in "xy")
+    first = known(one, 2)
+    assert known(one, 4, resume=True) == first
+    second = known(two, 2)
+    assert second[0] != first[0]
+    shutil.rmtree(one)
+    third = known(one, 2)
+    assert third[0] not in (first[0], second[0])
+    (one / "wandb.txt").unlink()  # as of a run that was begun without --wandb
+    fourth = known(one, 4, resume=True)
+    assert fourth[0] not in (first[0], second[0], third[0], "")
+    assert known(one, 6, resume=True) == fourth
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    number, name = known(Path("."), 2)
+    assert (len(number), name) == (16, "here")
 
 
 @contextmanager

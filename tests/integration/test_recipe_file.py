@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kamim.__main__ import app
 from shards.errors import UserError
 from train.recipe_file import documented, read_recipe, show
-from train.recipes import Recipe, find_recipe, recipe_names
+from train.recipes import Recipe, changed, find_recipe, recipe_names
 
 TINY = ['options={"embed_dim": 32, "depth": 2, "num_heads": 2}', "batch=8", "epochs=3"]
 
@@ -53,10 +53,29 @@ def test_what_is_shown_of_a_recipe_is_that_recipe(name, tmp_path):
 def test_a_file_is_a_base_and_its_changes(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text('base = "small"\ntemperature = "none"\narea = [0.3, 1]\n[run]\nseed = 3\n')
-    changed = replace(find_recipe("small"), temperature=None, area=(0.3, 1.0))
-    assert read_recipe(str(path)) == (changed, {"seed": 3})
+    other = replace(find_recipe("small"), temperature=None, area=(0.3, 1.0))
+    assert read_recipe(str(path)) == (other, {"seed": 3})
     path.write_text(kamim("recipes", "--show", path).stdout)
-    assert read_recipe(str(path)) == (changed, {})
+    assert read_recipe(str(path)) == (other, {})
+
+
+def test_tables_and_pairs_are_set_in_every_way_that_people_write_them():
+    small = find_recipe("small")
+    whole = {"embed_dim": 64, "depth": 2}
+    for text in ('{"embed_dim": 64, "depth": 2}', "{embed_dim = 64, depth = 2}"):
+        assert changed(small, [f"options={text}"]).options == whole
+    one = changed(small, ["options.depth=2", "options.act_layer=relu"]).options
+    assert one == {**small.options, "depth": 2, "act_layer": "relu"}
+    for text in ("0.5,1", "[0.5, 1]", "(0.5,1)"):
+        assert changed(small, [f"area={text}"]).area == (0.5, 1)
+    for word, said in (
+        ("options=3", "it takes: table, as {depth = 2}; one of its values as options.depth=2"),
+        ("area=3", "it takes: 2 numbers, as 0.5,1"),
+        ("seed=3", "seed is no field of a recipe but an option of its own: --seed"),
+        ("options.depth", "a recipe has no 'options.depth'; did you mean options?"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            changed(small, [word])
 
 
 def test_a_mistake_in_a_file_is_one_line_before_torch_is_imported(tmp_path):

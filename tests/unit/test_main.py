@@ -11,6 +11,7 @@ import typed
 from conftest import REPOSITORY
 
 import kamim.doctor
+from kamim.__main__ import _with_home
 from preprocess import BuildError
 from shards import errors
 from shards.errors import EXTRAS, UserError, install
@@ -46,6 +47,11 @@ def test_what_is_done_is_status_0():
     [
         (UserError("give less"), 2, "kamim: give less"),
         (BuildError("half is done"), 1, "kamim: half is done"),
+        (
+            FileExistsError(17, "File exists", "a.txt"),
+            2,
+            "kamim: a.txt is a file, or lies below one",
+        ),
         (OSError(28, "No space left on device", "/data"), 1, "No space left on device: /data"),
         (ModuleNotFoundError("No module", name="torch"), 2, "sources: pip install '.[train]'"),
         (ModuleNotFoundError("No module", name="cv2"), 2, "pip install opencv-python-headless"),
@@ -92,7 +98,17 @@ def test_what_was_stopped_says_so(work, status):
     # A shell's background job, as this test may be in, is born deaf to Ctrl-C.
     done = ended(f"signal.signal(signal.SIGINT, signal.default_int_handler); {work}")
     assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr == "kamim: stopped\n"
+    done = ended(f"import kamim.__main__; kamim.__main__.GO_ON.add('doctor'); {work}")
     assert done.stderr == "kamim: stopped; what is finished is kept, the same command goes on\n"
+
+
+def test_home_folders_are_found_where_no_shell_names_them(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for typed_, meant in (("~/x", "/home/me/x"), ("--out=~/x", "--out=/home/me/x")):
+        assert _with_home(typed_) == meant
+    for same in ("a~/x", "--out=a~/x", "--set", "~", "imagenet:~/x"):
+        assert _with_home(same) == same
 
 
 def test_debug_shows_where_a_request_failed():

@@ -170,6 +170,14 @@ def test_what_stands_behind_the_end_of_a_tar_is_not_lost_in_silence(tmp_path):
     assert len(open_source(str(path)).entries) == 6
 
 
+def test_a_webdataset_tar_is_not_read_without_its_labels(tmp_path):
+    path = tmp_path / "000.tar"
+    make_tar(path, [("1.jpg", b"x"), ("1.cls", b"3")])
+    with pytest.raises(ValueError, match=r"is a WebDataset tar, with labels; say webdataset:/.*r$"):
+        open_source(str(path))
+    assert open_source(f"webdataset:{path}").entries[0].label == 3
+
+
 def test_a_hostile_tar_reaches_nothing(tmp_path):
     path = tmp_path / "bad.tar"
     members = [("../../etc/x.jpg", b"up"), ("/abs/y.jpg", b"abs"), ("a/link.jpg", None)]
