@@ -363,10 +363,17 @@ def _restore(out: Path, facts: dict[str, Any], model: nn.Module, optimizer: Any)
         trim(out, 0)
         return 0
     state = checkpoint.load(path)
-    changed = [name for name, value in facts.items() if state["run"].get(name) != value]
+    changed = _differing("run", state["run"], facts)
     if changed:
-        raise UserError(f"{out} holds another run (another {changed[0]}); name another --out")
+        raise UserError(f"{out} holds another run: {', '.join(changed[:3])}; name another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     trim(out, state["step"] + 1)
     return int(state["step"])
+
+
+def _differing(name: str, then: Any, now: Any) -> list[str]:
+    """A line for each fact of `now` that `then` has otherwise."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [line for each in now for line in _differing(each, then.get(each), now[each])]
+    return [] if then == now else [f"{name} was {then}, is {now}"]

@@ -365,7 +365,9 @@ def test_an_attentive_probe_of_any_backbone_leaves_it_as_it_was(name, labelled, 
     assert state["model"]["attend.1.latent"].shape == (1, 1, width)
     again = typed(*words, "--json")  # from what is finished
     assert json.loads(again[1]) == row
-    assert "holds another run" in typed(*words, "--epochs", "2")[2]
+    assert "holds a result of epochs 1.0, not 2.0" in typed(*words, "--epochs", "2")[2]
+    (tmp_path / "probe" / "probe-attentive.json").unlink()
+    assert "another run: epochs was 1.0, is 2.0" in typed(*words, "--epochs", "2")[2]
 
 
 def test_a_rate_is_of_the_protocols_that_train_on_images(labelled):
