@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards import Batch, crop_frames, to_device
 from shards.progress import progress
@@ -46,8 +46,8 @@ def tokens(
 ) -> tuple[Tensor, Tensor]:
     """(patch tokens [b, n, d], class token [b, d]) after `block`, counted from 1.
 
-    After the last block, the final norm is applied unless `norm` is false; a Swin's class token is
-    its mean token.
+    After the last block, the final norm is applied unless `norm` is false: timm's `norm`, or its
+    `fc_norm` where that is none. The class token of a model without one is its mean token.
     """
     model = encoder.model
     last = norm and block == encoder.blocks
@@ -56,9 +56,15 @@ def tokens(
         (out,) = model.forward_intermediates(images, **options)
         patches = out.flatten(2).transpose(1, 2)
         return patches, patches.mean(1)
-    options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
-    ((patches, prefix),) = model.forward_intermediates(images, **options)
-    return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)
+    has_prefix = model.num_prefix_tokens > 0
+    options |= {"output_fmt": "NLC", "return_prefix_tokens": has_prefix}
+    (out,) = model.forward_intermediates(images, **options)
+    final = model.fc_norm if last and isinstance(model.norm, nn.Identity) else nn.Identity()
+    if not has_prefix:
+        patches = final(out)
+        return patches, patches.mean(1)
+    patches, prefix = out
+    return final(patches), final(prefix[:, 0])
 
 
 def frames_of(
