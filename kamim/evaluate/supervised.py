@@ -364,6 +364,6 @@ def _restore(out: Path, facts: dict[str, Any], model: nn.Module, optimizer: Any)
     if changed:
         raise UserError(f"{out} holds another run (another {changed[0]}); name another --out")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore_optimizer(optimizer, state["optimizer"], path)
     trim(out, state["step"] + 1)
     return int(state["step"])
