@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shards import Batch, crop_frames, to_device
 from shards.progress import progress
-from train.models import in_bf16, normalised
+from train.models import MEAN, STD, Colour, in_bf16, normalised
 
 Pool = Literal["mean", "cls"]
 Bar = Callable[[str, float], Any]  # (title, total) in, something with update() and a `with` out
@@ -20,11 +20,16 @@ Bar = Callable[[str, float], Any]  # (title, total) in, something with update() 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px."""
+    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px.
+
+    mean, std: what it was trained to have images normalised by, of 0 to 1; ImageNet's is ours.
+    """
 
     title: str
     model: Any
     size: int
+    mean: Colour = MEAN
+    std: Colour = STD
 
     @property
     def is_swin(self) -> bool:
@@ -39,6 +44,10 @@ class Encoder:
     def default_block(self) -> int:
         """The published probe's: block 8 of 12, two thirds of any ViT; a Swin's last stage."""
         return self.blocks if self.is_swin else max(1, round(self.blocks * 2 / 3))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """`images`, float32 [..., 3, H, W] of 0 to 255, as the model takes them."""
+        return normalised(images, self.mean, self.std)
 
 
 def tokens(
@@ -102,7 +111,8 @@ def features_of(
     with bar(title, count) as shown, torch.inference_mode():
         for frames, rest in frames_of(batches, encoder.size, device):
             with in_bf16(device):
-                patches, cls = tokens(encoder, normalised(frames), block, not encoder.is_swin)
+                images = encoder.normalised(frames)
+                patches, cls = tokens(encoder, images, block, not encoder.is_swin)
             found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
             labels.append(rest["labels"].cpu().clone())
             shown.update(len(frames))

@@ -1,23 +1,44 @@
 """Encoders of other kinds than the published: what of them is evaluated, and what is refused."""
 
+import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
 torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
 
 from test_dense import scenes
 from test_evaluate import labelled, typed
 from test_look import looks
 from test_pretrain import TINY, run
+from timm.layers import PatchEmbed
 
 from kamim.evaluate.encoder import load_encoder
+from kamim.evaluate.features import cached
+from shards import ShardSet
+from shards.errors import UserError
+from train import checkpoint
+from train.export import export
 from train.features import tokens
+from train.models import MEAN, STD
 from train.recipes import changed
 
 __all__ = ["labelled"]
 CPU = torch.device("cpu")
+HALF = (0.5, 0.5, 0.5)
 POOLED = replace(TINY, options=TINY.options | {"class_token": False, "global_pool": "avg"})
+COMMANDS = [
+    ["probe", "--every-block"],
+    ["probe", "--pool", "cls", "--block", "2"],
+    ["probe", "--protocol", "paper", "--epochs", "1", "--seeds", "1"],
+    ["probe", "--protocol", "attentive", "--epochs", "1", "--seeds", "1"],
+    ["finetune", "--epochs", "1", "--recipe", "kamim"],
+    ["analyse", "--images", "4"],
+    ["dense", "--by", "linear"],
+]
+SIMMIM = ["finetune", "--epochs", "1", "--recipe", "simmim"]
 
 
 @pytest.mark.parametrize(
@@ -48,25 +69,112 @@ def test_a_vit_without_a_class_token_is_looked_at_as_it_trains(recipe, labelled,
     assert {"probe_top1", "attention_nmi"} <= set(row)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["probe", "--every-block"],
-        ["probe", "--pool", "cls", "--block", "2"],
-        ["probe", "--protocol", "paper", "--epochs", "1", "--seeds", "1"],
-        ["probe", "--protocol", "attentive", "--epochs", "1", "--seeds", "1"],
-        ["finetune", "--epochs", "1", "--recipe", "simmim"],
-        ["analyse", "--images", "4"],
-        ["dense", "--by", "linear"],
-    ],
-    ids=" ".join,
-)
-def test_a_vit_without_a_class_token_is_evaluated(words, labelled, tmp_path):
-    run(labelled, tmp_path / "run", POOLED, steps=1)
+def evaluate(words, encoder, labelled, folder):
+    """Types a command of COMMANDS."""
     command, *options = words
     sets = [labelled] if command == "analyse" else [labelled, labelled]
     if command == "dense":
-        sets = [scenes(tmp_path / "scenes", 4, 1)] * 2
-    out = tmp_path / "out"
-    status, _, error = typed(command, tmp_path / "run", *sets, *options, "--out", out)
+        sets = [scenes(folder / "scenes", 4, 1)] * 2
+    status, _, error = typed(command, encoder, *sets, *options, "--out", folder / "out")
     assert status == 0, error
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, SIMMIM], ids=" ".join)
+def test_a_vit_without_a_class_token_is_evaluated(words, labelled, tmp_path):
+    run(labelled, tmp_path / "run", POOLED, steps=1)
+    evaluate(words, tmp_path / "run", labelled, tmp_path)
+
+
+def folder_of_timm(folder, labelled, normal):
+    """A folder for timm of a run; its config.json gives `normal` in place of the run's own."""
+    run(labelled, folder / "run", TINY, steps=1)
+    export(checkpoint.newest(folder / "run" / "checkpoints"), folder / "timm", "timm")
+    path = folder / "timm" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"] |= normal
+    path.write_text(json.dumps(config))
+    return folder / "timm"
+
+
+def test_images_are_normalised_as_the_encoder_was_trained_to_have_them(labelled, tmp_path):
+    ours = load_encoder(str(folder_of_timm(tmp_path, labelled, {})), CPU)
+    assert (ours.mean, ours.std) == (MEAN, STD)
+    half = folder_of_timm(tmp_path / "b", labelled, {"mean": HALF, "std": HALF})
+    other = load_encoder(str(half), CPU)
+    assert (other.mean, other.std) == (HALF, HALF)
+    white = torch.full((1, 3, 2, 2), 255.0)
+    torch.testing.assert_close(other.normalised(white), torch.ones(1, 3, 2, 2))
+    assert typed("export-hf", half, tmp_path / "hf")[0] == 0
+    theirs = load_encoder(str(tmp_path / "hf"), CPU)
+    assert (theirs.mean, theirs.std) == (HALF, HALF)
+    if find_spec("transformers"):
+        from transformers import ViTImageProcessor
+
+        processor = ViTImageProcessor.from_pretrained(tmp_path / "hf")
+        assert (tuple(processor.image_mean), processor.size["height"]) == (HALF, 96)
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    assert load_encoder(str(tmp_path / "hf"), CPU).mean == MEAN
+
+
+def test_weights_of_timm_are_shown_images_as_timm_says(monkeypatch):
+    name = "vit_small_patch16_224.augreg_in21k_ft_in1k"
+    make = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, pretrained, **k: make(*a, **k, depth=1, embed_dim=48)
+    )
+    encoder = load_encoder(f"timm:{name}", CPU, 96)
+    assert (encoder.mean, encoder.std) == (HALF, HALF)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_shows_images_as_the_encoder_takes_them(
+    words, labelled, tmp_path, monkeypatch
+):
+    folder = folder_of_timm(tmp_path, labelled, {"mean": [0, 0, 0], "std": [1, 1, 1]})
+    embed, shown = PatchEmbed.forward, []
+    monkeypatch.setattr(
+        PatchEmbed, "forward", lambda self, x: shown.append((x.min(), x.max())) or embed(self, x)
+    )
+    evaluate(words, folder, labelled, tmp_path)
+    low, high = torch.tensor(shown).T
+    assert low.min() >= 0
+    assert 0.8 < high.max() < 1.001
+
+
+def test_what_is_kept_of_other_colours_is_not_used_again(labelled, tmp_path):
+    encoder, records = load_encoder("random:small", CPU), ShardSet(labelled)
+    found = [
+        cached(tmp_path, each, records, 1, "mean", CPU)[0]
+        for each in (encoder, replace(encoder, mean=HALF, std=HALF))
+    ]
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "normal",
+    [
+        {"mean": "123"},
+        {"mean": [0.5, 0.5]},
+        {"mean": [0.5, 0.5, float("nan")]},
+        {"mean": [0.5, 0.5, 10**400]},
+        {"std": [0.5, 0.5, 0]},
+        {"std": [0.5, 0.5, True]},
+        {"std": {"a": 1}},
+        {"std": 0.5},
+    ],
+    ids=str,
+)
+def test_unsound_means_and_deviations_are_one_line(normal, labelled, tmp_path):
+    folder = folder_of_timm(tmp_path, labelled, normal)
+    (name,) = normal
+    with pytest.raises(UserError, match=rf"config\.json: {name} is .*, not 3 finite") as error:
+        load_encoder(str(folder), CPU)
+    assert "\n" not in str(error.value)
+    assert typed("export-hf", "random:small", tmp_path / "hf")[0] == 0
+    beside = tmp_path / "hf" / "preprocessor_config.json"
+    beside.write_text(json.dumps({f"image_{name}": normal[name]}))
+    with pytest.raises(UserError, match=rf"{beside.name}: image_{name} is .*, not 3 finite"):
+        load_encoder(str(tmp_path / "hf"), CPU)
+    beside.write_text("[1]")
+    with pytest.raises(UserError, match=rf"{beside.name} is no JSON object"):
+        load_encoder(str(tmp_path / "hf"), CPU)
