@@ -20,7 +20,7 @@ from shards.progress import waiting
 from shards.report import spread
 from train import checkpoint
 from train.charts import COLOURS, WIDTH, Line, chart, grid, scatter, svg, words
-from train.diagnosis import diagnose
+from train.diagnosis import diagnose, is_readable
 from train.features import Encoder, tokens
 from train.masking import block_masks, counts, drawn, races
 from train.metrics import COLLAPSED
@@ -115,7 +115,7 @@ def analyse(
     warning for each encoder whose attention collapsed.
 
     `models` are the checkpoints of ours among them, for reconstructions. Swins have no figures of
-    attention: their windows see 7 x 7 tokens at most.
+    attention: their windows see 7 x 7 tokens at most. Nor have ViTs of other blocks than the plain.
     """
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def analyse(
         which = f"{title} ({number} of {len(encoders)})"
         with waiting(f"{which}: attention"):
             images = images_of(records, encoder, spread(len(records), count))
-            rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
+            rows = diagnose(encoder.model, images) if is_readable(encoder.model) else []
         found[title] = {"blocks": rows}
         if rows and max(row["nmi"] for row in rows) < COLLAPSED:
             warnings.append(

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
+from safetensors.torch import save_file
 from test_dense import scenes
 from test_evaluate import labelled, typed
 from test_look import looks
@@ -20,9 +21,10 @@ from kamim.evaluate.features import cached
 from shards import ShardSet
 from shards.errors import UserError
 from train import checkpoint
+from train.cuda import pin_attention
 from train.export import export
 from train.features import tokens
-from train.models import MEAN, STD
+from train.models import MEAN, STD, make_model
 from train.recipes import changed
 
 __all__ = ["labelled"]
@@ -178,3 +180,51 @@ def test_unsound_means_and_deviations_are_one_line(normal, labelled, tmp_path):
     beside.write_text("[1]")
     with pytest.raises(UserError, match=rf"{beside.name} is no JSON object"):
         load_encoder(str(tmp_path / "hf"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("vit_tiny_r_s16_p8_224", {}, "a network runs before its patches"),
+        ("vit_base_r50_s16_224", {"depth": 1}, "a network runs before its patches"),
+        ("test_vit", {}, "keeps its patches in a grid"),
+        ("vit_small_patch16_dinov3", {"depth": 1}, "keeps its patches in a grid"),
+        ("eva02_tiny_patch14_224", {"depth": 1}, "its blocks take more than tokens"),
+    ],
+)
+@pytest.mark.parametrize("method", ["simmim", "mae"])
+def test_a_vit_that_cannot_be_pretrained_is_one_line(name, options, words, method):
+    size = 224 if "14" in name else 96
+    recipe = replace(TINY, model=name, options=options, size=size, method=method)
+    with torch.device("meta"), pytest.raises(UserError, match=f"^{name}:? {words}"):
+        make_model(recipe)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"])
+def test_a_vit_of_parallel_blocks_trains_and_is_looked_at(name, labelled, tmp_path):
+    recipe = replace(TINY, model=name)
+    run(labelled, tmp_path / "run", recipe, steps=1, probe_every=1)
+    (row,) = looks(tmp_path / "run").values()
+    assert "probe_top1" in row
+    assert "attention_nmi" not in row  # of blocks that it cannot be read of
+    evaluate(COMMANDS[-2], tmp_path / "run", labelled, tmp_path)
+    assert pin_attention(make_model(recipe), 96, torch.device("cuda")) == ""
+    with pytest.raises(UserError, match=f"^{name}: its attention cannot be read"):
+        run(labelled, tmp_path / "other", changed(recipe, ["sample_by=attention"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_r_s16_p8_224", {"depth": 1}),
+        ("test_vit", {"depth": 1}),
+        ("vit_small_patch16_dinov3", {"depth": 1}),
+    ],
+)
+def test_what_cannot_be_pretrained_is_evaluated(name, options, labelled, tmp_path):
+    size = {"img_size": 96, "num_classes": 0}
+    model = timm.create_model(name, **options, **size)
+    facts = {"model": name, "options": json.dumps(options | size)}
+    save_file(model.state_dict(), tmp_path / "e.safetensors", facts)
+    for number, words in enumerate((COMMANDS[0], COMMANDS[-3], COMMANDS[-2], COMMANDS[-1])):
+        evaluate(words, tmp_path / "e.safetensors", labelled, tmp_path / str(number))
