@@ -17,7 +17,7 @@ from torch import Tensor
 from shards import Batch
 from shards.errors import UserError
 from train.checkpoint import read_rows, write_rows
-from train.diagnosis import queries_and_keys
+from train.diagnosis import is_readable, queries_and_keys
 from train.distributed import Process, rows_of_all
 from train.features import frames_of
 from train.models import in_bf16, normalised
@@ -33,8 +33,8 @@ def check_attention(encoder: Any, name: str) -> None:
             f"{name} has no class token, whose attention sample_by needs; use a ViT with one, or "
             "sample by frequency or by keypoints"
         )
-    if not hasattr(encoder.blocks[-1].attn, "qkv"):
-        raise UserError(f"{name}: its attention has no qkv to read; use one of timm's plain ViTs")
+    if not is_readable(encoder):
+        raise UserError(f"{name}: its attention cannot be read; use one of timm's plain ViTs")
 
 
 def class_attention(encoder: Any, images: Tensor) -> Tensor:

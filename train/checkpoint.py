@@ -289,8 +289,19 @@ def restore(
     model.load_state_dict(state["model"])
     if average is not None:
         average.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(optimizer, state["optimizer"], path)
     return step, float(state.get("seconds", 0.0)), epochs
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Give `optimizer` the state that `path` has. UserError if its parameters are grouped apart."""
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        raise UserError(
+            f"{path} was written when other parameters had weight decay; go on with the kamim that "
+            "wrote it, or name another --out"
+        ) from None
 
 
 def check_length(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:

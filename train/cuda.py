@@ -84,9 +84,10 @@ def pin_attention(model: Any, size: int, device: torch.device, timed: bool = Tru
     cannot serve (the heads of a decoder, say), torch takes the efficient one.
     """
     blocks = getattr(model.encoder, "blocks", None)
-    if device.type != "cuda" or blocks is None or not getattr(blocks[0].attn, "fused_attn", False):
+    attention: Any = None if blocks is None else getattr(blocks[0], "attn", None)
+    if device.type != "cuda" or not getattr(attention, "fused_attn", False):
         return ""
-    heads = blocks[0].attn.num_heads
+    heads = attention.num_heads
     tokens = (size // model.patch) ** 2 + model.encoder.num_prefix_tokens
     shape = TRIED, tokens, 3, heads, model.encoder.num_features // heads
     if not timed:

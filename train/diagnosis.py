@@ -6,7 +6,18 @@ Measures as in Park et al., What Do Self-Supervised Vision Transformers Learn?, 
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+def is_readable(model: Any) -> bool:
+    """Whether the attention of `model` can be read: all blocks are those of a plain ViT of timm."""
+    stem, blocks = (getattr(model, name, None) for name in ("patch_embed", "blocks"))
+    if not isinstance(stem, PatchEmbed) or not isinstance(blocks, nn.Sequential):
+        return False
+    kinds = {type(each.attn).__name__ if isinstance(each, Block) else "" for each in blocks}
+    return kinds == {"Attention"}
 
 
 def queries_and_keys(block: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards import Batch, crop_frames, to_device
 from shards.progress import progress
-from train.models import in_bf16, normalised
+from train.models import MEAN, STD, Colour, in_bf16, normalised
 
 Pool = Literal["mean", "cls"]
 Bar = Callable[[str, float], Any]  # (title, total) in, something with update() and a `with` out
@@ -20,11 +20,16 @@ Bar = Callable[[str, float], Any]  # (title, total) in, something with update() 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px."""
+    """A timm ViT or Swin without a head, in evaluation mode; `size` is the image side in px.
+
+    mean, std: what it was trained to have images normalised by, of 0 to 1; ImageNet's is ours.
+    """
 
     title: str
     model: Any
     size: int
+    mean: Colour = MEAN
+    std: Colour = STD
 
     @property
     def is_swin(self) -> bool:
@@ -40,14 +45,18 @@ class Encoder:
         """The published probe's: block 8 of 12, two thirds of any ViT; a Swin's last stage."""
         return self.blocks if self.is_swin else max(1, round(self.blocks * 2 / 3))
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """`images`, float32 [..., 3, H, W] of 0 to 255, as the model takes them."""
+        return normalised(images, self.mean, self.std)
+
 
 def tokens(
     encoder: Encoder, images: Tensor, block: int, norm: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(patch tokens [b, n, d], class token [b, d]) after `block`, counted from 1.
 
-    After the last block, the final norm is applied unless `norm` is false; a Swin's class token is
-    its mean token.
+    After the last block, the final norm is applied unless `norm` is false: timm's `norm`, or its
+    `fc_norm` where that is none. The class token of a model without one is its mean token.
     """
     model = encoder.model
     last = norm and block == encoder.blocks
@@ -56,9 +65,15 @@ def tokens(
         (out,) = model.forward_intermediates(images, **options)
         patches = out.flatten(2).transpose(1, 2)
         return patches, patches.mean(1)
-    options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
-    ((patches, prefix),) = model.forward_intermediates(images, **options)
-    return patches, prefix[:, 0] if prefix.shape[1] else patches.mean(1)
+    has_prefix = model.num_prefix_tokens > 0
+    options |= {"output_fmt": "NLC", "return_prefix_tokens": has_prefix}
+    (out,) = model.forward_intermediates(images, **options)
+    final = model.fc_norm if last and isinstance(model.norm, nn.Identity) else nn.Identity()
+    if not has_prefix:
+        patches = final(out)
+        return patches, patches.mean(1)
+    patches, prefix = out
+    return final(patches), final(prefix[:, 0])
 
 
 def frames_of(
@@ -96,7 +111,8 @@ def features_of(
     with bar(title, count) as shown, torch.inference_mode():
         for frames, rest in frames_of(batches, encoder.size, device):
             with in_bf16(device):
-                patches, cls = tokens(encoder, normalised(frames), block, not encoder.is_swin)
+                images = encoder.normalised(frames)
+                patches, cls = tokens(encoder, images, block, not encoder.is_swin)
             found.append((patches.mean(1) if pool == "mean" else cls).float().cpu())
             labels.append(rest["labels"].cpu().clone())
             shown.update(len(frames))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from train.models import Colour
 
 EPS = 1e-12  # of its LayerNorms; timm's is 1e-6
 HEAD = 64  # channels of an attention head in every published ViT
@@ -101,6 +102,17 @@ def config_of(model: Any) -> dict[str, Any]:
         "num_channels": 3,
         "qkv_bias": True,
         "encoder_stride": model.patch_embed.patch_size[0],
+    }
+
+
+def preprocessor_of(size: int, mean: Colour, std: Colour) -> dict[str, Any]:
+    """The preprocessor_config.json of a ViT for `size` px: what ViTImageProcessor is to do."""
+    side = {"height": size, "width": size}
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "size": side,
+        "image_mean": mean,
+        "image_std": std,
     }
 
 

@@ -18,7 +18,7 @@ import shards
 from shards.errors import UserError
 from shards.remote.storage import is_url
 from train.deciles import Deciles
-from train.diagnosis import diagnose
+from train.diagnosis import diagnose, is_readable
 from train.features import Bar, Encoder, features_of, frames_of
 from train.masking import Masking
 from train.metrics import COLLAPSED, DECILES
@@ -121,7 +121,7 @@ class Looks:
             )
             found |= {"probe_top1": score.top1, "knn_top1": near}
         found["effective_rank"] = effective_rank(features)
-        if hasattr(frozen.model, "blocks"):
+        if is_readable(frozen.model):
             frames, _ = next(frames_of(self.few(), self.size, self.device))
             rows = diagnose(frozen.model, normalised(frames))
             found["attention_distance"] = sum(row["distance"] for row in rows) / len(rows)

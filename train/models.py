@@ -27,6 +27,7 @@ CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage
 # as options come with files of others too.
 NO_OPTIONS = {*signature(timm.create_model).parameters, "img_size", "dynamic_img_size", "in_chans"}
 NO_OPTIONS |= {"num_classes", "features_only", "out_indices"}
+Colour = tuple[float, ...]  # of red, green and blue
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
 
 
@@ -382,15 +383,14 @@ def in_bf16(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def normalised(images: Tensor) -> Tensor:
-    """float32 [..., 3, H, W] of 0 to 255 by ImageNet's mean and deviation."""
-    mean, std = _constants(images.device)
-    return (images - mean) / std
+def normalised(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
+    """float32 [..., 3, H, W] of 0 to 255 by `mean` and deviation, of 0 to 1."""
+    shift, scale = _constants(images.device, mean, std)
+    return (images - shift) / scale
 
 
 @cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD of 0 to 255, [3, 1, 1]; once a device: a copy from the host waits for it."""
+def _constants(device: torch.device, *colours: Colour) -> list[Tensor]:
+    """`colours` of 0 to 255, [3, 1, 1]; once a device: a copy from the host waits for it."""
     with torch.inference_mode(False):
-        mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in (MEAN, STD))
-        return mean.to(device), std.to(device)
+        return [(torch.tensor(each).view(3, 1, 1) * 255).to(device) for each in colours]

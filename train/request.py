@@ -22,6 +22,7 @@ DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 NAMED = ("timm", "random")
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 CONFIG = "config.json"  # what a folder of either has beside it
+PREPROCESSOR = "preprocessor_config.json"  # and what Hugging Face's may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

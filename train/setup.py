@@ -224,19 +224,25 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameters by their weight decay: all of them as published, or SimMIM's exclusions."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
+    swin = getattr(model, "is_swin", False)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # MAE's positions
             continue
-        (decayed if recipe.decay_all or decays(name, parameter) else free).append(parameter)
+        falls = recipe.decay_all or decays(name, parameter, swin)
+        (decayed if falls else free).append(parameter)
     decay = recipe.weight_decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether SimMIM lets the weight of `parameter` decay; its mask token is no vector."""
-    matrix = parameter.ndim > 1 or name.endswith("mask_token")
-    return matrix and not name.endswith(("pos_embed", "cls_token", "bias_table"))
+def decays(name: str, parameter: nn.Parameter, swin: bool = False) -> bool:
+    """Whether SimMIM lets the weight of `parameter` decay: no vector, position or token of the
+    encoder; a ViT's mask token, not that of a `swin`, nor what Swin V2 scales attention by.
+    """
+    if name.endswith("mask_token"):  # no vector in SimMIM's code
+        return not swin
+    kept = ("pos_embed", "cls_token", "reg_token", "dist_token", "bias_table", "logit_scale")
+    return parameter.ndim > 1 and "cpb_mlp" not in name and not name.endswith(kept)
 
 
 def check(run: Run, records: Records, process: Process) -> WeightedCrops:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
@@ -15,8 +16,17 @@ from train.loss import take
 
 
 def check_plain(encoder: Any, name: str) -> None:
-    """UserError unless the blocks of `encoder` take tokens and no more."""
-    if not hasattr(encoder, "layers") and not isinstance(encoder.blocks, nn.Sequential):
+    """UserError unless `encoder` embeds each patch by itself, and its blocks take tokens alone."""
+    stem, is_swin = encoder.patch_embed, hasattr(encoder, "layers")
+    if not isinstance(stem, PatchEmbed):
+        raise UserError(
+            f"{name}: a network runs before its patches, and mixes them; use a plain ViT"
+        )
+    if not is_swin and not stem.flatten:
+        raise UserError(
+            f"{name} keeps its patches in a grid, for images of any size; use a plain ViT"
+        )
+    if not is_swin and not isinstance(encoder.blocks, nn.Sequential):
         raise UserError(f"{name}: its blocks take more than tokens, as positions; use a plain ViT")
 
 

@@ -16,20 +16,25 @@ from torch import Tensor, nn
 from shards.errors import UserError
 from train import checkpoint
 from train.export import encoder_state
+from train.features import Encoder
 from train.huggingface import is_huggingface, options_of, to_timm
-from train.models import encoder_options, is_known, make_encoder
+from train.models import MEAN, STD, Colour, encoder_options, is_known, make_encoder
 from train.recipes import nearest
-from train.request import CONFIG, HUGGING_FACE, file_of
+from train.request import CONFIG, HUGGING_FACE, PREPROCESSOR, file_of
 
 
-def encoder_from(what: str, size: int, fit: bool = False) -> tuple[Any, int]:
-    """(timm model without a head, its image side in px): timm:NAME at `size` px, or that of a file.
+def encoder_from(what: str, size: int, fit: bool = False) -> Encoder:
+    """timm:NAME at `size` px, or the encoder of a file, as it is trained.
 
     fit: with the windows that a recipe's Swin has. Raises UserError, in one line, if `what` is none
     of these or its tensors do not fit.
     """
     kind, _, name = what.partition(":")
-    return (_from_timm(name, size, fit), size) if kind == "timm" else _from_file(file_of(what))
+    if kind != "timm":
+        path = file_of(what)
+        return Encoder(what, *_from_file(path), *_colours_beside(path))
+    model = _from_timm(name, size, fit)
+    return Encoder(what, model, size, *_colours(model.pretrained_cfg, ("mean", "std"), what))
 
 
 def start_from(what: str, encoder: nn.Module, size: int) -> str:
@@ -37,15 +42,16 @@ def start_from(what: str, encoder: nn.Module, size: int) -> str:
 
     Raises UserError if they are of another size or architecture.
     """
-    found, side = encoder_from(what, size, fit=True)
-    if side != size:
+    found = encoder_from(what, size, fit=True)
+    if found.size != size:
         raise UserError(
-            f"{what} is for {side} px, the recipe's crops have {size}; --set size={side}"
+            f"{what} is for {found.size} px, the recipe's crops have {size}; "
+            f"--set size={found.size}"
         )
-    theirs, ours = _unseen(found), _unseen(encoder)
+    theirs, ours = _unseen(found.model), _unseen(encoder)
     if theirs != ours:
         raise UserError(f"{what} has {theirs}, the recipe's model {ours}: heads and activations")
-    tensors = found.state_dict()
+    tensors = found.model.state_dict()
     fitted(encoder, tensors, Path(what))
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -79,9 +85,36 @@ def timm_facts(path: Path) -> dict[str, str]:
     return {"model": str(config["architecture"]), "options": json.dumps(options)}
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
+def _colours_beside(path: Path) -> tuple[Colour, Colour]:
+    """(mean, deviation) by which the model of file `path` takes images; if none is said, ours."""
+    if timm_facts(path):
+        own = _config_beside(path)["pretrained_cfg"]
+        return _colours(own, ("mean", "std"), str(path.parent / CONFIG))
+    said = _config_beside(path, PREPROCESSOR)
+    return _colours(said, ("image_mean", "image_std"), str(path.parent / PREPROCESSOR))
+
+
+def _colours(said: dict[str, Any], names: tuple[str, str], where: str) -> tuple[Colour, Colour]:
+    """(mean, deviation) that are `said` by `names`, ours where they are not."""
+    found: list[Colour] = []
+    for name, ours in zip(names, (MEAN, STD), strict=True):
+        value = ours if said.get(name) is None else said[name]
+        numbers = value if isinstance(value, list | tuple) else ()
+        least = 1e-6 if ours is STD else -1e6
+        sound = [type(each) in (int, float) and least <= each <= 1e6 for each in numbers]
+        if sound != [True] * 3:
+            kind = "finite numbers above 0" if ours is STD else "finite numbers"
+            raise UserError(
+                f"{where}: {name} is {repr(value)[:80]}, not 3 {kind}; correct it, or fetch the "
+                "file again"
+            )
+        found.append(tuple(map(float, numbers)))
+    return found[0], found[1]
+
+
+def _config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
     """What stands beside the file `path` of a folder for from_pretrained; {} if nothing does."""
-    beside = path.parent / CONFIG
+    beside = path.parent / name
     if path.name not in HUGGING_FACE or not beside.is_file():
         return {}
     try:

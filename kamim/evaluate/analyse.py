@@ -20,11 +20,11 @@ from shards.progress import waiting
 from shards.report import spread
 from train import checkpoint
 from train.charts import COLOURS, WIDTH, Line, chart, grid, scatter, svg, words
-from train.diagnosis import diagnose
+from train.diagnosis import diagnose, is_readable
 from train.features import Encoder, tokens
 from train.masking import block_masks, counts, drawn, races
 from train.metrics import COLLAPSED
-from train.models import MEAN, STD, Cells, make_model, normalised
+from train.models import MEAN, STD, Cells, make_model
 from train.recipes import Recipe, recipe_of
 
 MASK_RATIO = {"simmim": 0.6, "mae": 0.75}  # at random, whatever a run drew by
@@ -60,12 +60,12 @@ def of_classes(records: ShardSet, count: int) -> tuple[list[int], list[int], lis
     return numbers, groups, [classes[label] for label in shown]
 
 
-def images_of(records: ShardSet, size: int, numbers: list[int]) -> Tensor:
-    """Whole frames of records `numbers`, normalised, float32 [count, 3, size, size]."""
+def images_of(records: ShardSet, encoder: Encoder, numbers: list[int]) -> Tensor:
+    """Whole frames of records `numbers` as `encoder` takes them, float32 [count, 3, size, size]."""
     frames = torch.from_numpy(np.stack([decode_frame(records[n].frame) for n in numbers]))
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(frames), 4)
     flips = torch.zeros(len(frames), 2, dtype=torch.bool)
-    return normalised(crop_frames(frames, whole, flips, size))
+    return encoder.normalised(crop_frames(frames, whole, flips, encoder.size))
 
 
 def reconstruction(path: Path, images: Tensor, seed: int) -> dict[str, float]:
@@ -115,7 +115,7 @@ def analyse(
     warning for each encoder whose attention collapsed.
 
     `models` are the checkpoints of ours among them, for reconstructions. Swins have no figures of
-    attention: their windows see 7 x 7 tokens at most.
+    attention: their windows see 7 x 7 tokens at most. Nor have ViTs of other blocks than the plain.
     """
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
@@ -124,8 +124,8 @@ def analyse(
     for number, (title, encoder) in enumerate(encoders.items(), start=1):
         which = f"{title} ({number} of {len(encoders)})"
         with waiting(f"{which}: attention"):
-            images = images_of(records, encoder.size, spread(len(records), count))
-            rows = [] if hasattr(encoder.model, "layers") else diagnose(encoder.model, images)
+            images = images_of(records, encoder, spread(len(records), count))
+            rows = diagnose(encoder.model, images) if is_readable(encoder.model) else []
         found[title] = {"blocks": rows}
         if rows and max(row["nmi"] for row in rows) < COLLAPSED:
             warnings.append(
@@ -136,7 +136,7 @@ def analyse(
             with waiting(f"{which}: reconstructions"):
                 found[title] |= reconstruction(models[title], images, seed=0)
         with waiting(f"{which}: t-SNE of tokens"), torch.inference_mode():
-            images = images_of(records, encoder.size, numbers)
+            images = images_of(records, encoder, numbers)
             patches, _ = tokens(encoder, images, encoder.default_block)
             places, of = _places(patches, groups)
             block = f"t-SNE of tokens after block {encoder.default_block}"

@@ -16,20 +16,28 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from shards.rng import Purpose, mix
-from train.models import MEAN, normalised
+from train.models import MEAN, STD, Colour, normalised
 
 Augment = Literal["trivial", "rand", "none"]
 
 
-def augment(frames: Tensor, samples: Tensor, epochs: Tensor, kind: Augment, seed: int) -> Tensor:
+def augment(
+    frames: Tensor,
+    samples: Tensor,
+    epochs: Tensor,
+    kind: Augment,
+    seed: int,
+    mean: Colour = MEAN,
+    std: Colour = STD,
+) -> Tensor:
     """`frames` (uint8 [b, 3, S, S]) augmented and normalised, float32; `samples`, `epochs` [b].
 
     trivial, KAMIM's: TrivialAugmentWide, then half of the images erased to black. rand, SimMIM's:
     RandAugment, and after normalising a quarter erased to noise. none: normalised alone.
     """
     if kind == "none":
-        return normalised(frames.float())
-    one = _trivial() if kind == "trivial" else _rand(frames.shape[-1])
+        return normalised(frames.float(), mean, std)
+    one = _trivial(mean, std) if kind == "trivial" else _rand(frames.shape[-1], mean, std)
     keys = mix(Purpose.AUGMENT, seed, epochs.cpu().numpy(), samples.cpu().numpy())
     found = []
     with _own_random_state():
@@ -56,16 +64,16 @@ def mixed(
     return found
 
 
-def _trivial() -> Callable[[Tensor], Tensor]:
+def _trivial(mean: Colour, std: Colour) -> Callable[[Tensor], Tensor]:
     wide, erase = v2.TrivialAugmentWide(), v2.RandomErasing()
-    return lambda frame: normalised(erase(wide(frame)).float())
+    return lambda frame: normalised(erase(wide(frame)).float(), mean, std)
 
 
-def rand_augment(size: int) -> Any:
+def rand_augment(size: int, mean: Colour = MEAN) -> Any:
     """timm's RandAugment as SimMIM calls it for `size` px (data/data_finetune.py)."""
     options = {
         "translate_const": int(size * 0.45),
-        "img_mean": tuple(round(255 * part) for part in MEAN),
+        "img_mean": tuple(round(255 * part) for part in mean),
         "interpolation": Image.Resampling.BICUBIC,
     }
     change: Any = rand_augment_transform("rand-m9-mstd0.5-inc1", options)
@@ -75,8 +83,8 @@ def rand_augment(size: int) -> Any:
     return change
 
 
-def _rand(size: int) -> Callable[[Tensor], Tensor]:
-    change = rand_augment(size)
+def _rand(size: int, mean: Colour, std: Colour) -> Callable[[Tensor], Tensor]:
+    change = rand_augment(size, mean)
     erase = v2.RandomErasing(p=0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
 
     def one(frame: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def _rand(size: int) -> Callable[[Tensor], Tensor]:
         np.random.seed(own)  # noqa: NPY002
         picture = change(Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()))
         pixels = torch.from_numpy(np.array(picture)).to(frame.device).permute(2, 0, 1)
-        erased: Tensor = erase(normalised(pixels.float()))
+        erased: Tensor = erase(normalised(pixels.float(), mean, std))
         return erased
 
     return one

@@ -20,7 +20,7 @@ from shards.errors import UserError
 from shards.progress import progress
 from shards.rng import Purpose, mix
 from train.features import Encoder, tokens
-from train.models import in_bf16, normalised
+from train.models import in_bf16
 
 NONE = 255
 PATCHES = 200_000  # of the training set, at most; chosen by the seed
@@ -69,7 +69,7 @@ def read_tokens(
         for pair in pairs:
             image, classes = read_pair(pair, encoder.size)
             with torch.no_grad(), in_bf16(device):
-                patches, _ = tokens(encoder, normalised(image[None].to(device)), block)
+                patches, _ = tokens(encoder, encoder.normalised(image[None].to(device)), block)
             yield patches[0].float().cpu(), classes
             bar.update(1)
 

@@ -1,5 +1,7 @@
 """Loads a frozen encoder from a run, a file, a folder or a name."""
 
+from dataclasses import replace
+
 import torch
 
 from train.features import Encoder
@@ -21,7 +23,8 @@ def load_encoder(what: str, device: torch.device, size: int = 192) -> Encoder:
     if kind == "random":
         known = name in recipe_names()
         recipe = find_recipe(name) if known else Recipe(model=name, size=size)
-        model, size = make_encoder(recipe.model, recipe.size, recipe.options), recipe.size
+        model = make_encoder(recipe.model, recipe.size, recipe.options)
+        found = Encoder(what, model, recipe.size)
     else:
-        model, size = encoder_from(what, size)
-    return Encoder(what, model.to(device).eval().requires_grad_(False), size)
+        found = encoder_from(what, size)
+    return replace(found, model=found.model.to(device).eval().requires_grad_(False))

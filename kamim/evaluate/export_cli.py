@@ -9,7 +9,7 @@ import typer
 
 from kamim.evaluate.cli import What, app
 from shards.errors import UserError
-from train.request import CONFIG, check_encoders
+from train.request import CONFIG, PREPROCESSOR, check_encoders
 
 
 @app.command()
@@ -40,9 +40,10 @@ def export_hf(
 
         from kamim.evaluate.encoder import load_encoder
         from train.export import write_tensors
-        from train.huggingface import config_of, from_timm
+        from train.huggingface import config_of, from_timm, preprocessor_of
 
-        model = load_encoder(encoder, torch.device("cpu")).model
+        loaded = load_encoder(encoder, torch.device("cpu"))
+        model = loaded.model
     if not hasattr(model, "blocks"):
         raise UserError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
     config = json.dumps(config_of(model), indent=2) + "\n"
@@ -52,4 +53,6 @@ def export_hf(
         print("note: from_pretrained wants a folder with a config.json; name one", file=sys.stderr)
     else:
         write_atomically(target / CONFIG, config.encode("ascii"))
+        shown = json.dumps(preprocessor_of(loaded.size, loaded.mean, loaded.std), indent=2) + "\n"
+        write_atomically(target / PREPROCESSOR, shown.encode("ascii"))
     print(target)

@@ -16,6 +16,7 @@ from shards import Plan, ShardSet
 from shards.errors import UserError
 from train.export import write_tensors
 from train.features import Encoder, Pool, features_of
+from train.models import MEAN, STD
 
 
 def extract(
@@ -38,7 +39,9 @@ def extract(
 
 
 def add_weights(digest: Any, encoder: Encoder) -> None:
-    """Have a hash of hashlib take the encoder's weights in."""
+    """Have a hash of hashlib take the encoder's weights in, and what it normalises images by."""
+    if (encoder.mean, encoder.std) != (MEAN, STD):
+        digest.update(repr((encoder.mean, encoder.std)).encode())
     for key, tensor in encoder.model.state_dict().items():
         digest.update(key.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -29,7 +29,7 @@ from train import checkpoint
 from train.estimate import largest_part, memory_of
 from train.features import Encoder, Pool, frames_of, tokens
 from train.metrics import METRICS, trim
-from train.models import in_bf16, normalised
+from train.models import MEAN, STD, Colour, in_bf16
 from train.schedule import learning_rate
 from train.setup import WINDOW, decays
 from train.step import compiled
@@ -250,10 +250,13 @@ def augmented(
     recipe: LabelRecipe,
     seed: int,
     step: int,
+    normal: tuple[Colour, Colour] = (MEAN, STD),
 ) -> tuple[Tensor, Tensor]:
-    """A step's images, normalised, and its soft labels [b, classes]. frames: of 0 to 255."""
+    """A step's images, normalised by `normal`, a mean and a deviation, and its soft labels
+    [b, classes]. frames: of 0 to 255.
+    """
     pixels = frames.round().to(torch.uint8)
-    images = augment(pixels, batch["samples"], batch["epochs"], recipe.augment, seed)
+    images = augment(pixels, batch["samples"], batch["epochs"], recipe.augment, seed, *normal)
     return mixed(images, batch["labels"], classes, recipe.mixup, recipe.cutmix, seed, step)
 
 
@@ -272,7 +275,7 @@ def accuracy(model: Classifier, records: ShardSet, device: torch.device) -> dict
     right = torch.zeros(2)
     with torch.inference_mode(), progress("test", len(records)) as bar:
         for frames, batch in frames_of(batches, size, device):
-            logits = model(normalised(frames))
+            logits = model(model.encoder[0].normalised(frames))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch["labels"][:, None]
             right += torch.stack([best[:, 0].sum(), best.any(1).sum()]).cpu()
             bar.update(len(frames))
@@ -322,12 +325,13 @@ def train_supervised(
         part = largest_part(0, 0, device, memory_of(model, (), model.encoder[0].size, device))
     forward = compiled(model) if cuda else model
     size, cropped = model.encoder[0].size, recipe.area is not None
+    normal = model.encoder[0].mean, model.encoder[0].std
     batches = learn.loader(plan, first, total, device=device.type)
     stream = frames_of(batches, size, device, cropped)
     done = first * plan.batch
     with progress(f"training, seed {seed}", total * plan.batch, initial=done) as bar:
         for step, (frames, batch) in enumerate(stream, start=first):
-            images, soft = augmented(frames, batch, classes, recipe, seed, step)
+            images, soft = augmented(frames, batch, classes, recipe, seed, step, normal)
             torch.manual_seed(int(mix(Purpose.LAYERS, seed, step)) >> 1)
             rate = learning_rate(step, falling, warmup, recipe.peak, recipe.floor, recipe.start)
             for group in optimizer.param_groups:
@@ -367,7 +371,7 @@ def _restore(out: Path, facts: dict[str, Any], model: nn.Module, optimizer: Any)
     if changed:
         raise UserError(f"{out} holds another run: {', '.join(changed[:3])}; name another --out")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore_optimizer(optimizer, state["optimizer"], path)
     trim(out, state["step"] + 1)
     return int(state["step"])
 

@@ -279,7 +279,7 @@ def test_supervised_training_resumes_to_the_last_bit(labelled, tmp_path, frozen,
     real, seen = kamim.evaluate.supervised.augmented, []
 
     def killed(*arguments):
-        seen.append(arguments[-1])
+        seen.append(arguments[5])
         if len(seen) == 6:
             raise KeyboardInterrupt
         return real(*arguments)
@@ -307,11 +307,12 @@ class Colours(torch.nn.Module):
         super().__init__()
         self.blocks = torch.nn.ModuleList([torch.nn.Identity()])
         self.scale = torch.nn.Parameter(torch.ones(3))
+        self.norm = self.fc_norm = torch.nn.Identity()
+        self.num_prefix_tokens = 0
 
     def forward_intermediates(self, images, **options):
         means = torch.nn.functional.avg_pool2d(images, 16) * self.scale[:, None, None]
-        patches = means.flatten(2).transpose(1, 2)
-        return [(patches, patches[:, :0])]
+        return [means.flatten(2).transpose(1, 2)]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ docs/parity.md says which line of it each of these tests holds.
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from kamim.evaluate.supervised import (
 )
 from preprocess import build_shards, open_source
 from shards import ShardSet
+from shards.errors import UserError
+from train import checkpoint
 from train.features import Encoder, tokens
 from train.models import MAE, SimMIM, make_model
 from train.recipes import find_recipe
@@ -257,7 +260,7 @@ def test_simmims_fine_tuning_resumes_to_the_last_bit(labelled, tmp_path, make, m
     real, steps = supervised.augmented, len(labelled) // 10 + 1
 
     def killed(*arguments):
-        if arguments[-1] == steps:
+        if arguments[5] == steps:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -358,6 +361,39 @@ def test_without_decay_all_what_decays_is_simmims():
     kept = {names[each] for each in free["params"]}
     assert {"pos_embed", "cls_token"} <= {name.rpartition(".")[2] for name in kept}
     assert all(p.ndim == 1 or names[p].endswith(("pos_embed", "cls_token")) for p in free["params"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "extra"),
+    [
+        (SWIN, SMALL, {"mask_token", "relative_position_bias_table"}),
+        ("swinv2_tiny_window8_256", SMALL, {"mask_token", "logit_scale", "cpb_mlp"}),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4}, {"pos_embed", "cls_token", "reg_token"}),
+    ],
+)
+def test_without_decay_all_tokens_and_tables_of_attention_do_not_decay(name, options, extra):
+    """SimMIM optimizer.py and no_weight_decay of its swin_transformer.py; timm's of each model."""
+    recipe = replace(find_recipe("small"), model=name, options=options, decay_all=False)
+    model = make_model(recipe)
+    _, free = pretrain_groups(model, recipe)
+    unseen = {id(parameter) for parameter in free["params"]}
+    kept = {n: p for n, p in model.named_parameters() if id(p) in unseen}
+    ends = {
+        "cpb_mlp" if "cpb_mlp" in n else n.rpartition(".")[2]
+        for n, p in kept.items()
+        if p.ndim > 1 or n == "mask_token"
+    }
+    assert ends == extra
+    theirs = {f"encoder.{n}" for n in model.encoder.no_weight_decay()}
+    assert theirs & {n for n, _ in model.named_parameters()} <= set(kept)
+
+
+def test_a_checkpoint_of_other_groups_of_weight_decay_is_one_line():
+    model = nn.Linear(2, 2)
+    both = torch.optim.AdamW([{"params": [each]} for each in model.parameters()])
+    one = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UserError, match=r"^step-1\.pt was written when .* name another --out$"):
+        checkpoint.restore_optimizer(one, both.state_dict(), Path("step-1.pt"))
 
 
 def test_kamim_lets_all_parameters_decay():
