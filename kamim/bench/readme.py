@@ -184,7 +184,9 @@ def render_versus() -> str:
         heads, ([name, *(cell(name, each) for each in columns)] for name in ORDER if name in known)
     )
     taken = f"{chain['images']} ImageNet photos, {chain['cores']} cores of an {chain['cpu']}"
-    repeats = f"medians of {chain['n']} interleaved repeats; {chain['date']}"
+    repeats = (
+        f"medians of {chain['n']} interleaved repeats, of rates and of ratios; {chain['date']}"
+    )
     lines += ["", f"{taken}; {repeats}."]
     if chain["noisy"]:
         lines.append("The machine was noisier than the benchmark asks for.")

@@ -764,8 +764,8 @@ def test_a_result_is_not_taken_for_that_of_other_weights_by_the_same_name(labell
     path = tmp_path / "e.safetensors"
     words = [path, labelled, labelled, "--epochs", "1", "--batch", "20", "--out", tmp_path / "out"]
     kept = tmp_path / "out" / "finetune.json"
-    for seed, said in ((0, ""), (0, ""), (1, "result of other weights"), (1, "(another weights)")):
-        if said == "(another weights)":  # as if the first had been killed before its end
+    for seed, said in ((0, ""), (0, ""), (1, "result of other weights"), (1, "run: other weights")):
+        if said == "run: other weights":  # as if the first had been killed before its end
             kept.unlink()
         torch.manual_seed(seed)
         model = timm.create_model(facts["model"], **options)
