@@ -322,6 +322,20 @@ def test_two_builds_into_one_folder(small_source, tmp_path):
         build_shards(source, out, settings(), 1)
 
 
+def test_parts_are_built_beside_each_other_and_a_whole_build_is_not(small_source, tmp_path):
+    source, out = open_source(str(small_source)), Place.of(tmp_path / "out")
+    facts, claim = building.facts_of(source, settings()), building.claim
+    with claim(source, settings(), out, facts, "part-1-of-2") as one:
+        with claim(source, settings(), out, facts, "part-2-of-2") as two:
+            assert one.work.where == two.work.where
+        for again in ("part-1-of-2", ""):
+            with (
+                pytest.raises(ValueError, match="another process is"),
+                claim(source, settings(), out, facts, again),
+            ):
+                pass
+
+
 def test_raw_frames_and_detection_on_frames(small_source, tmp_path):
     source = open_source(str(small_source))
     chosen = settings(quality=0, detect_on="frame")
@@ -607,7 +621,7 @@ def test_from_python_it_gives_the_bytes_of_the_command(small_source, tmp_path):
     line = [sys.executable, "-m", "kamim", "shards", "build", small_source, tmp_path / "a", *flags]
     subprocess.run(list(map(str, line)), check=True, capture_output=True)
     chosen = {"frame": 80, "crop": 64, "map_crops": 1, "grid": 16}
-    manifest = shards.build(str(small_source), tmp_path / "b", ("fast",), **chosen)
+    manifest = shards.build(source=small_source, out=tmp_path / "b", detectors="fast", **chosen)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert manifest.count == 40
 

@@ -171,6 +171,25 @@ def test_an_index_that_is_no_array_is_damage_whatever_its_checksum(built, data):
         ShardSet(built)
 
 
+@pytest.mark.parametrize("kind", ["V52", "<i8"])
+def test_an_index_of_other_rows_is_damage_whatever_its_checksum(built, kind):
+    row = write_file(built / "index.npy", npy_bytes(np.zeros(40, kind)), 40)
+    (built / "manifest.json").write_bytes(to_json(replace(load(built), index=row)))
+    with pytest.raises(UserError, match=r"index.npy is damaged: .* for 40 records"):
+        ShardSet(built)
+
+
+def test_a_set_is_of_maps_if_it_has_no_frames(built):
+    manifest = load(built)
+    bare = replace(manifest.settings, frame=0, quality=0)
+    maps = replace(manifest, container="maps", settings=bare)
+    (built / "manifest.json").write_bytes(to_json(maps))
+    assert load(built) == maps
+    (built / "manifest.json").write_bytes(to_json(replace(maps, container="webdataset")))
+    with pytest.raises(UserError, match="is damaged"):
+        load(built)
+
+
 @pytest.mark.parametrize("field", ["label", "height", "width"])
 def test_decode_holds_the_index_to_the_records(built, field):
     """Training takes labels and sizes from the index, stock readers from the records."""
