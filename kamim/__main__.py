@@ -139,7 +139,7 @@ def _with_home(argument: str) -> str:
 
 def _of_system(error: OSError) -> tuple[int, str]:
     """Exit status and line of what the system refused."""
-    if isinstance(error, FileExistsError | NotADirectoryError):
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
         return 2, f"{error.filename} is a file, or lies below one; name a folder"
     return 1, f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
 

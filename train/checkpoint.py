@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from shards import Plan
 from shards.errors import UserError
-from shards.files import LOCK, MANIFEST, replacing, sweep, sync
+from shards.files import MANIFEST, replacing, sweep, sync
 from shards.records import Records
 from train.metrics import FACTS
 from train.recipes import Recipe, recipe_of
 from train.request import Run, checkpoints_in
 
 VERSION = 1
-THEIRS = frozenset(
-    {".log", ".txt", ".out", ".err", ".toml", ".yaml", ".json", ".sh", ".py", ".tmp"}
-)
+OURS = frozenset({"checkpoints", "pictures", "tensorboard", "wandb", "logs"})
+_THEIRS = ".log .txt .out .err .md .csv .toml .yaml .yml .json .jsonl .sh .py .tmp"
+THEIRS = frozenset(_THEIRS.split())  # how files end that may lie beside a run
 KEEP = 2  # the newest; an older one serves if the newest was lost with its disk block
 # What --epochs decides: the length, and the phases of sampling that are shares of it.
 LENGTHS = ("recipe.epochs", "recipe.random_epochs", "recipe.refresh_epochs")
@@ -212,8 +212,8 @@ def check_foreign(out: Path) -> None:
     """UserError if `out` holds what no run has written, but for somebody's logs and scripts."""
     if not out.is_dir() or (out / FACTS).exists():
         return
-    names = (each.name for each in out.iterdir() if each.suffix not in THEIRS)
-    others = sorted({*names} - {LOCK, "checkpoints"})
+    names = {each.name for each in out.iterdir() if each.suffix not in THEIRS} - OURS
+    others = sorted(name for name in names if not name.startswith((".", "scores-", "attention-")))
     if others:
         raise UserError(
             f"{out} holds other files ({', '.join(others[:3])}); name a new or empty --out"

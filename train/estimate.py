@@ -226,7 +226,7 @@ def describe(
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
     place = several or str(run.shards)
-    options = {"deterministic": run.deterministic, **facts}
+    options = {"deterministic": run.deterministic, **facts, "shares": run.shares}
     remarks = {"shards": place, "fingerprint": facts["shards"], **versions}
     if "extended" in facts:
         remarks["extended"] = f"at [step, epochs] {facts['extended']}: this does not repeat the run"

@@ -73,7 +73,10 @@ def tokens(
         patches = final(out)
         return patches, patches.mean(1)
     patches, prefix = out
-    return final(patches), final(prefix[:, 0])
+    patches = final(patches)
+    if getattr(model, "cls_token", None) is None:  # registers alone
+        return patches, patches.mean(1)
+    return patches, final(prefix[:, 0])
 
 
 def frames_of(

@@ -6,6 +6,7 @@ docs/decisions.md where they differ.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -269,7 +270,12 @@ def changed(recipe: Recipe, words: Iterable[str]) -> Recipe:
         table, _, option = name.partition(".")
         if option and get_origin(kinds.get(table)) is dict and given:
             before = changes.get(table, getattr(recipe, table))
-            changes[table] = {**before, option: _of_toml(text)}
+            try:
+                changes[table] = {**before, option: _of_toml(text)}
+            except ValueError:
+                raise UserError(
+                    f"{word} does not fit; give a number, true, false or a word"
+                ) from None
             continue
         if name in OPTIONS:
             raise UserError(f"{name} is no field of a recipe but an option of its own: --{name}")
@@ -319,11 +325,18 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _of_toml(text: str) -> Any:
-    """What JSON's or TOML's value `text` says; a word without quotes is text."""
+    """What JSON's or TOML's value `text` says, True and False as in Python; a word without quotes
+    is text. Raises ValueError for anything else.
+    """
+    text = text.lower() if text.lower() in ("true", "false") else text
     with suppress(ValueError, RecursionError):
         return json.loads(text)
     with suppress(tomllib.TOMLDecodeError, RecursionError):
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")["value"]
+        if isinstance(found, str | int | float | list | dict):  # TOML has dates, too
+            return found
+    if not re.fullmatch(r"[A-Za-z_]\w*", text):
+        raise ValueError(text)
     return text
 
 

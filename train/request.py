@@ -17,7 +17,7 @@ from train.recipes import Recipe, nearest
 if TYPE_CHECKING:
     from shards import ShardSet
 
-SHARE = re.compile(r"(.*[^/:]):(\d+(?:\.\d+)?)")
+SHARE = re.compile(r"(.*[^:]):((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)", re.IGNORECASE)
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 NAMED = ("timm", "random")
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
@@ -123,8 +123,9 @@ def take_shares(words: Sequence[str]) -> tuple[list[str], tuple[float, ...] | No
     folders, shares = [], []
     for word in words:
         found = None if Path(word).exists() else SHARE.fullmatch(word)
-        place, colon, share = word.rpartition(":")
-        if not found and colon and Path(place).exists() and not Path(word).exists():
+        place, _, share = word.rpartition(":")
+        typed = place and not share.startswith("/") and Path(place).exists()  # s3:// has slashes
+        if not found and typed and not Path(word).exists():
             raise UserError(f"{word}: {share!r} is no share; give a number, as {place}:0.5")
         folders.append(found[1] if found else word)
         shares += [float(found[2])] if found else []

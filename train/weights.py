@@ -90,8 +90,16 @@ def _colours_beside(path: Path) -> tuple[Colour, Colour]:
     if timm_facts(path):
         own = _config_beside(path)["pretrained_cfg"]
         return _colours(own, ("mean", "std"), str(path.parent / CONFIG))
-    said = _config_beside(path, PREPROCESSOR)
-    return _colours(said, ("image_mean", "image_std"), str(path.parent / PREPROCESSOR))
+    said, where = _config_beside(path, PREPROCESSOR), path.parent / PREPROCESSOR
+    if not said and path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            said, where = _object((file.metadata() or {}).get("preprocessor", "{}"), path), path
+    if said.get("do_normalize") is False:
+        said = said | {"image_mean": 0, "image_std": 1}
+    mean, deviation = _colours(said, ("image_mean", "image_std"), str(where))
+    if said.get("do_rescale") is False:  # they are of pixels up to 255
+        mean, deviation = (tuple(n / 255 for n in each) for each in (mean, deviation))
+    return mean, deviation
 
 
 def _colours(said: dict[str, Any], names: tuple[str, str], where: str) -> tuple[Colour, Colour]:
@@ -99,7 +107,7 @@ def _colours(said: dict[str, Any], names: tuple[str, str], where: str) -> tuple[
     found: list[Colour] = []
     for name, ours in zip(names, (MEAN, STD), strict=True):
         value = ours if said.get(name) is None else said[name]
-        numbers = value if isinstance(value, list | tuple) else ()
+        numbers = value if isinstance(value, list | tuple) else [value] * 3
         least = 1e-6 if ours is STD else -1e6
         sound = [type(each) in (int, float) and least <= each <= 1e6 for each in numbers]
         if sound != [True] * 3:
@@ -118,9 +126,17 @@ def _config_beside(path: Path, name: str = CONFIG) -> dict[str, Any]:
     if path.name not in HUGGING_FACE or not beside.is_file():
         return {}
     try:
-        return dict(json.loads(beside.read_text(encoding="utf-8")).items())
-    except (AttributeError, RecursionError, ValueError):
+        return _object(beside.read_text(encoding="utf-8"), beside)
+    except UnicodeDecodeError:
         raise UserError(f"{beside} is no JSON object; fetch it again") from None
+
+
+def _object(text: str, where: Path) -> dict[str, Any]:
+    """The JSON object that `text` is."""
+    try:
+        return dict(json.loads(text).items())
+    except (AttributeError, RecursionError, ValueError):
+        raise UserError(f"{where} holds no JSON object; fetch it again") from None
 
 
 def _from_timm(name: str, size: int, fit: bool) -> Any:

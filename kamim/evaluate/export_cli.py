@@ -48,11 +48,12 @@ def export_hf(
         raise UserError(f"{encoder} is no ViT; its tensors have no names in Hugging Face's ViT")
     config = json.dumps(config_of(model), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(from_timm(model.state_dict()), path, {"format": "pt", "config": config})
+    shown = json.dumps(preprocessor_of(loaded.size, loaded.mean, loaded.std), indent=2) + "\n"
+    facts = {"format": "pt", "config": config, "preprocessor": shown}
+    write_tensors(from_timm(model.state_dict()), path, facts)
     if alone:
         print("note: from_pretrained wants a folder with a config.json; name one", file=sys.stderr)
     else:
         write_atomically(target / CONFIG, config.encode("ascii"))
-        shown = json.dumps(preprocessor_of(loaded.size, loaded.mean, loaded.std), indent=2) + "\n"
         write_atomically(target / PREPROCESSOR, shown.encode("ascii"))
     print(target)

@@ -50,6 +50,7 @@ SIMMIM = ["finetune", "--epochs", "1", "--recipe", "simmim"]
         ({"class_token": False, "global_pool": "avg"}, "fc_norm"),
         ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "norm"),
         ({"class_token": True, "global_pool": "avg"}, "fc_norm"),
+        ({"class_token": False, "reg_tokens": 2, "global_pool": "avg"}, "fc_norm"),
     ],
 )
 def test_tokens_of_the_last_block_have_the_final_norm(options, final, labelled, tmp_path):
@@ -61,7 +62,8 @@ def test_tokens_of_the_last_block_have_the_final_norm(options, final, labelled, 
         patches, cls = tokens(encoder, images, 2, norm)
         expected = getattr(model, final)(expected) if norm else expected
         torch.testing.assert_close(patches, expected[:, prefix:])
-        torch.testing.assert_close(cls, expected[:, 0] if prefix else expected.mean(1))
+        has = options.get("class_token", True)
+        torch.testing.assert_close(cls, expected[:, 0] if has else expected[:, prefix:].mean(1))
 
 
 @pytest.mark.parametrize("recipe", [POOLED, changed(POOLED, ["method=mae"])], ids=["simmim", "mae"])
@@ -162,7 +164,6 @@ def test_what_is_kept_of_other_colours_is_not_used_again(labelled, tmp_path):
         {"std": [0.5, 0.5, 0]},
         {"std": [0.5, 0.5, True]},
         {"std": {"a": 1}},
-        {"std": 0.5},
     ],
     ids=str,
 )
@@ -178,8 +179,25 @@ def test_unsound_means_and_deviations_are_one_line(normal, labelled, tmp_path):
     with pytest.raises(UserError, match=rf"{beside.name}: image_{name} is .*, not 3 finite"):
         load_encoder(str(tmp_path / "hf"), CPU)
     beside.write_text("[1]")
-    with pytest.raises(UserError, match=rf"{beside.name} is no JSON object"):
+    with pytest.raises(UserError, match=rf"{beside.name} holds no JSON object"):
         load_encoder(str(tmp_path / "hf"), CPU)
+
+
+def test_what_is_said_of_pixels_is_read_and_kept(tmp_path):
+    hf = tmp_path / "hf"
+    assert typed("export-hf", "random:small", hf)[0] == 0
+    for said, mean, deviation in (
+        ({"image_mean": 0.5, "image_std": [0.5] * 3}, 0.5, 0.5),
+        ({"do_normalize": False}, 0, 1),
+        ({"do_rescale": False, "image_mean": 127.5, "image_std": 127.5}, 0.5, 0.5),
+    ):
+        (hf / "preprocessor_config.json").write_text(json.dumps(said))
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        assert typed("export-hf", hf, file)[0] == 0
+        for place in (hf, file):
+            found = load_encoder(str(place), CPU)
+            assert found.mean == pytest.approx((mean,) * 3)
+            assert found.std == pytest.approx((deviation,) * 3)
 
 
 @pytest.mark.parametrize(

@@ -754,7 +754,7 @@ def test_a_timm_config_without_a_size_is_one_line(size, tmp_path):
 def test_a_damaged_config_beside_tensors_is_one_line(name, text, tmp_path):
     save_file({name: torch.zeros(1, 37, 64)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
         load_encoder(str(tmp_path), CPU)
 
 

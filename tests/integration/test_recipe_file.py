@@ -66,9 +66,13 @@ def test_tables_and_pairs_are_set_in_every_way_that_people_write_them():
         assert changed(small, [f"options={text}"]).options == whole
     one = changed(small, ["options.depth=2", "options.act_layer=relu"]).options
     assert one == {**small.options, "depth": 2, "act_layer": "relu"}
+    for text in ("False", "false", "FALSE"):
+        assert changed(small, [f"options.class_token={text}"]).options["class_token"] is False
     for text in ("0.5,1", "[0.5, 1]", "(0.5,1)"):
         assert changed(small, [f"area={text}"]).area == (0.5, 1)
     for word, said in (
+        ("options.depth=", "options.depth= does not fit; give a number, true, false or a word"),
+        ("options.depth=2020-01-01", "does not fit; give a number"),
         ("options=3", "it takes: table, as {depth = 2}; one of its values as options.depth=2"),
         ("area=3", "it takes: 2 numbers, as 0.5,1"),
         ("seed=3", "seed is no field of a recipe but an option of its own: --seed"),
@@ -135,12 +139,14 @@ def test_a_mixture_is_repeated_by_the_shares_that_it_kept(built, tmp_path):
     first, again = tmp_path / "a", tmp_path / "b"
     pretrain(f"{built}:2", first, f"{twin}:1", *setting(*TINY), "--recipe", "small")
     kept = tomllib.loads((first / "run.toml").read_text())["run"]
-    assert kept["shares"] == [53, 27]
+    assert kept["shares"] == [2, 1]
     pretrain(built, again, twin, "--recipe", first / "run.toml")
     assert losses(again) == losses(first)
     done = pretrain(built, tmp_path / "c", "--recipe", first / "run.toml", check=False)
     assert (done.returncode, errors(done)) == (2, 1)
     assert "mixes 2 sets by shares and 1 are named; name as many" in done.stderr
+    pretrain(built, tmp_path / "even", twin, *setting(*TINY), "--recipe", "small")
+    assert "shares" not in tomllib.loads((tmp_path / "even" / "run.toml").read_text())["run"]
 
 
 def test_every_field_is_documented():

@@ -52,6 +52,7 @@ def test_what_is_done_is_status_0():
             2,
             "kamim: a.txt is a file, or lies below one",
         ),
+        (FileExistsError("somebody's"), 1, "kamim: somebody's"),
         (OSError(28, "No space left on device", "/data"), 1, "No space left on device: /data"),
         (ModuleNotFoundError("No module", name="torch"), 2, "sources: pip install '.[train]'"),
         (ModuleNotFoundError("No module", name="cv2"), 2, "pip install opencv-python-headless"),
