@@ -73,8 +73,8 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         "</div><h2>Frames, densities and weights</h2><p>A density is the share of a cell's pixels "
         "that keypoint marks cover, or of the greatest low-frequency amplitude: 0 to 1. The white "
         "rectangle is the crop that a run of seed 0 makes of the frame in its first epoch; the "
-        f"weights, of {cells} x {cells} cells, are those that this run reads for it: how often "
-        "over the least one a cell's error counts in the loss.</p>"
+        f"weights, of {cells} x {cells} cells, are those that this run reads for it: how many "
+        "times as much a cell's error counts as that of the cell with the least weight.</p>"
     )
     for n in spread(len(records), samples):
         parts.append(_card(records[n], n, manifest, cells, temperature))
@@ -192,7 +192,7 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
         end = "1, all of a cell" if detector.has_keypoints else "1, the greatest"
         mean = f"{name}: density of the frame, mean {density.mean() / 255:.3f}"
         parts.append(_figure(heat(density), mean, "density", ("0", end)))
-        parts.append(_figure(lit, f"{name}: the frame lit by it"))
+        parts.append(_figure(lit, f"{name}: the frame, bright where density is high"))
         if not detector.has_keypoints:
             continue
         found = read_crop(density, detector, settings, box, flips, cells)

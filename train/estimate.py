@@ -202,7 +202,8 @@ def describe(
             continue
         say(
             f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
-            f"shards built with --crop {recipe.size} are nearer to detection on them"
+            f"for weights nearer to those of {recipe.size}-px crops, build with --crop "
+            f"{recipe.size}"
         )
     say(
         f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
