@@ -53,5 +53,5 @@ def measure_rule(
         print_json({"file": str(path), **asdict(rule)})
         return
     for at, share in zip(rule.at, rule.share, strict=True):
-        print(f"{at:4g} px {share:6.3f}")
+        print(f"{at:4g} px {share:7.1%}")
     say(f"of {rule.photos} images; use it: kamim shards build ... --edge-rule {path}")
