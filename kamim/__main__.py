@@ -40,6 +40,16 @@ from preprocess import BuildError
 from shards.errors import UserError, install
 
 OURS = {"kamim", "preprocess", "shards", "train"}
+SHORT = {  # for commands whose first sentence is too long for a line of the list
+    "export": "Write the encoder of a checkpoint for timm or transformers.",
+    "probe": "Probe frozen features: linear, attentive, neighbours.",
+    "analyse": "Show attention, frequencies and tokens of encoders.",
+    "dense": "Segment images by frozen patch tokens (mIoU).",
+    "export_hf": "Write a ViT's encoder for Hugging Face.",
+}
+
+for command in train.cli.app.registered_commands + kamim.evaluate.cli.app.registered_commands:
+    command.short_help = SHORT.get(getattr(command.callback, "__name__", ""))
 
 app = typer.Typer(
     help="Keypoint-weighted masked image modelling from offline shards.",
@@ -58,7 +68,7 @@ app.add_typer(kamim.bench.cli.app)
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print the parts as JSON.")] = False,
 ) -> None:
-    """Say what this machine has, what is missing for what, and what to type."""
+    """Say what this machine has, what is missing, and what to type."""
     from kamim.doctor import examine
 
     rows = examine()

@@ -61,7 +61,7 @@ from shards.progress import waiting
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(short_help="Write frames and keypoint densities of images into shards.")
 def build(
     source: Built,
     out: Out,
@@ -193,7 +193,7 @@ def _mend(folder: Path, problems: list[str]) -> str:
     return ""
 
 
-@app.command()
+@app.command(short_help="Write one HTML page of frames, densities and weights.")
 def inspect(
     folder: Folder,
     page: Annotated[
@@ -214,7 +214,7 @@ def inspect(
     print_result(json_output, facts, path)
 
 
-@app.command()
+@app.command(short_help="Compare maps and bank with detection on the crop itself.")
 def fidelity(
     folder: Folder,
     source: From = None,

@@ -16,7 +16,7 @@ from shards.errors import UserError
 from shards.progress import waiting
 
 
-@app.command("edge-rule")
+@app.command("edge-rule", short_help="Measure how much less a detector finds near a crop's edge.")
 def measure_rule(
     detector: Annotated[str, Argument(help="One detector, as in kamim shards build.")],
     source: Annotated[str, Argument(help="Images, as in kamim shards build; 800 are enough.")],

@@ -13,7 +13,7 @@ from preprocess.cli import app
 from preprocess.options import Folder, Json, MaxRejected
 
 
-@app.command()
+@app.command(short_help="Convert a finished set to FFCV, and verify every record.")
 def convert(
     folder: Folder,
     to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
@@ -41,7 +41,7 @@ def convert(
     print_result(json_output, {**facts, "records": count, "bytes": size}, line)
 
 
-@app.command()
+@app.command(short_help="Convert a set of format version 2 to the present format.")
 def upgrade(
     folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
     out: Annotated[Path, Argument(help="Destination folder for the set in the present format.")],
@@ -59,7 +59,7 @@ def upgrade(
     print_result(json_output, facts, line)
 
 
-@app.command()
+@app.command(short_help="Copy a finished set between folders and stores.")
 def copy(
     source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
     target: Annotated[str, Argument(help="Destination folder or URL.")],
@@ -79,7 +79,7 @@ def copy(
     print_result(json_output, facts, line)
 
 
-@app.command()
+@app.command(short_help="Make one finished set of the parts of a build.")
 def join(
     out: Annotated[str, Argument(help="Folder or URL that all parts were built into.")],
     max_rejected: MaxRejected = 0.01,

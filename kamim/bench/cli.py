@@ -16,7 +16,7 @@ app = typer.Typer()
 PARTS = ("loaders", "step", "build", "meaning")
 
 
-@app.command()
+@app.command(short_help="Measure loaders with offline and online detection.")
 def bench(
     source: Annotated[
         str, typer.Argument(help="Folder or .tar of class folders, or demo.")

@@ -252,10 +252,12 @@ def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_so
 
 
 def test_help_says_what_each_option_is():
-    for arguments in ([], ["shards"], ["shards", "build"], ["shards", "verify"]):
+    for arguments in ([], ["shards"], ["maps"], ["shards", "build"], ["shards", "verify"]):
         done = kamim(*arguments, "--help")
         assert done.returncode == 0
         assert "Usage: kamim" in done.stdout
+        listed = done.stdout.partition("Commands:")[2]
+        assert "..." not in listed  # each is said in one line
 
 
 def test_the_current_folder_lends_no_room(tmp_path):
