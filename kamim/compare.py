@@ -40,8 +40,12 @@ Group = dict[str, Any]
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs of `kamim pretrain`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("runs/comparison"),
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders of runs of `kamim pretrain`.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the page.")] = Path(
+        "runs/comparison"
+    ),
     json_output: Annotated[
         bool, typer.Option("--json", help="Print means and deviations as JSON.")
     ] = False,

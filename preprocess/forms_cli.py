@@ -18,7 +18,10 @@ def convert(
     folder: Folder,
     to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
     out: Annotated[
-        Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
+        Path | None,
+        Option(
+            metavar="FOLDER", help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default."
+        ),
     ] = None,
     frames: Annotated[
         Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store raw pixels.")
@@ -43,8 +46,12 @@ def convert(
 
 @app.command(short_help="Convert a set of format version 2 to the present format.")
 def upgrade(
-    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
-    out: Annotated[Path, Argument(help="Destination folder for the set in the present format.")],
+    folder: Annotated[
+        Path, Argument(metavar="FOLDER", help="Folder of a finished set of format version 2.")
+    ],
+    out: Annotated[
+        Path, Argument(metavar="OUT", help="Destination folder for the set in the present format.")
+    ],
     json_output: Json = False,
 ) -> None:
     """Convert a set of format version 2 to the present format, without its source.
@@ -61,9 +68,9 @@ def upgrade(
 
 @app.command(short_help="Copy a finished set between folders and stores.")
 def copy(
-    source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
-    target: Annotated[str, Argument(help="Destination folder or URL.")],
-    jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
+    source: Annotated[str, Argument(metavar="SOURCE", help="A finished set: its folder or URL.")],
+    target: Annotated[str, Argument(metavar="TARGET", help="Destination folder or URL.")],
+    jobs: Annotated[int, Option(metavar="N", help="Files copied at a time.")] = 4,
     json_output: Json = False,
 ) -> None:
     """Copy a finished set between folders and s3://, gs://, hf://; also from https://.
@@ -81,7 +88,9 @@ def copy(
 
 @app.command(short_help="Make one finished set of the parts of a build.")
 def join(
-    out: Annotated[str, Argument(help="Folder or URL that all parts were built into.")],
+    out: Annotated[
+        str, Argument(metavar="OUT", help="Folder or URL that all parts were built into.")
+    ],
     max_rejected: MaxRejected = 0.01,
     json_output: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,6 +259,8 @@ def test_help_says_what_each_option_is():
         assert "Usage: kamim" in done.stdout
         listed = done.stdout.partition("Commands:")[2]
         assert "..." not in listed  # each is said in one line
+        options = done.stdout.partition("Options:")[2]
+        assert not re.search(r"<(str>|int|float|path|list)", options)
 
 
 def test_the_current_folder_lends_no_room(tmp_path):
