@@ -158,6 +158,7 @@ def whole(value: Any) -> Any:
 
 def _page(groups: Sequence[Group]) -> str:
     from shards.html import page, table, text
+    from shards.progress import counted
     from train.page import STYLE
 
     rows: list[list[object]] = [
@@ -190,7 +191,7 @@ def _page(groups: Sequence[Group]) -> str:
         for group in groups
     )
     count = sum(len(group["runs"]) for group in groups)
-    return page(f"{count} runs compared", [*parts, f"<ul>{listed}</ul>"], STYLE)
+    return page(f"{counted(count, 'run')} compared", [*parts, f"<ul>{listed}</ul>"], STYLE)
 
 
 def said(figure: dict[str, float] | None, times: float, digits: int) -> str:

@@ -11,6 +11,7 @@ from typer import Argument, Option
 from preprocess.build_cli import print_result, print_set, within
 from preprocess.cli import app
 from preprocess.options import Folder, Json, MaxRejected
+from shards.progress import counted
 
 
 @app.command(short_help="Convert a finished set to FFCV, and verify every record.")
@@ -82,7 +83,7 @@ def copy(
 
     manifest, copied = copy_set(source, target, within("--jobs", jobs, 1))
     facts = {"out": target, "fingerprint": manifest.fingerprint, "copied": copied}
-    line = f"{target}: {manifest.count} records, {copied} files copied"
+    line = f"{target}: {manifest.count} records, {counted(copied, 'file')} copied"
     print_result(json_output, facts, line)
 
 

@@ -16,6 +16,7 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.html import encoded, heat, image, page, text
 from shards.order import Plan
+from shards.progress import counted
 from shards.record import Record, decode_frame
 from shards.spec import Manifest
 
@@ -91,8 +92,8 @@ def _facts(manifest: Manifest) -> str:
     frame = "raw" if settings.quality == 0 else f"JPEG quality {settings.quality}, 4:2:0"
     size = sum(shard.bytes for shard in manifest.shards)
     facts = {
-        "records": f"{manifest.count:,} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB, "
-        f"{size / max(1, manifest.count):,.0f} bytes per record",
+        "records": f"{manifest.count:,} in {counted(len(manifest.shards), 'shard')}, "
+        f"{size / 1e6:,.1f} MB, {size / max(1, manifest.count):,.0f} bytes per record",
         "classes": f"{len(manifest.classes):,}",
         "frame": f"{settings.frame} px, {frame}" if settings.frame else "none",
         "maps": f"{settings.grid} x {settings.grid}, {settings.mark} marks detected on the "

@@ -149,7 +149,7 @@ def test_only_the_drawn_are_trained_on(by, shards, shown, tmp_path, capsys):
         assert trained <= set(chosen)
         assert len(trained) >= 12
     said = capsys.readouterr().err
-    assert "20 records x 6 epochs / batch 8 = 15 steps" in said
+    assert "20 records x 6 epochs / batch 8 = 15 steps; batch = 1 process x" in said
     assert f"trains on 20 of 40 samples, drawn by {by.replace('_', ' ')} to the power of 4" in said
     assert ("losses of 40 records looked at before step 4" in said) == (by != "density")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
