@@ -59,7 +59,7 @@ app.add_typer(kamim.bench.cli.app)
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print the parts as JSON.")] = False,
 ) -> None:
-    """Say what this machine has, what is missing for what, and what to type."""
+    """Say what this machine has, what is missing, and what to type."""
     from kamim.doctor import examine
 
     rows = examine()

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
@@ -26,22 +29,32 @@ FIGURES = {  # by the name in metrics.jsonl: a title, what to multiply by, digit
     "seconds": ("hours", 1 / 3600, 2),
 }
 MEDIANS = ("images_per_s", "waiting")  # of all rows: one row's is noise
-# What runs of a row may differ by.
+# What runs of a column may differ by.
 APART = ("seed", "versions", "extended", "shards_folder", "deterministic", "micro_batch")
+APART_SHARDS = (
+    "<p class=warning>Not all runs have the same shards: their losses, figures and pictures are of "
+    "different images."
+)
 Group = dict[str, Any]
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs of `kamim pretrain`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("runs/comparison"),
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders of runs of `kamim pretrain`.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the page.")] = Path(
+        "runs/comparison"
+    ),
     json_output: Annotated[
         bool, typer.Option("--json", help="Print means and deviations as JSON.")
     ] = False,
 ) -> None:
-    """Compare runs on one page: curves in common charts, pictures side by side, and a table.
+    """Compare runs on one page: curves, pictures and a table.
 
-    Runs that differ only in the seed are one row: mean and standard deviation over seeds.
+    Runs have common charts, and pictures side by side. A run is called as its folder is. Runs that
+    differ only in the seed are one column of the table: mean and standard deviation over seeds. The
+    settings that differ are listed below.
     """
     for run in runs:
         if not (run / FACTS).is_file():
@@ -64,15 +77,17 @@ def compare(
 
 
 def grouped(found: Sequence[Any]) -> list[Group]:
-    """Runs (train.page.Read) that differ by their seed alone, together: name, seeds, epochs, and
-    of each of FIGURES mean, deviation (None for one run) and count.
+    """Runs (train.page.Read) that differ by their seed alone, together: name, the settings that
+    other groups have not, seeds, epochs, and of each of FIGURES mean, deviation (None for one run)
+    and count.
     """
     alike: dict[str, list[Any]] = {}
     for each in found:
         alike.setdefault(json.dumps(telling(each), sort_keys=True), []).append(each)
-    groups = []
-    for of, name in zip(alike.values(), names(list(alike.values())), strict=True):
-        group: Group = {"name": name, "seeds": [each.facts["seed"] for each in of]}
+    groups, together = [], list(alike.values())
+    for of, name, settings in zip(together, names(together), differing(together), strict=True):
+        group: Group = {"name": name, "settings": settings}
+        group["seeds"] = [each.facts["seed"] for each in of]
         group |= {"epochs": [round(each.rows[-1]["epoch"], 2) for each in of], "runs": of}
         for figure in FIGURES:
             values = [value for each in of if math.isfinite(value := figure_of(each, figure))]
@@ -96,13 +111,38 @@ def figure_of(run: Any, name: str) -> float:
 
 
 def names(groups: Sequence[Sequence[Any]]) -> list[str]:
-    """What tells each of `groups` from the others: the settings in which they differ."""
-    facts = [telling(of[0]) for of in groups]
-    keys = [k for k in facts[0] if len({str(f.get(k)) for f in facts}) > 1]
-    if not keys:
-        return [of[0].run.name for of in groups]
-    said = [{k: v for k, v in f.items() if v not in (None, "")} for f in facts]
-    return [", ".join(f"{k} {f.get(k, 'none')}" for k in keys) for f in said]
+    """What `groups` are called: as the folder of their run, or what the folders of their seeds have
+    in common; then A, B and so on, where a name would be there twice.
+    """
+    found = []
+    for of in groups:
+        folders = [os.path.basename(os.path.abspath(each.run)) for each in of]
+        stems = {re.sub(r"((?<=.)[-_.]seed)?[-_.]?\d+$", "", folder) for folder in folders}
+        found.append((len(of) > 1 and len(stems) == 1 and stems.pop()) or folders[0])
+    often = Counter(found)
+    letters = {name: iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for name in often}
+    return [f"{n} {next(letters[n], '')}".rstrip() if often[n] > 1 else n for n in found]
+
+
+def differing(groups: Sequence[Sequence[Any]]) -> list[dict[str, str]]:
+    """Of each of `groups` the settings in which they differ, as words. Hashes have 8 digits."""
+    facts = [flat(telling(of[0])) for of in groups]
+    keys = [k for k in {k: 0 for f in facts for k in f} if len({str(f.get(k)) for f in facts}) > 1]
+    return [{k: _said_short(f.get(k)) for k in keys} for f in facts]
+
+
+def flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` with a dict's entries, as `options.depth`, in place of the dict."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {}
+        found |= {} if isinstance(value, dict) else {key: value}
+    return found
+
+
+def _said_short(value: Any) -> str:
+    words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "none" if value in (None, "") else re.sub(r"\b([0-9a-f]{8})[0-9a-f]{32,}", r"\1", words)
 
 
 def telling(run: Any) -> dict[str, Any]:
@@ -128,6 +168,7 @@ def whole(value: Any) -> Any:
 
 def _page(groups: Sequence[Group]) -> str:
     from shards.html import page, table, text
+    from shards.progress import counted
     from train.page import STYLE
 
     rows: list[list[object]] = [
@@ -137,10 +178,17 @@ def _page(groups: Sequence[Group]) -> str:
     for name, (title, times, digits) in FIGURES.items():
         cells = [said(group.get(name), times, digits) for group in groups]
         rows += [[title, *cells]] if any(cells) else []
+    head = ["", *(group["name"] for group in groups)]
     parts = [
-        table(["", *(group["name"] for group in groups)], rows),
+        table(head, rows),
         "<p>Mean ± standard deviation over runs that differ by their seed alone.",
     ]
+    keys = list(groups[0]["settings"])
+    if "shards" in keys:
+        parts.insert(0, APART_SHARDS)
+    if keys:
+        differ = [[key, *(group["settings"][key] for group in groups)] for key in keys]
+        parts += ["<h2>Settings that differ</h2>", table(head, differ)]
     parts.append(f"<h2>Curves</h2><div class=charts>{''.join(_charts(groups))}</div>")
     pictures = "".join(_strip(group["runs"][0], group["name"]) for group in groups)
     if pictures:
@@ -153,7 +201,7 @@ def _page(groups: Sequence[Group]) -> str:
         for group in groups
     )
     count = sum(len(group["runs"]) for group in groups)
-    return page(f"{count} runs compared", [*parts, f"<ul>{listed}</ul>"], STYLE)
+    return page(f"{counted(count, 'run')} compared", [*parts, f"<ul>{listed}</ul>"], STYLE)
 
 
 def said(figure: dict[str, float] | None, times: float, digits: int) -> str:

@@ -12,7 +12,7 @@ import preprocess
 from preprocess import BuildError
 from preprocess.detectors import check_detector
 from shards.errors import UserError
-from shards.progress import waiting
+from shards.progress import counted, waiting
 from shards.remote.place import Place
 from shards.spec import REJECTED, Ledger, Manifest, Settings
 
@@ -109,7 +109,7 @@ def print_set(place: Place, manifest: Manifest, json_output: bool) -> None:
         print_json({**facts, **asdict(ledger)})
         return
     print(
-        f"{place}: {_counts(ledger)}; {len(manifest.shards)} shards, "
+        f"{place}: {_counts(ledger)}; {counted(len(manifest.shards), 'shard')}, "
         f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )
     if ledger.rejected:
@@ -119,7 +119,8 @@ def print_set(place: Place, manifest: Manifest, json_output: bool) -> None:
 def _counts(ledger: Ledger) -> str:
     rejected = "".join(f", {n} {reason}" for reason, n in ledger.rejected.items())
     refused = ledger.inputs - ledger.written
-    return f"{ledger.inputs} inputs = {ledger.written} written + {refused} rejected{rejected}"
+    inputs = counted(ledger.inputs, "input")
+    return f"{inputs} = {ledger.written:,} written + {refused:,} rejected{rejected}"
 
 
 def weights_of(text: str) -> tuple[float, int] | None:
@@ -160,9 +161,9 @@ def _warn(settings: Settings, jobs: int, scheduler: str, source: str) -> None:
 
 def _say_what_is_listed(listed: "preprocess.Source") -> None:
     if listed.ignored:
-        say(f"{listed.ignored} files are not named as images and were ignored")
+        say(f"{counted(listed.ignored, 'file')} not named as images: ignored")
     if listed.sets:
-        say(f"{len(listed.sets)} folders of finished shards were left out, as {listed.sets[0]}")
+        say(f"{counted(len(listed.sets), 'folder')} of finished shards left out: {listed.sets[0]}")
     unlabelled = sum(entry.label < 0 for entry in listed.entries)
     if unlabelled:
         say(f"{unlabelled} of {len(listed.entries)} images have no label")

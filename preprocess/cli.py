@@ -61,7 +61,7 @@ from shards.progress import waiting
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(short_help="Write frames and keypoint densities of images into shards.")
 def build(
     source: Built,
     out: Out,
@@ -71,21 +71,26 @@ def build(
     edge_rule: EdgeRules = None,
     detector_seconds: DetectorSeconds = 60,
     frame: Annotated[
-        int, Option(help="Side of the stored square frame, px; best at least crop / sqrt(area).")
+        int,
+        Option(
+            metavar="PX",
+            help="Side of the stored square frame, px; best at least crop / sqrt(area).",
+        ),
     ] = DEFAULTS.frame,
     quality: Annotated[
-        int, Option(help="JPEG quality of frames, 1 to 100. 0: raw pixels.")
+        int, Option(metavar="N", help="JPEG quality of frames, 1 to 100. 0: raw pixels.")
     ] = DEFAULTS.quality,
     crop: Crop = DEFAULTS.crop,
     area: Area = DEFAULTS.area[0],
     map_crops: MapCrops = DEFAULTS.map_crops,
     bank: Annotated[
-        int, Option(help="Crops stored per image, with exact densities. 0: none.")
+        int, Option(metavar="N", help="Crops stored per image, with exact densities. 0: none.")
     ] = DEFAULTS.bank,
     weights: Annotated[
         str,
         Option(
-            help="Also store loss weights for T,w_ps: of the bank's crops, or of the whole frame."
+            metavar="T,W_PS",
+            help="Also store loss weights for T,w_ps: of the bank's crops, or of the whole frame.",
         ),
     ] = "",
     grid: Grid = DEFAULTS.grid,
@@ -94,7 +99,7 @@ def build(
         Literal["source", "frame"], Option(help="Detect on the source, or on the stored frame.")
     ] = "source",
     levels: Annotated[
-        int, Option(help="Levels of density: 256; 16 only to repair an upgraded set.")
+        int, Option(metavar="N", help="Levels of density: 256; 16 only to repair an upgraded set.")
     ] = DEFAULTS.levels,
     shard_size: ShardSize = DEFAULTS.shard_size,
     jobs: Jobs = 0,
@@ -144,7 +149,7 @@ def verify(
     ] = "checksum",
     source: From = None,
     split: Split = "",
-    samples: Annotated[int, Option(help="Records that redetect computes again.")] = 64,
+    samples: Annotated[int, Option(metavar="N", help="Records that redetect computes again.")] = 64,
     json_output: Json = False,
 ) -> None:
     """Check a finished set of shards. The exit status is 1 if anything is wrong.
@@ -193,13 +198,13 @@ def _mend(folder: Path, problems: list[str]) -> str:
     return ""
 
 
-@app.command()
+@app.command(short_help="Write one HTML page of frames, densities and weights.")
 def inspect(
     folder: Folder,
     page: Annotated[
-        Path | None, Option(help="File to write; FOLDER/inspect.html by default.")
+        Path | None, Option(metavar="FILE", help="File to write; FOLDER/inspect.html by default.")
     ] = None,
-    samples: Annotated[int, Option(help="Frames to show.")] = 24,
+    samples: Annotated[int, Option(metavar="N", help="Frames to show.")] = 24,
     temperature: Temperature = 0.25,
     w_ps: Cell = 8,
     json_output: Json = False,
@@ -214,15 +219,17 @@ def inspect(
     print_result(json_output, facts, path)
 
 
-@app.command()
+@app.command(short_help="Compare maps and bank with detection on the crop itself.")
 def fidelity(
     folder: Folder,
     source: From = None,
     split: Split = "",
-    samples: Annotated[int, Option(help="Records to compare, one new crop each.")] = 1000,
+    samples: Annotated[
+        int, Option(metavar="N", help="Records to compare, one new crop each.")
+    ] = 1000,
     temperature: Temperature = 0.25,
     w_ps: Cell = 8,
-    seed: Annotated[int, Option(help="Seed of the crops.")] = 0,
+    seed: Annotated[int, Option(metavar="N", help="Seed of the crops.")] = 0,
     jobs: Jobs = 0,
     json_output: Json = False,
 ) -> None:

@@ -16,16 +16,20 @@ from shards.errors import UserError
 from shards.progress import waiting
 
 
-@app.command("edge-rule")
+@app.command("edge-rule", short_help="Measure how much less a detector finds near a crop's edge.")
 def measure_rule(
-    detector: Annotated[str, Argument(help="One detector, as in kamim shards build.")],
-    source: Annotated[str, Argument(help="Images, as in kamim shards build; 800 are enough.")],
+    detector: Annotated[
+        str, Argument(metavar="DETECTOR", help="One detector, as in kamim shards build.")
+    ],
+    source: Annotated[
+        str, Argument(metavar="SOURCE", help="Images, as in kamim shards build; 800 are enough.")
+    ],
     split: Split = "",
     detector_option: DetectorOptions = None,
     mark: Mark = "ring",
-    samples: Annotated[int, Option(help="Images to measure on.")] = 800,
+    samples: Annotated[int, Option(metavar="N", help="Images to measure on.")] = 800,
     out: Annotated[
-        Path | None, Option(help="File to write; DETECTOR.edge.json by default.")
+        Path | None, Option(metavar="FILE", help="File to write; DETECTOR.edge.json by default.")
     ] = None,
     jobs: Jobs = 0,
     json_output: Json = False,
@@ -53,5 +57,5 @@ def measure_rule(
         print_json({"file": str(path), **asdict(rule)})
         return
     for at, share in zip(rule.at, rule.share, strict=True):
-        print(f"{at:4g} px {share:6.3f}")
+        print(f"{at:4g} px {share:7.1%}")
     say(f"of {rule.photos} images; use it: kamim shards build ... --edge-rule {path}")

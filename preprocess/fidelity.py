@@ -257,14 +257,14 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     lines = [f"{'densities':18s}{'correlation':>12s}{'wrong':>8s}{'bias':>8s}{'equal':>8s}"]
     rows = [(f"{n} {what}", e) for n, each in found.items() for what, e in each.items()]
     for name, e in rows:
-        figures = f"{e['correlation']:12.3f}{e['wrong']:8.3f}{e['bias']:+8.2f}{e['equal']:8.3f}"
+        figures = f"{e['correlation']:12.3f}{e['wrong']:8.1%}{e['bias']:+8.1%}{e['equal']:8.1%}"
         lines.append(f"{name:18s}{figures}")
     lines.append(f"{'wrong, bias':18s}" + "".join(f"{f'T {t:g}':>15s}" for t in TEMPERATURES))
     for name, e in rows:
         if name.endswith((" map", " uncorrected")):
             pairs = ((e[f"wrong at {t:g}"], e[f"bias at {t:g}"]) for t in TEMPERATURES)
             lines.append(
-                f"{name:18s}" + "".join(f"{wrong:8.3f}{bias:+7.2f}" for wrong, bias in pairs)
+                f"{name:18s}" + "".join(f"{wrong:7.1%}{bias:+8.1%}" for wrong, bias in pairs)
             )
     return lines
 

@@ -11,14 +11,18 @@ from typer import Argument, Option
 from preprocess.build_cli import print_result, print_set, within
 from preprocess.cli import app
 from preprocess.options import Folder, Json, MaxRejected
+from shards.progress import counted
 
 
-@app.command()
+@app.command(short_help="Convert a finished set to FFCV, and verify every record.")
 def convert(
     folder: Folder,
     to: Annotated[Literal["ffcv"], Option(help="The container to write.")] = "ffcv",
     out: Annotated[
-        Path | None, Option(help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default.")
+        Path | None,
+        Option(
+            metavar="FOLDER", help="Destination folder; FOLDER-ffcv or FOLDER-ffcv-raw by default."
+        ),
     ] = None,
     frames: Annotated[
         Literal["jpeg", "raw"], Option(help="Copy the JPEG bytes, or store raw pixels.")
@@ -41,10 +45,14 @@ def convert(
     print_result(json_output, {**facts, "records": count, "bytes": size}, line)
 
 
-@app.command()
+@app.command(short_help="Convert a set of format version 2 to the present format.")
 def upgrade(
-    folder: Annotated[Path, Argument(help="Folder of a finished set of format version 2.")],
-    out: Annotated[Path, Argument(help="Destination folder for the set in the present format.")],
+    folder: Annotated[
+        Path, Argument(metavar="FOLDER", help="Folder of a finished set of format version 2.")
+    ],
+    out: Annotated[
+        Path, Argument(metavar="OUT", help="Destination folder for the set in the present format.")
+    ],
     json_output: Json = False,
 ) -> None:
     """Convert a set of format version 2 to the present format, without its source.
@@ -59,11 +67,11 @@ def upgrade(
     print_result(json_output, facts, line)
 
 
-@app.command()
+@app.command(short_help="Copy a finished set between folders and stores.")
 def copy(
-    source: Annotated[str, Argument(help="A finished set: its folder or URL.")],
-    target: Annotated[str, Argument(help="Destination folder or URL.")],
-    jobs: Annotated[int, Option(help="Files copied at a time.")] = 4,
+    source: Annotated[str, Argument(metavar="SOURCE", help="A finished set: its folder or URL.")],
+    target: Annotated[str, Argument(metavar="TARGET", help="Destination folder or URL.")],
+    jobs: Annotated[int, Option(metavar="N", help="Files copied at a time.")] = 4,
     json_output: Json = False,
 ) -> None:
     """Copy a finished set between folders and s3://, gs://, hf://; also from https://.
@@ -75,13 +83,15 @@ def copy(
 
     manifest, copied = copy_set(source, target, within("--jobs", jobs, 1))
     facts = {"out": target, "fingerprint": manifest.fingerprint, "copied": copied}
-    line = f"{target}: {manifest.count} records, {copied} files copied"
+    line = f"{target}: {manifest.count} records, {counted(copied, 'file')} copied"
     print_result(json_output, facts, line)
 
 
-@app.command()
+@app.command(short_help="Make one finished set of the parts of a build.")
 def join(
-    out: Annotated[str, Argument(help="Folder or URL that all parts were built into.")],
+    out: Annotated[
+        str, Argument(metavar="OUT", help="Folder or URL that all parts were built into.")
+    ],
     max_rejected: MaxRejected = 0.01,
     json_output: Json = False,
 ) -> None:

@@ -39,7 +39,7 @@ def _maps() -> None:
     """Build densities without frames."""
 
 
-@app.command()
+@app.command(short_help="Write keypoint densities of images, without frames.")
 def build(
     source: Built,
     out: Out,

@@ -16,62 +16,85 @@ Backend = Literal["loky", "dask", "ray"]
 DEFAULTS = Settings()
 
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
-Jobs = Annotated[int, Option(help="Processes. 0: one per core.")]
-Folder = Annotated[Path, Argument(help="Folder of a finished set of shards.")]
+Jobs = Annotated[int, Option(metavar="N", help="Processes. 0: one per core.")]
+Folder = Annotated[Path, Argument(metavar="FOLDER", help="Folder of a finished set of shards.")]
 Built = Annotated[
     str,
     Argument(
+        metavar="SOURCE",
         help="Path or URL of a folder or .tar of class folders, or a dataset as NAME or "
-        f"NAME:PATH: {', '.join(DATASETS)}."
+        f"NAME:PATH: {', '.join(DATASETS)}.",
     ),
 ]
 Out = Annotated[
-    str, Argument(help="Folder or URL (s3://bucket/set) to write: new, or an unfinished set.")
+    str,
+    Argument(
+        metavar="OUT", help="Folder or URL (s3://bucket/set) to write: new, or an unfinished set."
+    ),
 ]
 Detectors = Annotated[
     str,
     Option(
+        metavar="NAMES",
         help=f"Detectors, separated by commas: OpenCV's {', '.join(OPENCV)}; your own as "
         "MODULE:FUNCTION or NAME=MODULE:FUNCTION; frequency: no keypoints, but a map of low "
-        "frequencies for FAMT's masks."
+        "frequencies for FAMT's masks.",
     ),
 ]
 DetectorOptions = Annotated[
     list[str] | None,
-    Option(help="Option of a detector: fast.threshold=20. Repeatable."),
+    Option(
+        metavar="NAME.OPTION=VALUE", help="Option of a detector: fast.threshold=20. Repeatable."
+    ),
 ]
 DetectorSeconds = Annotated[
     float,
-    Option(help="Most seconds that your own detector may take per image or crop. 0: no limit."),
+    Option(
+        metavar="SECONDS",
+        help="Most seconds that your own detector may take per image or crop. 0: no limit.",
+    ),
 ]
 EdgeRules = Annotated[
     list[Path] | None,
-    Option(help="Edge rule of a detector: a file from kamim shards edge-rule. Repeatable."),
+    Option(
+        metavar="FILE",
+        help="Edge rule of a detector: a file from kamim shards edge-rule. Repeatable.",
+    ),
 ]
-Crop = Annotated[int, Option(help="Side of the crops in training, px.")]
-Area = Annotated[float, Option(help="Least area of a crop, as a share of the source.")]
+Crop = Annotated[int, Option(metavar="PX", help="Side of the crops in training, px.")]
+Area = Annotated[
+    float, Option(metavar="SHARE", help="Least area of a crop, as a share of the source.")
+]
 MapCrops = Annotated[
-    int, Option(help="Random crops per image that a map averages, with the whole image.")
+    int,
+    Option(metavar="N", help="Random crops per image that a map averages, with the whole image."),
 ]
-Grid = Annotated[int, Option(help="Cells per side of a density map.")]
+Grid = Annotated[int, Option(metavar="N", help="Cells per side of a density map.")]
 Mark = Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")]
-ShardSize = Annotated[int, Option(help="Inputs per shard. 0: 1000, fewer for small sources.")]
+ShardSize = Annotated[
+    int, Option(metavar="N", help="Inputs per shard. 0: 1000, fewer for small sources.")
+]
 Engine = Annotated[
     Backend, Option(help="What runs the processes: this machine (loky), Dask or Ray.")
 ]
 Scheduler = Annotated[
-    str, Option(help="HOST:PORT of a Dask or Ray cluster that sees SOURCE and OUT.")
+    str,
+    Option(metavar="HOST:PORT", help="Address of a Dask or Ray cluster that sees SOURCE and OUT."),
 ]
 OnError = Annotated[
     Literal["quarantine", "fail"],
     Option(help="A bad input is listed as rejected, or stops the build."),
 ]
 MaxRejected = Annotated[
-    float, Option(help="Share of rejected inputs above which the exit status is 1.")
+    float,
+    Option(metavar="SHARE", help="Share of rejected inputs above which the exit status is 1."),
 ]
 Reuse = Annotated[
     Path | None,
-    Option(help="Copy equal maps, and frames, from this finished set of the same source."),
+    Option(
+        metavar="FOLDER",
+        help="Copy equal maps, and frames, from this finished set of the same source.",
+    ),
 ]
 Part = Annotated[
     str,
@@ -85,11 +108,14 @@ Repair = Annotated[
 ]
 Partial = Annotated[bool, Option("--partial", help="Accept a named dataset that is incomplete.")]
 From = Annotated[
-    str | None, Option(help="The source that the set was built from; the demo needs none.")
+    str | None,
+    Option(metavar="SOURCE", help="The source that the set was built from; the demo needs none."),
 ]
-Split = Annotated[str, Option(help="Split of a named dataset; the training split by default.")]
-Temperature = Annotated[float, Option(help="T in the weights exp(density / T).")]
-Cell = Annotated[int, Option(help="Side of a weight cell, px.")]
+Split = Annotated[
+    str, Option(metavar="NAME", help="Split of a named dataset; the training split by default.")
+]
+Temperature = Annotated[float, Option(metavar="T", help="T in the weights exp(density / T).")]
+Cell = Annotated[int, Option(metavar="PX", help="Side of a weight cell, px.")]
 
 
 def detectors_of(

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def counted(number: float, what: str, more: str = "s") -> str:
+    """`number` with its noun: 1 file, 2,000 files."""
+    return f"{number:,.12g} {what}{'' if number == 1 else more}"
+
+
 def progress(
     title: str,
     total: float,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from shards.crops import Ints
 from shards.errors import UserError
 from shards.order import Plan
+from shards.progress import counted
 from shards.spec import AREA
 
 if TYPE_CHECKING:
@@ -209,6 +210,6 @@ def steps_of_epoch(plan: Plan, epochs: float = 1) -> int:
     """Whole steps in `epochs`; UserError if there are none, which a loop would not notice."""
     steps = plan.steps(epochs)
     if steps < 1:
-        make = f"{epochs:g} epochs of {plan.total} records make no batch of {plan.batch}"
+        make = f"{counted(epochs, 'epoch')} of {plan.total} records make no batch of {plan.batch}"
         raise UserError(f"{make}; give more epochs or a smaller batch")
     return steps

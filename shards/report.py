@@ -16,6 +16,7 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.html import encoded, heat, image, page, text
 from shards.order import Plan
+from shards.progress import counted
 from shards.record import Record, decode_frame
 from shards.spec import Manifest
 
@@ -73,8 +74,8 @@ def inspect_page(records: ShardSet, temperature: float, w_ps: int, samples: int)
         "</div><h2>Frames, densities and weights</h2><p>A density is the share of a cell's pixels "
         "that keypoint marks cover, or of the greatest low-frequency amplitude: 0 to 1. The white "
         "rectangle is the crop that a run of seed 0 makes of the frame in its first epoch; the "
-        f"weights, of {cells} x {cells} cells, are those that this run reads for it: how often "
-        "over the least one a cell's error counts in the loss.</p>"
+        f"weights, of {cells} x {cells} cells, are those that this run reads for it: how many "
+        "times as much a cell's error counts as that of the cell with the least weight.</p>"
     )
     for n in spread(len(records), samples):
         parts.append(_card(records[n], n, manifest, cells, temperature))
@@ -91,8 +92,8 @@ def _facts(manifest: Manifest) -> str:
     frame = "raw" if settings.quality == 0 else f"JPEG quality {settings.quality}, 4:2:0"
     size = sum(shard.bytes for shard in manifest.shards)
     facts = {
-        "records": f"{manifest.count:,} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB, "
-        f"{size / max(1, manifest.count):,.0f} bytes per record",
+        "records": f"{manifest.count:,} in {counted(len(manifest.shards), 'shard')}, "
+        f"{size / 1e6:,.1f} MB, {size / max(1, manifest.count):,.0f} bytes per record",
         "classes": f"{len(manifest.classes):,}",
         "frame": f"{settings.frame} px, {frame}" if settings.frame else "none",
         "maps": f"{settings.grid} x {settings.grid}, {settings.mark} marks detected on the "
@@ -192,7 +193,7 @@ def _card(record: Record, number: int, manifest: Manifest, cells: int, temperatu
         end = "1, all of a cell" if detector.has_keypoints else "1, the greatest"
         mean = f"{name}: density of the frame, mean {density.mean() / 255:.3f}"
         parts.append(_figure(heat(density), mean, "density", ("0", end)))
-        parts.append(_figure(lit, f"{name}: the frame lit by it"))
+        parts.append(_figure(lit, f"{name}: the frame, bright where density is high"))
         if not detector.has_keypoints:
             continue
         found = read_crop(density, detector, settings, box, flips, cells)

@@ -53,7 +53,8 @@ def chart(
     begin, end = across or (x_ticks[0], x_ticks[-1])
     y_ticks = ticks(ys.min() if low is None else low, ys.max() if high is None else high)
     named = [line for line in drawn if line.name]
-    keys = math.ceil(len(named) / 2) if len(named) > 1 else 0
+    beside = 1 if any(len(line.name) > 24 for line in named) else 2  # names of the key, in a row
+    keys = math.ceil(len(named) / beside) if len(named) > 1 else 0
     top, tall = TOP + 16 * keys, HEIGHT - TOP - BOTTOM
     bottom, right = top + tall, WIDTH - RIGHT
 
@@ -65,9 +66,9 @@ def chart(
 
     parts = [words(title)]
     for number, line in enumerate(named if keys else ()):
-        left, base = 8 + number % 2 * (WIDTH - 8) / 2, TOP + 7 + number // 2 * 15
+        left, base = 8 + number % beside * (WIDTH - 8) / 2, TOP + 7 + number // beside * 15
         parts.append(f"<path d='M{left:.0f},{base - 4}h16' {_stroke(line)}/>")
-        parts.append(_label(left + 20, base, _cut(line.name, 24), "start"))
+        parts.append(_label(left + 20, base, _cut(line.name, 48 // beside), "start"))
     for value in y_ticks:
         _, y = at(x_ticks[0], value)
         parts.append(f"<path d='M{LEFT},{y:.1f}H{right}' stroke='#e3e5e8'/>")

@@ -23,7 +23,7 @@ app = typer.Typer()
 Folders = Annotated[
     list[str],
     typer.Argument(
-        metavar="FOLDER[:SHARE]...", help="Folder of a finished set of shards, or its URL."
+        metavar="FOLDER[:SHARE]", help="Folder of a finished set of shards, or its URL."
     ),
 ]
 
@@ -332,7 +332,7 @@ def recipes(
         )
 
 
-@app.command()
+@app.command(short_help="Write the encoder of a checkpoint for timm or transformers.")
 def export(
     run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
     target: Annotated[

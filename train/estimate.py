@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shards import Mixture, Plan
 from shards.errors import UserError
 from shards.files import write_atomically
+from shards.progress import counted
 from shards.records import Records
 from train.metrics import FACTS, duration
 from train.models import Cells, in_bf16
@@ -164,10 +165,15 @@ def memory_told(part: int, fits: int) -> Iterator[None]:
         ) from None
 
 
-def time_lines(seconds: float, micro_steps: int, steps: int, device: torch.device) -> list[str]:
-    """What a step and all `steps` will take, where one of `micro_steps` took `seconds`."""
-    step = seconds * micro_steps
-    lines = [f"a step takes about {duration(step)}, all {steps:,} about {duration(step * steps)}"]
+def time_lines(
+    seconds: float, micro_steps: int, steps: int, device: torch.device, going_on: bool = False
+) -> list[str]:
+    """What a step and all `steps` will take, where one of `micro_steps` took `seconds`; `going_on`:
+    other steps are done.
+    """
+    step, which = seconds * micro_steps, "the remaining" if going_on else "all"
+    whole = duration(step * steps)
+    lines = [f"a step takes about {duration(step)}, {which} {steps:,} about {whole}"]
     if device.type == "cpu" and step * steps > LONG:
         lines.append(
             "warning: that is long for a CPU: use a machine with a GPU, --recipe demo, or fewer "
@@ -202,14 +208,16 @@ def describe(
             continue
         say(
             f"note: the maps are for crops of {crop} px, the recipe's have {recipe.size}; "
-            f"shards built with --crop {recipe.size} are nearer to detection on them"
+            f"for weights nearer to those of {recipe.size}-px crops, build with --crop "
+            f"{recipe.size}"
         )
     say(
         f"{recipe.model}, {parameters / 1e6:.1f} M parameters, {weights}\n"
         f"{hiding}\n"
-        f"{selection.epoch:,} records x {recipe.epochs:g} epochs / batch {recipe.batch} = "
-        f"{total:,} steps; batch = {ranks} processes x {micro_steps} micro-steps x "
-        f"{part}, on {device_name(device) or device.type}"
+        f"{counted(selection.epoch, 'record')} x {counted(recipe.epochs, 'epoch')} / batch "
+        f"{recipe.batch} = {counted(total, 'step')}; batch = {counted(ranks, 'process', 'es')} x "
+        f"{counted(micro_steps, 'micro-step')} x {counted(part, 'image')}, on "
+        f"{device_name(device) or device.type}"
     )
     say(*filter(None, [selection.describe()]))
     for one in records.sets:
@@ -217,7 +225,7 @@ def describe(
             shards = len(one.shards)
             say(
                 f"{one.copies.store.url} by way of {one.folder}, {facts['window'] or shards} of "
-                f"{shards:,} shards at a time"
+                f"{counted(shards, 'shard')} at a time"
             )
     mixture = selection.plan(0).mixture
     if mixture:

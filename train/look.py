@@ -16,6 +16,7 @@ import torch
 
 import shards
 from shards.errors import UserError
+from shards.progress import counted
 from shards.remote.storage import is_url
 from train.deciles import Deciles
 from train.diagnosis import diagnose, is_readable
@@ -134,9 +135,9 @@ class Looks:
         """What a look is, and what it costs, in one line."""
         held = f", {round(HELD_OUT * self.count):,} of them held out from the heads"
         return (
-            f"features are looked at every {self.every:g} epochs, on {self.count:,} images of "
-            f"{self.where}{held if self.classes else ''}: about {self.share:.1%} more to compute"
-            f"{self.without}"
+            f"features are looked at every {counted(self.every, 'epoch')}, on {self.count:,} "
+            f"images of {self.where}{held if self.classes else ''}: about {self.share:.1%} more to "
+            f"compute{self.without}"
         )
 
     def lines(self, row: dict[str, float], done: int) -> list[str]:

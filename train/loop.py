@@ -216,7 +216,7 @@ def pretrain(run: Run) -> None:
                 sums += torch.cat([loss.detach()[None], of_weights]) / micro_steps
                 progress.advance(part * ranks)
                 if pace.second is not None and rank == 0:
-                    say(*time_lines(pace.second, micro_steps, last - first, device))
+                    say(*time_lines(pace.second, micro_steps, last - first, device, first > 0))
                     pace.second = None
                 if not began:  # before, there was nothing to save, and compiling takes long
                     stop.listen()

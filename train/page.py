@@ -11,6 +11,7 @@ from typing import Any
 from shards.errors import UserError
 from shards.files import write_atomically
 from shards.html import image, page, text
+from shards.progress import counted
 from train.charts import COLOURS, Line, chart
 from train.metrics import COLLAPSED, DECILES, FACTS, duration, read_facts, read_metrics
 
@@ -148,9 +149,9 @@ def _strips(run: Path) -> list[str]:
     titles = {"crop": "crop", "weight": "loss weight", "visible": "visible"}
     parts = [
         "<h2>What the model makes of images</h2><p>The same images at "
-        f"{min(SHOWN, len(saves))} of {len(saves)} saves: the model sees the visible cells and "
-        "makes the others. Colours of weights are of their logarithm, each image's in its own "
-        f"range.<div class=strips style='max-width:{132 * (SHOWN + 3)}px'>"
+        f"{min(SHOWN, len(saves))} of {counted(len(saves), 'save')}: the model sees the visible "
+        "cells and makes the others. Colours of weights are of their logarithm, each image's in "
+        f"its own range.<div class=strips style='max-width:{132 * (SHOWN + 3)}px'>"
     ]
     for name, form in GIVEN.items():
         if (folder / f"{name}.{form}").exists():

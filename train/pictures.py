@@ -22,6 +22,7 @@ from train.progress import say
 
 PICTURES = 8  # images
 WHITE = (255, 255, 255)
+GAP = 4  # px between them
 FOLLOWED, TILE = 6, 128  # images that every save shows; most px of a side there
 
 
@@ -45,12 +46,12 @@ def draw_reconstructions(
         titles.append("weight (log, each image's own range)")
     columns += [_pixels(seen), _pixels(pasted)]
     titles += ["visible to the model", "reconstructed"]
-    rows = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
-    scale = max(1, round(192 / images.shape[-1]))
-    rows = cv2.resize(rows, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    side = images.shape[-1] * max(1, round(192 / images.shape[-1]))
+    rows = np.concatenate([_stacked(column, side, GAP, GAP) for column in columns], axis=1)
+    rows = rows[:-GAP, :-GAP]
     bar = np.full((28, rows.shape[1], 3), 255, np.uint8)
     for number, title in enumerate(titles):
-        at = (6 + number * rows.shape[1] // len(titles), 19)
+        at = (6 + number * (side + GAP), 19)
         cv2.putText(bar, title, at, cv2.FONT_HERSHEY_SIMPLEX, 0.38, (40, 40, 40), 1, cv2.LINE_AA)
     path = run / "reconstructions.png"
     cv2.imwrite(str(path), np.concatenate([bar, rows])[:, :, ::-1])
@@ -105,11 +106,15 @@ class Followed:
 
 def _strip(images: np.ndarray, form: str = "jpg") -> bytes:
     """uint8 [b, S, S, 3] one above the other, as a file."""
-    side = min(TILE, images.shape[1])
+    return encoded(_stacked(images, min(TILE, images.shape[1]), 3), form)
+
+
+def _stacked(images: np.ndarray, side: int, below: int, right: int = 0) -> np.ndarray:
+    """uint8 [b, S, S, 3] one above the other, of `side` px each, with white around them."""
     how = cv2.INTER_AREA if side < images.shape[1] else cv2.INTER_NEAREST
     tiles = [cv2.resize(each, (side, side), interpolation=how) for each in images]
-    apart = [cv2.copyMakeBorder(t, 0, 3, 0, 0, cv2.BORDER_CONSTANT, value=WHITE) for t in tiles]
-    return encoded(np.concatenate(apart), form)
+    white = {"borderType": cv2.BORDER_CONSTANT, "value": WHITE}
+    return np.concatenate([cv2.copyMakeBorder(t, 0, below, 0, right, **white) for t in tiles])
 
 
 def _pixels(images: Tensor) -> np.ndarray:

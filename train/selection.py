@@ -22,6 +22,7 @@ from torch import Tensor
 from shards import Batch, Plan, WeightedCrops
 from shards.crops import Ints
 from shards.errors import UserError
+from shards.progress import counted
 from shards.records import Records
 from shards.rng import Purpose, uniform
 from train.checkpoint import read_rows, write_rows
@@ -140,7 +141,7 @@ class Selection:
         first = "" if self.fixed else ", the first time at random"
         return (
             f"trains on {self.epoch:,} of {len(self.records):,} samples, drawn by {by} every "
-            f"{recipe.select_epochs:g} epochs{first}; a selection of our own design"
+            f"{counted(recipe.select_epochs, 'epoch')}{first}; a selection of our own design"
         )
 
     def _begin(self, number: int) -> int:

@@ -20,6 +20,7 @@ from shards import Plan, WeightedCrops
 from shards.crops import FLIPS
 from shards.decoding import check_decoding
 from shards.errors import UserError
+from shards.progress import counted
 from shards.records import Records
 from shards.verification import damaged_files
 from train.controls import check_source, control_weights
@@ -113,7 +114,7 @@ def open_data(run: Run, process: Process, device: torch.device) -> Data:
     selection = together(process, select)
     if selection.steps(recipe.epochs) < 1:
         raise UserError(
-            f"{recipe.epochs:g} epochs of {selection.epoch} records make no batch of "
+            f"{counted(recipe.epochs, 'epoch')} of {selection.epoch} records make no batch of "
             f"{recipe.batch}; give more --epochs or a smaller --batch"
         )
     load = partial(

@@ -16,20 +16,25 @@ app = typer.Typer()
 PARTS = ("loaders", "step", "build", "meaning")
 
 
-@app.command()
+@app.command(short_help="Measure loaders with offline and online detection.")
 def bench(
     source: Annotated[
-        str, typer.Argument(help="Folder or .tar of class folders, or demo.")
+        str, typer.Argument(metavar="SOURCE", help="Folder or .tar of class folders, or demo.")
     ] = "demo",
     quick: Annotated[
         bool, typer.Option("--quick", help="Only FAST, coarser: under three minutes on two cores.")
     ] = False,
     only: Annotated[
         str,
-        typer.Option(help=f"Parts, separated by commas: {', '.join(PARTS)}; others with --gpu."),
+        typer.Option(
+            metavar="PARTS",
+            help=f"Parts, separated by commas: {', '.join(PARTS)}; others with --gpu.",
+        ),
     ] = "",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds per loader and repeat.")] = 2.5,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Seconds per loader and repeat.")
+    ] = 2.5,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Interleaved repeats.")] = 5,
     save: Annotated[
         bool, typer.Option("--save", help="Append to docs/results/bench and draw into docs.")
     ] = False,
@@ -37,10 +42,15 @@ def bench(
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Measure this GPU, and training on it.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="With --gpu: the file to append to.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --gpu: the file to append to.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="With --gpu: measure again.")] = False,
     micro_batch: Annotated[
-        int, typer.Option(min=0, help="With --gpu: images per micro-step. 0: as in training.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="With --gpu: images per micro-step. 0: as in training."
+        ),
     ] = 0,
 ) -> None:
     """Measure loaders with offline and online detection on the same images and cores.

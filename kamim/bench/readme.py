@@ -277,7 +277,7 @@ def render_throw() -> str:
     note = (
         "FAMT claims that training time falls by nearly half. 224 px, medians of "
         f"{last['n']} interleaved repeats, {last['cores']} cores of an {last['cpu']}; "
-        f"{last['date']}. A published run has random masks in its first 40 epochs; it has 400 "
+        f"{last['date']}. A published run has random masks in its first 41 epochs; it has 400 "
         "epochs (MAE) or 200 (SimMIM)."
     )
     return "\n".join([*lines, "", note, ""])

@@ -30,7 +30,7 @@ CUDA_BATCH, CUDA_STEPS, REPEATS, WARM = 256, 20, 7, 2
 FRAME, GRID = 256, 54
 # (title, recipe with throwing, recipe without), of a backbone at 224 px.
 PAIRS = (("MAE", "mae_famt", "mae"), ("SimMIM", "simmim_famt", "simmim"))
-PHASES = {"MAE": (400, 40, 40), "SimMIM": (200, 40, 40)}  # AMT's epochs: run, random, refresh
+PHASES = {"MAE": (400, 41, 40), "SimMIM": (200, 41, 40)}  # AMT's epochs: run, random, refresh
 
 
 @dataclass(frozen=True)

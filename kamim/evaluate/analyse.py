@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shards import ShardSet, crop_frames, decode_frame
 from shards.html import page, table, text
-from shards.progress import waiting
+from shards.progress import counted, waiting
 from shards.report import spread
 from train import checkpoint
 from train.charts import COLOURS, WIDTH, Line, chart, grid, scatter, svg, words
@@ -196,9 +196,9 @@ def _page(
     style = f"body{{max-width:{max(720, 360 * count)}px}}.panels{{grid-template-columns:{columns}}}"
     parts = [f"<p class=warning>{text(warning)}" for warning in warnings]
     parts.append(
-        f"<p>{count} encoders on images of {text(records.folder.name)}. All panels of a kind have "
-        "the same axes. <code>analysis.svg</code> beside this page holds them as one figure, "
-        "<code>analysis.json</code> the numbers."
+        f"<p>{counted(count, 'encoder')} on images of {text(records.folder.name)}. All panels of a "
+        "kind have the same axes. <code>analysis.svg</code> beside this page holds them as one "
+        "figure, <code>analysis.json</code> the numbers."
     )
     for row in panels.values():
         parts.append("<div class=panels>")

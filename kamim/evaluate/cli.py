@@ -14,6 +14,7 @@ import typer
 
 from kamim.evaluate.checks import check_installed, check_kept, folder_for, result_for
 from shards.errors import UserError
+from shards.progress import counted
 from train.request import check_encoders, file_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ Out = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-@app.command()
+@app.command(short_help="Probe frozen features: linear, attentive, neighbours.")
 def probe(
     encoder: What,
     train: Train,
@@ -334,7 +335,8 @@ def _report_few(row: dict[str, Any], path: Path, json_output: bool) -> None:
         spread = f" +- {statistics.stdev(each['top1']):.2%}" if len(each["top1"]) > 1 else ""
         print(
             f"{row['encoder']}, labels of {each['images']:,} images ({each['share']:.0%}): top-1 "
-            f"{top1:.2%}{spread}, nearest neighbours {near:.2%}, {len(each['top1'])} seeds"
+            f"{top1:.2%}{spread}, nearest neighbours {near:.2%}, "
+            f"{counted(len(each['top1']), 'seed')}"
         )
 
 
@@ -349,11 +351,11 @@ def _report(row: dict[str, Any], path: Path, json_output: bool, more: str) -> No
     print(
         f"{row['encoder']}, block {row['block']} of {row['blocks']}, {row['pool']}: top-1 "
         f"{statistics.mean(row['top1']):.2%}{spread}, top-5 {statistics.mean(row['top5']):.2%}"
-        f"{more} of {row['samples'][1]:,}, {count} seeds"
+        f"{more} of {row['samples'][1]:,}, {counted(count, 'seed')}"
     )
 
 
-@app.command()
+@app.command(short_help="Show attention, frequencies and tokens of encoders.")
 def analyse(
     encoders: Annotated[
         list[str],

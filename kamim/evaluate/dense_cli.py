@@ -12,7 +12,7 @@ from shards.errors import UserError
 from train.request import check_encoders
 
 
-@app.command()
+@app.command(short_help="Segment images by frozen patch tokens (mIoU).")
 def dense(
     encoder: What,
     train: Annotated[Path, typer.Argument(help="Folder with images/ and masks/ to train on.")],

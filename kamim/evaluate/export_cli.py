@@ -12,7 +12,7 @@ from shards.errors import UserError
 from train.request import CONFIG, PREPROCESSOR, check_encoders
 
 
-@app.command()
+@app.command(short_help="Write a ViT's encoder for Hugging Face.")
 def export_hf(
     encoder: What,
     target: Annotated[

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -252,10 +253,14 @@ def test_stopping_is_clean_and_the_same_command_goes_on(number, status, small_so
 
 
 def test_help_says_what_each_option_is():
-    for arguments in ([], ["shards"], ["shards", "build"], ["shards", "verify"]):
+    for arguments in ([], ["shards"], ["maps"], ["shards", "build"], ["shards", "verify"]):
         done = kamim(*arguments, "--help")
         assert done.returncode == 0
         assert "Usage: kamim" in done.stdout
+        listed = done.stdout.partition("Commands:")[2]
+        assert "..." not in listed  # each is said in one line
+        options = done.stdout.partition("Options:")[2]
+        assert not re.search(r"<(str>|int|float|path|list)", options)
 
 
 def test_the_current_folder_lends_no_room(tmp_path):

@@ -395,7 +395,7 @@ def test_the_command_takes_names_and_splits(tmp_path):
     assert "holds 4 images of 10 classes, and cifar10 (split test) has 10,000" in few.stderr
     assert not (tmp_path / "out").exists()
     done = run(f"folder:{tmp_path / 'mine'}")
-    assert "1 inputs = 1 written + 0 rejected" in done.stdout, done.stderr
+    assert "1 input = 1 written + 0 rejected" in done.stdout, done.stderr
     manifest = shards.load(tmp_path / "out")
     assert manifest.classes == ["cat"]
     assert manifest.source == open_source(f"folder:{tmp_path / 'mine'}", "test").description()

@@ -10,6 +10,7 @@ from typed import kamim
 
 import preprocess
 from preprocess import build_shards, measure_fidelity, open_source, storage
+from preprocess.fidelity import table
 from shards import Settings, ShardSet, UserError, load
 from shards.verification import verify_shards
 
@@ -45,6 +46,15 @@ def test_the_figures_are_those_of_the_demo(demo_set, capsys):
         assert same == (name == "fast")
         if "torchvision" in errors:
             assert 0.95 < errors["torchvision"]["correlation"] < 1
+
+
+def test_the_table_is_in_percent():
+    errors = {"correlation": 0.9651, "wrong": 0.0912, "bias": -0.0234, "equal": 0.5}
+    for each in ("0.1", "0.25", "1"):
+        errors |= {f"wrong at {each}": 0.1612, f"bias at {each}": 0.011}
+    said = table({"fast": {"map": errors}})
+    assert said[1].split() == ["fast", "map", "0.965", "9.1%", "-2.3%", "50.0%"]
+    assert said[3].split() == ["fast", "map"] + 3 * ["16.1%", "+1.1%"]
 
 
 def test_a_spoilt_bank_shows(demo_set, monkeypatch):

@@ -133,6 +133,8 @@ def test_cost_is_said_after_two_micro_steps_and_a_row_is_written_at_once(
 def test_hours_on_a_cpu_and_too_little_memory_are_warned_of(built, tmp_path, capsys, monkeypatch):
     (line,) = estimate.time_lines(0.5, 4, 100, CPU)
     assert line == "a step takes about 2 s, all 100 about 3 minutes"
+    (line,) = estimate.time_lines(0.5, 4, 100, CPU, going_on=True)
+    assert line == "a step takes about 2 s, the remaining 100 about 3 minutes"
     _, warning = estimate.time_lines(0.5, 4, 10_000, CPU)
     assert "--recipe demo" in warning
     assert len(estimate.time_lines(0.5, 4, 10_000, CUDA)) == 1

@@ -62,7 +62,7 @@ def test_a_look_changes_no_loss_and_says_what_the_probe_says_of_the_same_images(
     assert set(row) >= FIGURES
     assert "look_seconds" not in read_metrics(tmp_path / "plain")[-1]
     said = capsys.readouterr().err
-    assert "every 1 epochs, on 40 images of" in said
+    assert "every 1 epoch, on 40 images of" in said
     assert "4 of them held out from the heads: about" in said
     assert f"20-NN {row['knn_top1']:.2%}, effective rank {row['effective_rank']:.1f}" in said
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -17,7 +18,7 @@ torch = pytest.importorskip("torch")
 from test_evaluate import typed
 from test_pretrain import TINY, run
 
-from kamim.compare import grouped, names, whole
+from kamim.compare import differing, grouped, names, whole
 from train import checkpoint
 from train.charts import Line, chart, ticks
 from train.metrics import read_metrics
@@ -159,7 +160,8 @@ def test_compare_gives_means_and_deviations_over_seeds(runs, tmp_path):
     status, printed, error = typed("compare", *words)
     assert status == 0, error
     two, one = json.loads(printed)
-    assert (two["name"], one["name"]) == ("temperature 0.25", "temperature 1")
+    assert (two["name"], one["name"]) == ("a", "c")
+    assert (two["settings"], one["settings"]) == ({"temperature": "0.25"}, {"temperature": "1"})
     assert (two["seeds"], one["seeds"]) == ([0, 1], [0])
     values = [read_metrics(runs / name)[-1]["probe_top1"] for name in ("a", "b")]
     assert two["probe_top1"]["mean"] == pytest.approx(np.mean(values))
@@ -168,16 +170,57 @@ def test_compare_gives_means_and_deviations_over_seeds(runs, tmp_path):
     late = [row["loss"] for row in read_metrics(runs / "c") if row["epoch"] > 2]
     assert one["loss"]["mean"] == pytest.approx(np.mean(late))
     page = (tmp_path / "page" / "index.html").read_text()
-    assert "temperature 0.25" in page
+    assert "<th>temperature<td class=n>0.25<td class=n>1" in page
+    assert "same shards" not in page
     assert f"{two['loss']['mean']:.4f} ± {two['loss']['deviation']:.4f}" in page
     assert "is no run" in typed("compare", runs / "set")[2]
     status, printed, _ = typed("compare", runs / "a", "--out", tmp_path / "alone")
     assert printed.strip() == str(tmp_path / "alone" / "index.html")
 
 
+def told(run, **recipe):
+    return SimpleNamespace(run=Path(run), recipe=recipe, facts={"shards": recipe.pop("shards", "")})
+
+
 def test_a_setting_of_0_is_told_from_none():
-    runs = [SimpleNamespace(recipe={"clip": clip}, facts={}) for clip in (0.0, None)]
-    assert names([[run] for run in runs]) == ["clip 0", "clip none"]
+    runs = [told("a", clip=clip) for clip in (0.0, None)]
+    assert differing([[run] for run in runs]) == [{"clip": "0"}, {"clip": "none"}]
+
+
+def test_settings_that_differ_are_short_words():
+    one = told("a", options={"depth": 2, "width": 8}, area=[0.5, 1.0], shards="a" * 64)
+    two = told("b", options={"depth": 4, "width": 8}, area=[1.0, 1.0], shards=["b" * 64, "c" * 64])
+    assert differing([[one], [two]]) == [
+        {"options.depth": "2", "area": "0.5, 1", "shards": "a" * 8},
+        {"options.depth": "4", "area": "1, 1", "shards": "b" * 8 + ", " + "c" * 8},
+    ]
+
+
+def test_runs_are_called_as_their_folders():
+    def of(*groups):
+        return names([[told(run) for run in group.split()] for group in groups])
+
+    assert of("x/small", "x/s-select") == ["small", "s-select"]
+    assert of("x/kamim-seed0 x/kamim-seed1", "mae-0 mae-1") == ["kamim", "mae"]
+    assert of("seed-0 seed-1", "simmim_seed_10 simmim_seed_11") == ["seed", "simmim"]
+    assert of("0 1", "vit_224 b") == ["0", "vit_224"]
+    assert of("x/run-0", "y/run-0", "z") == ["run-0 A", "run-0 B", "z"]
+
+
+def test_runs_on_other_shards_are_said_to_be(runs, tmp_path):
+    shutil.copytree(runs / "c", tmp_path / "c")
+    facts = tmp_path / "c" / "run.json"
+    facts.write_text(facts.read_text().replace(Read(runs / "c").facts["shards"], "f" * 64))
+    typed("compare", runs / "a", tmp_path / "c", "--out", tmp_path / "page")
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.count("Not all runs have the same shards") == 1
+    assert "<td class=n>ffffffff" in page
+
+
+def test_long_names_that_are_alike_are_told_apart_in_a_chart():
+    ends = [f"vit_base_224_mae_kamim_{middle}_warmup" for middle in ("0.25", "1.00")]
+    svg = chart("loss", [Line(name, [1, 2], [3, 4]) for name in ends])
+    assert all(name in svg for name in ends)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +244,8 @@ def test_a_micro_batch_tells_runs_apart_only_if_weights_are_of_the_forward_pass(
         (tmp_path / name / "run.json").write_text(json.dumps(facts))
         found.append(Read(tmp_path / name))
     groups = grouped(found)
-    said = ["a"] if rows == 1 else ["micro_batch 8", "micro_batch 4"]
-    assert [group["name"] for group in groups] == said
+    told = [{}] if rows == 1 else [{"micro_batch": "8"}, {"micro_batch": "4"}]
+    assert [group["settings"] for group in groups] == told
 
 
 def test_a_whole_number_is_one_whether_a_file_says_10_or_10_point_0():

@@ -364,6 +364,10 @@ def test_the_end_of_a_run_leaves_pictures_metrics_and_a_model_for_timm(shards, t
     picture = cv2.imread(str(out / "reconstructions.png"))
     assert min(picture.shape[:2]) > 200
     assert picture.std() > 5
+    side = (picture.shape[1] - 3 * 4) // 4  # four columns, with gaps between them
+    assert (picture.shape[0] - 28) % (side + 4) == side
+    assert (picture[:, side : side + 4] == 255).all()
+    assert (picture[28 + side : 28 + side + 4] == 255).all()
     (out / "reconstructions.png").unlink()  # as if it had been killed before it drew
     run(shards, out, resume=True)
     assert (out / "reconstructions.png").exists()

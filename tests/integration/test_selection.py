@@ -149,7 +149,7 @@ def test_only_the_drawn_are_trained_on(by, shards, shown, tmp_path, capsys):
         assert trained <= set(chosen)
         assert len(trained) >= 12
     said = capsys.readouterr().err
-    assert "20 records x 6 epochs / batch 8 = 15 steps" in said
+    assert "20 records x 6 epochs / batch 8 = 15 steps; batch = 1 process x" in said
     assert f"trains on 20 of 40 samples, drawn by {by.replace('_', ' ')} to the power of 4" in said
     assert ("losses of 40 records looked at before step 4" in said) == (by != "density")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -352,7 +352,7 @@ def test_plain_simmim_is_drawn_by_a_density_that_it_does_not_weigh_by(shards, tm
             ["select_by=weighted_loss", "weights=shuffled"],
             "with weights=shuffled the weights of an image",
         ),
-        (["select=0.1", "epochs=1"], "1 epochs of 4 records make no batch of 8"),
+        (["select=0.1", "epochs=1"], "1 epoch of 4 records make no batch of 8"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line_before_the_first_step(words, said, shards, tmp_path):

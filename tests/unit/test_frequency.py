@@ -71,7 +71,7 @@ def test_verify_redetect_fidelity_and_inspect_take_it(small_source, tmp_path):
     assert set(measure_fidelity(records, source, 3, jobs=1)) == {"fast"}
     assert preprocess.draw_fidelity(records, source, 2).shape[0] == 2 * 214
     page = shards.inspect_page(records, 0.25, 8, 2)
-    assert page.count("frequency: the frame lit") == 2
+    assert page.count("frequency: the frame, bright") == 2
     assert "weights of fast" in page
     assert "weights of frequency" not in page
     build_shards(source, tmp_path / "only", settings(detectors=(FREQUENCY,)), 1)

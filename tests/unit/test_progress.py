@@ -11,7 +11,7 @@ import pytest
 import shards.bar
 import train.progress
 from shards.index import flaws_of_files
-from shards.progress import progress, waiting
+from shards.progress import counted, progress, waiting
 from shards.spec import File
 from train.progress import Doing, Progress
 
@@ -141,3 +141,9 @@ def test_a_reader_of_stderr_that_is_gone_stops_nothing(more):
     code = GONE.format(more=more)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "done\n"
+
+
+def test_one_is_no_plural():
+    said = [counted(1, "file"), counted(2000, "file"), counted(1.0, "epoch"), counted(0.5, "epoch")]
+    assert said == ["1 file", "2,000 files", "1 epoch", "0.5 epochs"]
+    assert counted(2, "process", "es") == "2 processes"

@@ -342,7 +342,7 @@ def test_finished_sets_in_a_source_are_left_out_and_counted(built, small_source,
     flags = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "--jobs", "1"]
     done = subprocess.run([*command, str(tmp_path / "out"), *flags], capture_output=True, text=True)
     assert "40 inputs = 40 written" in done.stdout
-    assert "2 folders of finished shards were left out, as class1/deep/demo-fast" in done.stderr
+    assert "2 folders of finished shards left out: class1/deep/demo-fast" in done.stderr
     listed = open_source(f"webdataset:{built}")  # named itself, it is one of tars
     assert len(listed.entries) == 40
 
