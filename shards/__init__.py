@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from shards.dataset import ShardSet
@@ -91,7 +92,10 @@ __all__ = [
 
 
 def build(
-    source: str, out: "str | Path", detectors: tuple[str, ...] = ("fast",), **options: Any
+    source: "str | Path",
+    out: "str | Path",
+    detectors: "str | Sequence[str]" = ("fast",),
+    **options: Any,
 ) -> "Manifest":
     """Build shards of `source` in the folder or URL `out`, or finish a build of them.
 

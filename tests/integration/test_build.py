@@ -624,6 +624,8 @@ def test_from_python_it_gives_the_bytes_of_the_command(small_source, tmp_path):
     manifest = shards.build(source=small_source, out=tmp_path / "b", detectors="fast", **chosen)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert manifest.count == 40
+    again = {"source": small_source, "out": tmp_path / "b", "detectors": "fast", **chosen}
+    assert preprocess.build(**again) == manifest
 
 
 @pytest.mark.parametrize(

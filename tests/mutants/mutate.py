@@ -245,13 +245,13 @@ def main() -> None:
             or (row["module"], row["was"], row["now"]) in same_to_all
         ]
     chosen.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = {(row["module"], row["line"], row["now"]) for row in rows}
+    known = {(row["module"], row["was"], row["now"]) for row in rows}  # comments move lines
     turns: list[tuple[int, dict[str, Any], str]] = []
     for module in chosen.modules:
         before, text = (ROOT / module).read_text(), source(module)
         for turn, (line, code) in enumerate(sample(module, chosen.count, chosen.seed)):
             was, now = changed(before, code)
-            if (module, line, now) not in known:
+            if (module, was, now) not in known:
                 row = {"module": module, "line": line, "was": was, "now": now, "source": text}
                 turns.append((turn, row, code))
     # Module by module in turn: cut off at any time, it has looked everywhere alike.
