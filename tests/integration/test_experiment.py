@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from archives import tar_bytes
-from conftest import settings
+from conftest import REPOSITORY, settings
 
 torch = pytest.importorskip("torch")
 
@@ -25,6 +25,8 @@ from kamim.experiment.measure import probe
 from kamim.experiment.steps import make_order
 from shards.errors import UserError
 from train.probe import effective_rank, nearest_neighbours
+
+RESULTS = REPOSITORY / "docs" / "results" / "keypoints"
 
 
 @pytest.fixture
@@ -215,6 +217,45 @@ def test_verdicts_are_those_of_the_plan(gains, said):
     assert "the weights did nothing" not in page.able(rows, "mae")[0]
     poor = [row("mae", "uniform", 0, 0.205), row("mae", "fast", 0, 0.3)]
     assert "it cannot answer" in page.able(poor, "mae")[0]
+
+
+def tuned(size, best=1e-3):
+    """Made-up tuning runs, of which `best` is."""
+    look = {"chosen_on": 0.1}
+    return [
+        asdict(task) | {"looks": [look | {"chosen_on": 0.2}] if task.rate == best else [look]}
+        for task in tune(size)
+    ]
+
+
+def test_tuning_of_another_length_does_not_count(tmp_path):
+    short, rates = replace(FULL, steps=1000), dict.fromkeys(FULL.methods, 1e-3)
+    assert keypoints.chosen(tuned(short), short) == rates
+    assert keypoints.chosen(tuned(short), FULL) == {}
+    for row in tuned(short):
+        keypoints.write(tmp_path / "runs.jsonl", row)
+    assert len(list(keypoints.todo(short, tmp_path))) == len(tasks(short, rates))
+    assert list(keypoints.todo(FULL, tmp_path)) == tune(FULL)
+    keypoints.check_same(short, tmp_path)
+    for other in (FULL, replace(short, batch=8), replace(short, model="vit_small_patch16_224")):
+        with pytest.raises(UserError, match="another --out, or the same --steps") as raised:
+            keypoints.check_same(other, tmp_path)
+        assert "tune simmim uniform 99, 500 steps of 512 at a rate of 0.0005;" in str(raised.value)
+
+
+def test_runs_at_another_rate_than_the_chosen_one_are_refused(tmp_path):
+    path, rates = tmp_path / "runs.jsonl", dict.fromkeys(FULL.methods, 1e-3)
+    for row in [*tuned(FULL), *map(asdict, tasks(FULL, rates))]:  # of all stages
+        keypoints.write(path, row)
+    keypoints.check_same(FULL, tmp_path)
+    keypoints.write(path, asdict(tasks(FULL, rates)[0]) | {"rate": 5e-4})
+    with pytest.raises(UserError, match=r"main simmim uniform 0, .* at a rate of 0\.0005;"):
+        keypoints.check_same(FULL, tmp_path)
+
+
+def test_the_runs_that_are_kept_are_of_the_plan():
+    steps = json.loads((RESULTS / "check.json").read_text())["steps"]
+    keypoints.check_same(replace(FULL, steps=steps), RESULTS)
 
 
 def test_the_plan_is_what_is_run():
