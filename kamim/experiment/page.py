@@ -187,7 +187,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def early(rows: Sequence[Row]) -> str:
-    """Top-1 at each look, the mean over seeds."""
+    """Top-1 at each look, the mean over seeds; runs that diverged are left out."""
     lines = []
     for method in METHODS:
         for arm in MAIN:
@@ -195,6 +195,7 @@ def early(rows: Sequence[Row]) -> str:
                 row["looks"]
                 for row in rows
                 if (row["stage"], row["method"], row["arm"]) == ("main", method, arm)
+                and row["finite"]
             ]
             steps = sorted({look["step"] for looks in mine for look in looks if look["step"]})
             if mine:

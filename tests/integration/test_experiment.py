@@ -18,6 +18,7 @@ from conftest import REPOSITORY, settings
 torch = pytest.importorskip("torch")
 
 import preprocess
+from kamim.bench.markdown import renewed_parts
 from kamim.experiment import keypoints, page
 from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
@@ -256,6 +257,20 @@ def test_runs_at_another_rate_than_the_chosen_one_are_refused(tmp_path):
 def test_the_runs_that_are_kept_are_of_the_plan():
     steps = json.loads((RESULTS / "check.json").read_text())["steps"]
     keypoints.check_same(replace(FULL, steps=steps), RESULTS)
+
+
+def test_runs_that_diverged_are_not_in_the_means_on_the_way():
+    rows = [row("mae", "fast", 0, 0.4), row("mae", "fast", 1, 0.5)]
+    worse = [*rows, row("mae", "fast", 2, 0.1, finite=False)]
+    assert page.early(worse) == page.early(rows)
+    assert page.early(worse[2:]) == ""
+
+
+def test_the_page_is_rendered_from_the_runs():
+    text, rows = (RESULTS / "README.md").read_text(), read(RESULTS / "runs.jsonl")
+    assert renewed_parts(text, {"results": f"{page.tables(rows)}\n"}) == text
+    results = json.loads((RESULTS / "results.json").read_text())
+    assert (results["verdicts"], results["runs"]) == (page.verdicts(rows), rows)
 
 
 def test_the_plan_is_what_is_run():
