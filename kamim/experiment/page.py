@@ -106,12 +106,12 @@ def able(rows: Sequence[Row], method: str) -> list[str]:
         and row["looks"][0]["step"] == 0
     }
     uniform, fast = at_end(rows, method, "uniform"), at_end(rows, method, "fast")
-    seeds = sorted(untrained.keys() & uniform.keys())
-    if not seeds or not fast:
+    seeds, both = sorted(untrained.keys() & uniform.keys()), sorted(uniform.keys() & fast.keys())
+    if not seeds or not both:
         return []
     gain = 100 * statistics.fmean(uniform[seed]["top1"] - untrained[seed] for seed in seeds)
     ratio = [
-        statistics.fmean(each["held_loss_fast"] / each["held_loss"] for each in of.values())
+        statistics.fmean(of[seed]["held_loss_fast"] / of[seed]["held_loss"] for seed in both)
         for of in (uniform, fast)
     ]
     said = "" if gain >= 1 else ": it cannot answer"

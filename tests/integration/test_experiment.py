@@ -266,6 +266,14 @@ def test_runs_that_diverged_are_not_in_the_means_on_the_way():
     assert page.early(worse[2:]) == ""
 
 
+def test_ratios_of_losses_are_those_of_pairs():
+    pair = [row("mae", "uniform", 0, 0.4), row("mae", "fast", 0, 0.5)]
+    single = row("mae", "uniform", 1, 0.4)
+    single["looks"][-1]["held_loss_fast"] = 9.0
+    assert page.able([*pair, single], "mae") == page.able(pair, "mae")
+    assert page.able([single, pair[1]], "mae") == []
+
+
 def test_the_page_is_rendered_from_the_runs():
     text, rows = (RESULTS / "README.md").read_text(), read(RESULTS / "runs.jsonl")
     assert renewed_parts(text, {"results": f"{page.tables(rows)}\n"}) == text
