@@ -330,8 +330,7 @@ def check_same(size: Size, out: Path) -> None:
     """UserError if runs of another size or rate are in `out`: they would be mixed."""
     rows = read(out / "runs.jsonl")
     wanted = {key(asdict(task)) for task in planned(rows, size)}
-    other = next((row for row in rows if key(row) not in wanted), None)
-    if other:
+    if other := next((row for row in rows if key(row) not in wanted), None):
         run = "{stage} {method} {arm} {seed}, {steps} steps of {batch} at a rate of {rate:g}"
         raise UserError(
             f"{out} has a run of another plan: {run.format_map(other)}; give another --out, or "
