@@ -245,7 +245,24 @@ def tuning(rows: Sequence[Row]) -> str:
         if row["stage"] == "tune"
     ]
     made = table(("method", "peak rate", "top-1 on the images it was chosen on, %"), lines)
-    return f"Tuning, with uniform weights:\n\n{made}" if made else ""
+    edges = "\n".join(f"- {line}" for method in METHODS for line in at_edge(rows, method))
+    title = "Tuning, with uniform weights:"
+    return "\n\n".join(part for part in (title, made, edges) if part) if made else ""
+
+
+def at_edge(rows: Sequence[Row], method: str) -> list[str]:
+    """That the best of several rates has no neighbour on one side, as a sentence."""
+    scores = {
+        row["rate"]: row["looks"][-1]["chosen_on"]
+        for row in rows
+        if (row["stage"], row["method"]) == ("tune", method)
+    }
+    ends = {min(scores): "lowest", max(scores): "highest"} if len(scores) > 1 else {}
+    best = max(scores, key=lambda rate: scores[rate], default=0)
+    if best not in ends:
+        return []
+    where = f"{TITLES[method]}: the best rate, {best:g}, is the {ends[best]} tried"
+    return [f"{where}; a {'lower' if best == min(scores) else 'higher'} one may be better."]
 
 
 def made_on(rows: Sequence[Row]) -> str:

@@ -274,6 +274,21 @@ def test_ratios_of_losses_are_those_of_pairs():
     assert page.able([single, pair[1]], "mae") == []
 
 
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [
+        (5e-4, "- MAE: the best rate, 0.0005, is the lowest tried; a lower one may be better."),
+        (1e-3, ""),
+        (2e-3, "- MAE: the best rate, 0.002, is the highest tried; a higher one may be better."),
+    ],
+)
+def test_a_rate_at_the_edge_of_what_was_tried_is_told(best, said):
+    only = replace(FULL, methods=("mae",))
+    assert page.tuning(tuned(only, best)).partition(" |\n\n")[2] == said
+    assert "tried" not in page.tuning(tuned(replace(only, rates=(best,)), best))
+    assert page.tuning([]) == ""
+
+
 def test_the_page_is_rendered_from_the_runs():
     text, rows = (RESULTS / "README.md").read_text(), read(RESULTS / "runs.jsonl")
     assert renewed_parts(text, {"results": f"{page.tables(rows)}\n"}) == text
