@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from archives import tar_bytes
 from conftest import REPOSITORY, settings
+from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
 import preprocess
 from kamim.bench.markdown import renewed_parts
 from kamim.experiment import keypoints, page
+from kamim.experiment.__main__ import app
 from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
 from kamim.experiment.measure import probe
@@ -227,6 +229,22 @@ def tuned(size, best=1e-3):
         asdict(task) | {"looks": [look | {"chosen_on": 0.2}] if task.rate == best else [look]}
         for task in tune(size)
     ]
+
+
+@pytest.mark.parametrize("out", [[], ["--out", str(RESULTS)]])
+def test_a_tiny_check_does_not_replace_the_kept_one(out, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(keypoints, "checked", lambda *_: pytest.fail("it checked"))
+    result = CliRunner().invoke(app, ["check", "--tiny", *out])
+    assert isinstance(result.exception, UserError)
+    assert "check.json, by which runs choose their steps; add --out" in str(result.exception)
+
+
+def test_a_tiny_check_in_another_folder_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(keypoints, "checked", lambda *_: {"steps": 7})
+    words = ["check", "--tiny", "--device", "cpu", "--out", str(tmp_path / "new")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert json.loads((tmp_path / "new" / "check.json").read_text()) == {"steps": 7}
 
 
 def test_tuning_of_another_length_does_not_count(tmp_path):
