@@ -170,6 +170,24 @@ def test_rates_end_with_the_last_batch():
     assert rivals.timed(batches(), skip=5) == 0
 
 
+def test_stock_webdataset_decodes_what_a_stock_user_has(small_source, monkeypatch):
+    autodecode = pytest.importorskip("webdataset.autodecode")
+    real, seen = autodecode.Decoder.decode1, set()
+
+    def noted(self, key, data):
+        seen.add(key)
+        return real(self, key, data)
+
+    def here(items, *_, **__):  # in this process, where `seen` is
+        return ([image] for image, label in items if label >= 0)
+
+    monkeypatch.setattr(autodecode.Decoder, "decode1", noted)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", here)
+    with temporary_set(str(small_source), jobs=1) as records:
+        assert rivals.stock_webdataset(records, 1)(1) > 0
+    assert seen == {"jpg", "cls"}
+
+
 def test_threads_and_processes_read_the_same_set_without_a_bank(small_source, monkeypatch):
     monkeypatch.setattr(loader, "REPEATS", 1)
     monkeypatch.setattr(loader, "decode_rate", lambda *_: 1.0)
