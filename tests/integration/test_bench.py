@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 
 import kamim.bench.provenance
 from kamim.__main__ import app
-from kamim.bench import ceiling, experiments, loader, meaning, plots, rivals, versus
+from kamim.bench import ceiling, experiments, loader, meaning, measuring, plots, rivals, versus
 from kamim.bench.gpu_steps import Training
 from kamim.bench.loader import step_seconds
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
@@ -349,6 +349,24 @@ def test_figures_are_the_row_and_the_table(capsys):
         ["fast", "3.0", "(2.0", "to", "4.0)"],
         ["fast", "/", "slow", "2", "(1", "to", "3)"],
     ]
+
+
+def test_what_is_kept_is_of_one_commit_and_source(monkeypatch, tmp_path):
+    measured = []
+
+    def measure(where, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measuring.once(folder / "x.json", lambda: measured.append(where) or len(measured))
+        return [{"found": found}]
+
+    monkeypatch.setattr(kamim.bench.provenance, "RESULTS", tmp_path)
+    for commit, where in [("a", "one"), ("a", "one"), ("a", "two"), ("b", "one"), ("a", "one")]:
+        monkeypatch.setattr(measuring, "provenance", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr("sys.argv", ["bench", where, str(tmp_path / "work")])
+        keep("kept", measure, needs_folder=True)
+    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [row["found"] for row in rows] == [1, 1, 2, 3, 1]
+    assert measured == ["one", "two", "one"]
 
 
 def test_results_outside_a_checkout_are_refused_before_anything_is_measured(monkeypatch, tmp_path):
