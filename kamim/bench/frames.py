@@ -3,7 +3,8 @@
 Costs: bytes per image, processor time of the build and of the loader. Kept: the gradient energy,
 the pixels and FAST's keypoints of a crop, beside the published crop of the source itself.
 
-`python -m kamim.bench.frames PHOTOS WORK` keeps what is finished in WORK: killed, it goes on.
+`python -m kamim.bench.frames PHOTOS WORK` keeps what is finished in WORK: killed, it goes on, at
+the same commit and with the same PHOTOS.
 """
 
 import json

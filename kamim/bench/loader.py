@@ -19,7 +19,7 @@ import torch
 from kamim.bench.gpu_steps import Training, always
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
-from kamim.bench.rivals import timed
+from kamim.bench.rivals import by_processes, timed
 from shards import Plan, ShardSet, decode_frame
 from train.recipes import find_recipe
 
@@ -59,11 +59,8 @@ def loader_rate(
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
-    """Images per second of a DataLoader with a process per core, its start left out."""
-    loader = torch.utils.data.DataLoader(
-        _Frames(records), BATCH, shuffle=True, num_workers=cores, prefetch_factor=3
-    )
-    return timed(loader)
+    """Images per second of a DataLoader with a process per core once its queues have been used."""
+    return by_processes(_Frames(records), cores, BATCH)(STEPS * BATCH)
 
 
 def step_seconds(records: ShardSet, repeats: int, warm: int = 2) -> dict[str, list[float]]:
@@ -81,8 +78,10 @@ def step_seconds(records: ShardSet, repeats: int, warm: int = 2) -> dict[str, li
     return in_turn(works, repeats, warm)
 
 
-def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
-    """One row of results, printed as a table. `raw` is the same set with raw frames."""
+def measure(records: ShardSet, banked: ShardSet, raw: ShardSet) -> dict[str, Any]:
+    """One row of results, printed as a table. `banked` and `raw` are the same set with a bank and
+    with raw frames. `records` must not have a bank: processes would parse it.
+    """
     cores = joblib.cpu_count()
     cv2.setNumThreads(1)
     frames = [records[n].frame for n in range(len(records))]
@@ -94,7 +93,7 @@ def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
         "decode alone, OpenCV": lambda: decode_rate(frames, decode_frame),
         "loader, threads, with maps": lambda: loader_rate(records, ["fast"]),
         "loader, threads, without maps": lambda: loader_rate(records, []),
-        "loader, threads, from the bank": lambda: loader_rate(records, ["fast"], bank=True),
+        "loader, threads, from the bank": lambda: loader_rate(banked, ["fast"], bank=True),
         "loader, threads, raw frames": lambda: loader_rate(raw, ["fast"], steps=120),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
@@ -114,8 +113,12 @@ def measure(records: ShardSet, raw: ShardSet) -> dict[str, Any]:
 
 def measure_all(where: str) -> list[dict[str, Any]]:
     """The row of the source `where`."""
-    with temporary_set(where, bank=4) as records, temporary_set(where, quality=0) as raw:
-        return [measure(records, raw)]
+    with (
+        temporary_set(where) as records,
+        temporary_set(where, bank=4) as banked,
+        temporary_set(where, quality=0) as raw,
+    ):
+        return [measure(records, banked, raw)]
 
 
 if __name__ == "__main__":

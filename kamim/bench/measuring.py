@@ -4,6 +4,7 @@ Works that are compared run in turn, so that whatever else the machine does meet
 ratios are taken within a repeat.
 """
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import shards
-from kamim.bench.provenance import append, check_checkout, spread
+from kamim.bench.provenance import append, check_checkout, provenance, spread
 from shards import ShardSet
 from shards.files import write_atomically
 
@@ -63,8 +64,17 @@ def keep(
     name: str, measure: Callable[..., list[dict[str, Any]]], needs_folder: bool = False
 ) -> None:
     """Measure the source that was typed, by default the demo's, and append the rows; `measure` that
-    `needs_folder`, to go on in, gets the one typed behind it.
+    `needs_folder`, to go on in, gets one in that typed behind it.
     """
     check_checkout()
     where = sys.argv[1] if len(sys.argv) > 1 else "demo"
-    print(append(name, measure(where, *map(Path, sys.argv[2 : 2 + needs_folder]))))
+    work = [own_folder(Path(typed), where) for typed in sys.argv[2 : 2 + needs_folder]]
+    print(append(name, measure(where, *work)))
+
+
+def own_folder(work: Path, where: str) -> Path:
+    """The folder in `work` of this commit and source: another's sets and figures are not gone on
+    with.
+    """
+    source = hashlib.sha256(where.encode()).hexdigest()[:8]
+    return work / f"{provenance()['commit']}-{source}"

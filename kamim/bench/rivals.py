@@ -1,7 +1,7 @@
 """Every loader that is compared, as a function: how many images to load in, images per second out.
 
 Rates begin when every worker has given its first batch, so that starting them and filling queues
-counts for nobody.
+counts for nobody; they end with the last batch, so that stopping them does not either.
 """
 
 import io
@@ -42,18 +42,19 @@ USUAL = v2.Compose(
 
 
 def timed(batches: Iterable[Any], skip: int = 1) -> float:
-    """Images per second of `batches` once `skip` of them have come; a batch's length is its first
-    array's.
+    """Images per second of `batches` once `skip` of them have come, until the last has; a batch's
+    length is its first array's.
     """
-    count, begin = 0, 0.0
+    count, begin, end = 0, 0.0, 0.0
     for number, batch in enumerate(batches):
         if number + 1 < skip:
             continue
+        end = time.perf_counter()
         if begin:
             count += len(batch[0])
         else:
-            begin = time.perf_counter()
-    return count / (time.perf_counter() - begin)
+            begin = end
+    return count / (end - begin) if count else 0.0
 
 
 def _workers(cores: int) -> dict[str, Any]:
@@ -63,14 +64,14 @@ def _workers(cores: int) -> dict[str, Any]:
     return {"num_workers": cores, "prefetch_factor": 2, "multiprocessing_context": "fork"}
 
 
-def by_processes(dataset: Any, cores: int) -> Rate:
+def by_processes(dataset: Any, cores: int, batch: int = BATCH) -> Rate:
     """A DataLoader with a process per core over `dataset`, as often as it takes."""
 
     def rate(images: int) -> float:
-        rounds = max(1, -(-(images + 2 * cores * BATCH) // len(dataset)))
+        rounds = max(1, -(-(images + 2 * cores * batch) // len(dataset)))
         order = torch.randperm(rounds * len(dataset)) % len(dataset)
         loader = torch.utils.data.DataLoader(
-            dataset, BATCH, sampler=order.tolist(), drop_last=True, **_workers(cores)
+            dataset, batch, sampler=order.tolist(), drop_last=True, **_workers(cores)
         )
         return timed(loader, skip=2 * cores)
 
@@ -111,7 +112,8 @@ def stock_webdataset(records: ShardSet, cores: int) -> Rate:
 
     def rate(images: int) -> float:
         stream = wds.WebDataset(urls, resampled=True, shardshuffle=False)
-        items = stream.decode("pil").to_tuple("jpg", "cls").map_tuple(USUAL, int)
+        used = stream.decode("pil", only=["jpg", "cls"])  # a user's own tars have no maps
+        items = used.to_tuple("jpg", "cls").map_tuple(USUAL, int)
         loader = torch.utils.data.DataLoader(items, BATCH, drop_last=True, **_workers(cores))
         return timed(islice(loader, 2 * cores + max(3, images // BATCH)), skip=2 * cores)
 

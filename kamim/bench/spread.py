@@ -2,7 +2,8 @@
 
 `python -m kamim.bench.spread PHOTOS WORK` measures the tables of shards/correction.py on every
 other photo and prints them, then measures bias and misplaced weight, corrected and not, on the
-others; a row per detector. What is finished is kept in WORK: killed, it goes on.
+others; a row per detector. What is finished is kept in WORK: killed, it goes on, at the same commit
+and with the same PHOTOS.
 """
 
 from dataclasses import replace

@@ -53,6 +53,11 @@ def check(
     """Try every model for a few steps, and choose the steps of a run: check.json says them."""
     from kamim.experiment.keypoints import checked
 
+    if tiny and out.resolve() == RESULTS.resolve():
+        raise UserError(
+            f"--tiny would replace {out / CHECK}, by which runs choose their steps; add --out of "
+            "another folder"
+        )
     where = device_of(device)
     found = checked(data, size_of(tiny, 0), where, not plain and where == "cuda", budget)
     out.mkdir(parents=True, exist_ok=True)

@@ -140,13 +140,11 @@ def tasks(size: Size, rates: dict[str, float]) -> list[Task]:
 
 
 def chosen(rows: Iterable[dict[str, Any]], size: Size) -> dict[str, float]:
-    """By method the rate whose tuning run was best on the images that it was chosen on.
-
-    Only methods of which all rates have been tried.
-    """
+    """By method the best rate, of methods of which all have been tried by runs of this size."""
+    wanted = {key(asdict(task)) for task in tune(size)}
     found: dict[str, dict[float, float]] = {method: {} for method in size.methods}
     for row in rows:
-        if row["stage"] == "tune" and row["rate"] in size.rates:
+        if key(row) in wanted:
             found[row["method"]][row["rate"]] = row["looks"][-1]["chosen_on"]
     return {
         method: max(scores, key=lambda rate: scores[rate])
@@ -268,15 +266,18 @@ def means(values: torch.Tensor, parts: int = 20) -> list[float]:
     return [round(float(part.mean()), 6) for part in values.tensor_split(min(parts, len(values)))]
 
 
-def todo(size: Size, out: Path) -> Iterator[Task]:
-    """What is left to do, as it stands now: tuning first, then all else, of methods tuned."""
-    rows = read(out / "runs.jsonl")
-    done = {key(row) for row in rows}
+def planned(rows: Iterable[dict[str, Any]], size: Size) -> list[Task]:
+    """All runs as it stands now: tuning first, then all else, of methods tuned."""
     rates = chosen(rows, size)
     ready = replace(size, methods=tuple(rates))
-    for task in [*tune(size), *(tasks(ready, rates) if rates else [])]:
-        if key(asdict(task)) not in done:
-            yield task
+    return [*tune(size), *(tasks(ready, rates) if rates else [])]
+
+
+def todo(size: Size, out: Path) -> Iterator[Task]:
+    """What is left to do, as it stands now."""
+    rows = read(out / "runs.jsonl")
+    done = {key(row) for row in rows}
+    yield from (task for task in planned(rows, size) if key(asdict(task)) not in done)
 
 
 def work(
@@ -326,12 +327,14 @@ def claimed(claims: Path, group: str) -> bool:
 
 
 def check_same(size: Size, out: Path) -> None:
-    """UserError if runs of another size are in `out`: they would be mixed."""
-    rows = [row for row in read(out / "runs.jsonl") if row["stage"] == "main"]
-    others = {(row["steps"], row["batch"], row["model"]) for row in rows}
-    if others - {(size.steps, size.batch, size.model)}:
+    """UserError if runs of another size or rate are in `out`: they would be mixed."""
+    rows = read(out / "runs.jsonl")
+    wanted = {key(asdict(task)) for task in planned(rows, size)}
+    if other := next((row for row in rows if key(row) not in wanted), None):
+        run = "{stage} {method} {arm} {seed}, {steps} steps of {batch} at a rate of {rate:g}"
         raise UserError(
-            f"{out} has runs of {sorted(others)}; give another --out, or the same --steps"
+            f"{out} has a run of another plan: {run.format_map(other)}; give another --out, or "
+            "the same --steps"
         )
 
 

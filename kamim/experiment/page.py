@@ -106,12 +106,12 @@ def able(rows: Sequence[Row], method: str) -> list[str]:
         and row["looks"][0]["step"] == 0
     }
     uniform, fast = at_end(rows, method, "uniform"), at_end(rows, method, "fast")
-    seeds = sorted(untrained.keys() & uniform.keys())
-    if not seeds or not fast:
+    seeds, both = sorted(untrained.keys() & uniform.keys()), sorted(uniform.keys() & fast.keys())
+    if not seeds or not both:
         return []
     gain = 100 * statistics.fmean(uniform[seed]["top1"] - untrained[seed] for seed in seeds)
     ratio = [
-        statistics.fmean(each["held_loss_fast"] / each["held_loss"] for each in of.values())
+        statistics.fmean(of[seed]["held_loss_fast"] / of[seed]["held_loss"] for seed in both)
         for of in (uniform, fast)
     ]
     said = "" if gain >= 1 else ": it cannot answer"
@@ -187,7 +187,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def early(rows: Sequence[Row]) -> str:
-    """Top-1 at each look, the mean over seeds."""
+    """Top-1 at each look, the mean over seeds; runs that diverged are left out."""
     lines = []
     for method in METHODS:
         for arm in MAIN:
@@ -195,6 +195,7 @@ def early(rows: Sequence[Row]) -> str:
                 row["looks"]
                 for row in rows
                 if (row["stage"], row["method"], row["arm"]) == ("main", method, arm)
+                and row["finite"]
             ]
             steps = sorted({look["step"] for looks in mine for look in looks if look["step"]})
             if mine:
@@ -244,7 +245,24 @@ def tuning(rows: Sequence[Row]) -> str:
         if row["stage"] == "tune"
     ]
     made = table(("method", "peak rate", "top-1 on the images it was chosen on, %"), lines)
-    return f"Tuning, with uniform weights:\n\n{made}" if made else ""
+    edges = "\n".join(f"- {line}" for method in METHODS for line in at_edge(rows, method))
+    title = "Tuning, with uniform weights:"
+    return "\n\n".join(part for part in (title, made, edges) if part) if made else ""
+
+
+def at_edge(rows: Sequence[Row], method: str) -> list[str]:
+    """That the best of several rates has no neighbour on one side, as a sentence."""
+    scores = {
+        row["rate"]: row["looks"][-1]["chosen_on"]
+        for row in rows
+        if (row["stage"], row["method"]) == ("tune", method)
+    }
+    ends = {min(scores): "lowest", max(scores): "highest"} if len(scores) > 1 else {}
+    best = max(scores, key=lambda rate: scores[rate], default=0)
+    if best not in ends:
+        return []
+    where = f"{TITLES[method]}: the best rate, {best:g}, is the {ends[best]} tried"
+    return [f"{where}; a {'lower' if best == min(scores) else 'higher'} one may be better."]
 
 
 def made_on(rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ torch = pytest.importorskip("torch")
 
 import kamim.bench.provenance
 from kamim.__main__ import app
-from kamim.bench import ceiling, experiments, meaning, plots, versus
+from kamim.bench import ceiling, experiments, loader, meaning, measuring, plots, rivals, versus
 from kamim.bench.gpu_steps import Training
 from kamim.bench.loader import step_seconds
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
@@ -142,6 +143,71 @@ def test_the_ceiling_is_of_the_loader_and_not_of_decoding(small_source, tmp_path
         assert min(ceiling.rate(many, 2, 0.1)) > 0
     assert (simplejpeg.decode_jpeg, os.preadv) == real
     assert ceiling.samples_ms(5000, 100) > 0
+
+
+def test_processes_are_timed_on_what_they_do_not_on_what_they_had_done(monkeypatch):
+    """40 images that take 20 ms each: more than 100 a second were made before the clock began."""
+
+    class Slow(list):
+        def __getitem__(self, number):
+            time.sleep(0.02)
+            return torch.zeros(1), torch.zeros(1)
+
+    monkeypatch.setattr(loader, "_Frames", Slow)
+    monkeypatch.setattr(loader, "BATCH", 20)
+    monkeypatch.setattr(loader, "STEPS", 10)
+    assert 0 < loader.processes_rate(range(40), 2) < 125
+
+
+def test_rates_end_with_the_last_batch():
+    def batches():
+        for _ in range(5):
+            time.sleep(0.01)
+            yield (range(10),)
+        time.sleep(1)
+
+    assert rivals.timed(batches(), skip=2) > 100
+    assert rivals.timed(batches(), skip=5) == 0
+
+
+def test_stock_webdataset_decodes_what_a_stock_user_has(small_source, monkeypatch):
+    autodecode = pytest.importorskip("webdataset.autodecode")
+    real, seen = autodecode.Decoder.decode1, set()
+
+    def noted(self, key, data):
+        seen.add(key)
+        return real(self, key, data)
+
+    def here(items, *_, **__):  # in this process, where `seen` is
+        return ([image] for image, label in items if label >= 0)
+
+    monkeypatch.setattr(autodecode.Decoder, "decode1", noted)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", here)
+    with temporary_set(str(small_source), jobs=1) as records:
+        assert rivals.stock_webdataset(records, 1)(1) > 0
+    assert seen == {"jpg", "cls"}
+
+
+def test_threads_and_processes_read_the_same_set_without_a_bank(small_source, monkeypatch):
+    monkeypatch.setattr(loader, "REPEATS", 1)
+    monkeypatch.setattr(loader, "decode_rate", lambda *_: 1.0)
+    monkeypatch.setattr(loader, "step_seconds", lambda *_: {"weighted": [1], "unweighted": [1]})
+    found = {"raw": [], "bank": [], "plain": [], "processes": []}
+
+    def threads(records, maps, bank=False, steps=0):
+        chosen = records.manifest.settings
+        found["bank" if bank else "plain" if chosen.quality else "raw"].append(chosen.bank)
+        return 1.0
+
+    def processes(records, cores):
+        found["processes"].append(records.manifest.settings.bank)
+        return 1.0
+
+    monkeypatch.setattr(loader, "loader_rate", threads)
+    monkeypatch.setattr(loader, "processes_rate", processes)
+    (row,) = loader.measure_all(str(small_source))
+    assert found == {"raw": [0], "bank": [4], "plain": [0, 0], "processes": [0]}
+    assert row["threads / processes"]["median"] == 1
 
 
 def test_what_cores_are_multiplied_up_to_was_measured():
@@ -285,6 +351,24 @@ def test_figures_are_the_row_and_the_table(capsys):
     ]
 
 
+def test_what_is_kept_is_of_one_commit_and_source(monkeypatch, tmp_path):
+    measured = []
+
+    def measure(where, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measuring.once(folder / "x.json", lambda: measured.append(where) or len(measured))
+        return [{"found": found}]
+
+    monkeypatch.setattr(kamim.bench.provenance, "RESULTS", tmp_path)
+    for commit, where in [("a", "one"), ("a", "one"), ("a", "two"), ("b", "one"), ("a", "one")]:
+        monkeypatch.setattr(measuring, "provenance", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr("sys.argv", ["bench", where, str(tmp_path / "work")])
+        keep("kept", measure, needs_folder=True)
+    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [row["found"] for row in rows] == [1, 1, 2, 3, 1]
+    assert measured == ["one", "two", "one"]
+
+
 def test_results_outside_a_checkout_are_refused_before_anything_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(kamim.bench.provenance, "RESULTS", tmp_path / "none")
     line = f"results are kept in a checkout of kamim, and there is no {tmp_path / 'none'}; "
@@ -302,8 +386,8 @@ def test_weights_cost_a_step_the_same_everywhere(small_source):
     with temporary_set(str(small_source), map_crops=0, frame=96, jobs=1) as records:
         recipe = replace(find_recipe("small"), batch=4)
         training = Training(recipe, records, torch.device("cpu"))
-        loader = records.loader(Plan(len(records), 4), 0, 3, maps=["fast"])
-        pace = Pace(to_device(loader, torch.device("cpu")), torch.device("cpu"))
+        batches = records.loader(Plan(len(records), 4), 0, 3, maps=["fast"])
+        pace = Pace(to_device(batches, torch.device("cpu")), torch.device("cpu"))
         for micro in (None, training.plain):
             spent, waited = training.timed(pace, 1, micro)
             assert 0 <= waited < spent

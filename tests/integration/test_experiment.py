@@ -13,18 +13,23 @@ import cv2
 import numpy as np
 import pytest
 from archives import tar_bytes
-from conftest import settings
+from conftest import REPOSITORY, settings
+from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
 import preprocess
+from kamim.bench.markdown import renewed_parts
 from kamim.experiment import keypoints, page
+from kamim.experiment.__main__ import app
 from kamim.experiment.data import load_cifar, load_photos, pack
 from kamim.experiment.keypoints import FULL, MAIN, TINY, key, read, tasks, tune
 from kamim.experiment.measure import probe
 from kamim.experiment.steps import make_order
 from shards.errors import UserError
 from train.probe import effective_rank, nearest_neighbours
+
+RESULTS = REPOSITORY / "docs" / "results" / "keypoints"
 
 
 @pytest.fixture
@@ -215,6 +220,98 @@ def test_verdicts_are_those_of_the_plan(gains, said):
     assert "the weights did nothing" not in page.able(rows, "mae")[0]
     poor = [row("mae", "uniform", 0, 0.205), row("mae", "fast", 0, 0.3)]
     assert "it cannot answer" in page.able(poor, "mae")[0]
+
+
+def tuned(size, best=1e-3):
+    """Made-up tuning runs, of which `best` is."""
+    look = {"chosen_on": 0.1}
+    return [
+        asdict(task) | {"looks": [look | {"chosen_on": 0.2}] if task.rate == best else [look]}
+        for task in tune(size)
+    ]
+
+
+@pytest.mark.parametrize("out", [[], ["--out", str(RESULTS)]])
+def test_a_tiny_check_does_not_replace_the_kept_one(out, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(keypoints, "checked", lambda *_: pytest.fail("it checked"))
+    result = CliRunner().invoke(app, ["check", "--tiny", *out])
+    assert isinstance(result.exception, UserError)
+    assert "check.json, by which runs choose their steps; add --out" in str(result.exception)
+
+
+def test_a_tiny_check_in_another_folder_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(keypoints, "checked", lambda *_: {"steps": 7})
+    words = ["check", "--tiny", "--device", "cpu", "--out", str(tmp_path / "new")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert json.loads((tmp_path / "new" / "check.json").read_text()) == {"steps": 7}
+
+
+def test_tuning_of_another_length_does_not_count(tmp_path):
+    short, rates = replace(FULL, steps=1000), dict.fromkeys(FULL.methods, 1e-3)
+    assert keypoints.chosen(tuned(short), short) == rates
+    assert keypoints.chosen(tuned(short), FULL) == {}
+    for row in tuned(short):
+        keypoints.write(tmp_path / "runs.jsonl", row)
+    assert len(list(keypoints.todo(short, tmp_path))) == len(tasks(short, rates))
+    assert list(keypoints.todo(FULL, tmp_path)) == tune(FULL)
+    keypoints.check_same(short, tmp_path)
+    for other in (FULL, replace(short, batch=8), replace(short, model="vit_small_patch16_224")):
+        with pytest.raises(UserError, match="another --out, or the same --steps") as raised:
+            keypoints.check_same(other, tmp_path)
+        assert "tune simmim uniform 99, 500 steps of 512 at a rate of 0.0005;" in str(raised.value)
+
+
+def test_runs_at_another_rate_than_the_chosen_one_are_refused(tmp_path):
+    path, rates = tmp_path / "runs.jsonl", dict.fromkeys(FULL.methods, 1e-3)
+    for row in [*tuned(FULL), *map(asdict, tasks(FULL, rates))]:  # of all stages
+        keypoints.write(path, row)
+    keypoints.check_same(FULL, tmp_path)
+    keypoints.write(path, asdict(tasks(FULL, rates)[0]) | {"rate": 5e-4})
+    with pytest.raises(UserError, match=r"main simmim uniform 0, .* at a rate of 0\.0005;"):
+        keypoints.check_same(FULL, tmp_path)
+
+
+def test_the_runs_that_are_kept_are_of_the_plan():
+    steps = json.loads((RESULTS / "check.json").read_text())["steps"]
+    keypoints.check_same(replace(FULL, steps=steps), RESULTS)
+
+
+def test_runs_that_diverged_are_not_in_the_means_on_the_way():
+    rows = [row("mae", "fast", 0, 0.4), row("mae", "fast", 1, 0.5)]
+    worse = [*rows, row("mae", "fast", 2, 0.1, finite=False)]
+    assert page.early(worse) == page.early(rows)
+    assert page.early(worse[2:]) == ""
+
+
+def test_ratios_of_losses_are_those_of_pairs():
+    pair = [row("mae", "uniform", 0, 0.4), row("mae", "fast", 0, 0.5)]
+    single = row("mae", "uniform", 1, 0.4)
+    single["looks"][-1]["held_loss_fast"] = 9.0
+    assert page.able([*pair, single], "mae") == page.able(pair, "mae")
+    assert page.able([single, pair[1]], "mae") == []
+
+
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [
+        (5e-4, "- MAE: the best rate, 0.0005, is the lowest tried; a lower one may be better."),
+        (1e-3, ""),
+        (2e-3, "- MAE: the best rate, 0.002, is the highest tried; a higher one may be better."),
+    ],
+)
+def test_a_rate_at_the_edge_of_what_was_tried_is_told(best, said):
+    only = replace(FULL, methods=("mae",))
+    assert page.tuning(tuned(only, best)).partition(" |\n\n")[2] == said
+    assert "tried" not in page.tuning(tuned(replace(only, rates=(best,)), best))
+    assert page.tuning([]) == ""
+
+
+def test_the_page_is_rendered_from_the_runs():
+    text, rows = (RESULTS / "README.md").read_text(), read(RESULTS / "runs.jsonl")
+    assert renewed_parts(text, {"results": f"{page.tables(rows)}\n"}) == text
+    results = json.loads((RESULTS / "results.json").read_text())
+    assert (results["verdicts"], results["runs"]) == (page.verdicts(rows), rows)
 
 
 def test_the_plan_is_what_is_run():
