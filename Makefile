@@ -16,7 +16,7 @@ comma := ,
 # Shards of your images are named after their folder, those of a dataset after the dataset.
 NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
 ifeq ($(OUT),)
-override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst $(comma),-,$(DETECTOR))$(if $(filter maps,$(MAKECMDGOALS)),-maps)
+override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst :,-,$(subst /,-,$(subst $(comma),-,$(DETECTOR))))$(if $(filter maps,$(MAKECMDGOALS)),-maps)
 endif
 # Datasets other than the demo are at DATA, or are looked for in the usual folders.
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
@@ -69,8 +69,11 @@ maps: words $(VENV)/core $(NEEDS)  ## Build densities without frames; options as
 verify: $(VENV)/core  ## Check shards: OUT.
 	@$(BIN)/kamim shards verify "$(OUT)"
 
-pretrain: $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
+.PHONY: named
+named:
 	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards; make shards builds them' >&2; exit 2; fi
+
+pretrain: named $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
 	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(FLAGS)
 
 ffcv: $(VENV)/ffcv  ## Install FFCV and its system packages.

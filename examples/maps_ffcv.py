@@ -16,6 +16,8 @@ def batches(beton, maps, plan):
     """Batches for WeightedCrops, without end; the field index says which image of MAPS' source."""
     order = OrderOption.RANDOM
     loader = Loader(beton, plan.batch, 2, order=order, seed=0, drop_last=True)
+    if [*loader.reader.handlers] != ["image", "index"]:
+        raise SystemExit(f"{beton} needs the fields image and index; FFCV gives no index itself")
     for epoch in count():
         for frames, index in loader:
             numbers = index.flatten().tolist()

@@ -356,9 +356,11 @@ def publish(out: Place, facts: Facts, classes: list[str]) -> Manifest:
         index = np.concatenate(indexes)
         ledger = ledger_of(source["inputs"], len(index), rejected)
         if len(index) == 0:
+            first = rejected[0]
             raise BuildError(
-                f"all {ledger.inputs} inputs were rejected: {ledger.rejected}; nothing was "
-                "published"
+                f"all {ledger.inputs} inputs were rejected: {ledger.rejected}; the first, "
+                f"{first['source']!r}: {first['detail']}; nothing was published: remove {out}, "
+                "mend the cause, and build again"
             )
         lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejected)
         lists = [(INDEX, npy_bytes(index), len(index)), (REJECTED, lines.encode(), len(rejected))]

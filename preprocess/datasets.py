@@ -264,6 +264,7 @@ def _not_found(name: str, given: str, split: str) -> str:
 
 
 def _list_placed(name: str, given: str, split: str) -> Source:
+    split = {"validation": "val", "valid": "val"}.get(split, split)  # the hub's words
     if split and split not in SPLITS:
         raise UserError(f"{name} has no split {split}; it may have {', '.join(SPLITS)}")
     if not kind_of(given):

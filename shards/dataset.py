@@ -95,7 +95,7 @@ def open_set(
             raise UserError(f"a cache is for shards at a URL; {where} is read where it is")
         return ShardSet(Path(where))
     if cache is None:
-        raise UserError(f"{where} needs a cache: a folder on a fast local disk, for copies")
+        raise UserError(f"{where} needs a cache: a folder on a fast local disk (--cache FOLDER)")
     from shards.remote.cache import Copies
     from shards.remote.storage import Store
 
@@ -174,7 +174,9 @@ class ShardSet(Records):
         known = self.manifest.detectors
         for name in names:
             if name not in known:
-                both = ",".join([*known, name])
+                every = self.manifest.settings.detectors
+                specs = [f"{d.name}={d.plugin.function}" if d.plugin else d.name for d in every]
+                both = ",".join([*specs, name])
                 door = "maps" if self.manifest.container == "maps" else "shards"
                 raise UserError(
                     f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "

@@ -9,6 +9,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -126,13 +127,17 @@ class Maps:
 
     def densities(self, names: Sequence[str | int], detector: str) -> NDArray[np.uint8]:
         """As ShardSet.densities."""
+        if isinstance(names, str):
+            raise UserError(
+                f"densities is for several names, not {names!r}; use density, or a list"
+            )
         found = np.empty((len(names), self.grid, self.grid), np.uint8)
         for name, row in zip(names, found, strict=True):
             self._read(name, detector, row)
         return found
 
     def _read(self, name: str | int, detector: str, into: Any) -> None:
-        number = self.names.find(name) if isinstance(name, str) else self._of_input(int(name))
+        number = self.names.find(name) if isinstance(name, str) else self._of_input(index(name))
         offset = self.offsets.get(detector)
         if offset is None:
             self.records.find_maps([detector])  # says what there is

@@ -248,8 +248,8 @@ def describe(
 def mixed(records: Records, mixture: Mixture, detector: str) -> list[str]:
     """What an epoch shows of each of several sets, and what is not alike in them."""
     lines = [
-        f"{one.folder}: {quota:,} of {mixture.total:,} samples an epoch, each record "
-        f"{quota / count:.3g} times"
+        f"{one.copies.store.url if one.copies else one.folder}: {quota:,} of {mixture.total:,} "
+        f"samples an epoch, each record {quota / count:.3g} times"
         for one, quota, count in zip(records.sets, mixture.quotas, mixture.counts, strict=True)
     ]
     lines += [

@@ -95,7 +95,7 @@ class Window:
         rows = make_rows(self.pending, self.steps_an_epoch, self.ranks)
         self.now = time.perf_counter()
         speed = len(rows) * self.batch / (self.now - self.since)
-        rows[-1] |= {"images_per_s": speed, "waiting": waited / (self.now - self.since)}
+        rows[-1] |= {"images_per_s": speed, "waiting": min(1.0, waited / (self.now - self.since))}
         rows[-1] |= {"seconds": self.seconds}
         cut = sum(row["grad_norm"] > self.clip for row in rows)
         rows[-1] |= {"clip_rate": cut / len(rows)} if self.clip else {}

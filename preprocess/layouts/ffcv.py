@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
-from preprocess.files import kind_of, read_part
-from preprocess.source import Entry, Source
+from preprocess.files import join, kind_of, read_part
+from preprocess.source import Entry, Source, names_in
 from shards.beton import ARRAYS, DESCRIPTOR, HEADER, IMAGE, IMAGES, NUMBERS, RAW, REGION
 from shards.errors import UserError
 from shards.remote.storage import is_url
@@ -31,7 +31,10 @@ def list_ffcv(where: str, split: str) -> Source | None:
     Raises UserError if it is no .beton, or holds no images or several in a sample.
     """
     if is_url(where) or kind_of(where) != "file":
-        raise UserError(f"{where} is no .beton file on this machine; name one")
+        inside = names_in(where) if not is_url(where) else []
+        ours = [join(where, name) for name in inside if name.endswith(".beton")]
+        how = f"name {ours[0]}" if ours else "name one"
+        raise UserError(f"{where} is no .beton file on this machine; {how}")
     names, rows, regions = _tables(where)
     images = [n for n, (_, kind) in enumerate(names) if kind == IMAGES]
     if len(images) != 1:

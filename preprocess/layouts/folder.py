@@ -62,6 +62,8 @@ def list_labelled(where: str, listed: list[tuple[str, int]], classes: list[str],
 
 
 def _is_ours(root: str) -> str:
+    if is_url(root):
+        return f"{root} is a finished set of shards; copy it: kamim shards copy {root} FOLDER"
     return f"{root} is a finished set of shards; its frames are read by shards:{root}"
 
 

@@ -117,7 +117,9 @@ def _file(where: str, version: tuple[int, ...]) -> tuple[Any, Columns, np.ndarra
 @lru_cache(maxsize=2)  # the hub's groups hold 100 to 1,000 pictures
 def _group(where: str, version: tuple[int, ...], group: int) -> Any:
     file, columns, _ = _file(where, version)
-    return file.read_row_group(group, columns=[columns.image]).column(columns.image)
+    # Arrow's threads, still there when Python ends, have it abort now and then.
+    table = file.read_row_group(group, columns=[columns.image], use_threads=False)
+    return table.column(columns.image)
 
 
 def _columns(schema: Any, where: str) -> Columns:
@@ -145,8 +147,10 @@ def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
         picture = file.schema_arrow.field(columns.image).type
         pathed = "path" in {picture.field(n).name for n in range(picture.num_fields)}
         wanted = [columns.label] if columns.label else []
-        table = file.read(columns=[*wanted, *([f"{columns.image}.path"] if pathed else [])])
-        labels = paths = [None] * int(starts[-1])
+        wanted += [f"{columns.image}.path"] if pathed else []
+        table = file.read(columns=wanted, use_threads=False)
+        labels: list[Any] = [None] * int(starts[-1])
+        paths = labels
         if columns.label:
             labels = table.column(columns.label).to_pylist()
         if pathed:
@@ -155,7 +159,12 @@ def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
         entries = []
         for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
             label = -1 if label is None else label
-            if not isinstance(label, int) or not -1 <= label < most:
+            if not isinstance(label, int):
+                words = f"row {row}: the label {str(label)[:40]!r} is no whole number"
+                raise UserError(
+                    f"{where}, {words}; number the classes, or use the hub's ClassLabel"
+                )
+            if not -1 <= label < most:
                 raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
             name = str(join(part.name, path or str(row)) if part.name else path or row)
             entries.append(Entry(name, label, 0, row, part.size, part=part.name))

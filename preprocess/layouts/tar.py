@@ -88,6 +88,11 @@ def members(
                     raise tarfile.ReadError(f"data, and no header, behind byte {archive.offset}")
                 left -= 0 if end is None else len(part)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        if "range requests" in str(error):  # fsspec's words
+            raise UserError(
+                f"the server of {where} gives whole files only; download it, or name a server that "
+                "gives parts of files (range requests)"
+            ) from None
         raise UserError(
             f"{where} is not a whole uncompressed .tar ({error}); if it is compressed, unpack it "
             "once with gunzip or the like, else fetch it again or name another place"

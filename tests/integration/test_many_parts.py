@@ -180,6 +180,13 @@ def test_parquet_as_the_hub_keeps_it(tmp_path):
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [(rows[0][0], 7)], FEATURES)
     with pytest.raises(ValueError, match="row 0: label 7 is none of 2 classes"):
         open_source(f"parquet:{tmp_path}")
+    table = pa.table({"image": [b"x"], "label": ["cat"]})
+    pa.parquet.write_table(table, tmp_path / "words.parquet")
+    with pytest.raises(ValueError, match="row 0: the label 'cat' is no whole number; number the"):
+        open_source(f"parquet:{tmp_path / 'words.parquet'}")
+    (tmp_path / "words.parquet").unlink()
+    with pytest.raises(ValueError, match="there is no split val"):
+        open_source(f"parquet:{tmp_path}", "validation")
     (tmp_path / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="is no whole Parquet file"):
         open_source(f"parquet:{tmp_path}")

@@ -96,6 +96,14 @@ def test_what_there_is_not_is_told_in_a_line(made, small_source):
         records.density(0, "sift")
 
 
+def test_densities_are_of_names_or_whole_numbers(made):
+    records = shards.open(made)
+    with pytest.raises(shards.UserError, match="densities is for several names, not 'class0"):
+        records.densities("class0/000.jpg", "fast")
+    with pytest.raises(TypeError):
+        records.density(1.5, "fast")
+
+
 def test_frames_are_refused_in_a_line(made, tmp_path):
     records = shards.open(made)
     for use in (

@@ -1,5 +1,6 @@
 """Listing: a fixed order, labels from folders, odd names, nothing followed out of its root."""
 
+import io
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from conftest import settings
 
 from preprocess import Rejected, build_shards, open_source
 from preprocess.layouts.folder import list_folder
+from preprocess.layouts.tar import members
 from preprocess.repair import repair_shards
 from preprocess.source import Source
 from shards.beton import convert_to_ffcv
@@ -176,6 +178,15 @@ def test_a_webdataset_tar_is_not_read_without_its_labels(tmp_path):
     with pytest.raises(ValueError, match=r"is a WebDataset tar, with labels; say webdataset:/.*r$"):
         open_source(str(path))
     assert open_source(f"webdataset:{path}").entries[0].label == 3
+
+
+def test_a_server_of_whole_files_is_not_taken_for_a_broken_tar():
+    class Remote(io.BytesIO):
+        def read(self, size=-1):
+            raise ValueError("The HTTP server doesn't appear to support range requests.")
+
+    with pytest.raises(ValueError, match=r"server of http://x/y.tar gives whole files only"):
+        list(members(Remote(), "http://x/y.tar"))
 
 
 def test_a_hostile_tar_reaches_nothing(tmp_path):
