@@ -174,7 +174,8 @@ def verify(
         demo = records.manifest.source["kind"] == "demo"
         listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, samples)
-    lines = problems[:20]
+    more = len(problems) - 20
+    lines = [*problems[:20], *([f"and {more} more"] if more > 0 else [])]
     if not problems:
         lines = [f"{folder}: {shards.load(folder).count} records are sound at level {level}"]
     facts = {"folder": str(folder), "level": level, "problems": problems}

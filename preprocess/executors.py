@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -31,7 +32,7 @@ Tasks = Iterator[tuple[Any, ...]]
 Results = Generator[Any, None, None]
 PACKAGES = {"dask": "distributed", "ray": "ray"}
 BACKENDS = ("loky", *PACKAGES)
-CONNECT_SECONDS, POLL_SECONDS = 10, 1.0
+CONNECT_SECONDS, WORKER_SECONDS, POLL_SECONDS = 10, 10, 1.0
 AHEAD = 16  # tasks beyond one per core: no worker waits, and adaptive clusters grow
 
 
@@ -129,15 +130,22 @@ def _close(part: Any, timeout: float) -> None:
 
 def _dask_results(client: Any, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:
     from distributed.scheduler import KilledWorker
+    from tqdm import tqdm
 
     ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
     waiting: set[Any] = set()
-    most, asked = jobs, -math.inf
+    most, asked, alone = jobs, -math.inf, time.monotonic() + WORKER_SECONDS
     while True:
         if client.status != "running":
             raise CancelledError
         if not jobs and time.monotonic() > asked + POLL_SECONDS:  # workers come and go
-            most, asked = sum(client.ncores().values()) + AHEAD, time.monotonic()
+            cores, asked = sum(client.ncores().values()), time.monotonic()
+            most, alone = cores + AHEAD, math.inf if cores else alone
+            if asked > alone:
+                place = client.scheduler.address
+                line = f"{place} has no worker yet; start one: dask worker {place}"
+                tqdm.write(line, file=sys.stderr)
+                alone = math.inf
         for task in islice(tasks, max(0, most - len(waiting))):
             future = client.submit(work, *task, pure=False)
             future.add_done_callback(ended.put)

@@ -159,11 +159,11 @@ class Looks:
         share = row["look_seconds"] / between
         parts.append(f"; {row['look_seconds']:.1f} s")
         if done > 1:  # a first step is slower than others
-            parts.append(f", {share:.1%} of the run")
+            parts.append(f", {share:.1%} of the training since the last")
         if done > 1 and share > LIMIT:
             rarer = max(self.every * share / LIMIT, self.every + 1)
             lines.append(
-                f"note: looks at features take {share:.1%} of the run; --probe-every "
+                f"note: looks at features take {share:.1%} of the time of training; --probe-every "
                 f"{math.ceil(rarer)} takes less"
             )
         flat = row.get("attention_nmi", 1.0) < COLLAPSED

@@ -73,7 +73,7 @@ def retried(
             AWAY.pop(store, None)
             raise ConnectionError(
                 f"{url} could not be reached for {patience:g} s ({reason}); once the store is "
-                "back, the same command goes on"
+                "back, the same command goes on (a training with --resume)"
             )
 
 

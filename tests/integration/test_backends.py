@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_the_commands_of_the_page_are_real():
             assert (REPOSITORY / command).is_file()
         seen.add(program)
     assert seen == {"bash", "dask", "kamim", "ray", "torchrun"}
+
+
+def test_a_dask_cluster_without_workers_is_told(monkeypatch, capsys):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(backends, "WORKER_SECONDS", 0)
+    monkeypatch.setattr(backends, "POLL_SECONDS", 0.01)
+    with ThreadPoolExecutor(1) as pool:
+        client = SimpleNamespace(
+            status="running",
+            ncores=dict,
+            scheduler=SimpleNamespace(address="tcp://head:8786"),
+            submit=lambda work, *task, pure: pool.submit(work, *task),
+        )
+        tasks = iter([(0.2,), (0.0,)])
+        assert list(backends._dask_results(client, 0, time.sleep, tasks)) == [None, None]
+    said = capsys.readouterr().err
+    assert said == "tcp://head:8786 has no worker yet; start one: dask worker tcp://head:8786\n"
 
 
 def test_dask_on_this_machine_gives_the_same_bytes(small_source, calm, tmp_path):

@@ -190,8 +190,10 @@ def test_looks_that_cost_more_than_their_limit_say_what_takes_less(shards, tmp_p
     row = looks(tmp_path / "run")[5]
     share = row["look_seconds"] / (40 / row["images_per_s"])
     said = capsys.readouterr().err
-    assert f"{row['look_seconds']:.1f} s, {share:.1%} of the run" in said
-    assert "of the run; --probe-every" in said  # a second's look at an epoch of forty images
+    assert f"{row['look_seconds']:.1f} s, {share:.1%} of the training since the last" in said
+    assert (
+        "of the time of training; --probe-every" in said
+    )  # a second's look at an epoch of forty images
 
 
 def test_tensorboard_has_the_figures_of_looks(shards, tmp_path):
