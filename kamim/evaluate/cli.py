@@ -37,10 +37,7 @@ Train = Annotated[str, typer.Argument(help="Shards to train on: a folder or a UR
 Val = Annotated[str, typer.Argument(help="Shards to test on: a folder or a URL.")]
 Cache = Annotated[Path | None, typer.Option(help="Local folder for copies of shards at a URL.")]
 Block = Annotated[
-    int,
-    typer.Option(
-        min=0, help="Take features after this block. 0: 8 of 12; for Swin the last stage."
-    ),
+    int, typer.Option(min=0, help="Features after this block. 0: 8 of 12; Swin: the last stage.")
 ]
 Pool = Annotated[
     Literal["mean", "cls"],

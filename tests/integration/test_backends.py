@@ -415,6 +415,7 @@ def test_a_worker_elsewhere_or_with_other_libraries_is_refused(job, tmp_path, mo
         write_shard(job, 1, entries)
 
 
+@pytest.mark.slow
 def test_a_loky_worker_that_dies_costs_one_try(small_source, calm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preprocess.building, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(preprocess.building, "write_shard", _dies_once)

@@ -18,7 +18,7 @@ from train.masking import block_masks
 STEPS = 20
 NEEDS = {"stock_webdataset": "webdataset", "stock_datasets": "datasets", "stock_ffcv": "ffcv"}
 NAMES = [*NEEDS, "own_model"]
-LONG = ("stock_datasets", "stock_ffcv")  # to import and compile
+LONG = ("stock_datasets", "stock_ffcv", "stock_webdataset")  # to import and compile
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,7 @@ def command(data, out, *more):
     return [sys.executable, "-m", "kamim.experiment", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_after_whole_lines(data, tmp_path):
     out, size = tmp_path / "out", replace(TINY, methods=("mae",))
     for folder in ("out", "first", "again"):

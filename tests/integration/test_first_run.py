@@ -95,6 +95,7 @@ def test_an_ffcv_set_without_ffcv_is_told_before_torch_is_imported(built, tmp_pa
     train.request.check_folder(str(built))
 
 
+@pytest.mark.slow
 def test_without_a_recipe_the_default_follows_the_device_and_says_so(built):
     done = kamim("pretrain", built, "--device", "cpu", "--detector", "f")
     assert "no --recipe: demo, as this runs on cpu" in done.stderr

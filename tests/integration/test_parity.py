@@ -242,7 +242,7 @@ def labelled(tmp_path, small_source):
     return ShardSet(tmp_path / "set")
 
 
-@pytest.mark.parametrize("make", [swin, vit])
+@pytest.mark.parametrize("make", [swin, pytest.param(vit, marks=pytest.mark.slow)])
 def test_simmims_fine_tuning_resumes_to_the_last_bit(labelled, tmp_path, make, monkeypatch):
     from kamim.evaluate import supervised
 

@@ -166,7 +166,10 @@ def test_an_image_that_it_fails_on_is_rejected_and_the_build_goes_on(
     [
         ("hangs", "detector-hung", "hangs: no answer in 3 s; --detector-seconds allows more"),
         ("dies", "detector-died", "dies: its process ended, signal 9"),
-        ("leaves", "detector-died", "leaves: its process ended, exit status 0"),
+        pytest.param(
+            *("leaves", "detector-died", "leaves: its process ended, exit status 0"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_image_that_it_hangs_or_dies_on_is_rejected_and_the_build_goes_on(
@@ -430,6 +433,7 @@ def test_edges_lie_where_the_picture_has_some(monkeypatch):
         assert density[:, :middle].mean() > 2 * density[:, middle:].mean()
 
 
+@pytest.mark.slow
 def test_the_command_says_that_no_rule_is_there_and_takes_one_measured(own, small_source, tmp_path):
     call, small = f"slope={own}:ramp", ["--frame", "64", "--crop", "64", "--grid", "16"]
     bare = kamim("build", small_source, "bare", "--detector", call, *small)

@@ -12,7 +12,7 @@ from preprocess.detectors import detect, detector_settings
 from preprocess.rings import MARKS, draw, mark
 
 
-@pytest.mark.parametrize("name", ["fast", "orb", "sift"])
+@pytest.mark.parametrize("name", ["fast", "orb", pytest.param("sift", marks=pytest.mark.slow)])
 def test_rings_equal_the_published_drawing_on_real_crops(name, photos):
     rng = np.random.default_rng(0)
     detector = detector_settings(name)
