@@ -6,6 +6,7 @@ torch is imported only when one of them runs, and after what was typed is checke
 import json
 import re
 from dataclasses import asdict, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -209,6 +210,7 @@ def pretrain(
         check_folder(probe_set)
     places = tuple(folder if is_url(folder) else Path(folder) for folder in folders)
     with busy("loading torch"):
+        import_module("train.loop")  # which asks for torch before it asks for timm
         from train.setup import find_device
 
     if not recipe:
