@@ -122,10 +122,11 @@ def take_shares(words: Sequence[str]) -> tuple[list[str], tuple[float, ...] | No
     """
     folders, shares = [], []
     for word in words:
-        found = None if Path(word).exists() else SHARE.fullmatch(word)
+        there = Path(word).exists()
+        found = None if there else SHARE.fullmatch(word)
         place, _, share = word.rpartition(":")
         typed = place and not share.startswith("/") and Path(place).exists()  # s3:// has slashes
-        if not found and typed and not Path(word).exists():
+        if typed and not there and not found:
             raise UserError(f"{word}: {share!r} is no share; give a number, as {place}:0.5")
         folders.append(found[1] if found else word)
         shares += [float(found[2])] if found else []

@@ -120,10 +120,11 @@ def recipe_for(
     SimMIM's rates are in proportion to the batch, and its layers of Swin decay by 0.9; KAMIM clips
     Swin's gradient, not a ViT's.
     """
-    recipe = RECIPES[name]
-    warmup = recipe.warmup * (epochs / recipe.epochs if epochs else 1)
-    recipe = replace(recipe, batch=batch, epochs=epochs or recipe.epochs, warmup=warmup)
-    recipe = replace(recipe, peak=peak or recipe.peak)
+    recipe = replace(RECIPES[name], batch=batch)
+    if epochs:
+        recipe = replace(recipe, epochs=epochs, warmup=recipe.warmup * epochs / recipe.epochs)
+    if peak:
+        recipe = replace(recipe, peak=peak)
     if name == "attentive-probe":
         return recipe
     if name != "simmim":
@@ -380,7 +381,7 @@ def _differing(name: str, then: Any, now: Any) -> list[str]:
     """A line for each fact of `now` that `then` has otherwise."""
     if isinstance(then, dict) and isinstance(now, dict):
         return [line for each in now for line in _differing(each, then.get(each), now[each])]
+    if then == now:
+        return []
     line = f"{name} was {then}, is {now}"
-    return (
-        [] if then == now else [line if len(line) < 80 else f"other {name}"]
-    )  # a hash says nothing
+    return [line if len(line) < 80 else f"other {name}"]  # a hash says nothing
