@@ -25,9 +25,14 @@ PACKAGES = {
     "S3": "s3fs",
     "Google storage": "gcsfs",
     "Parquet": "pyarrow",
+    "raw frames by numba": "numba",
 }
 # Nothing but these needs them.
-FOR = {"webdataset": "only to read our shards without us", "wandb": "only for --wandb"}
+FOR = {
+    "webdataset": "only to read our shards without us",
+    "wandb": "only for --wandb",
+    "numba": "raw frames load FACTOR times as fast with it",
+}
 
 
 def examine() -> list[Row]:

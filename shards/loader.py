@@ -21,7 +21,7 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.order import Plan
 from shards.processes import Processes, Shared
-from shards.reading import CROPS, Layout, Place, Reader, buffers_of
+from shards.reading import CROPS, Layout, Reader, buffers_of
 from shards.record import COUNTS, DENSITY, key_of
 from shards.records import Records
 from shards.remote.prefetch import Prefetch, walks_of
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     counts: dict[str, NDArray[np.uint8]]
 
 
-Submit = Callable[[int, list[Place]], Future[dict[int, str]]]
+Submit = Callable[[int, Ints], Future[dict[int, str]]]
 Part = tuple[int, Ints, Ints]  # step, epochs, samples
 Maps = dict[str, NDArray[np.uint8]]
 
@@ -141,7 +141,7 @@ class Loader:
         self.layouts = [layout_of(each, maps, bank, coded) for each in records.sets]
         self.files = [FEW if each.copies else open_files(len(each.shards)) for each in records.sets]
         self.readers = [
-            Reader(layout, lru_cache(files)(one.hold))
+            Reader(layout, lru_cache(files)(one.hold), at_once=not shared)
             for layout, files, one in zip(self.layouts, self.files, records.sets, strict=True)
         ]
         self.shared = shared
@@ -176,7 +176,7 @@ class Loader:
                 reader.open = ahead[-1].open
         processes = self._processes() if self.shared else None
 
-        def read(number: int, owner: int, places: list[Place]) -> dict[int, str]:
+        def read(number: int, owner: int, places: Ints) -> dict[int, str]:
             """Read and decode from set `owner` into the buffers `number`; what is wrong, by
             place.
             """
@@ -185,7 +185,7 @@ class Loader:
                 return reader.read(self.buffers[number][owner], places)
             # Held here, so that nobody evicts them from a cache while they are read there.
             remote = self.records.sets[owner].copies
-            shards = {shard for _, shard, *_ in places} if remote else set()
+            shards = set(places[:, 1].tolist()) if remote else set()
             held = [reader.open(shard) for shard in shards]
             problems = processes.read(number, owner, places)
             del held
@@ -198,7 +198,7 @@ class Loader:
                 for each in ahead:
                     each.begin(step)
 
-                def submit(owner: int, places: list[Place]) -> Future[dict[int, str]]:
+                def submit(owner: int, places: Ints) -> Future[dict[int, str]]:
                     return pool.submit(read, number, owner, places)
 
                 waiting.append(planner.submit(self._start, number, parts, submit))
@@ -258,15 +258,17 @@ class Loader:
         """The set of each of `samples`."""
         return np.searchsorted(self.ends, samples, side="right")
 
-    def _places(self, owner: int, at: Ints, samples: Ints, rows: NDArray[np.void]) -> list[Place]:
-        """Where each of `samples` of set `owner` lies: first its place in the batch, of `at`."""
+    def _places(self, owner: int, at: Ints, samples: Ints, rows: NDArray[np.void]) -> Ints:
+        """Where each of `samples` of set `owner` lies, as Reader.read wants it; `at`: its place in
+        the batch.
+        """
         one, layout = self.records.sets[owner], self.layouts[owner]
         inside = samples - (self.ends[owner] - len(one))
         shards = np.searchsorted(one.ends, inside, side="right")
         start, size = rows["frame"].astype(np.int64), rows["frame_bytes"].astype(np.int64)
         behind = layout.parts or layout.bank
         gap = rows["arrays"].astype(np.int64) - start if behind else size
-        return list(zip(*(each.tolist() for each in (at, shards, start, size, gap)), strict=True))
+        return np.stack((at, shards, start, size, gap), axis=1)
 
     def _finish(self, pending: "Pending") -> Batch:
         """The batch when all of it is read: what is damaged replaced, the bank's crops chosen."""
@@ -312,13 +314,13 @@ class Loader:
             rows[at] = self.records.rows(one)
             owner = owners[place] = int(self._owners(one)[0])
             buffers = self.buffers[buffers_number][owner]
-            ((_, shard, start, size, gap),) = self._places(owner, at, one, rows[at])
+            where = self._places(owner, at, one, rows[at])
             if isinstance(batch.frames, list):  # it may be longer than the one that it replaces
-                file = np.empty(gap, np.uint8)
-                buffers.targets[place][0], batch.frames[place] = file.data, file[:size]
+                file = np.empty(where[0, 4], np.uint8)
+                buffers.targets[place][0], batch.frames[place] = file.data, file[: where[0, 3]]
             if self.layouts[owner].bank:
                 buffers.slots[at] = self._slots(owner, batch.epochs[at], one)
-            found = self.readers[owner].read(buffers, [(place, shard, start, size, gap)])
+            found = self.readers[owner].read(buffers, where)
             problem = (buffers.flaws([place]) | found).get(place, "")
             # The plan's box stays: it is a crop of the unit square, of any sample.
             batch.samples[place], batch.labels[place] = number, rows["label"][place]

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.crops import Ints
 from shards.dataset import Held
 from shards.errors import UserError
-from shards.reading import Layout, Place, Reader, buffers_of
+from shards.reading import Layout, Reader, buffers_of
 
 START = "import sys; sys.path[:] = {path!r}; from shards.processes import serve; serve({pipe})"
 
@@ -90,7 +91,7 @@ class Processes:
         for pipe, _ in self.all:  # while they start
             pipe.send(facts)
 
-    def read(self, number: int, owner: int, places: Sequence[Place]) -> dict[int, str]:
+    def read(self, number: int, owner: int, places: Ints) -> dict[int, str]:
         """As Reader.read, of set `owner` into the loader's buffers `number`, by any process that is
         idle.
         """

@@ -11,7 +11,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from json.scanner import make_scanner
-from operator import itemgetter
 from tarfile import BLOCKSIZE
 
 import numpy as np
@@ -22,13 +21,10 @@ from shards.crops import Ints
 from shards.dataset import Held
 from shards.record import Array, npy_header
 from shards.spec import Settings
+from shards.vectored import AtOnce, compiled, vector
 
 Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
-# Place in the batch, shard, first byte of the frame in it, the frame's bytes, bytes from there to
-# the arrays behind it.
-Place = tuple[int, int, int, int, int]
 CROPS = ("bank.boxes", "bank.flips")  # arrays of FFCV
-GAP = itemgetter(4)
 READ_JSON = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # stops before the padding
 NO_CROP = (
     *(ValueError, LookupError, TypeError, OverflowError, StopIteration, RecursionError),
@@ -114,6 +110,7 @@ class Buffers:
         )
         # Where the kernel puts a record's bytes, by place. The gap before the arrays differs.
         self.targets = [self._targets(place) for place in range(size)]
+        self.vectors = np.array([[vector(part) for part in parts] for parts in self.targets])
         self.behind = sum(map(len, self.targets[0][2 * layout.raw + 1 :])) if size else 0
 
     def _targets(self, place: int) -> list[memoryview]:
@@ -131,13 +128,13 @@ class Buffers:
                 found.append(array[place].reshape(-1).view(np.uint8).data)
         return found
 
-    def take_files(self, places: Sequence[Place]) -> list[NDArray[np.uint8]]:
+    def take_files(self, places: Ints) -> list[NDArray[np.uint8]]:
         """Room for the JPEG files of `places`, into which they will be read."""
-        total = sum(gap for *_, gap in places)
+        total = int(places[:, 4].sum())
         if len(self.files) < total:
             self.files = np.empty(total + total // 4, np.uint8)
         found, at = [], 0
-        for place, _, _, size, gap in places:
+        for place, _, _, size, gap in places.tolist():
             self.targets[place][0] = self.files[at : at + gap].data
             found.append(self.files[at : at + size])
             at += gap
@@ -198,23 +195,34 @@ def _cut(row: NDArray[np.uint8], lengths: list[int]) -> Iterator[memoryview]:
 
 
 class Reader:
-    """Reads records into buffers, in any thread. `open` gives a shard by its number."""
+    """Reads records into buffers, in any thread. `open` gives a shard by its number. `at_once`: raw
+    frames of a chunk by one call, if numba is installed.
+    """
 
-    def __init__(self, layout: Layout, open: Callable[[int], Held]) -> None:
+    def __init__(self, layout: Layout, open: Callable[[int], Held], at_once: bool = False) -> None:
         self.layout, self.open, self.own = layout, open, threading.local()
         self.finders = [finder(slot) for slot in range(layout.slots)]
+        # Not JPEG: a file is decoded while it lies in the core's cache. Not metadata: it is parsed.
+        fits = layout.raw and not (layout.bank and layout.tar)
+        self.at_once = compiled() if at_once and fits else None
 
-    def read(self, buffers: Buffers, places: Sequence[Place]) -> dict[int, str]:
-        """Read and decode; returns what is wrong, by place. Heads are left to the caller."""
+    def read(self, buffers: Buffers, places: Ints) -> dict[int, str]:
+        """Read and decode; returns what is wrong, by place. Heads are left to the caller.
+
+        places: int64 [n, 5], of each its place in the batch, shard, first byte of the frame in it,
+        the frame's bytes, and the bytes from there to the arrays behind it.
+        """
         problems: dict[int, str] = {}
-        coded = self.layout.coded
-        scratch = self._scratch(0 if coded else max(map(GAP, places)))
-        raw, open, behind, targets = self.layout.raw, self.open, buffers.behind, buffers.targets
+        coded, raw, open = self.layout.coded, self.layout.raw, self.open
+        behind, targets = buffers.behind, buffers.targets
         at, before = 2 * raw, len(self.layout.heads[0][0]) + self.layout.frame_bytes if raw else 0
+        scratch = self._scratch(0 if coded else int(places[:, 4].max()) - before)
+        if self.at_once:  # what is left is read again below, which tells what is wrong
+            places = self._read_at_once(self.at_once, buffers, places, scratch, before)
         decode, rows, preadv = simplejpeg.decode_jpeg, buffers.rows, os.preadv
         bank, tar, finders = self.layout.bank, self.layout.tar, self.finders
         slots, shown = buffers.slots, dict[int, bytes]()
-        for place, shard, start, size, gap in places:
+        for place, shard, start, size, gap in places.tolist():
             file = open(shard)  # held here: the cache may let go of it under our read
             into = targets[place]
             if not coded:
@@ -253,9 +261,25 @@ class Reader:
             buffers.crops[list(shown)] = np.reshape(numbers, (-1, 6))
         return problems
 
+    def _read_at_once(
+        self, at_once: AtOnce, buffers: Buffers, places: Ints, unread: memoryview, before: int
+    ) -> Ints:
+        """Read raw frames, and arrays, by one call. Returns those of `places` that were not read as
+        they should be. unread: room for what lies between a frame and its arrays.
+        """
+        at, shards, starts, sizes, gaps = places.T
+        held = [self.open(shard) for shard in shards.tolist()]  # as in `read`
+        files, counts = np.array([each.descriptor for each in held]), np.empty_like(starts)
+        vectors = buffers.vectors[at]
+        vectors[:, 2, 0] = vector(unread)[0]
+        vectors[:, 2, 1] = np.maximum(gaps - before, 0)
+        at_once(files, starts, vectors, counts)
+        wrong = (counts != gaps + buffers.behind) | (gaps < sizes) | (sizes != before)
+        return places[wrong]
+
     def _scratch(self, size: int) -> memoryview:
-        """This thread's memory for a frame's file."""
-        scratch: memoryview = getattr(self.own, "scratch", memoryview(b""))
+        """This thread's memory for what is not kept: a JPEG file, metadata."""
+        scratch: memoryview = getattr(self.own, "scratch", memoryview(bytearray()))
         if len(scratch) < size:
             self.own.scratch = scratch = memoryview(bytearray(size + size // 4))
         return scratch

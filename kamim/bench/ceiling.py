@@ -6,6 +6,7 @@ no longer help is its ceiling, however many cores a machine has. The set is a st
 at hand again and again, so that plan, index and open files are as many as ImageNet's.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ import simplejpeg
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.measuring import keep, temporary_set
 from kamim.bench.provenance import spread
-from shards import ShardSet, processes
+from shards import ShardSet, processes, reading, vectored
+from shards.crops import Ints
 from shards.order import Plan
 from shards.reading import Buffers
 
@@ -60,16 +62,27 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
             time.sleep(decode)
         return buffer
 
-    def reading(descriptor: int, targets: list[memoryview], start: int) -> int:
+    def preadv(descriptor: int, targets: list[memoryview], start: int) -> int:
         if read:
             time.sleep(read)
         return sum(map(len, targets))
+
+    wait, pause = ctypes.CDLL(None).usleep, round(1e6 * (read or 0))
+    wait.argtypes, wait.restype = [ctypes.c_uint32], ctypes.c_int
+
+    def at_once(descriptors: Ints, starts: Ints, vectors: Ints, counts: Ints) -> None:
+        for at in range(len(starts)):
+            if pause:
+                wait(pause)
+            counts[at] = vectors[at, :, 1].sum()
 
     with ExitStack() as stack:
         if decode is not None:
             stack.enter_context(patch.object(simplejpeg, "decode_jpeg", decoded))
         if read is not None:  # and what was not read is not looked at
-            stack.enter_context(patch.object(os, "preadv", reading))
+            compiled = vectored.without_lock(at_once)
+            stack.enter_context(patch.object(os, "preadv", preadv))
+            stack.enter_context(patch.object(reading, "compiled", lambda: compiled))
             stack.enter_context(patch.object(Buffers, "flaws", lambda *_: {}))
         line = f"from kamim.bench.ceiling import begin_replaced; begin_replaced({decode}, {read}); "
         start = processes.START.replace("from ", line + "from ", 1)

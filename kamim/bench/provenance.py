@@ -15,6 +15,7 @@ from shards.errors import UserError
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "bench"
 PACKAGES = (
     "numpy",
+    "numba",
     "opencv-python-headless",
     "simplejpeg",
     "joblib",
