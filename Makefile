@@ -15,8 +15,9 @@ YOURS := folder webdataset parquet shards ffcv
 comma := ,
 # Shards of your images are named after their folder, those of a dataset after the dataset.
 NAME = $(if $(and $(DATA),$(filter $(YOURS),$(DATASET))),$(shell basename "$$(cd "$(DATA)" 2>/dev/null && pwd || echo "$(DATA)")" .tar),$(DATASET))
+RAW = $(if $(filter webdataset-raw,$(FORMAT)-$(FRAMES)),--quality 0)
 ifeq ($(OUT),)
-override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst :,-,$(subst /,-,$(subst $(comma),-,$(DETECTOR))))$(if $(filter maps,$(MAKECMDGOALS)),-maps)
+override OUT = data/$(NAME)$(if $(SPLIT),-$(SPLIT))-$(subst :,-,$(subst /,-,$(subst $(comma),-,$(DETECTOR))))$(if $(filter maps,$(MAKECMDGOALS)),-maps,$(if $(RAW),-raw))
 endif
 # Datasets other than the demo are at DATA, or are looked for in the usual folders.
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
@@ -38,7 +39,7 @@ help:  ## Show this list.
 	@echo 'make shards DATASET=demo|imagenet|cifar10|cifar100|inaturalist|places365'
 	@echo '                    |folder|webdataset|parquet|shards|ffcv DETECTOR=fast,orb,gftt,MODULE:FUNCTION'
 	@echo '            [DATA=path or URL] [SPLIT=val] [OUT=folder or URL] [JOBS=n]'
-	@echo '            [BACKEND=dask|ray [SCHEDULER=host:port]]'
+	@echo '            [FORMAT=webdataset|ffcv] [FRAMES=jpeg|raw] [BACKEND=dask|ray [SCHEDULER=host:port]]'
 	@echo '            [FLAGS="--frame 448 ..."; see kamim shards build --help]'
 	@echo 'make maps                                  the same variables: densities without frames'
 	@echo 'make pretrain SHARDS=folder [RECIPE=name] [FLAGS="--resume ..."]'
@@ -59,8 +60,8 @@ words:
 	@if [ "$(DATASET)" = demo ] && [ -n "$(DATA)" ]; then \
 	  echo 'DATASET=demo brings its own photographs; leave DATASET out to take those at DATA=$(DATA)' >&2; exit 2; fi
 
-shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, JOBS, BACKEND, SCHEDULER, FLAGS.
-	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
+shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, FORMAT, FRAMES, JOBS, BACKEND, SCHEDULER, FLAGS.
+	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(RAW) $(FLAGS)
 	@if [ "$(FORMAT)" = ffcv ]; then $(BIN)/kamim shards convert "$(OUT)" --to ffcv --frames $(FRAMES); fi
 
 maps: words $(VENV)/core $(NEEDS)  ## Build densities without frames; options as for shards.

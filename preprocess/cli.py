@@ -188,6 +188,9 @@ def verify(
 
 def _mend(folder: Path, problems: list[str]) -> str:
     """What to do about the first file that a build writes, as the end of a sentence."""
+    from preprocess.building import shard_size_for
+    from preprocess.compare import flags_of
+
     try:
         finished = shards.load(folder)
     except UserError:  # which is the problem, and says itself what to do
@@ -195,7 +198,11 @@ def _mend(folder: Path, problems: list[str]) -> str:
     for file in finished.files:
         path = folder / file.name
         if any(line.startswith(str(path)) for line in problems):
-            return f", first in {file.name}; {mending(path)}"
+            size = shard_size_for(finished.ledger.inputs, finished.settings.frame > 0)
+            words = flags_of(finished.settings, size)
+            return f", first in {file.name}; " + mending(path).replace(
+                " --repair", f" {words} --repair"
+            )
     return ""
 
 

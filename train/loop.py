@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shards import Plan, to_device
 from shards import files as writing
+from shards.errors import UserError
 from shards.rng import Purpose, mix
 from train import checkpoint
 from train.cuda import peak_flops, pin_attention
@@ -160,6 +161,7 @@ def pretrain(run: Run) -> None:
     share = peak and flops / (peak * ranks)
     window = Window(seconds, recipe.batch, steps_an_epoch, ranks, share, recipe.clip)
     followed: Followed | None = None
+    failure: Exception | None = None  # of a batch: a damaged record, a store that is gone
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
     with (
@@ -200,7 +202,13 @@ def pretrain(run: Run) -> None:
             sums = torch.zeros(3, device=device)  # loss, mean weight, effective share
             cut = False  # by a signal: the step's gradients are dropped
             for micro_step in range(micro_steps):
-                batch, tensors = pace.next()
+                try:
+                    batch, tensors = pace.next()
+                except (UserError, OSError) as error:
+                    if ranks > 1:  # the others wait for this one
+                        raise
+                    failure, cut = error, True
+                    break
                 assert batch.step == step
                 tensors |= weighed(weighing, device)
                 begin = (micro_step * ranks + rank) * part
@@ -235,7 +243,7 @@ def pretrain(run: Run) -> None:
             # What is due after the step: rows, a checkpoint, the end.
             late = rank == 0 and saver.late()
             stopping, late = stop.agreed(late, step, run.log_every, ranks, device)
-            saving = stopping or late or done % run.save_every == 0 or done == last
+            saving = failure or stopping or late or done % run.save_every == 0 or done == last
             # A pass over all records may take minutes, in which a signal cuts it short.
             saving = (saving or masking.due(done) or selection.due(done)) and done > saved
             # The first row shows that all is well. On a CPU there is no queue to wait for.
@@ -255,9 +263,16 @@ def pretrain(run: Run) -> None:
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"ema": average.module.state_dict()} if average is not None else {}
                 with progress.busy("saving"):
-                    followed = followed or follow(run, data, model, masking)
-                    saver.save(done, state, followed.taken(model, done))
+                    if failure is None:
+                        followed = followed or follow(run, data, model, masking)
+                    saver.save(done, state, *([followed.taken(model, done)] if followed else []))
             saved = done if saving else saved
+            if failure is not None:
+                with progress.busy("saving"):
+                    saver.wait()
+                if saved > first:
+                    say(f"step {saved} is saved; when this is mended, go on with --resume:")
+                raise failure
             if stopping:
                 with progress.busy("saving"):
                     saver.wait()

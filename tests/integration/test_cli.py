@@ -104,10 +104,13 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     bad = kamim("shards", "verify", out, "--json")
     assert bad.returncode == 1
     assert "shard-000002.tar" in json.loads(bad.stdout)["problems"][0]
-    assert bad.stderr == (
+    assert bad.stderr.startswith(
         f"kamim: {out} has 1 problem at level checksum, first in shard-000002.tar; restore it, or "
-        f"type: kamim shards build SOURCE {out} --repair\n"
+        f"type: kamim shards build SOURCE {out} "
     )
+    typed = bad.stderr.split("type: kamim ")[1].replace("SOURCE", str(small_source)).split()
+    assert f"{out}: repaired shard-000002.tar" in kamim(*typed).stderr
+    assert kamim("shards", "verify", out).returncode == 0
     nowhere = kamim("shards", "verify", tmp_path / "nowhere")
     assert (nowhere.returncode, nowhere.stdout) == (2, "")
     assert f"build it first: kamim shards build SOURCE {tmp_path / 'nowhere'}" in nowhere.stderr

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from shards.errors import UserError
 from shards.files import alone
+from shards.loader import Loader
 from train import checkpoint, setup
 from train.export import export
 from train.loop import pretrain
@@ -542,6 +543,32 @@ def test_a_damaged_record_stops_the_run_or_is_counted(shards, tmp_path):
         run(shards, tmp_path / "out")
     run(shards, tmp_path / "skipped", skip_damaged=True, probe_every=1)
     assert read_metrics(tmp_path / "skipped")[-1]["damaged"] == 1
+
+
+@pytest.mark.parametrize("error", [UserError("the store is gone"), OSError(5, "I/O error")])
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_what_cannot_be_loaded_loses_no_step(
+    shards, tmp_path, monkeypatch, capsys, error, micro_batch
+):
+    recipe = replace(TINY, micro_batch=micro_batch)
+    whole = run(shards, tmp_path / "whole", recipe)
+    finish = Loader._finish
+
+    def failing(loader, pending):
+        if pending.batch.step == 9:
+            raise error
+        return finish(loader, pending)
+
+    monkeypatch.setattr(Loader, "_finish", failing)
+    with pytest.raises(type(error)):
+        run(shards, tmp_path / "out", recipe)
+    assert "step 9 is saved" in capsys.readouterr().err
+    assert checkpoint.newest(tmp_path / "out" / "checkpoints").name == "step-00000009.pt"
+    assert len(losses(tmp_path / "out")) == 9
+    with pytest.raises(type(error)):  # nothing is done, and nothing is lost
+        run(shards, tmp_path / "out", recipe, resume=True)
+    monkeypatch.undo()
+    assert run(shards, tmp_path / "out", recipe, resume=True) == whole
 
 
 @pytest.fixture

@@ -206,9 +206,12 @@ def test_make_names_shards_of_your_images_after_their_folder(clone, tmp_path):
         ("DATASET=webdataset DATA=w", "webdataset:w", "data/w-fast"),
         ("DATASET=cifar10 DATA=/d DETECTOR=fast,orb", "cifar10:/d", "data/cifar10-fast-orb"),
         ("DATASET=cifar10 OUT=here", "cifar10", "here"),
+        ("FRAMES=raw FORMAT=ffcv", "demo", "data/demo-fast"),
+        ("FRAMES=raw", "demo", "data/demo-fast-raw"),
     ]:
         printed = run(f"make -n shards {words}", clone).stdout
         assert f'shards build "{source}" "{out}"' in printed, printed
+        assert ("--quality 0" in printed) == (words == "FRAMES=raw")
 
 
 def test_make_leaves_the_recipe_to_the_command(clone):
