@@ -6,9 +6,11 @@ weighted step against the unweighted one.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import joblib
@@ -20,7 +22,7 @@ from kamim.bench.gpu_steps import Training, always
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
 from kamim.bench.rivals import by_processes, timed
-from shards import Plan, ShardSet, decode_frame
+from shards import Plan, ShardSet, decode_frame, reading
 from train.recipes import find_recipe
 
 REPEATS, BATCH, STEPS, AHEAD = 9, 200, 24, 3
@@ -50,12 +52,18 @@ def decode_rate(frames: list[bytes], decode: Callable[[bytes], Any]) -> float:
 
 
 def loader_rate(
-    records: ShardSet, detectors: list[str], bank: bool = False, steps: int = STEPS
+    records: ShardSet, detectors: list[str], bank: bool = False, steps: int = STEPS, **how: Any
 ) -> float:
     """Images per second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD)
+    loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD, **how)
     return timed(((batch.frames,) for batch in loader), skip=AHEAD + 1)
+
+
+def raw_rate(records: ShardSet, numba: bool, workers: int = 0) -> float:
+    """Images per second of raw frames with maps, read with or without numba."""
+    with nullcontext() if numba else patch.object(reading, "compiled", lambda: None):
+        return loader_rate(records, ["fast"], steps=120, workers=workers)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
@@ -94,17 +102,22 @@ def measure(records: ShardSet, banked: ShardSet, raw: ShardSet) -> dict[str, Any
         "loader, threads, with maps": lambda: loader_rate(records, ["fast"]),
         "loader, threads, without maps": lambda: loader_rate(records, []),
         "loader, threads, from the bank": lambda: loader_rate(banked, ["fast"], bank=True),
-        "loader, threads, raw frames": lambda: loader_rate(raw, ["fast"], steps=120),
+        "loader, threads, raw frames": lambda: raw_rate(raw, True),
+        "the same without numba": lambda: raw_rate(raw, False),
+        "16 threads, raw frames": lambda: raw_rate(raw, True, 16),
+        "16 threads, the same without numba": lambda: raw_rate(raw, False, 16),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
     rates = in_turn(works, REPEATS)
-    simple, _, threads, bare, stored, of_raw, processes = rates.values()
+    simple, _, threads, bare, stored, of_raw, single, of_16, single_16, processes = rates.values()
     step = step_seconds(records, REPEATS * 2)
     ratios = {
         "loader / (cores x decode alone)": ratio(threads, [cores * rate for rate in simple]),
         "with maps / without": ratio(threads, bare),
         "from the bank / without maps": ratio(stored, bare),
         "raw frames / JPEG frames": ratio(of_raw, threads),
+        "raw frames, with numba / without": ratio(of_raw, single),
+        "16 threads, raw frames, with numba / without": ratio(of_16, single_16),
         "threads / processes": ratio(threads, processes),
         "weighted step / unweighted": ratio(step["weighted"], step["unweighted"]),
     }

@@ -47,6 +47,8 @@ def render() -> str:
         "loader with maps / without": "with maps / without",
         "loader from the bank / without maps": "from the bank / without maps",
         "loader, raw frames from tars / JPEG frames": "raw frames / JPEG frames",
+        "loader, raw frames, with numba / without": "raw frames, with numba / without",
+        "the same by 16 threads": "16 threads, raw frames, with numba / without",
         "loader's threads / a DataLoader's processes": "threads / processes",
         "training step, weighted / unweighted": "weighted step / unweighted",
     }.items():
