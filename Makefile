@@ -22,6 +22,8 @@ endif
 # Datasets other than the demo are at DATA, or are looked for in the usual folders.
 SOURCE = $(if $(and $(DATA),$(filter folder,$(DATASET))),$(DATA),$(DATASET)$(if $(DATA),:$(DATA)))
 
+typed = $(filter command,$(firstword $(origin $(1))))
+
 # Refuse a misspelt variable.
 KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS NAME OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -67,15 +69,15 @@ shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, S
 maps: words $(VENV)/core $(NEEDS)  ## Build densities without frames; options as for shards.
 	@$(BIN)/kamim maps build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(FLAGS)
 
-verify: $(VENV)/core  ## Check shards: OUT.
-	@$(BIN)/kamim shards verify "$(OUT)"
+verify: $(VENV)/core  ## Check shards: SHARDS or OUT.
+	@$(BIN)/kamim shards verify "$(or $(SHARDS),$(OUT))"
 
 .PHONY: named
 named:
 	@if [ -z "$(SHARDS)" ]; then echo 'pretrain needs SHARDS=folder of finished shards; make shards builds them' >&2; exit 2; fi
 
-pretrain: named $(VENV)/train  ## Pretrain: SHARDS, RECIPE, FLAGS.
-	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(FLAGS)
+pretrain: named $(VENV)/train  ## Pretrain: SHARDS, RECIPE, DETECTOR, OUT, FLAGS.
+	@$(BIN)/kamim pretrain "$(SHARDS)" $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(call typed,DETECTOR),--detector "$(DETECTOR)") $(if $(call typed,OUT),--out "$(OUT)") $(FLAGS)
 
 ffcv: $(VENV)/ffcv  ## Install FFCV and its system packages.
 

@@ -137,8 +137,11 @@ def _with_home(argument: str) -> str:
     return os.path.expanduser(argument) if argument.startswith("~/") else argument
 
 
-def _of_system(error: OSError) -> tuple[int, str]:
+def _of_system(error: OSError | MemoryError) -> tuple[int, str]:
     """Exit status and line of what the system refused."""
+    if isinstance(error, MemoryError):
+        words = f" ({error})" if str(error) else ""
+        return 1, f"not enough memory{words}; use fewer processes or workers, or smaller batches"
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
         return 2, f"{error.filename} is a file, or lies below one; name a folder"
     return 1, f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
@@ -171,7 +174,7 @@ def main() -> None:
     except BuildError as error:
         caught = error
         line = str(error)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         caught = error
         status, line = _of_system(error)
     except Exception as error:

@@ -25,13 +25,11 @@ PACKAGES = {
     "S3": "s3fs",
     "Google storage": "gcsfs",
     "Parquet": "pyarrow",
-    "raw frames by numba": "numba",
 }
 # Nothing but these needs them.
 FOR = {
     "webdataset": "only to read our shards without us",
     "wandb": "only for --wandb",
-    "numba": "raw frames load up to 1.8 times as fast with it",
 }
 
 
@@ -47,6 +45,7 @@ def examine() -> list[Row]:
         _opencv(),
         _checked("Detectors", _detectors),
         _checked("FFCV", _ffcv),
+        _checked("raw frames by numba", _numba),
     ]
 
 
@@ -126,3 +125,11 @@ def _ffcv() -> tuple[str, str]:
     import ffcv.loader  # noqa: F401
 
     return importlib.metadata.version("ffcv"), ""
+
+
+def _numba() -> tuple[str, str]:
+    if importlib.util.find_spec("numba") is None:
+        return "missing", f"{install('numba')} (raw frames load up to 1.8 times as fast with it)"
+    import numba
+
+    return numba.__version__, ""

@@ -96,7 +96,8 @@ def run_build(
     elif json_output:
         print_json({"out": str(place), "part": part, **(asdict(ledger) if ledger else {})})
     elif ledger:
-        print(f"{place}, part {part}: {_counts(ledger)}; then, of all: kamim shards join {place}")
+        join = f"kamim shards join {shlex.quote(str(place))}"
+        print(f"{place}, part {part}: {_counts(ledger)}; then, of all: {join}")
     else:
         print(f"{place}, part {part}: the whole set is finished")
 

@@ -175,6 +175,8 @@ def verify(
         listed = _source_of(records, source, split) if source or demo else None
         problems = preprocess.redetect_maps(records, listed, samples)
     more = len(problems) - 20
+    repair = _repair(folder) if problems and not deep else " --repair"
+    problems = [line.replace(" --repair", repair) for line in problems]
     lines = [*problems[:20], *([f"and {more} more"] if more > 0 else [])]
     if not problems:
         lines = [f"{folder}: {shards.load(folder).count} records are sound at level {level}"]
@@ -182,15 +184,12 @@ def verify(
     print_result(json_output, facts, "\n".join(lines))
     if problems:
         number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        mend = "" if deep else _mend(folder, problems)
+        mend = "" if deep else _mend(folder, problems).replace(" --repair", repair)
         raise BuildError(f"{folder} has {number} at level {level}{mend}")
 
 
 def _mend(folder: Path, problems: list[str]) -> str:
     """What to do about the first file that a build writes, as the end of a sentence."""
-    from preprocess.building import shard_size_for
-    from preprocess.compare import flags_of
-
     try:
         finished = shards.load(folder)
     except UserError:  # which is the problem, and says itself what to do
@@ -198,12 +197,21 @@ def _mend(folder: Path, problems: list[str]) -> str:
     for file in finished.files:
         path = folder / file.name
         if any(line.startswith(str(path)) for line in problems):
-            size = shard_size_for(finished.ledger.inputs, finished.settings.frame > 0)
-            words = flags_of(finished.settings, size)
-            return f", first in {file.name}; " + mending(path).replace(
-                " --repair", f" {words} --repair"
-            )
+            return f", first in {file.name}; {mending(path)}"
     return ""
+
+
+def _repair(folder: Path) -> str:
+    """What the command that repairs the set ends in: the options that are the set's."""
+    from preprocess.building import shard_size_for
+    from preprocess.compare import flags_of
+
+    try:
+        finished = shards.load(folder)
+    except UserError:  # which is the problem, and says itself what to do
+        return " --repair"
+    size = shard_size_for(finished.ledger.inputs, finished.settings.frame > 0)
+    return f" {flags_of(finished.settings, size)} --repair"
 
 
 @app.command(short_help="Write one HTML page of frames, densities and weights.")

@@ -3,6 +3,7 @@ type.
 """
 
 import json
+import shlex
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import fields
@@ -194,7 +195,8 @@ def check_reuse(reuse: Path, facts: Facts) -> None:
         raise UserError(f"{reuse} is an FFCV set; reuse the WebDataset set it was made from")
     versions = {name: facts["versions"].get(name, v) for name, v in finished.versions.items()}
     asked = {**facts, "settings": _frames(facts), "versions": versions}
-    compare(reuse, facts_of_set(finished), asked)
+    hint = "--reuse takes a set of the same source, frame and quality: name one, or leave it out"
+    compare(reuse, facts_of_set(finished), asked, hint)
     damage = damaged_files(reuse, finished)
     if damage:
         raise UserError(damage[0])
@@ -228,7 +230,7 @@ def reuse_hint(out: Place, there: Facts, asked: Facts) -> str:
     return (
         "keep its frames, and the maps of those of its detectors that you name again, by building "
         "into a new folder: "
-        f"kamim shards build SOURCE {out}-{added} --reuse {out}"
+        f"kamim shards build SOURCE {shlex.quote(f'{out}-{added}')} --reuse {shlex.quote(str(out))}"
     )
 
 

@@ -141,13 +141,13 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise Rejected("not-an-image", "pixels of floats or of 32 bits have no defined white")
     if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
         grey = np.asarray(image)
         if grey.size and (grey.min() < 0 or grey.max() > 65535):
             raise Rejected("damaged", f"{image.mode} image with values outside 0..65535")
         return np.repeat((grey >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise Rejected("not-an-image", "floating-point pixels have no defined white")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))

@@ -101,6 +101,17 @@ CREATE = {
 BUDGETS = ("nfeatures", "maxCorners")  # options that keep the best so many points of an image
 # cutoff: cycles a side at half power; 7 are as many as 14 patches a side can tell.
 # scale: grey levels of 255, root mean square of a cell, that are 1; 2 % of ImageNet's are above.
+# Beyond these OpenCV finds nothing at all, takes another value without a word, or dies.
+LIMITS: dict[tuple[str, str], tuple[float, float]] = {
+    ("fast", "threshold"): (0, 254),
+    ("fast", "type"): (0, 2),
+    ("agast", "threshold"): (0, 254),
+    ("agast", "type"): (0, 3),
+    ("orb", "nfeatures"): (1, math.inf),
+    ("orb", "scaleFactor"): (1.01, math.inf),
+    ("orb", "nlevels"): (1, math.inf),
+    ("mser", "delta"): (1, math.inf),
+}
 KNOWN = {**DEFAULTS, FREQUENCY: {"cutoff": 7.0, "scale": 120.0}}
 
 
@@ -209,8 +220,11 @@ def check_detector(settings: Detector) -> None:
         frequency.check_options(settings)
         return
     name, chosen = settings.name, settings.options
-    if chosen.get("nlevels") == 0:  # OpenCV dies of it
-        raise UserError(f"{name}.nlevels=0 is out of range; give 1 or more")
+    for option, value in chosen.items():
+        least, most = LIMITS.get((name, option), (-math.inf, math.inf))
+        if not least <= value <= most:
+            give = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"{name}.{option}={value} is out of range; give {give}")
     try:
         detect(settings, np.zeros((192, 192), np.uint8))
     except UserError:

@@ -49,9 +49,11 @@ def measure_rule(
 
     with waiting(f"listing {source}"):
         listed = preprocess.open_source(source, split, partial=True)
+    path = out or Path(f"{chosen[0].name}.edge.json")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}; make it first")
     rule = measure_edge(listed, chosen[0], mark, samples, jobs)
     measured = replace(chosen[0], edge=rule)
-    path = out or Path(f"{measured.name}.edge.json")
     write_edge(path, measured, library_versions(Settings(detectors=(measured,), mark=mark)))
     if json_output:
         print_json({"file": str(path), **asdict(rule)})

@@ -36,8 +36,9 @@ def convert(
     from shards.beton import convert_to_ffcv
 
     suffix = f"-{to}" + ("-raw" if frames == "raw" else "")
-    whole = Path(os.path.abspath(folder))  # `.` has no name
-    target = out or (folder if folder.name else whole).with_name(whole.name + suffix)
+    whole = Path(os.path.abspath(folder))
+    beside = whole if folder.name in ("", "..") else folder  # `.` and `..` have no name
+    target = out or beside.with_name(whole.name + suffix)
     manifest = convert_to_ffcv(folder, target, frames)
     count, size = manifest.count, manifest.shards[0].bytes
     facts = {"out": str(target), "fingerprint": manifest.fingerprint}

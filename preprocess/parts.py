@@ -6,6 +6,7 @@ ledger, written last, marks it as complete. Joining writes the manifest.
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -107,7 +108,7 @@ def join_parts(out: Path | str, max_rejected: float = 0.01) -> Manifest:
     elif facts is None:
         raise UserError(
             f"{place} holds no parts to join; build them first, the first of N by: kamim shards "
-            f"build SOURCE {place} --part 1/N"
+            f"build SOURCE {shlex.quote(str(place))} --part 1/N"
         )
     elif facts["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -198,5 +199,5 @@ def _lacks(place: Place, facts: Facts, part: str, why: str) -> BuildError:
     flags = flags_of(settings, shard_size_for(facts["source"]["inputs"], settings.frame > 0))
     return BuildError(
         f"{place} cannot be joined yet: {why}; type, where its source is: kamim {door} build "
-        f"SOURCE {place} {flags} --part {part}"
+        f"SOURCE {shlex.quote(str(place))} {flags} --part {part}"
     )

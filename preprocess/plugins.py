@@ -29,6 +29,7 @@ from shards.errors import UserError
 from shards.spec import Detector, Plugin
 
 FAILED, WRONG = "detector-failed", "detector-output"  # reasons of the ledger
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _hashes: dict[str, str] = {}  # of modules, as they were when this process imported them
 
 
@@ -46,6 +47,10 @@ def described(function: str) -> tuple[Plugin, dict[str, Any]]:
         raise UserError(
             f"{function} does not say its arguments; call it in a function of your own"
         ) from None
+    bare = [p.name for p in [*parameters][1:] if p.default is p.empty and p.kind not in VARIABLE]
+    if bare:
+        names = ", ".join(bare)
+        raise UserError(f"{function} is called with an image alone; give {names} a default")
     options = {
         each.name: each.default
         for each in parameters

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     `part` is the file below the root that holds it (empty: the root itself, or a file of its own),
     `offset` where it begins there: a byte in a tar, else the number of a row. `stamp` is the
     modification time of a file (ns) or of a tar's member (s), a store's tag as a number, a checksum
-    of the pixels (CIFAR), or the bytes of a part (Parquet). `flaw` is why it cannot be read, if
+    of the pixels (CIFAR), or one of a part's footer (Parquet). `flaw` is why it cannot be read, if
     listing already showed it; a folder comes only with a flaw, as one entry whose name ends in a
     slash.
     """

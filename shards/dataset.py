@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -169,7 +170,7 @@ class ShardSet(Records):
         if bank and not self.manifest.settings.bank:
             raise UserError(
                 f"{self.folder} has no bank; add one by `kamim shards build SOURCE NEW --bank 4 "
-                f"--reuse {self.folder}`"
+                f"--reuse {quote(str(self.folder))}`"
             )
         known = self.manifest.detectors
         for name in names:
@@ -180,7 +181,8 @@ class ShardSet(Records):
                 door = "maps" if self.manifest.container == "maps" else "shards"
                 raise UserError(
                     f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "
-                    f"kamim {door} build SOURCE NEW --detector {both} --reuse {self.folder}"
+                    f"kamim {door} build SOURCE NEW --detector {both} "
+                    f"--reuse {quote(str(self.folder))}"
                 )
         return [known.index(name) for name in names]
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from shards.errors import UserError
 MANIFEST = "manifest.json"  # of a finished set
 LOCK = ".lock"
 PART = 1 << 20  # bytes that are hashed at once
+TYPED_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # s3://a, which a Path makes s3:/a
 LEFT = re.compile(r"\.[0-9a-f]{12}\.tmp")  # how names of temporary_of end
 
 
@@ -28,6 +30,12 @@ def sweep(folder: Path) -> None:
     for path in folder.glob("*.tmp"):
         if LEFT.search(path.name):
             path.unlink(missing_ok=True)
+
+
+def check_local(path: Path) -> None:
+    """UserError if `path` was typed as a URL, where only files of this machine are written."""
+    if TYPED_URL.match(str(path)):
+        raise UserError(f"{path} is a URL; this is written on this machine only: name a local path")
 
 
 @contextmanager
@@ -87,6 +95,7 @@ def locked(lock: Path, place: object, shared: bool = False) -> Iterator[None]:
 
     `shared`: together with others that share it. Only a process that held it alone removes it.
     """
+    check_local(lock.parent)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
         try:
@@ -160,10 +169,10 @@ def check_size(path: Path, expected: int) -> None:
 
 def mending(path: Path) -> str:
     """What to do about `path`, a file of a set that is missing or damaged."""
-    folder = path.parent
+    folder, words = path.parent, shlex.quote(str(path.parent))
     if path.suffix == ".beton" or any(folder.glob("*.beton")):
-        return f"convert it again: kamim shards convert FOLDER --out {folder}"
+        return f"convert it again: kamim shards convert FOLDER --out {words}"
     if not (folder / MANIFEST).exists():  # a copy under way, or a cache of a store's shards
         return "restore it where it came from"
     door = "maps" if any(folder.glob("shard-*.npy")) else "shards"
-    return f"restore it, or type: kamim {door} build SOURCE {folder} --repair"
+    return f"restore it, or type: kamim {door} build SOURCE {words} --repair"

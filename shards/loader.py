@@ -142,7 +142,8 @@ class Loader:
         self.layouts = [layout_of(each, maps, bank, coded) for each in records.sets]
         self.files = [FEW if each.copies else open_files(len(each.shards)) for each in records.sets]
         self.readers = [
-            Reader(layout, lru_cache(files)(one.hold), at_once=not shared)
+            # A chunk at once holds its shards beside those that are kept open.
+            Reader(layout, lru_cache(files)(one.hold), not shared and files >= len(one.shards))
             for layout, files, one in zip(self.layouts, self.files, records.sets, strict=True)
         ]
         self.shared = shared
@@ -249,7 +250,8 @@ class Loader:
                 buffers.slots[mine] = self._slots(owner, epochs, samples)
             if self.layouts[owner].coded:
                 files |= zip(mine.tolist(), buffers.take_files(places), strict=True)
-            size = AT_ONCE if self.readers[owner].at_once else CHUNK
+            most = AT_ONCE if self.readers[owner].at_once else CHUNK
+            size = max(CHUNK, min(most, self.prefetch * len(places) // self.workers))
             chunks = (places[at : at + size] for at in range(0, len(places), size))
             tasks += [submit(owner, chunk) for chunk in chunks]
         if files:

@@ -1,8 +1,8 @@
 """Reading and decoding in processes, into memory that they share with the loader.
 
 For trainers whose own thread waits for the interpreter lock. Threads of the loader take it twice
-per sample, processes once per chunk. A process knows no plan: it gets places, and returns what is
-wrong with them. It ends when the loader's end of its pipe closes, however the loader ends.
+per JPEG file, processes once per chunk. A process knows no plan: it gets places, and returns what
+is wrong with them. It ends when the loader's end of its pipe closes, however the loader ends.
 """
 
 import mmap
@@ -100,7 +100,7 @@ class Processes:
             pipe.send((number, owner, places))
             problems: dict[int, str] | OSError = pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"a process of the loader ended (status {process.wait()}); if memory is short, use "
                 "fewer workers"
             ) from None

@@ -110,7 +110,8 @@ class Buffers:
         )
         # Where the kernel puts a record's bytes, by place. The gap before the arrays differs.
         self.targets = [self._targets(place) for place in range(size)]
-        self.vectors = np.array([[vector(part) for part in parts] for parts in self.targets])
+        at_once = self.targets if layout.raw else []
+        self.vectors = np.array([[vector(part) for part in parts] for parts in at_once])
         self.behind = sum(map(len, self.targets[0][2 * layout.raw + 1 :])) if size else 0
 
     def _targets(self, place: int) -> list[memoryview]:

@@ -318,11 +318,11 @@ def load(folder: Path | str) -> Manifest:
         names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
         if sets := sorted(name for name in names if (folder / name / MANIFEST).is_file()):
             raise UserError(f"{folder} holds the sets {', '.join(sets)}; name one") from None
-        words = f"{folder} OUT" if names and not names & {".build", INDEX} else f"SOURCE {folder}"
-        raise UserError(
-            f"{folder} has no {MANIFEST}: it is not a finished set of shards; build one with "
-            f"`kamim shards build {words}`"
-        ) from None
+        words = f"{folder} OUT" if names and INDEX not in names else f"SOURCE {folder}"
+        build = f"build one with `kamim shards build {words}`"
+        build = "the command that began it goes on" if ".build" in names else build
+        said = f"{folder} has no {MANIFEST}: it is not a finished set of shards"
+        raise UserError(f"{said}; {build}") from None
     return parse(path, data)
 
 

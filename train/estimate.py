@@ -291,6 +291,13 @@ def say_where(
             f"note: the warm-up takes {warmup:,} of {total:,} steps; shorten it by --set "
             f"warmup={run.recipe.epochs / 10:g} (epochs)"
         )
+    recipe = run.recipe
+    if not first and recipe.sample_by != "none" and recipe.random_epochs >= recipe.epochs:
+        say(
+            f"warning: all masks are at random: the first {recipe.random_epochs:g} epochs are, and "
+            f"the run has {recipe.epochs:g}; give --epochs, which shortens both, or set "
+            "random_epochs and refresh_epochs"
+        )
     if first >= total:
         say(
             f"{run.out} is finished, {first:,} of {total:,} steps; try it: kamim probe {run.out} "

@@ -13,10 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.files import write_atomically
+from shards.files import check_local, write_atomically
 from train import checkpoint
 from train.card import card
 from train.huggingface import config_of, from_timm
+from train.metrics import FACTS
 from train.models import MEAN, STD, encoder_options, make_encoder
 
 Form = Literal["safetensors", "timm", "hf"]
@@ -47,7 +48,10 @@ def export(source: Path, target: Path, to: Form = "safetensors", ema: bool = Fal
     ema: the moving average of its weights. Raises UserError if `source` is no checkpoint or has no
     average, or if `target` exists, or if its ending is not that of `to`.
     """
+    check_local(target)
     if target.exists():
+        if (target / FACTS).exists():
+            raise UserError(f"{target} is a run; name the run first, then a new place to write to")
         kind = "file" if to == "safetensors" else "folder"
         raise UserError(f"{target} exists; name another {kind} or remove it")
     if to == "safetensors" and target.suffix != ".safetensors":

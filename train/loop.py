@@ -56,6 +56,7 @@ from train.step import Pace, Step, compiled, in_parallel, weighed
 from train.stream import Stream
 from train.weights import start_from
 
+LOADING = (UserError, OSError, MemoryError)  # what keeps a batch from being loaded
 ROWS_PACE = 8.0  # seconds between rows on a CPU, where they cost no wait
 
 
@@ -161,7 +162,7 @@ def pretrain(run: Run) -> None:
     share = peak and flops / (peak * ranks)
     window = Window(seconds, recipe.batch, steps_an_epoch, ranks, share, recipe.clip)
     followed: Followed | None = None
-    failure: Exception | None = None  # of a batch: a damaged record, a store that is gone
+    failure: Exception | None = None  # to load: a damaged record, a store that is gone
     began, saved = False, first  # whether a micro-step is done; the step of the newest checkpoint
 
     with (
@@ -204,7 +205,7 @@ def pretrain(run: Run) -> None:
             for micro_step in range(micro_steps):
                 try:
                     batch, tensors = pace.next()
-                except (UserError, OSError) as error:
+                except LOADING as error:
                     if ranks > 1:  # the others wait for this one
                         raise
                     failure, cut = error, True
@@ -253,9 +254,12 @@ def pretrain(run: Run) -> None:
             if window.pending and due:
                 rows = window.rows(pace.take(), stream.damaged)
                 if looks and look and rank == 0:  # the others wait in the next step
-                    rows[-1] |= looks.look(model, progress.busy)
-                    window.since += rows[-1]["look_seconds"]
-                    say(*looks.lines(rows[-1], done))
+                    try:
+                        rows[-1] |= looks.look(model, progress.busy)
+                        window.since += rows[-1]["look_seconds"]
+                        say(*looks.lines(rows[-1], done))
+                    except LOADING as error:
+                        failure, saving = error, done > saved
                 if log is not None:
                     log.rows(rows, progress)
             if saving and rank == 0:
@@ -263,13 +267,20 @@ def pretrain(run: Run) -> None:
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"ema": average.module.state_dict()} if average is not None else {}
                 with progress.busy("saving"):
-                    if failure is None:
-                        followed = followed or follow(run, data, model, masking)
+                    try:
+                        if failure is None:
+                            followed = followed or follow(run, data, model, masking)
+                    except LOADING as error:
+                        failure = error
                     saver.save(done, state, *([followed.taken(model, done)] if followed else []))
             saved = done if saving else saved
             if failure is not None:
-                with progress.busy("saving"):
-                    saver.wait()
+                try:
+                    with progress.busy("saving"):
+                        saver.wait()
+                except OSError:
+                    say(f"{failure}")  # two things are to be mended
+                    raise
                 if saved > first:
                     say(f"step {saved} is saved; when this is mended, go on with --resume:")
                 raise failure

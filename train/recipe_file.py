@@ -45,7 +45,7 @@ def read_recipe(what: str) -> tuple[Recipe, dict[str, Any]]:
         found = tomllib.loads(Path(what).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"there is no recipe file {what}; `kamim recipes --show` writes one"
+            f"there is no recipe file {what}; write one by: kamim recipes --show vit_base > {what}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what} is no sound TOML: {error}") from None

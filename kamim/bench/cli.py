@@ -66,6 +66,8 @@ def bench(
         from kamim.bench.gpu import main
 
         raise typer.Exit(int(main(source, out, only, again, micro_batch) > 0))
+    if out or again or micro_batch:
+        raise UserError("--out, --again and --micro-batch are for --gpu; leave them out, or add it")
     parts = only.split(",") if only else list(PARTS)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:

@@ -8,6 +8,8 @@ from typing import Any
 from shards.errors import UserError, install
 from train.request import HUGGING_FACE
 
+BATCH = 2048  # of kamim probe
+SUPERVISED = ("paper", "attentive")  # its protocols that train on images, not on kept features
 MOVED = ("encoder", "train", "val")  # of a request: names of what has hashes
 
 
@@ -59,3 +61,19 @@ def check_kept(path: Path, request: dict[str, Any]) -> None:
             hashed = name in ("weights", "sets")
             other = f"other {name}" if hashed else f"{name} {kept.get(name)}, not {request[name]}"
             raise UserError(f"{path} holds a result of {other}; move it, or name another --out")
+
+
+def check_protocol(
+    protocol: str, lr: float, batch: int, epochs: float, every_block: bool, pool: str
+) -> None:
+    """UserError if an option of `kamim probe` is not of the `protocol`."""
+    for option, given, those in (
+        ("--lr", lr, SUPERVISED),
+        ("--batch", batch != BATCH, SUPERVISED),
+        ("--epochs", epochs, ("fast", *SUPERVISED)),
+        ("--every-block", every_block, ("fast", *SUPERVISED)),
+        ("--pool cls", pool == "cls", ("fast", "fewshot", "paper")),
+    ):
+        if given and protocol not in those:
+            words = f"{', '.join(those[:-1])} and {those[-1]}"
+            raise UserError(f"{option} is of the protocols {words}; leave it out")

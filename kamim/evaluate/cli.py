@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kamim.evaluate.checks import check_installed, check_kept, folder_for, result_for
+from kamim.evaluate import checks
+from kamim.evaluate.checks import SUPERVISED, check_installed, check_kept, folder_for, result_for
 from shards.errors import UserError
 from shards.progress import counted
 from train.request import check_encoders, file_of
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from train.features import Encoder
 
 app = typer.Typer()
-SUPERVISED = ("paper", "attentive")  # protocols that train on images, not on kept features
 
 What = Annotated[
     str,
@@ -70,7 +70,7 @@ def probe(
     ] = 0,
     batch: Annotated[
         int, typer.Option(min=1, help="Images per step, of paper and attentive.")
-    ] = 2048,
+    ] = checks.BATCH,
     lr: Annotated[
         float,
         typer.Option(
@@ -102,10 +102,7 @@ def probe(
     encoder, set or option is not overwritten. If it is killed, the same command continues from what
     is finished.
     """
-    if lr and protocol not in SUPERVISED:
-        raise UserError(f"--lr is of the protocols {' and '.join(SUPERVISED)}; leave it out")
-    if every_block and protocol == "fewshot":
-        raise UserError("--every-block is of the other protocols; leave it out")
+    checks.check_protocol(protocol, lr, batch, epochs, every_block, pool)
     task = _open(encoder, train, val, block, pool, device, cache)
     from kamim.evaluate.features import cached
     from shards.files import alone
@@ -262,6 +259,8 @@ def _open(
 
         where = find_device(device)
         model = load_encoder(encoder, where)
+    if learn.manifest.source["sha256"] == test.manifest.source["sha256"]:
+        print(f"warning: {train} and {val} hold the same images", file=sys.stderr)
     if block > model.blocks:
         raise UserError(f"--block {block}: {encoder} has {model.blocks}")
     block, weights = block or model.default_block, hash_of(model)
@@ -330,8 +329,9 @@ def _report_few(row: dict[str, Any], path: Path, json_output: bool) -> None:
     for each in [] if json_output else row["few"]:
         top1, near = (statistics.mean(each[name]) for name in ("top1", "knn"))
         spread = f" +- {statistics.stdev(each['top1']):.2%}" if len(each["top1"]) > 1 else ""
+        share = each["images"] / row["samples"][0]  # at least two per class, so it may be more
         print(
-            f"{row['encoder']}, labels of {each['images']:,} images ({each['share']:.0%}): top-1 "
+            f"{row['encoder']}, labels of {each['images']:,} images ({share:.1%}): top-1 "
             f"{top1:.2%}{spread}, nearest neighbours {near:.2%}, "
             f"{counted(len(each['top1']), 'seed')}"
         )

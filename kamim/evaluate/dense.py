@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from preprocess import decode_image
+from preprocess.decode import Rejected
 from shards.errors import UserError
 from shards.progress import progress
 from shards.rng import Purpose, mix
@@ -50,14 +51,22 @@ def fingerprint(pairs: list[Pair]) -> str:
 
 def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor]:
     """(image float32 [3, size, size] of 0 to 255, classes int64 [size, size]), both squeezed."""
-    image = cv2.resize(
-        decode_image(pair[0].read_bytes()), (size, size), interpolation=cv2.INTER_AREA
-    )
-    with Image.open(pair[1]) as file:
-        mask = np.asarray(file)
+    try:
+        pixels = decode_image(pair[0].read_bytes())
+    except Rejected as error:
+        raise UserError(f"{pair[0]} is no sound image ({error.args[1]}); restore it") from None
+    try:
+        with Image.open(pair[1]) as file:
+            mask = np.asarray(file)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{pair[1]} is no sound PNG ({error}); restore it") from None
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise UserError(f"{pair[1]} is {mask.dtype} {mask.shape}; a mask has one channel of bytes")
-    classes = cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST)
+    if mask.shape != pixels.shape[:2]:
+        raise UserError(f"{pair[1]} is {mask.shape}, its image {pixels.shape[:2]}; make them alike")
+    image = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+    # Not INTER_NEAREST, which takes the first pixel: half a pixel beside the image.
+    classes = cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
     return torch.from_numpy(image).permute(2, 0, 1).float(), torch.from_numpy(classes).long()
 
 

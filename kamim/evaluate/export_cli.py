@@ -9,6 +9,7 @@ import typer
 
 from kamim.evaluate.cli import What, app
 from shards.errors import UserError
+from shards.files import check_local
 from train.request import CONFIG, PREPROCESSOR, check_encoders
 
 
@@ -27,6 +28,7 @@ def export_hf(
     ViTModel.from_pretrained(TARGET, add_pooling_layer=False) loads it and gives the same features.
     """
     check_encoders([encoder])
+    check_local(target)
     alone = target.suffix == ".safetensors"
     path = target if alone else target / "model.safetensors"
     if target.is_file() or path.exists() or (target / CONFIG).exists():

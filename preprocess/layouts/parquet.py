@@ -4,6 +4,7 @@ Each row is an image; label and class names are as the schema's metadata says. A
 once and kept.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def _value(where: str, row: int) -> Any:
     """What the column of images holds in row `row`."""
     version = version_of(where)
     with _parsing(where):
-        _, _, starts = _file(where, version)
+        _, _, starts, _ = _file(where, version)
         if row >= starts[-1]:
             raise Rejected("changed", f"listed as row {row}, its file has {starts[-1]}")
         group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -98,8 +99,10 @@ def _words(error: Exception) -> str:
 
 
 @lru_cache(maxsize=8)
-def _file(where: str, version: tuple[int, ...]) -> tuple[Any, Columns, np.ndarray]:
-    """The open file, its columns, and the first row of each row group with the end."""
+def _file(where: str, version: tuple[int, ...]) -> tuple[Any, Columns, np.ndarray, int]:
+    """The open file, its columns, the first row of each row group with the end, and a checksum of
+    its footer, which knows the bytes, and mostly the least and greatest value, of each column.
+    """
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -111,12 +114,16 @@ def _file(where: str, version: tuple[int, ...]) -> tuple[Any, Columns, np.ndarra
     # Lists of so many rows, ours and Arrow's, would be made before any of them is read.
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows or facts.num_rows > size:
         raise UserError(f"{where} says {sum(groups)} rows in {size} bytes; fetch it again")
-    return file, _columns(file.schema_arrow, where), np.cumsum([0, *groups])
+    stream.seek(-8, os.SEEK_END)
+    footer = int.from_bytes(stream.read(4), "little")
+    stream.seek(-8 - footer, os.SEEK_END)
+    stamp = int.from_bytes(hashlib.sha256(stream.read(footer)).digest()[:6])
+    return file, _columns(file.schema_arrow, where), np.cumsum([0, *groups]), stamp
 
 
 @lru_cache(maxsize=2)  # the hub's groups hold 100 to 1,000 pictures
 def _group(where: str, version: tuple[int, ...], group: int) -> Any:
-    file, columns, _ = _file(where, version)
+    file, columns, _, _ = _file(where, version)
     # Arrow's threads, still there when Python ends, have it abort now and then.
     table = file.read_row_group(group, columns=[columns.image], use_threads=False)
     return table.column(columns.image)
@@ -143,7 +150,7 @@ def _columns(schema: Any, where: str) -> Columns:
 
 def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
     with _parsing(where):
-        file, columns, starts = _file(where, version_of(where))
+        file, columns, starts, stamp = _file(where, version_of(where))
         picture = file.schema_arrow.field(columns.image).type
         pathed = "path" in {picture.field(n).name for n in range(picture.num_fields)}
         wanted = [columns.label] if columns.label else []
@@ -167,5 +174,5 @@ def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
             if not -1 <= label < most:
                 raise UserError(f"{where}, row {row}: label {label!r} is none of {most} classes")
             name = str(join(part.name, path or str(row)) if part.name else path or row)
-            entries.append(Entry(name, label, 0, row, part.size, part=part.name))
+            entries.append(Entry(name, label, 0, row, stamp, part=part.name))
         return columns, entries

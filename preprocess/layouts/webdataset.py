@@ -85,12 +85,12 @@ def _label(file: BinaryIO, info: tarfile.TarInfo, suffix: str, where: str) -> in
     try:
         label = json.loads(data)
         if suffix == "json" and isinstance(label, dict):
-            label = next((label[name] for name in LABELS if isinstance(label.get(name), int)), -1)
+            label = next((label[name] for name in LABELS if type(label.get(name)) is int), -1)
         elif suffix == "json":
             label = -1
     except (ValueError, RecursionError):
         label = None
-    if not isinstance(label, int) or not -1 <= label < MOST:
+    if type(label) is not int or not -1 <= label < MOST:
         raise UserError(f"{where}: {info.name!r} gives no label: {data[:40]!r}; repair or drop it")
     return int(label)
 

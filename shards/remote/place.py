@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.files import LEFT, LOCK, sweep, write_atomically
+from shards.files import LEFT, LOCK, TYPED_URL, sweep, write_atomically
 from shards.remote import storage as remote
 from shards.remote.retry import retried
 from shards.remote.storage import is_url
@@ -39,6 +39,8 @@ class Place:
         if text.startswith(("http://", "https://")):
             raise UserError(f"{text}: a web server takes no files; name a folder, s3:// or gs://")
         if not is_url(text):
+            if TYPED_URL.match(text):
+                raise UserError(f"{text} is no URL; give s3://bucket/set, or ./{text} for a folder")
             return cls(str(Path(text)))
         remote.filesystem(text)  # raises if it names no place
         return cls(text.rstrip("/"))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "-
         (["--detector-option", "fast.treshold=3"], "no option 'treshold'; it has threshold"),
         (["--detector-option", "fast.threshold=many"], "'many' is no int"),
         (["--detector-option", "orb.nfeatures=9"], "not DETECTOR.OPTION=VALUE"),
-        (["--detector-option", "fast.threshold=99999999999"], "OpenCV refuses fast with"),
+        (["--detector-option", "fast.threshold=255"], "255 is out of range; give 0 to 254"),
+        (["--detector", "orb", "--detector-option", "orb.patchSize=1"], "OpenCV refuses orb with"),
+        (["--detector", "orb", "--detector-option", "orb.scaleFactor=1"], "give 1.01 or more"),
         (["--detector", "orb", "--detector-option", "orb.nlevels=0"], "orb.nlevels=0"),
         (["--detector", "sift", "--detector-option", "sift.sigma=nan"], "finite"),
         (
@@ -116,8 +119,40 @@ def test_build_verify_inspect_speak_json_and_english(small_source, tmp_path):
     assert f"build it first: kamim shards build SOURCE {tmp_path / 'nowhere'}" in nowhere.stderr
 
 
+def test_what_cannot_be_written_is_refused_before_any_work(small_source, tmp_path, monkeypatch):
+    """A URL where only local files are written had become a folder called s3:."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "a set"
+    assert kamim("shards", "build", small_source, out, *SMALL).returncode == 0
+    for words, line in (
+        (
+            ["build", small_source, "S3://bucket/set", *SMALL],
+            "S3://bucket/set is no URL; give s3://",
+        ),
+        (["copy", out, "s3:/bucket/set"], "s3:/bucket/set is no URL"),
+        (
+            ["convert", out, "--out", "s3://bucket/set"],
+            "s3:/bucket/set is a URL; this is written on",
+        ),
+        (["edge-rule", "fast", small_source, "--out", "no/x.json"], "there is no folder no for x"),
+        (["build", small_source, "new", "--reuse", out], "name one, or leave it out"),
+    ):
+        done = kamim("shards", *words)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert line in done.stderr.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"a set", small_source.name}
+
+
+def test_the_set_above_is_converted_beside_itself(small_source, tmp_path, monkeypatch):
+    assert kamim("shards", "build", small_source, tmp_path / "set", *SMALL).returncode == 0
+    (tmp_path / "set" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "set" / "deep")
+    assert kamim("shards", "convert", "..").returncode == 0
+    assert (tmp_path / "set-ffcv").is_dir()
+
+
 def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "an out"
     assert kamim("shards", "build", small_source, out, *SMALL).returncode == 0
     (out / "shard-000002.tar").unlink()
     done = kamim("shards", "build", small_source, out, *SMALL)
@@ -125,12 +160,12 @@ def test_what_an_error_says_to_type_can_be_typed(small_source, tmp_path):
     warning, line = done.stderr.splitlines()
     assert "is small" in warning
     assert line.startswith(f"kamim: {out / 'shard-000002.tar'} is missing")
-    mended = kamim(*done.stderr.split("type: kamim ")[1].split())
+    mended = kamim(*shlex.split(done.stderr.split("type: kamim ")[1]))
     assert mended.returncode == 0, mended.stderr
     assert mended.stderr.splitlines()[-1] == f"{out}: repaired shard-000002.tar"
     more = kamim("shards", "build", small_source, out, *SMALL, "--detector", "fast,orb")
     assert more.returncode == 2
-    typed = more.stderr.splitlines()[-1].split("new folder: kamim ")[1].split()
+    typed = shlex.split(more.stderr.splitlines()[-1].split("new folder: kamim ")[1])
     assert kamim(*typed).returncode == 0
     assert kamim("shards", "verify", f"{out}-orb").returncode == 0
 

@@ -13,7 +13,9 @@ from test_evaluate import clusters, labelled
 from test_recipe_file import kamim
 
 from kamim.evaluate import dense
+from kamim.evaluate.dense import read_pair
 from kamim.evaluate.fewshot import few, few_shot
+from shards.errors import UserError
 
 __all__ = ["labelled"]
 CPU = torch.device("cpu")
@@ -111,6 +113,29 @@ def test_pixels_are_counted_as_they_are_said_to_be():
     assert counts.sum() == 14
     found = dense.intersections_over_unions(counts)
     assert found == {0: round(6 / 10, 4), 1: round(4 / 8, 4)}
+
+
+def test_masks_lie_where_their_images_do(tmp_path):
+    """Discs of colour: what is brighter than half is the disc, but for the pixels at its edge."""
+    rows, columns = np.mgrid[:500, :500]
+    disc = ((rows - 247) ** 2 + (columns - 261) ** 2 < 40**2).astype(np.uint8)
+    Image.fromarray(np.repeat(disc[..., None] * 255, 3, axis=2)).save(tmp_path / "a.png")
+    Image.fromarray(disc).save(tmp_path / "b.png")
+    image, classes = read_pair((tmp_path / "a.png", tmp_path / "b.png"), 192)
+    guess = image.mean(0) > 127.5
+    assert (guess & (classes == 1)).sum() / (guess | (classes == 1)).sum() > 0.98
+
+
+@pytest.mark.parametrize("which", ["image", "mask", "size"])
+def test_a_pair_that_is_not_sound_is_named(tmp_path, which):
+    image, mask = tmp_path / "a.png", tmp_path / "b.png"
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(image)
+    Image.fromarray(np.zeros((40, 50 - (which == "size")), np.uint8)).save(mask)
+    if which != "size":
+        path = {"image": image, "mask": mask}[which]
+        path.write_bytes(path.read_bytes()[:45])
+    with pytest.raises(UserError, match="a.png is no" if which == "image" else "b.png is "):
+        read_pair((image, mask), 32)
 
 
 def test_a_mask_of_colours_is_refused(tmp_path):

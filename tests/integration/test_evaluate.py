@@ -371,9 +371,21 @@ def test_an_attentive_probe_of_any_backbone_leaves_it_as_it_was(name, labelled, 
     assert "another run: epochs was 1.0, is 2.0" in typed(*words, "--epochs", "2")[2]
 
 
-def test_a_rate_is_of_the_protocols_that_train_on_images(labelled):
-    _, _, error = typed("probe", "random:small", labelled, labelled, "--lr", "1e-3")
-    assert error == "--lr is of the protocols paper and attentive; leave it out"
+@pytest.mark.parametrize(
+    ("protocol", "words", "those"),
+    [
+        ("fast", ["--lr", "1e-3"], "--lr is of the protocols paper and attentive"),
+        ("fewshot", ["--batch", "64"], "--batch is of the protocols paper and attentive"),
+        ("fewshot", ["--epochs", "5"], "--epochs is of the protocols fast, paper and attentive"),
+        ("fewshot", ["--every-block"], "--every-block is of the protocols fast, paper and"),
+        ("attentive", ["--pool", "cls"], "--pool cls is of the protocols fast, fewshot and paper"),
+    ],
+)
+def test_an_option_of_another_protocol_is_refused(labelled, protocol, words, those):
+    words = ["probe", "random:small", labelled, labelled, "--protocol", protocol, *words]
+    _, _, error = typed(*words)
+    assert error.startswith(those)
+    assert error.endswith("; leave it out")
 
 
 def test_a_step_in_parts_has_the_loss_of_a_whole_one(labelled, tmp_path):

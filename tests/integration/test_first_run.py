@@ -279,6 +279,15 @@ def test_a_finished_run_that_was_killed_before_its_pictures_gets_them(built, tmp
     assert (tmp_path / "run" / "reconstructions.png").exists()
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(0.5, True), (1.5, False)])
+def test_a_run_that_ends_before_its_random_epochs_is_warned_of(
+    built, tmp_path, capsys, epochs, warned
+):
+    recipe = replace(TINY, sample_by="fast", random_epochs=1, epochs=epochs, warmup=0.1)
+    run(built, tmp_path / "run", recipe, steps=1)
+    assert ("all masks are at random: the first 1 epochs" in capsys.readouterr().err) == warned
+
+
 def test_what_an_extension_and_a_long_warm_up_do_is_said(built, tmp_path, capsys):
     cooling = replace(TINY, temperature=1.0, temperature_end=0.25, epochs=1, warmup=10)
     run(built, tmp_path / "run", cooling)

@@ -193,6 +193,7 @@ def test_the_page_has_what_was_measured_and_says_what_was_not(tmp_path, monkeypa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_mistakes_are_one_line():
     for arguments, words in (
+        (["--quick", "--out", "x"], "--out, --again and --micro-batch are for --gpu"),
         (["--gpu"], "torch sees no CUDA device"),
         (["--gpu", "--only", "steps"], "--only 'steps': with --gpu there are ceilings"),
     ):

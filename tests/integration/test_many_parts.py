@@ -1,5 +1,6 @@
 """Sources in many files: tars of others, Parquet, our own shards; hostile ones are refused."""
 
+import io
 import json
 
 import archives
@@ -9,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from archives import picture, tar_bytes
 from conftest import settings
+from PIL import Image
 
 import preprocess
 from preprocess import Rejected, build_shards, decode_image, open_source
@@ -190,6 +192,25 @@ def test_parquet_as_the_hub_keeps_it(tmp_path):
     (tmp_path / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="is no whole Parquet file"):
         open_source(f"parquet:{tmp_path}")
+
+
+def test_other_images_of_the_same_size_are_another_source(tmp_path):
+    path, sizes, told = tmp_path / "train.parquet", set(), set()
+    for first in (0, 100):
+        pixels = np.arange(first, first + 3, dtype=np.uint8).repeat(48).reshape(3, 4, 4, 3)
+        rows = [({"bytes": encoded(each), "path": None}, 0) for each in pixels]
+        write_parquet(path, rows)
+        sizes.add(path.stat().st_size)
+        told.add(open_source(f"parquet:{path}").description()["sha256"])
+    assert len(sizes) == 1
+    assert len(told) == 2
+
+
+def encoded(pixels):
+    """Without compression."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "BMP")
+    return file.getvalue()
 
 
 def test_parquet_without_metadata_and_in_the_hubs_cache(tmp_path):

@@ -466,6 +466,35 @@ def test_a_run_of_mae_is_probed_analysed_and_exported(shards, tmp_path):
     assert np.isfinite(list(found.values())).all()
 
 
+@pytest.mark.parametrize("name", ["small_famt", "small_mae"])
+def test_a_picture_that_is_right_where_it_is_hidden_is_as_similar_as_can_be(
+    name, shards, tmp_path, monkeypatch
+):
+    """What is visible does not count, though SSIM's windows reach into it."""
+    from kamim.evaluate import analyse
+
+    run(shards, tmp_path / "run", TINY[name], steps=1)
+    make = analyse.make_model
+
+    def right(recipe):
+        model = make(recipe)
+        picture = model.picture
+
+        def drawn(outputs, images, shown):
+            made, masks, weights = picture(outputs, images, shown)
+            cell = images.shape[-1] // masks.shape[-1]
+            where = masks.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]
+            return torch.where(where, images, made), masks, weights
+
+        model.picture = drawn
+        return model
+
+    monkeypatch.setattr(analyse, "make_model", right)
+    images = torch.rand(4, 3, 96, 96)
+    source = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert analyse.reconstruction(source, images, seed=0)["ssim_masked"] == 1
+
+
 @pytest.mark.slow
 def test_two_processes_agree_with_one_across_a_refresh(shards, tmp_path):
     words = ["--recipe", "small_mae_famt", "--batch", "8", "--epochs", "1", "--device", "cpu"]

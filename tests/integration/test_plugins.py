@@ -337,6 +337,7 @@ def test_points_and_maps_of_any_float_are_taken():
         ("nosuch", "unknown detector 'nosuch'.*MODULE:FUNCTION"),
         ("json:dumps,dumps=json:dumps", "names a detector twice"),
         ("points=cv2:goodFeaturesToTrack", "cv2:goodFeaturesToTrack does not say its arguments"),
+        ("f=shutil:copy", "shutil:copy is called with an image alone; give dst a default"),
         ("f=leaving:f", "importing leaving failed: SystemExit: 0"),
         ("f=raising.inside:f", "there is no module 'raising.inside'.* RuntimeError: no GPU"),
     ],

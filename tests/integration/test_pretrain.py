@@ -571,6 +571,42 @@ def test_what_cannot_be_loaded_loses_no_step(
     assert run(shards, tmp_path / "out", recipe, resume=True) == whole
 
 
+@pytest.mark.parametrize("what", ["train.loop.follow", "train.look.Looks.look"])
+def test_pictures_that_cannot_be_loaded_lose_no_step(shards, tmp_path, monkeypatch, capsys, what):
+    def gone(*_):
+        raise OSError(5, "Input/output error", "shard-000000.tar")
+
+    asked = {"save_every": 6, "probe_every": 1, "log_every": 3}
+    whole = run(shards, tmp_path / "whole", **asked)
+    monkeypatch.setattr(what, gone)
+    with pytest.raises(OSError, match="shard-000000"):
+        run(shards, tmp_path / "out", **asked)
+    done = len(losses(tmp_path / "out"))
+    assert f"step {done} is saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(shards, tmp_path / "out", resume=True, **asked) == whole
+
+
+def test_a_disk_that_is_full_as_well_does_not_hide_what_was_wrong(
+    shards, tmp_path, monkeypatch, capsys
+):
+    def damaged(*_):
+        raise UserError("record 17 is damaged")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    finish = Loader._finish
+    late = lambda loader, pending: (damaged if pending.batch.step == 3 else finish)(loader, pending)  # noqa: E731
+    monkeypatch.setattr(Loader, "_finish", late)
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(shards, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "record 17 is damaged" in said
+    assert "is saved" not in said
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A stand-in for the package: what it is told, in order."""

@@ -217,6 +217,11 @@ def test_make_names_shards_of_your_images_after_their_folder(clone, tmp_path):
 def test_make_leaves_the_recipe_to_the_command(clone):
     assert "--recipe" not in run("make -n pretrain SHARDS=x", clone).stdout
     assert '--recipe "small"' in run("make -n pretrain SHARDS=x RECIPE=small", clone).stdout
+    assert "--out" not in run("make -n pretrain SHARDS=x", clone).stdout
+    printed = run("make -n pretrain SHARDS=x OUT=runs/mine DETECTOR=orb", clone).stdout
+    assert '--detector "orb" --out "runs/mine"' in printed
+    assert 'verify "x"' in run("make -n verify SHARDS=x", clone).stdout
+    assert 'verify "data/demo-fast"' in run("make -n verify", clone).stdout
 
 
 def test_make_says_one_line_before_and_one_after_it_installs(clone, tmp_path):

@@ -103,6 +103,8 @@ JPEG = encoded(Image.fromarray(GRADIENT), "JPEG")
         (JPEG[:-1], "truncated"),
         (JPEG[:-2], "truncated"),
         (encoded(Image.fromarray(GRADIENT), "PNG")[:-60], "truncated"),
+        (encoded(Image.fromarray(np.arange(256, dtype=np.int32)[None]), "TIFF"), "not-an-image"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "not-an-image"),
     ],
 )
 def test_bad_bytes_are_rejected_with_their_reason(data, reason):

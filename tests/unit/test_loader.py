@@ -138,7 +138,7 @@ def test_damage_is_told_across_processes(records):
 
 def test_a_process_that_is_killed_ends_the_loader(records):
     others = set(children_of(os.getpid()))  # of builds before, say
-    with pytest.raises(RuntimeError, match=r"a process of the loader ended \(status -9\)"):  # noqa: PT012
+    with pytest.raises(ChildProcessError, match=r"a process of the loader ended \(status -9\)"):  # noqa: PT012
         for batch in records.loader(Plan(40, 8), 0, 10**6, workers=2, processes=True):
             if batch.step == 3:
                 os.kill(max({*children_of(os.getpid())} - others), signal.SIGKILL)

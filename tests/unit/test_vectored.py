@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import preprocess
+import shards.loader
 from shards import ShardSet, UserError, decode_frame, reading, vectored
 from shards.beton import convert_to_ffcv
 from shards.loader import Loader
@@ -145,6 +146,30 @@ def test_the_lock_is_free_meanwhile():
     assert counts[1]
 
 
-def test_without_numba_there_is_none(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.mark.parametrize("error", [ImportError, SystemError, AttributeError, OSError])
+def test_without_numba_or_with_a_broken_one_there_is_none(monkeypatch, error):
+    class Broken:
+        def __getattr__(self, name):
+            raise error("initialization of _internal failed")
+
+    monkeypatch.setitem(sys.modules, "numba", Broken())
     assert vectored.without_lock(vectored.at_once) is None
+
+
+def test_a_chunk_at_once_needs_no_more_shards_open_than_may_be(raw, monkeypatch):
+    assert Loader(raw, Plan(40, 8), 0, 1).readers[0].at_once
+    monkeypatch.setattr(shards.loader, "open_files", lambda count: count - 1)
+    assert not Loader(raw, Plan(40, 8), 0, 1).readers[0].at_once
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "expected"), [(32, 1, 32), (32, 6, 16), (40, 6, 20), (8, 2, 8)]
+)
+def test_small_batches_are_shared_out_over_the_workers(raw, batch, workers, expected):
+    loader = Loader(raw, Plan(40, batch), 0, 1, workers=workers, prefetch=3)
+    seen, read = [], loader.readers[0].read
+    loader.readers[0].read = lambda buffers, places: (
+        seen.append(len(places)) or read(buffers, places)
+    )
+    list(loader)
+    assert max(seen) == expected

@@ -86,7 +86,7 @@ def test_a_folder_without_a_manifest_is_a_source_unless_it_holds_files_of_ours(b
     (built / "manifest.json").unlink()
     for folder, words in (
         (tmp_path / "photos", f"build {tmp_path / 'photos'} OUT`"),
-        (tmp_path / "unfinished", f"build SOURCE {tmp_path / 'unfinished'}`"),
+        (tmp_path / "unfinished", "the command that began it goes on"),
         (tmp_path / "nowhere", f"build SOURCE {tmp_path / 'nowhere'}`"),
         (built, f"build SOURCE {built}`"),
     ):
