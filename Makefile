@@ -26,7 +26,7 @@ typed = $(filter command,$(firstword $(origin $(1))))
 
 # Refuse a misspelt variable.
 KNOWN := BACKEND DATA DATASET DETECTOR FLAGS FORMAT FRAMES JOBS NAME OUT PYTHON RECIPE RECIPES SCHEDULER SHARDS SPLIT
-GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(call typed,$(name)),$(name)))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
 ifneq ($(UNKNOWN),)
 NEAREST := $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' $(UNKNOWN) $(KNOWN))

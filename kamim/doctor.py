@@ -27,10 +27,7 @@ PACKAGES = {
     "Parquet": "pyarrow",
 }
 # Nothing but these needs them.
-FOR = {
-    "webdataset": "only to read our shards without us",
-    "wandb": "only for --wandb",
-}
+FOR = {"webdataset": "only to read our shards without us", "wandb": "only for --wandb"}
 
 
 def examine() -> list[Row]:

@@ -3,6 +3,7 @@
 What was typed is checked before any library is imported. Results go to stdout, notes to stderr.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -162,7 +163,8 @@ def verify(
         if ":/" in str(folder):
             shards.load(folder)  # raises, and says what to do with a URL
         raise UserError(
-            f"there is no {folder} to verify; build it first: kamim shards build SOURCE {folder}"
+            f"there is no {folder} to verify; build it first: kamim shards build SOURCE "
+            f"{shlex.quote(str(folder))}"
         )
     redetect = level == "redetect"
     problems = shards.verify(folder, shards.LEVELS[-1] if redetect else level)
@@ -176,6 +178,7 @@ def verify(
         problems = preprocess.redetect_maps(records, listed, samples)
     more = len(problems) - 20
     repair = _repair(folder) if problems and not deep else " --repair"
+    repair = f" --split {split}{repair}" if split else repair
     problems = [line.replace(" --repair", repair) for line in problems]
     lines = [*problems[:20], *([f"and {more} more"] if more > 0 else [])]
     if not problems:

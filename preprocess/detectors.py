@@ -99,8 +99,6 @@ CREATE = {
     "mser": "MSER",
 }
 BUDGETS = ("nfeatures", "maxCorners")  # options that keep the best so many points of an image
-# cutoff: cycles a side at half power; 7 are as many as 14 patches a side can tell.
-# scale: grey levels of 255, root mean square of a cell, that are 1; 2 % of ImageNet's are above.
 # Beyond these OpenCV finds nothing at all, takes another value without a word, or dies.
 LIMITS: dict[tuple[str, str], tuple[float, float]] = {
     ("fast", "threshold"): (0, 254),
@@ -112,6 +110,8 @@ LIMITS: dict[tuple[str, str], tuple[float, float]] = {
     ("orb", "nlevels"): (1, math.inf),
     ("mser", "delta"): (1, math.inf),
 }
+# cutoff: cycles a side at half power; 7 are as many as 14 patches a side can tell.
+# scale: grey levels of 255, root mean square of a cell, that are 1; 2 % of ImageNet's are above.
 KNOWN = {**DEFAULTS, FREQUENCY: {"cutoff": 7.0, "scale": 120.0}}
 
 

@@ -125,7 +125,8 @@ class Processes:
 
 def serve(descriptor: int) -> None:
     """What a process does: it answers until the loader is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loader's
+    for number in (signal.SIGINT, signal.SIGTERM):  # to a whole group, they are the loader's
+        signal.signal(number, signal.SIG_IGN)
     pipe: Any = Connection(descriptor)
     memory, sets, (count, size) = pipe.recv()
     shared = Shared(memory)

@@ -37,10 +37,11 @@ def without_lock(read: AtOnce) -> AtOnce | None:
     """`read`, compiled, or None where numba is missing."""
     try:
         from numba import int64, njit, void
-    except Exception:  # missing or broken; it also refuses a NumPy that is newer than it knows
+
+        signature = void(int64[:], int64[:], int64[:, :, ::1], int64[:])
+        return njit(signature, nogil=True)(read)
+    except Exception:  # missing, broken or too old; it also refuses a NumPy newer than it knows
         return None
-    signature = void(int64[:], int64[:], int64[:, :, ::1], int64[:])
-    return njit(signature, nogil=True)(read)
 
 
 @cache

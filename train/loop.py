@@ -64,7 +64,8 @@ def pretrain(run: Run) -> None:
     """Train; returns when all steps are done.
 
     Raises UserError, before the first step, if shards, recipe and what is in `out` do not fit
-    together, and Stopped, after saving, on SIGTERM or a first Ctrl-C.
+    together; Stopped, after saving, on SIGTERM or a first Ctrl-C; and one of LOADING for what
+    cannot be loaded, after saving if there is one process.
     """
     recipe = run.recipe
     device = start_device(run)
@@ -201,7 +202,7 @@ def pretrain(run: Run) -> None:
             torch.manual_seed(int(mix(Purpose.LAYERS, run.seed, step, rank)) >> 1)
             noise = masking.noise(step)
             sums = torch.zeros(3, device=device)  # loss, mean weight, effective share
-            cut = False  # by a signal: the step's gradients are dropped
+            cut = False  # by a signal or a failure to load: the step's gradients are dropped
             for micro_step in range(micro_steps):
                 try:
                     batch, tensors = pace.next()
@@ -272,14 +273,21 @@ def pretrain(run: Run) -> None:
                             followed = followed or follow(run, data, model, masking)
                     except LOADING as error:
                         failure = error
-                    saver.save(done, state, *([followed.taken(model, done)] if followed else []))
+                    shown = [followed.taken(model, done)] if followed else []
+                    try:
+                        saver.save(done, state, *shown)
+                    except OSError:  # of the write before
+                        if failure is not None:
+                            say(str(failure) or type(failure).__name__)  # it is to be mended, too
+                        raise
             saved = done if saving else saved
             if failure is not None:
+                batches.close()  # threads that wait for a store would keep the process from ending
                 try:
                     with progress.busy("saving"):
                         saver.wait()
                 except OSError:
-                    say(f"{failure}")  # two things are to be mended
+                    say(str(failure) or type(failure).__name__)
                     raise
                 if saved > first:
                     say(f"step {saved} is saved; when this is mended, go on with --resume:")

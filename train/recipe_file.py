@@ -5,6 +5,7 @@ a table `run` of other options that decide a run's numbers: see RUN.
 """
 
 import json
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -45,7 +46,8 @@ def read_recipe(what: str) -> tuple[Recipe, dict[str, Any]]:
         found = tomllib.loads(Path(what).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"there is no recipe file {what}; write one by: kamim recipes --show vit_base > {what}"
+            f"there is no recipe file {what}; write one by: kamim recipes --show vit_base > "
+            f"{shlex.quote(what)}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what} is no sound TOML: {error}") from None

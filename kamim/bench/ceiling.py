@@ -24,6 +24,7 @@ from kamim.bench.measuring import keep, temporary_set
 from kamim.bench.provenance import spread
 from shards import ShardSet, processes, reading, vectored
 from shards.crops import Ints
+from shards.loader import AT_ONCE
 from shards.order import Plan
 from shards.reading import Buffers
 
@@ -100,7 +101,7 @@ def rate(
 ) -> tuple[float, float]:
     """Images per second of the loader with `workers`, with maps; and the cores that it took."""
     plan = Plan(len(records), BATCH)
-    ahead = max(3, 2 * workers * 16 // BATCH + 2)
+    ahead = max(3, 2 * workers * AT_ONCE // BATCH + 2)  # two chunks for each worker
     names = records.manifest.detectors[:1]
     loader = records.loader(
         plan, 0, 1 << 30, maps=names, workers=workers, prefetch=ahead, processes=processes

@@ -18,7 +18,6 @@ from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.provenance import spread
 from shards import Plan, ShardSet
 from shards.beton import convert_to_ffcv
-from shards.errors import UserError, install
 
 THREADS = (1, 2, 4, 8, 16)
 BATCH = 256
@@ -34,8 +33,6 @@ def loader(bench: Bench) -> Iterator[Case]:
 
     @cache
     def beton(frames: str) -> ShardSet:
-        if find_spec("ffcv") is None:
-            raise UserError(f"FFCV is not installed; {install('ffcv')}")
         convert_to_ffcv(bench.records.folder, bench.folder / f"ffcv-{frames}", frames)
         return ShardSet(bench.folder / f"ffcv-{frames}")
 

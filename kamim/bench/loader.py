@@ -22,7 +22,8 @@ from kamim.bench.gpu_steps import Training, always
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
 from kamim.bench.rivals import by_processes, timed
-from shards import Plan, ShardSet, decode_frame, reading
+from shards import Plan, ShardSet, decode_frame, reading, vectored
+from shards.errors import UserError, install
 from train.recipes import find_recipe
 
 REPEATS, BATCH, STEPS, AHEAD = 9, 200, 24, 3
@@ -62,6 +63,8 @@ def loader_rate(
 
 def raw_rate(records: ShardSet, numba: bool, workers: int = 0) -> float:
     """Images per second of raw frames with maps, read with or without numba."""
+    if numba and vectored.compiled() is None:
+        raise UserError(f"numba is not installed, or broken; {install('numba')}")
     with nullcontext() if numba else patch.object(reading, "compiled", lambda: None):
         return loader_rate(records, ["fast"], steps=120, workers=workers)
 

@@ -77,8 +77,10 @@ def render() -> str:
             for title, v, n in rows
         ),
     )
-    versions = ", ".join(f"{name} {value}" for name, value in ffcv["versions"].items())
-    dates = sorted({row["date"] for row in [*newest("build"), loader, ffcv]})
+    measured = [*newest("build"), loader, ffcv, remote]
+    kinds = {f"{name} {value}" for row in measured for name, value in row["versions"].items()}
+    versions = ", ".join(sorted(kinds))
+    dates = sorted({row["date"] for row in measured})
     origin = (
         f"{ffcv['images']} ImageNet photos (several times each in builds), {ffcv['cores']} cores "
         f"of an {ffcv['cpu']}, Python {ffcv['python']}, {versions}; "

@@ -260,7 +260,8 @@ def _open(
         where = find_device(device)
         model = load_encoder(encoder, where)
     if learn.manifest.source["sha256"] == test.manifest.source["sha256"]:
-        print(f"warning: {train} and {val} hold the same images", file=sys.stderr)
+        same = f"warning: {train} and {val} hold the same images"
+        print(f"{same}: scores will be too good; name another VAL", file=sys.stderr)
     if block > model.blocks:
         raise UserError(f"--block {block}: {encoder} has {model.blocks}")
     block, weights = block or model.default_block, hash_of(model)

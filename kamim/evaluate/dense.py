@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from preprocess import decode_image
-from preprocess.decode import Rejected
+from preprocess import Rejected, decode_image
 from shards.errors import UserError
 from shards.progress import progress
 from shards.rng import Purpose, mix
@@ -54,11 +53,11 @@ def read_pair(pair: Pair, size: int) -> tuple[Tensor, Tensor]:
     try:
         pixels = decode_image(pair[0].read_bytes())
     except Rejected as error:
-        raise UserError(f"{pair[0]} is no sound image ({error.args[1]}); restore it") from None
+        raise UserError(f"{pair[0]} is no sound image ({error.detail}); restore it") from None
     try:
         with Image.open(pair[1]) as file:
             mask = np.asarray(file)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{pair[1]} is no sound PNG ({error}); restore it") from None
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise UserError(f"{pair[1]} is {mask.dtype} {mask.shape}; a mask has one channel of bytes")

@@ -40,7 +40,9 @@ class Place:
             raise UserError(f"{text}: a web server takes no files; name a folder, s3:// or gs://")
         if not is_url(text):
             if TYPED_URL.match(text):
-                raise UserError(f"{text} is no URL; give s3://bucket/set, or ./{text} for a folder")
+                raise UserError(
+                    f"{text} is no URL; give s3://bucket/set, or a whole path from / on"
+                )
             return cls(str(Path(text)))
         remote.filesystem(text)  # raises if it names no place
         return cls(text.rstrip("/"))

@@ -587,8 +587,9 @@ def test_pictures_that_cannot_be_loaded_lose_no_step(shards, tmp_path, monkeypat
     assert run(shards, tmp_path / "out", resume=True, **asked) == whole
 
 
+@pytest.mark.parametrize("save_every", [2, 500])  # the write before fails, or the last one
 def test_a_disk_that_is_full_as_well_does_not_hide_what_was_wrong(
-    shards, tmp_path, monkeypatch, capsys
+    shards, tmp_path, monkeypatch, capsys, save_every
 ):
     def damaged(*_):
         raise UserError("record 17 is damaged")
@@ -601,7 +602,7 @@ def test_a_disk_that_is_full_as_well_does_not_hide_what_was_wrong(
     monkeypatch.setattr(Loader, "_finish", late)
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(OSError, match="the disk is full"):
-        run(shards, tmp_path / "out")
+        run(shards, tmp_path / "out", save_every=save_every)
     said = capsys.readouterr().err
     assert "record 17 is damaged" in said
     assert "is saved" not in said

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,7 @@ def test_the_lock_is_free_meanwhile():
     wait.argtypes, wait.restype = [ctypes.c_uint32], ctypes.c_int
 
     def until_told(descriptors, starts, vectors, counts):
+        counts[2] = 1
         for _ in range(60_000):
             if counts[0]:
                 counts[1] = 1
@@ -138,9 +140,11 @@ def test_the_lock_is_free_meanwhile():
             wait(1000)
 
     read = vectored.without_lock(until_told)
-    empty, counts = np.zeros(0, np.int64), np.zeros(2, np.int64)
+    empty, counts = np.zeros(0, np.int64), np.zeros(3, np.int64)
     thread = threading.Thread(target=read, args=(empty, empty, np.zeros((0, 0, 2), int), counts))
     thread.start()
+    while not counts[2]:  # with the lock held, this would go on only after the call
+        time.sleep(0.001)
     counts[0] = 1
     thread.join()
     assert counts[1]
