@@ -274,21 +274,13 @@ def pretrain(run: Run) -> None:
                     except LOADING as error:
                         failure = error
                     shown = [followed.taken(model, done)] if followed else []
-                    try:
+                    with besides(failure):  # the write before may have failed
                         saver.save(done, state, *shown)
-                    except OSError:  # of the write before
-                        if failure is not None:
-                            say(str(failure) or type(failure).__name__)  # it is to be mended, too
-                        raise
             saved = done if saving else saved
             if failure is not None:
                 batches.close()  # threads that wait for a store would keep the process from ending
-                try:
-                    with progress.busy("saving"):
-                        saver.wait()
-                except OSError:
-                    say(str(failure) or type(failure).__name__)
-                    raise
+                with progress.busy("saving"), besides(failure):
+                    saver.wait()
                 if saved > first:
                     say(f"step {saved} is saved; when this is mended, go on with --resume:")
                 raise failure
@@ -306,6 +298,17 @@ def pretrain(run: Run) -> None:
             draw_last_step(run, data, plan, model, masking)
     if ranks > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def besides(failure: Exception | None) -> Iterator[None]:
+    """If the disk is full as well, have `failure` said, which is to be mended too."""
+    try:
+        yield
+    except OSError:
+        if failure is not None:
+            say(str(failure) or type(failure).__name__)
+        raise
 
 
 def follow(run: Run, data: Data, model: Any, masking: Masking) -> Followed:
