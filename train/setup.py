@@ -187,6 +187,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     if name not in known:
         near = nearest(name, known) or "; it has sgd, lion, muon ..."
         raise UserError(f"timm has no optimizer {name!r}{near}")
+    for option, field in (("lr", "peak"), ("weight_decay", "weight_decay")):
+        if option in recipe.optimizer_options:
+            raise UserError(f"optimizer_options.{option} would not count; set {field} instead")
     try:
         if name == "adamw":
             own: dict[str, Any] = {"betas": (0.9, recipe.beta2), "fused": device.type == "cuda"}

@@ -34,6 +34,10 @@ def encoder_from(what: str, size: int, fit: bool = False) -> Encoder:
         path = file_of(what)
         return Encoder(what, *_from_file(path), *_colours_beside(path))
     model = _from_timm(name, size, fit)
+    rest = size % model.patch_embed.patch_size[0]
+    if rest:  # pixels that no patch has
+        size += model.patch_embed.patch_size[0] - rest
+        model = _from_timm(name, size, fit)
     return Encoder(what, model, size, *_colours(model.pretrained_cfg, ("mean", "std"), what))
 
 
@@ -197,8 +201,7 @@ def _from_file(path: Path) -> tuple[nn.Module, int]:
             raise UserError(
                 f"{path}: its options are no arguments of a model ({type(error).__name__}: {error})"
             ) from None
-        for known in ("num_classes", "window_size"):
-            options.pop(known, None)
+        options.pop("num_classes", None)
         return fitted(make_encoder(facts["model"], size, options), tensors, path), size
     plain = checkpoint.read(path)
     if isinstance(plain, dict) and is_huggingface(plain):

@@ -140,8 +140,11 @@ def by_head(known: Tensor, labels: Tensor, classes: int, seed: int) -> Guess:
                 turn.step()
                 bar.update(len(part))
 
+    missing = torch.bincount(labels, minlength=classes) == 0  # numbers between those of classes
+
     def guess(patches: Tensor) -> Tensor:
-        found: Tensor = head((patches - mean) / std).softmax(1)
+        scores = head((patches - mean) / std).masked_fill(missing, -torch.inf)
+        found: Tensor = scores.softmax(1)
         return found
 
     return guess
