@@ -24,7 +24,8 @@ from train.request import CONFIG, HUGGING_FACE, PREPROCESSOR, file_of
 
 
 def encoder_from(what: str, size: int, fit: bool = False) -> Encoder:
-    """timm:NAME at `size` px, or the encoder of a file, as it is trained.
+    """timm:NAME at `size` px or the next size of whole patches, or the encoder of a file, as it is
+    trained.
 
     fit: with the windows that a recipe's Swin has. Raises UserError, in one line, if `what` is none
     of these or its tensors do not fit.
@@ -34,9 +35,9 @@ def encoder_from(what: str, size: int, fit: bool = False) -> Encoder:
         path = file_of(what)
         return Encoder(what, *_from_file(path), *_colours_beside(path))
     model = _from_timm(name, size, fit)
-    rest = size % model.patch_embed.patch_size[0]
-    if rest:  # pixels that no patch has
-        size += model.patch_embed.patch_size[0] - rest
+    missing = -size % model.patch_embed.patch_size[0]
+    if missing:  # or no patch would see the last pixels; read anew, to resize its positions once
+        size += missing
         model = _from_timm(name, size, fit)
     return Encoder(what, model, size, *_colours(model.pretrained_cfg, ("mean", "std"), what))
 

@@ -140,7 +140,7 @@ def by_head(known: Tensor, labels: Tensor, classes: int, seed: int) -> Guess:
                 turn.step()
                 bar.update(len(part))
 
-    missing = torch.bincount(labels, minlength=classes) == 0  # numbers between those of classes
+    missing = torch.bincount(labels, minlength=classes) == 0  # class numbers of no patch
 
     def guess(patches: Tensor) -> Tensor:
         scores = head((patches - mean) / std).masked_fill(missing, -torch.inf)

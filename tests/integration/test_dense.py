@@ -146,11 +146,9 @@ def test_a_mask_of_colours_is_refused(tmp_path):
         dense.read_pair(dense.list_pairs(tmp_path)[0], 96)
 
 
-def test_a_linear_head_guesses_no_number_that_no_patch_has() -> None:
-    from kamim.evaluate.dense import by_head
-
+def test_a_linear_head_guesses_no_number_that_no_patch_has():
     known = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     labels = (known[:, 0] > 0).long() * 40  # of two classes, 0 and 40
-    found = by_head(known, labels, 41, 0)(known)
+    found = dense.by_head(known, labels, 41, 0)(known)
     assert found[:, 1:40].max() == 0
     assert set(found.argmax(1).tolist()) == {0, 40}

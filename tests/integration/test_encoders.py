@@ -130,6 +130,15 @@ def test_weights_of_timm_are_shown_images_as_timm_says(monkeypatch):
     assert (encoder.mean, encoder.std) == (HALF, HALF)
 
 
+def test_each_pixel_lies_in_a_patch_of_14_px(monkeypatch):
+    make = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, pretrained, **k: make(*a, **k, depth=1, embed_dim=48)
+    )
+    encoder = load_encoder("timm:vit_small_patch14_dinov2", CPU, 192)
+    assert (encoder.size, encoder.model.patch_embed.grid_size) == (196, (14, 14))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_shows_images_as_the_encoder_takes_them(

@@ -74,6 +74,17 @@ def test_an_encoder_of_other_cells_than_simmims_is_loaded_and_exported(built, tm
     } == {80}
 
 
+def test_a_swin_with_a_window_of_its_own_is_read_again(built, tmp_path):
+    tiny = ("options.depths=[1,1,1,1]", "options.embed_dim=24", "options.num_heads=[1,1,1,1]")
+    words = ("model=swin_tiny_patch4_window7_224", *tiny, "options.window_size=2")
+    pretrain(built, tmp_path / "run", *SMALL, *setting("options={}", *words), "--steps", 1)
+    wanted = load_encoder(str(tmp_path / "run"), CPU).model.state_dict()
+    kamim("export", tmp_path / "run", tmp_path / "swin.safetensors")
+    found = load_encoder(str(tmp_path / "swin.safetensors"), CPU).model.state_dict()
+    assert wanted["layers.0.blocks.0.attn.relative_position_bias_table"].shape == (9, 1)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_the_mean_of_the_weights_is_exported_by_an_option(trained, tmp_path):
     exported(trained, tmp_path / "plain.safetensors", "safetensors")
     exported(trained, tmp_path / "mean.safetensors", "safetensors", "--ema")

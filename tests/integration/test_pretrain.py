@@ -444,6 +444,8 @@ def test_what_does_not_fit_is_one_clear_line_before_the_first_step(shards, tmp_p
         ("random_epochs=inf", "random_epochs inf is out of range"),
         ("decoder=12,1,0", "decoder 0 is out of range; give 1 or more"),
         ('optimizer_options={"betas": [0.9]}', "'adamw' cannot be made"),
+        ("optimizer_options.lr=0.5", "optimizer_options.lr would not count; set peak instead"),
+        ("optimizer_options.weight_decay=0.9", "would not count; set weight_decay instead"),
     ],
 )
 def test_a_number_that_no_run_can_have_is_one_line(word, said, shards, tmp_path):
