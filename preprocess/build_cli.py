@@ -12,6 +12,7 @@ import preprocess
 from preprocess import BuildError
 from preprocess.detectors import check_detector
 from shards.errors import UserError
+from shards.files import MANIFEST
 from shards.progress import counted, waiting
 from shards.remote.place import Place
 from shards.spec import REJECTED, Ledger, Manifest, Settings
@@ -67,8 +68,13 @@ def run_build(
     place, ith = Place.of(out), parts.parse_part(part) if part else None
     for each in settings.detectors:
         check_detector(each)
+    if settings.levels < Settings().levels and not (reuse or place.read(MANIFEST)):
+        raise UserError(
+            f"--levels {settings.levels} is for upgraded sets, to repair or to --reuse; leave it "
+            "out for a new set"
+        )
     executors.check(backend, scheduler)  # listing a large source takes a while
-    _warn(settings, jobs, scheduler, source)
+    _warn(settings, jobs, scheduler, source, split)
     with waiting(f"listing {source}"):
         listed = preprocess.open_source(source, split, partial)
     _say_what_is_listed(listed)
@@ -86,7 +92,7 @@ def run_build(
         if " SOURCE " not in str(error):
             raise
         # What it says to type can be typed.
-        words = f" {shlex.quote(source)}{f' --split {split}' if split else ''} "
+        words = f" {_typed(source, split)} "
         size = shard_size_for(len(listed.entries), settings.frame > 0)
         words += f"{compare.flags_of(settings, size)} "
         text = str(error).replace(" SOURCE ", words)
@@ -135,18 +141,24 @@ def weights_of(text: str) -> tuple[float, int] | None:
         raise UserError(f"--weights {text} is not T,w_ps; give it as 0.25,8") from None
 
 
-def _warn(settings: Settings, jobs: int, scheduler: str, source: str) -> None:
+def _typed(source: str, split: str) -> str:
+    """Source and split as a person types them."""
+    return shlex.quote(source) + (f" --split {split}" if split else "")
+
+
+def _warn(settings: Settings, jobs: int, scheduler: str, source: str, split: str) -> None:
     """Warn of what will work less well than one may expect."""
     import joblib
 
+    from preprocess.edges import measuring
     from shards.crops import RINGS
 
     for each in settings.detectors:
         if each.has_keypoints and each.name not in RINGS and not each.edge:
-            call = f"{each.name}={each.plugin.function}" if each.plugin else each.name
             say(
                 f"{each.name} has no edge rule: its map is read as if it found as much near a "
-                f"crop's edge; measure one by kamim shards edge-rule {call} {shlex.quote(source)}"
+                "crop's edge; measure one by "
+                f"{measuring(each, settings.mark, _typed(source, split))}"
             )
 
     least = math.ceil(settings.crop / math.sqrt(settings.area[0]))

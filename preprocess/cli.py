@@ -26,6 +26,7 @@ from preprocess.build_cli import (
 )
 from preprocess.options import (
     DEFAULTS,
+    SPANS,
     Area,
     Built,
     Cell,
@@ -75,7 +76,8 @@ def build(
         int,
         Option(
             metavar="PX",
-            help="Side of the stored square frame, px; best at least crop / sqrt(area).",
+            help=f"Side of the stored square frame, px, {SPANS['frame']}; best at least "
+            "crop / sqrt(area).",
         ),
     ] = DEFAULTS.frame,
     quality: Annotated[
@@ -85,13 +87,18 @@ def build(
     area: Area = DEFAULTS.area[0],
     map_crops: MapCrops = DEFAULTS.map_crops,
     bank: Annotated[
-        int, Option(metavar="N", help="Crops stored per image, with exact densities. 0: none.")
+        int,
+        Option(
+            metavar="N",
+            help=f"Crops stored per image, with exact densities, {SPANS['bank']}. 0: none.",
+        ),
     ] = DEFAULTS.bank,
     weights: Annotated[
         str,
         Option(
             metavar="T,W_PS",
-            help="Also store loss weights for T,w_ps: of the bank's crops, or of the whole frame.",
+            help="Also store loss weights for T,w_ps: of the bank's crops, or of the whole frame. "
+            "w_ps is a divisor of the crop, and with a bank a multiple of 8.",
         ),
     ] = "",
     grid: Grid = DEFAULTS.grid,
@@ -100,7 +107,11 @@ def build(
         Literal["source", "frame"], Option(help="Detect on the source, or on the stored frame.")
     ] = "source",
     levels: Annotated[
-        int, Option(metavar="N", help="Levels of density: 256; 16 only to repair an upgraded set.")
+        int,
+        Option(
+            metavar="N",
+            help="Levels of density: 256, or 16 to repair or reuse an upgraded set.",
+        ),
     ] = DEFAULTS.levels,
     shard_size: ShardSize = DEFAULTS.shard_size,
     jobs: Jobs = 0,

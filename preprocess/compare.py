@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess import BuildError
-from preprocess.detectors import KNOWN
+from preprocess.detectors import call_of, option_flags
 from preprocess.shard import FACTS, library_versions
 from preprocess.source import Source
 from shards.errors import UserError
@@ -239,16 +239,9 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     `shard_size`, which a build chooses by itself.
     """
     default = Settings()
-    called = [
-        f"{each.name}={each.plugin.function}" if each.plugin else each.name
-        for each in settings.detectors
-    ]
-    words = [f"--detector {','.join(called)}"]
+    words = [f"--detector {','.join(map(call_of, settings.detectors))}"]
     for detector in settings.detectors:
-        usual = {} if detector.plugin else KNOWN.get(detector.name, {})
-        for option, value in detector.options.items():
-            if value != usual.get(option):
-                words.append(f"--detector-option {detector.name}.{option}={value}")
+        words += option_flags(detector)
         if detector.edge:
             words.append(f"--edge-rule {detector.name}.edge.json")
     for name in PLAIN if settings.frame else PLAIN[2:]:  # kamim maps build has no frame, no quality

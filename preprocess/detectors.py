@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from shards.spec import FREQUENCY, NAME, Detector
 
 if TYPE_CHECKING:
@@ -145,6 +145,18 @@ def parsed_detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]
     return tuple(parsed_detector(call, options[name]) for name, call in calls.items())
 
 
+def call_of(detector: Detector) -> str:
+    """How `--detector` names it."""
+    return f"{detector.name}={detector.plugin.function}" if detector.plugin else detector.name
+
+
+def option_flags(detector: Detector) -> list[str]:
+    """`--detector-option NAME.OPTION=VALUE` for each option that is not its default."""
+    usual = {} if detector.plugin else KNOWN.get(detector.name, {})
+    chosen = [(each, value) for each, value in detector.options.items() if value != usual.get(each)]
+    return [f"--detector-option {detector.name}.{each}={value}" for each, value in chosen]
+
+
 def named(call: str) -> tuple[str, str]:
     """Name and function of a detector as it was asked for: `fast`, `module:function`,
     `NAME=module:function` or the name of an entry point; no function where OpenCV has it.
@@ -155,9 +167,13 @@ def named(call: str) -> tuple[str, str]:
         return call, ""
     if ":" not in call:
         points = importlib.metadata.entry_points(group=GROUP, name=call)
+        if not call:
+            raise UserError("--detector names no detector before or after a comma; give fast,orb")
         if not points:
+            near = nearest(call.lower(), KNOWN)
             raise UserError(
-                f"unknown detector {call!r}; there are {', '.join(KNOWN)}, networks as "
+                f"unknown detector {call!r}{f'{near} There' if near else '; there'} are "
+                f"{', '.join(KNOWN)}, networks as "
                 f"{', '.join(f'{name}:FILE.onnx' for name in MODELS)}, a function of your own as "
                 f"MODULE:FUNCTION, and entry points in the group {GROUP}"
             )

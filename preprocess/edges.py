@@ -6,6 +6,7 @@ detection on this window alone (docs/decisions.md, "A map is what its views foun
 """
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import View, covered, published_grey, squeezed
+from preprocess.detectors import call_of, option_flags
 from preprocess.source import Entry, Source
 from shards.errors import UserError
 from shards.files import write_atomically
@@ -100,6 +102,13 @@ def write_edge(path: Path, detector: Detector, versions: dict[str, str]) -> None
     write_atomically(path, as_json(content | {"checksum": fingerprint(content)}))
 
 
+def measuring(detector: Detector, mark: str, source: str = "SOURCE") -> str:
+    """The command that measures the edge rule of `detector`."""
+    words = ["kamim shards edge-rule", shlex.quote(call_of(detector)), source]
+    words += option_flags(detector) + ([f"--mark {mark}"] if mark != "ring" else [])
+    return " ".join(words)
+
+
 def with_edge(detectors: tuple[Detector, ...], path: Path) -> tuple[Detector, ...]:
     """`detectors` with the rule in `path`. UserError if it was measured for none of them."""
     try:
@@ -109,13 +118,24 @@ def with_edge(detectors: tuple[Detector, ...], path: Path) -> tuple[Detector, ..
         if fingerprint(content) != checksum or measured.edge is None:
             raise ValueError("it was changed")
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; measure it by kamim shards edge-rule") from None
+        raise UserError(
+            f"there is no file {path} for --edge-rule; measure one by kamim shards edge-rule"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--edge-rule {path} cannot be read ({error.strerror}); name a file that kamim shards "
+            "edge-rule wrote"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no edge rule that kamim wrote: {error}") from None
-    if replace(measured, edge=None) not in detectors:
+    asked = next((each for each in detectors if each.name == measured.name), None)
+    if asked is None:
+        names = ", ".join(each.name for each in detectors)
+        raise UserError(f"{path} is the edge rule of {measured.name}; this build has {names} alone")
+    if asked != replace(measured, edge=None):
         raise UserError(
-            f"{path} was measured for {measured.name} with {measured.options} and the code of "
-            "then; measure it again for the detector of this build"
+            f"{path} was measured for {measured.name} with other options or other code: "
+            f"{measured.options}; measure it again: {measuring(asked, measured.edge.mark)}"
         )
     return tuple(
         replace(d, edge=measured.edge) if d.name == measured.name else d for d in detectors

@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from preprocess.detectors import DEFAULTS as OPENCV
-from preprocess.detectors import parsed_detectors
-from shards.spec import Detector, Settings
+from preprocess.detectors import MODELS, parsed_detectors
+from shards.spec import BANK_CELL, RANGES, Detector, Settings
 
 # The names of datasets.py and executors.py, which need libraries (tested).
 _PUBLISHED = ("imagenet", "cifar10", "cifar100", "inaturalist", "places365")
 DATASETS = ("demo", *_PUBLISHED, "folder", "webdataset", "parquet", "shards", "ffcv")
 Backend = Literal["loky", "dask", "ray"]
 DEFAULTS = Settings()
+SPANS = {name: f"{least} to {most}" for name, least, most in RANGES}
 
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Jobs = Annotated[int, Option(metavar="N", help="Processes. 0: one per core.")]
@@ -36,9 +37,10 @@ Detectors = Annotated[
     str,
     Option(
         metavar="NAMES",
-        help=f"Detectors, separated by commas: OpenCV's {', '.join(OPENCV)}; your own as "
-        "MODULE:FUNCTION or NAME=MODULE:FUNCTION; frequency: no keypoints, but a map of low "
-        "frequencies for FAMT's masks.",
+        help=f"Detectors, separated by commas: OpenCV's {', '.join(OPENCV)}; OpenCV's networks as "
+        f"{' or '.join(f'{name}:FILE.onnx' for name in MODELS)}; your own as MODULE:FUNCTION or "
+        "NAME=MODULE:FUNCTION; frequency: no keypoints, but a map of low frequencies for FAMT's "
+        "masks.",
     ),
 ]
 DetectorOptions = Annotated[
@@ -61,15 +63,28 @@ EdgeRules = Annotated[
         help="Edge rule of a detector: a file from kamim shards edge-rule. Repeatable.",
     ),
 ]
-Crop = Annotated[int, Option(metavar="PX", help="Side of the crops in training, px.")]
+Crop = Annotated[
+    int,
+    Option(
+        metavar="PX",
+        help=f"Side of the crops in training, px, {SPANS['crop']}, a multiple of {BANK_CELL}.",
+    ),
+]
 Area = Annotated[
-    float, Option(metavar="SHARE", help="Least area of a crop, as a share of the source.")
+    float,
+    Option(metavar="SHARE", help="Least area of a crop, as a share of the source, 0.01 to 1."),
 ]
 MapCrops = Annotated[
     int,
-    Option(metavar="N", help="Random crops per image that a map averages, with the whole image."),
+    Option(
+        metavar="N",
+        help="Random crops per image that a map averages, with the whole image, "
+        f"{SPANS['map_crops']}.",
+    ),
 ]
-Grid = Annotated[int, Option(metavar="N", help="Cells per side of a density map.")]
+Grid = Annotated[
+    int, Option(metavar="N", help=f"Cells per side of a density map, {SPANS['grid']}.")
+]
 Mark = Annotated[Literal["ring", "disc", "point"], Option(help="What a keypoint covers.")]
 ShardSize = Annotated[
     int, Option(metavar="N", help="Inputs per shard. 0: 1000, fewer for small sources.")
@@ -87,13 +102,16 @@ OnError = Annotated[
 ]
 MaxRejected = Annotated[
     float,
-    Option(metavar="SHARE", help="Share of rejected inputs above which the exit status is 1."),
+    Option(
+        metavar="SHARE", help="Share of rejected inputs, 0 to 1, above which the exit status is 1."
+    ),
 ]
 Reuse = Annotated[
     Path | None,
     Option(
         metavar="FOLDER",
-        help="Copy equal maps, and frames, from this finished set of the same source.",
+        help="Copy equal maps, and frames where there are any, from this finished set of the "
+        "same source.",
     ),
 ]
 Part = Annotated[

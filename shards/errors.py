@@ -1,5 +1,9 @@
-"""The error that a person can correct, and what to type for a missing package."""
+"""The error that a person can correct, the word that was likely meant, and what to type for a
+missing package.
+"""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 # Packages, as they are imported, by the extra that installs them.
@@ -19,6 +23,12 @@ MAKEFILE = Path(__file__).parents[1] / "Makefile"  # in a checkout; a wheel has 
 
 class UserError(ValueError):
     """A request that cannot be carried out: one line with the value, the rule and the next step."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A question with the one of `words` that is nearest to `word`, or nothing if none is."""
+    found = get_close_matches(word, list(words), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def install(module: str) -> str:

@@ -199,7 +199,7 @@ class Settings:
         if odd:
             raise UserError(
                 f"frame 0 stores densities alone, and {odd[0]} is {getattr(self, odd[0])!r}: build "
-                "them by `kamim maps build`, with quality 0, no bank, no weights, of the source"
+                f"them by `kamim maps build`, or give a frame of 16 to {LARGEST} px"
             )
 
     def _check_weights(self, temperature: float, w_ps: int) -> None:

@@ -230,10 +230,13 @@ def counts(
 ) -> tuple[int, int, int]:
     """(masked, thrown, visible) of `cells` by the shares `mask` and `throw`.
 
-    Rounded as published: MAE's down, the two together; SimMIM's up, each. Raises UserError if no
-    cell is left to mask or to see.
+    Rounded as published: MAE's visible cells down; where cells are thrown, as AMT does, the masked
+    ones down, and these with the thrown ones; SimMIM's up, each. Raises UserError if no cell is
+    left to mask or to see.
     """
-    if method == "mae":
+    if method == "mae" and not throw:
+        masked, thrown = cells - int(cells * (1 - mask)), 0
+    elif method == "mae":
         masked = int(cells * mask)
         thrown = int(cells * (mask + throw) + 1e-9) - masked
     else:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from train.loss import masked_l1, masked_mse, take
 from train.patches import patchify, sincos, unpatchify
-from train.recipes import Recipe, nearest
+from train.recipes import Recipe
 from train.tokens import check_plain, check_tokens, embed, encode, narrowed, through_blocks
 
 CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage

@@ -12,8 +12,8 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from shards.errors import UserError
-from train.recipes import Recipe, changed, find_recipe, kind_in_words, nearest
+from shards.errors import UserError, nearest
+from train.recipes import Recipe, changed, find_recipe, kind_in_words
 
 RUN_FILE = "run.toml"
 RUN: dict[str, type] = {  # options of `kamim pretrain` that are kept with what a run used

@@ -11,10 +11,9 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 # What a run has beside its recipe; train/recipe_file.py keeps them in a table of their own.
 OPTIONS = ("seed", "init", "detector", "bank", "window", "decode", "deterministic", "out", "device")
@@ -352,12 +351,6 @@ def recipe_names() -> list[str]:
             for method in ("", "_simmim", "_mae", "_mae_kamim"):
                 names += [f"{name}{method}_amt", f"{name}{method}_famt"]
     return names
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A question with the one of `words` that is nearest to `word`, or nothing if none is."""
-    found = get_close_matches(word, list(words), n=1, cutoff=0.7)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def recipe_of(facts: Mapping[str, Any]) -> Recipe:

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards.errors import UserError, install
+from shards.errors import UserError, install, nearest
 from shards.remote.retry import PATIENCE
-from train.recipes import Recipe, nearest
+from train.recipes import Recipe
 
 if TYPE_CHECKING:
     from shards import ShardSet

@@ -19,7 +19,7 @@ import shards.device
 from shards import Plan, WeightedCrops
 from shards.crops import FLIPS
 from shards.decoding import check_decoding
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from shards.progress import counted
 from shards.records import Records
 from shards.verification import damaged_files
@@ -29,7 +29,7 @@ from train.distributed import Process, together
 from train.masking import guide_maps, wanted_maps
 from train.models import MEAN, STD
 from train.progress import say
-from train.recipes import Recipe, nearest
+from train.recipes import Recipe
 from train.request import Run, check_device
 from train.selection import FIXED, Selection, check_selection
 

@@ -13,13 +13,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from train import checkpoint
 from train.export import encoder_state
 from train.features import Encoder
 from train.huggingface import is_huggingface, options_of, to_timm
 from train.models import MEAN, STD, Colour, encoder_options, is_known, make_encoder
-from train.recipes import nearest
 from train.request import CONFIG, HUGGING_FACE, PREPROCESSOR, file_of
 
 

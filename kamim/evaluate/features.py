@@ -39,9 +39,14 @@ def extract(
 
 
 def add_weights(digest: Any, encoder: Encoder) -> None:
-    """Have a hash of hashlib take the encoder's weights in, and what it normalises images by."""
+    """Have a hash of hashlib take in all that decides an encoder's features: its weights, what it
+    normalises images by, and the settings of its layers that no tensor's shape shows.
+    """
     if (encoder.mean, encoder.std) != (MEAN, STD):
         digest.update(repr((encoder.mean, encoder.std)).encode())
+    for name, module in encoder.model.named_modules():
+        settings = {key: getattr(module, key, None) for key in ("num_heads", "eps")}
+        digest.update(f"{name} {settings}".encode())
     for key, tensor in encoder.model.state_dict().items():
         digest.update(key.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -22,7 +22,11 @@ SMALL = ["--frame", "64", "--crop", "64", "--map-crops", "1", "--grid", "16", "-
     [
         (["--detector", "superpoint"], "unknown detector 'superpoint'; there are fast, orb, sift"),
         (["--detector", "fast,fast"], "twice"),
-        (["--detector", ""], "unknown detector ''"),
+        (["--detector", ""], "names no detector before or after a comma"),
+        (["--detector", "fast,"], "names no detector before or after a comma"),
+        (["--detector", "fast,Orb"], "unknown detector 'Orb'; did you mean orb? There are"),
+        (["--levels", "16"], "--levels 16 is for upgraded sets"),
+        (["--edge-rule", "."], "--edge-rule . cannot be read (Is a directory)"),
         (["--detector-option", "fast.treshold=3"], "no option 'treshold'; it has threshold"),
         (["--detector-option", "fast.threshold=many"], "'many' is no int"),
         (["--detector-option", "orb.nfeatures=9"], "not DETECTOR.OPTION=VALUE"),

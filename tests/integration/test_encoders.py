@@ -17,7 +17,7 @@ from test_pretrain import TINY, run
 from timm.layers import PatchEmbed
 
 from kamim.evaluate.encoder import load_encoder
-from kamim.evaluate.features import cached
+from kamim.evaluate.features import cached, hash_of
 from shards import ShardSet
 from shards.errors import UserError
 from train import checkpoint
@@ -162,6 +162,16 @@ def test_what_is_kept_of_other_colours_is_not_used_again(labelled, tmp_path):
         for each in (encoder, replace(encoder, mean=HALF, std=HALF))
     ]
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "value"), [("attn", "num_heads", 1), ("norm1", "eps", 9)]
+)
+def test_settings_that_no_tensor_shows_tell_encoders_apart(layer, name, value):
+    first, second = (load_encoder("random:small", CPU) for _ in range(2))
+    assert hash_of(first) == hash_of(second)
+    setattr(getattr(second.model.blocks[0], layer), name, value)
+    assert hash_of(first) != hash_of(second)
 
 
 @pytest.mark.parametrize(

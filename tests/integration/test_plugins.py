@@ -25,7 +25,7 @@ from preprocess import (
     open_source,
 )
 from preprocess.detectors import CREATE, parsed_detectors
-from preprocess.edges import measure_edge, with_edge
+from preprocess.edges import measure_edge, with_edge, write_edge
 from preprocess.plugins import Rejected, checked, found
 from preprocess.repair import repair_shards
 from shards.beton import convert_to_ffcv
@@ -300,6 +300,16 @@ def test_a_file_that_is_no_rule_is_one_line(text, tmp_path):
     (tmp_path / "fast.edge.json").write_text(text)
     with pytest.raises(UserError, match=r"fast.edge.json is no edge rule that kamim wrote"):
         with_edge((detector_settings("fast"),), tmp_path / "fast.edge.json")
+
+
+def test_a_rule_of_other_options_says_what_measures_it_again(tmp_path):
+    path, other = tmp_path / "fast.edge.json", {"threshold": "5"}
+    write_edge(path, replace(detector_settings("fast"), edge=Edge([0, 3], [0.5, 1], "disc", 9)), {})
+    again = r"again: kamim shards edge-rule fast SOURCE --detector-option fast.threshold=5 --mark d"
+    with pytest.raises(UserError, match=again):
+        with_edge((detector_settings("fast", other),), path)
+    with pytest.raises(UserError, match="is the edge rule of fast; this build has orb alone"):
+        with_edge((detector_settings("orb"),), path)
 
 
 BAD = [
