@@ -14,7 +14,7 @@ EXTRAS = {
     "parquet": "pyarrow",
     "dask": "dask distributed",
     "ray": "ray",
-    "raw": "numba",
+    "numba": "numba",
 }
 # What pip calls a package that is imported by another name.
 PIP = {"PIL": "pillow", "cv2": "opencv-python-headless"}

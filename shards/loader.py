@@ -27,7 +27,8 @@ from shards.records import Records
 from shards.remote.prefetch import Prefetch, walks_of
 
 CHUNK = 16  # samples a task: fine enough to share out a batch, coarse enough to cost nothing
-AT_ONCE = 32  # raw ones, where each task takes the interpreter lock once: 1.1 to 1.5 times as fast
+AT_ONCE = 32  # where a task takes the interpreter lock once: of raw ones 1.1 to 1.5 times as fast
+LONG = 50_000  # samples that make up for compiling what reads JPEG frames so, about a second
 OPEN_FILES = 256  # a shard more is opened again for every sample, in a third of a decode's time
 FEW = 8  # of a remote set read in order: an open shard cannot be evicted
 
@@ -141,9 +142,14 @@ class Loader:
         records.find_maps(maps, bank)
         self.layouts = [layout_of(each, maps, bank, coded) for each in records.sets]
         self.files = [FEW if each.copies else open_files(len(each.shards)) for each in records.sets]
+        long = (last - first) * plan.micro_steps * size >= LONG
         self.readers = [
             # A chunk at once holds its shards beside those that are kept open.
-            Reader(layout, lru_cache(files)(one.hold), not shared and files >= len(one.shards))
+            Reader(
+                layout,
+                lru_cache(files)(one.hold),
+                not shared and files >= len(one.shards) and (layout.raw or long),
+            )
             for layout, files, one in zip(self.layouts, self.files, records.sets, strict=True)
         ]
         self.shared = shared

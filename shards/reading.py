@@ -21,7 +21,9 @@ from shards.crops import Ints
 from shards.dataset import Held
 from shards.record import Array, npy_header
 from shards.spec import Settings
-from shards.vectored import AtOnce, compiled, vector
+from shards.turbojpeg import Handle
+from shards.turbojpeg import compiled as compiled_decoder
+from shards.vectored import compiled, vector
 
 Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 CROPS = ("bank.boxes", "bank.flips")  # arrays of FFCV
@@ -56,6 +58,8 @@ class Layout:
         self.arrays = {name: array for name, (array, _) in wanted.items()}
         self.bank, self.tar = bank, tar
         self.slots = settings.bank if bank else 0
+        # Whether nothing of a record is parsed, or goes to memory that differs from batch to batch.
+        self.fixed = not coded and not (bank and tar)
         # What stands before arrays, and what is said if it does not.
         self.heads: list[tuple[bytes, str]] = []
         if self.raw:
@@ -110,7 +114,7 @@ class Buffers:
         )
         # Where the kernel puts a record's bytes, by place. The gap before the arrays differs.
         self.targets = [self._targets(place) for place in range(size)]
-        at_once = self.targets if layout.raw else []
+        at_once = self.targets if layout.fixed else []
         self.vectors = np.array([[vector(part) for part in parts] for parts in at_once])
         self.behind = sum(map(len, self.targets[0][2 * layout.raw + 1 :])) if size else 0
 
@@ -196,16 +200,17 @@ def _cut(row: NDArray[np.uint8], lengths: list[int]) -> Iterator[memoryview]:
 
 
 class Reader:
-    """Reads records into buffers, in any thread. `open` gives a shard by its number. `at_once`: raw
-    frames of a chunk by one call, if numba is installed.
+    """Reads records into buffers, in any thread. `open` gives a shard by its number. `at_once`: a
+    chunk's by one compiled call, if what that needs is installed.
     """
 
     def __init__(self, layout: Layout, open: Callable[[int], Held], at_once: bool = False) -> None:
         self.layout, self.open, self.own = layout, open, threading.local()
         self.finders = [finder(slot) for slot in range(layout.slots)]
-        # Not JPEG: a file is decoded while it lies in the core's cache. Not metadata: it is parsed.
-        fits = layout.raw and not (layout.bank and layout.tar)
-        self.at_once = compiled() if at_once and fits else None
+        fits = at_once and layout.fixed
+        self.read_raw = compiled() if fits and layout.raw else None
+        self.read_jpeg = compiled_decoder() if fits and not layout.raw else None
+        self.at_once = bool(self.read_raw or self.read_jpeg)
 
     def read(self, buffers: Buffers, places: Ints) -> dict[int, str]:
         """Read and decode; returns what is wrong, by place. Heads are left to the caller.
@@ -219,7 +224,7 @@ class Reader:
         at, before = 2 * raw, len(self.layout.heads[0][0]) + self.layout.frame_bytes if raw else 0
         scratch = self._scratch(0 if coded else int(places[:, 4].max()) - before)
         if self.at_once:  # what is left is read again below, which tells what is wrong
-            places = self._read_at_once(self.at_once, buffers, places, scratch, before)
+            places = self._read_at_once(buffers, places, scratch, before)
         decode, rows, preadv = simplejpeg.decode_jpeg, buffers.rows, os.preadv
         bank, tar, finders = self.layout.bank, self.layout.tar, self.finders
         slots, shown = buffers.slots, dict[int, bytes]()
@@ -263,20 +268,36 @@ class Reader:
         return problems
 
     def _read_at_once(
-        self, at_once: AtOnce, buffers: Buffers, places: Ints, unread: memoryview, before: int
+        self, buffers: Buffers, places: Ints, scratch: memoryview, before: int
     ) -> Ints:
-        """Read raw frames, and arrays, by one call. Returns those of `places` that were not read as
-        they should be. unread: room for what lies between a frame and its arrays.
+        """Read frames and arrays by one call. Returns those of `places` that were not read as they
+        should be. scratch: room for JPEG files, and for what lies before the arrays.
         """
         at, shards, starts, sizes, gaps = places.T
         held = [self.open(shard) for shard in shards.tolist()]  # as in `read`
         files, counts = np.array([each.descriptor for each in held]), np.empty_like(starts)
-        vectors = buffers.vectors[at]
-        vectors[:, 2, 0] = vector(unread)[0]
-        vectors[:, 2, 1] = np.maximum(gaps - before, 0)
-        at_once(files, starts, vectors, counts)
-        wrong = (counts != gaps + buffers.behind) | (gaps < sizes) | (sizes != before)
+        vectors, wanted = buffers.vectors[at], gaps + buffers.behind
+        vectors[:, 2 * self.layout.raw, 0] = vector(scratch)[0]
+        vectors[:, 2 * self.layout.raw, 1] = np.maximum(gaps - before, 0)
+        wrong = gaps < sizes
+        if self.read_raw:
+            self.read_raw(files, starts, vectors, counts)
+            wrong |= sizes != before
+        elif self.read_jpeg:
+            frames, handle = buffers.frames, self._handle()
+            pixels = frames.ctypes.data + at * frames.strides[0]
+            side = self.layout.side
+            self.read_jpeg(
+                handle.number, side, files, starts, vectors, counts, sizes, wanted, pixels
+            )
+        wrong |= counts != wanted
         return places[wrong]
+
+    def _handle(self) -> Handle:
+        """This thread's decoder."""
+        handle: Handle | None = getattr(self.own, "handle", None)
+        self.own.handle = handle = handle or Handle()
+        return handle
 
     def _scratch(self, size: int) -> memoryview:
         """This thread's memory for what is not kept: a JPEG file, metadata."""

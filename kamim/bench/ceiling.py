@@ -22,7 +22,7 @@ import simplejpeg
 from kamim.bench.gpu_page import IMAGENET
 from kamim.bench.measuring import keep, temporary_set
 from kamim.bench.provenance import spread
-from shards import ShardSet, processes, reading, vectored
+from shards import ShardSet, processes, reading, turbojpeg, vectored
 from shards.crops import Ints
 from shards.loader import AT_ONCE
 from shards.order import Plan
@@ -70,6 +70,12 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
 
     wait, pause = ctypes.CDLL(None).usleep, round(1e6 * (read or 0))
     wait.argtypes, wait.restype = [ctypes.c_uint32], ctypes.c_int
+    length = round(1e6 * (decode or 0))
+
+    def decoded_at_once(handle: int, jpeg: int, size: int, pixels: int, side: int) -> int:
+        if length:
+            wait(length)
+        return 0
 
     def at_once(descriptors: Ints, starts: Ints, vectors: Ints, counts: Ints) -> None:
         for at in range(len(starts)):
@@ -79,6 +85,9 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
 
     with ExitStack() as stack:
         if decode is not None:
+            if turbojpeg.compiled():  # looked at before what it compares with is replaced
+                loop = turbojpeg.without_lock(decoded_at_once)
+                stack.enter_context(patch.object(reading, "compiled_decoder", lambda: loop))
             stack.enter_context(patch.object(simplejpeg, "decode_jpeg", decoded))
         if read is not None:  # and what was not read is not looked at
             compiled = vectored.without_lock(at_once)

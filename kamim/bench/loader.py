@@ -6,7 +6,7 @@ weighted step against the unweighted one.
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -22,11 +22,11 @@ from kamim.bench.gpu_steps import Training, always
 from kamim.bench.measuring import figures, in_turn, keep, temporary_set
 from kamim.bench.provenance import ratio
 from kamim.bench.rivals import by_processes, timed
-from shards import Plan, ShardSet, decode_frame, reading, vectored
-from shards.errors import UserError, install
+from shards import Plan, ShardSet, decode_frame, loader, reading, turbojpeg, vectored
+from shards.errors import UserError
 from train.recipes import find_recipe
 
-REPEATS, BATCH, STEPS, AHEAD = 9, 200, 24, 3
+REPEATS, BATCH, STEPS, LONG, AHEAD = 9, 200, 24, 120, 3
 
 
 class _Frames(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -57,16 +57,22 @@ def loader_rate(
 ) -> float:
     """Images per second of our loader once its buffers have been used."""
     plan = Plan(len(records), BATCH)
-    loader = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD, **how)
-    return timed(((batch.frames,) for batch in loader), skip=AHEAD + 1)
+    stream = records.loader(plan, 0, steps, maps=detectors, bank=bank, prefetch=AHEAD, **how)
+    return timed(((batch.frames,) for batch in stream), skip=AHEAD + 1)
 
 
-def raw_rate(records: ShardSet, numba: bool, workers: int = 0) -> float:
-    """Images per second of raw frames with maps, read with or without numba."""
-    if numba and vectored.compiled() is None:
-        raise UserError(f"numba is not installed, or broken; {install('numba')}")
-    with nullcontext() if numba else patch.object(reading, "compiled", lambda: None):
-        return loader_rate(records, ["fast"], steps=120, workers=workers)
+def compiled_rate(records: ShardSet, compiled: bool, steps: int, workers: int = 0) -> float:
+    """Images per second with maps, a chunk by one compiled call or record by record."""
+    raw = records.manifest.settings.quality == 0
+    name, there = ("compiled", vectored) if raw else ("compiled_decoder", turbojpeg)
+    if compiled and there.compiled() is None:
+        where = "numba" if raw else "numba or libturbojpeg"
+        raise UserError(f"{where} is not installed, or broken; see kamim doctor")
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(loader, "LONG", 0))
+        if not compiled:
+            stack.enter_context(patch.object(reading, name, lambda: None))
+        return loader_rate(records, ["fast"], steps=steps, workers=workers)
 
 
 def processes_rate(records: ShardSet, cores: int) -> float:
@@ -105,14 +111,19 @@ def measure(records: ShardSet, banked: ShardSet, raw: ShardSet) -> dict[str, Any
         "loader, threads, with maps": lambda: loader_rate(records, ["fast"]),
         "loader, threads, without maps": lambda: loader_rate(records, []),
         "loader, threads, from the bank": lambda: loader_rate(banked, ["fast"], bank=True),
-        "loader, threads, raw frames": lambda: raw_rate(raw, True),
-        "the same without numba": lambda: raw_rate(raw, False),
-        "16 threads, raw frames": lambda: raw_rate(raw, True, 16),
-        "16 threads, the same without numba": lambda: raw_rate(raw, False, 16),
+        "loader, threads, raw frames": lambda: compiled_rate(raw, True, LONG),
+        "the same without numba": lambda: compiled_rate(raw, False, LONG),
+        "16 threads, raw frames": lambda: compiled_rate(raw, True, LONG, 16),
+        "16 threads, the same without numba": lambda: compiled_rate(raw, False, LONG, 16),
+        "JPEG frames, by one call": lambda: compiled_rate(records, True, STEPS),
+        "JPEG frames, one by one": lambda: compiled_rate(records, False, STEPS),
+        "16 threads, JPEG frames, by one call": lambda: compiled_rate(records, True, STEPS, 16),
+        "16 threads, JPEG frames, one by one": lambda: compiled_rate(records, False, STEPS, 16),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
     rates = in_turn(works, REPEATS)
-    simple, _, threads, bare, stored, of_raw, single, of_16, single_16, processes = rates.values()
+    simple, _, threads, bare, stored, *compiled, processes = rates.values()
+    of_raw, single, of_16, single_16, jpeg, jpeg_single, jpeg_16, jpeg_single_16 = compiled
     step = step_seconds(records, REPEATS * 2)
     ratios = {
         "loader / (cores x decode alone)": ratio(threads, [cores * rate for rate in simple]),
@@ -121,6 +132,8 @@ def measure(records: ShardSet, banked: ShardSet, raw: ShardSet) -> dict[str, Any
         "raw frames / JPEG frames": ratio(of_raw, threads),
         "raw frames, with numba / without": ratio(of_raw, single),
         "16 threads, raw frames, with numba / without": ratio(of_16, single_16),
+        "JPEG frames, by one call / one by one": ratio(jpeg, jpeg_single),
+        "16 threads, JPEG frames, by one call / one by one": ratio(jpeg_16, jpeg_single_16),
         "threads / processes": ratio(threads, processes),
         "weighted step / unweighted": ratio(step["weighted"], step["unweighted"]),
     }

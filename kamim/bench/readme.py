@@ -49,6 +49,12 @@ def render() -> str:
         "loader, raw frames from tars / JPEG frames": "raw frames / JPEG frames",
         "loader, raw frames, with numba / without": "raw frames, with numba / without",
         "the same by 16 threads": "16 threads, raw frames, with numba / without",
+        "loader, JPEG frames, with numba and libturbojpeg / without": (
+            "JPEG frames, by one call / one by one"
+        ),
+        "the same of JPEG frames by 16 threads": (
+            "16 threads, JPEG frames, by one call / one by one"
+        ),
         "loader's threads / a DataLoader's processes": "threads / processes",
         "training step, weighted / unweighted": "weighted step / unweighted",
     }.items():
