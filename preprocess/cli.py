@@ -58,7 +58,7 @@ from preprocess.options import (
 )
 from shards.errors import UserError
 from shards.files import mending, write_atomically
-from shards.progress import waiting
+from shards.progress import counted, waiting
 
 app = typer.Typer(help="Build, check and look at shards.", no_args_is_help=True)
 
@@ -193,11 +193,13 @@ def verify(
     problems = [line.replace(" --repair", repair) for line in problems]
     lines = [*problems[:20], *([f"and {more} more"] if more > 0 else [])]
     if not problems:
-        lines = [f"{folder}: {shards.load(folder).count} records are sound at level {level}"]
+        count = shards.load(folder).count
+        are = "are" if count > 1 else "is"
+        lines = [f"{folder}: {counted(count, 'record')} {are} sound at level {level}"]
     facts = {"folder": str(folder), "level": level, "problems": problems}
     print_result(json_output, facts, "\n".join(lines))
     if problems:
-        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        number = counted(len(problems), "problem")
         mend = "" if deep else _mend(folder, problems).replace(" --repair", repair)
         raise BuildError(f"{folder} has {number} at level {level}{mend}")
 

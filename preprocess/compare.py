@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess import BuildError
-from preprocess.detectors import call_of, option_flags
+from preprocess.detectors import option_flags
 from preprocess.shard import FACTS, library_versions
 from preprocess.source import Source
 from shards.errors import UserError
@@ -239,7 +239,7 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     `shard_size`, which a build chooses by itself.
     """
     default = Settings()
-    words = [f"--detector {','.join(map(call_of, settings.detectors))}"]
+    words = [f"--detector {','.join(each.call for each in settings.detectors)}"]
     for detector in settings.detectors:
         words += option_flags(detector)
         if detector.edge:

@@ -145,11 +145,6 @@ def parsed_detectors(names: str, assignments: list[str]) -> tuple[Detector, ...]
     return tuple(parsed_detector(call, options[name]) for name, call in calls.items())
 
 
-def call_of(detector: Detector) -> str:
-    """How `--detector` names it."""
-    return f"{detector.name}={detector.plugin.function}" if detector.plugin else detector.name
-
-
 def option_flags(detector: Detector) -> list[str]:
     """`--detector-option NAME.OPTION=VALUE` for each option that is not its default."""
     usual = {} if detector.plugin else KNOWN.get(detector.name, {})

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected, decode_image
 from preprocess.densities import View, covered, published_grey, squeezed
-from preprocess.detectors import call_of, option_flags
+from preprocess.detectors import option_flags
 from preprocess.source import Entry, Source
 from shards.errors import UserError
 from shards.files import write_atomically
@@ -104,7 +104,7 @@ def write_edge(path: Path, detector: Detector, versions: dict[str, str]) -> None
 
 def measuring(detector: Detector, mark: str, source: str = "SOURCE") -> str:
     """The command that measures the edge rule of `detector`."""
-    words = ["kamim shards edge-rule", shlex.quote(call_of(detector)), source]
+    words = ["kamim shards edge-rule", shlex.quote(detector.call), source]
     words += option_flags(detector) + ([f"--mark {mark}"] if mark != "ring" else [])
     return " ".join(words)
 

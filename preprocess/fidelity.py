@@ -17,8 +17,7 @@ from preprocess.densities import View, crop_counts, published_grey, squeezed
 from preprocess.source import Source
 from shards import Detector, Record, Settings, ShardSet
 from shards.correction import correction
-from shards.crops import crop_boxes, unit_boxes, weights
-from shards.crops import read_crop as read_map_of
+from shards.crops import crop_boxes, read_crop, unit_boxes, weights
 from shards.errors import UserError
 from shards.html import heat
 from shards.index import places_of
@@ -149,7 +148,7 @@ def _densities(
     for detector in keypoint_detectors(settings):
         truth = detected(crop.pixels, detector, settings)
         pairs = {
-            "map": (read_crop(record, detector, settings, crop), truth),
+            "map": (crop_estimate(record, detector, settings, crop), truth),
             "uniform": (np.zeros_like(truth), truth),
         }
         for what, pixels in rulers.items():
@@ -199,12 +198,12 @@ def shifted(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return cut((top, left, tall, wide), crop.flips, rgb, side).pixels
 
 
-def read_crop(record: Record, detector: Detector, settings: Settings, crop: Crop) -> Floats:
+def crop_estimate(record: Record, detector: Detector, settings: Settings, crop: Crop) -> Floats:
     """What a training run reads off the detector's map for `crop`, float64 [c, c]."""
     size = np.array([record.height]), np.array([record.width])
     box = unit_boxes(np.array([crop.box]), *size)[0].tolist()
     cells = settings.crop // BANK_CELL
-    return read_map_of(record.maps[detector.name], detector, settings, box, crop.flips, cells)
+    return read_crop(record.maps[detector.name], detector, settings, box, crop.flips, cells)
 
 
 def _torchvision(crop: Crop, rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8] | None:
@@ -296,7 +295,7 @@ def draw_fidelity(records: ShardSet, source: Source, crops: int = 6) -> NDArray[
         crop = trial_crop(record, settings, rgb, seed=0)
         for detector in keypoint_detectors(settings):
             truth = detected(crop.pixels, detector, settings)
-            estimate = read_crop(record, detector, settings, crop)
+            estimate = crop_estimate(record, detector, settings, crop)
             tiles = [crop.pixels, _heat(truth), _heat(estimate), _difference(estimate - truth)]
             titles = [f"{detector.name}: {TITLES[0]}", *TITLES[1:]]
             rows.append(np.hstack([_tile(*pair) for pair in zip(tiles, titles, strict=True)]))

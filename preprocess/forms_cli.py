@@ -42,7 +42,7 @@ def convert(
     manifest = convert_to_ffcv(folder, target, frames)
     count, size = manifest.count, manifest.shards[0].bytes
     facts = {"out": str(target), "fingerprint": manifest.fingerprint}
-    line = f"{target}: {count} records, {size / 1e6:.1f} MB"
+    line = f"{target}: {counted(count, 'record')}, {size / 1e6:.1f} MB"
     print_result(json_output, {**facts, "records": count, "bytes": size}, line)
 
 
@@ -64,7 +64,7 @@ def upgrade(
 
     manifest = upgrade_set(folder, out)
     facts = {"out": str(out), "fingerprint": manifest.fingerprint, "records": manifest.count}
-    line = f"{out}: {manifest.count} records in format version {manifest.format_version}"
+    line = f"{out}: {counted(manifest.count, 'record')} in format version {manifest.format_version}"
     print_result(json_output, facts, line)
 
 
@@ -84,7 +84,7 @@ def copy(
 
     manifest, copied = copy_set(source, target, within("--jobs", jobs, 1))
     facts = {"out": target, "fingerprint": manifest.fingerprint, "copied": copied}
-    line = f"{target}: {manifest.count} records, {counted(copied, 'file')} copied"
+    line = f"{target}: {counted(manifest.count, 'record')}, {counted(copied, 'file')} copied"
     print_result(json_output, facts, line)
 
 

@@ -24,7 +24,7 @@ from preprocess.compare import (
 )
 from preprocess.datasets import check_outside
 from preprocess.decode import Rejected, decode_image
-from preprocess.shard import Job, describe, read_rows, rejected_line, row_name
+from preprocess.shard import Job, make_record, read_rows, rejected_line, row_name
 from preprocess.source import Source
 from shards.errors import UserError
 from shards.files import MANIFEST, sync, write_atomically
@@ -136,7 +136,7 @@ def _rejected(source: Source, index: NDArray[np.void], settings: Settings) -> by
     for number in sorted(set(range(len(source.entries))) - written):
         entry = source.entries[number]
         try:
-            describe(decode_image(source.read(entry)), number, entry, settings)
+            make_record(decode_image(source.read(entry)), number, entry, settings)
         except Rejected as error:
             line = rejected_line(number, entry, error)
             lines.append(json.dumps(line, sort_keys=True) + "\n")

@@ -111,7 +111,7 @@ def write_shard(job: Job, number: int, entries: Sequence[Entry]) -> Written:
                 with naming(entry.name):
                     rgb = decode_image(data)
                 old = _old_record(job.reuse, index) if job.reuse else None
-                record = describe(rgb, index, entry, job.settings, old)
+                record = make_record(rgb, index, entry, job.settings, old)
             except Rejected as error:
                 if job.fail:
                     raise BuildError(
@@ -238,7 +238,7 @@ def read_rows(
                 yield number, row
 
 
-def describe(
+def make_record(
     rgb: NDArray[np.uint8],
     index: int,
     entry: Entry,
@@ -253,7 +253,7 @@ def describe(
     height, width = rgb.shape[:2]
     frame = old[0].frame if old and settings.frame else b""
     if settings.frame and not old:
-        frame = encode_frame(squeeze(rgb, settings.frame), settings.quality)
+        frame = encode_frame(make_frame(rgb, settings.frame), settings.quality)
     known = _known_maps(old, settings) if old else {}
     missing = tuple(d for d in settings.detectors if d.name not in known)
     if missing:
@@ -295,7 +295,7 @@ def _kept_open(folder: Path, version: tuple[int, ...]) -> ShardSet:
     return ShardSet(folder)
 
 
-def squeeze(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+def make_frame(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """`rgb` as a square of `side` px: shrunk by area average, enlarged by linear interpolation."""
     height, width = rgb.shape[:2]
     if height > side or width > side:

@@ -29,6 +29,7 @@ from shards.remote.storage import is_url
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 KEPT = (*SUFFIXES, "/")  # how the names end of what becomes an entry: images, flawed folders
 MAX_BYTES = 1 << 30
+MAX_CLASSES = 1_000_000  # a label beyond is damage
 AHEAD = 16  # requests under way at a time: a store answers each after tens of milliseconds
 FLAWS = {
     "link": "it leads out of the source, or to a folder; build from there, or copy the files in",

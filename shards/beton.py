@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import spec as _manifest
+from shards import spec
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import LEFT, LOCK, MANIFEST, alone, replacing, sha256_of
@@ -56,7 +56,7 @@ def field_of(array: Array) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BetonFormat:
     """What the records of a .beton look like: side of the frames in px, whether they are raw, and
     their arrays.
     """
@@ -76,7 +76,9 @@ class Layout:
         long = [name for name in fields if len(name) > LONGEST]
         if long or len(fields) != 1 + len(self.arrays):
             names = ", ".join(long or fields)
-            raise UserError(f"FFCV's fields have different names of {LONGEST} letters, not {names}")
+            raise UserError(
+                f"FFCV's fields have different names of at most {LONGEST} letters, not {names}"
+            )
         return fields | dict.fromkeys(FACTS)
 
     @property
@@ -95,12 +97,12 @@ class Layout:
         )
 
 
-def layout_of(settings: Settings) -> Layout:
+def beton_format(settings: Settings) -> BetonFormat:
     """The layout of an FFCV set with `settings`."""
-    return Layout(settings.frame, settings.quality == 0, tuple(fields_of(settings)))
+    return BetonFormat(settings.frame, settings.quality == 0, tuple(fields_of(settings)))
 
 
-def _descriptors(layout: Layout) -> bytes:
+def _descriptors(layout: BetonFormat) -> bytes:
     fields = layout.fields
     rows = np.zeros(len(fields), DESCRIPTOR)
     for row, (name, array) in zip(rows, fields.items(), strict=True):
@@ -115,7 +117,7 @@ def _descriptors(layout: Layout) -> bytes:
     return rows.tobytes()
 
 
-def tables(index: NDArray[np.void], layout: Layout) -> tuple[bytes, bytes, int]:
+def tables(index: NDArray[np.void], layout: BetonFormat) -> tuple[bytes, bytes, int]:
     """(all bytes before the first page, all bytes after the last, where the latter begin).
 
     They follow from the set's index alone, so a file can be checked against them to the last bit.
@@ -143,14 +145,14 @@ def tables(index: NDArray[np.void], layout: Layout) -> tuple[bytes, bytes, int]:
     return before, regions.tobytes(), table
 
 
-def first_page(count: int, layout: Layout) -> int:
+def first_page(count: int, layout: BetonFormat) -> int:
     """Where the data of `count` records begin."""
     size = HEADER.itemsize + len(layout.fields) * DESCRIPTOR.itemsize + count * layout.row.itemsize
     return -(-size // PAGE) * PAGE
 
 
 def write_beton(
-    path: Path, records: Iterable[Record], count: int, layout: Layout
+    path: Path, records: Iterable[Record], count: int, layout: BetonFormat
 ) -> NDArray[np.void]:
     """Write `count` records to `path`; returns their index, INDEX_DTYPE [count].
 
@@ -193,7 +195,7 @@ def values(record: Record, array: Array) -> NDArray[Any]:
     return np.asarray(found, array.dtype)
 
 
-def check_tables(path: Path, index: NDArray[np.void], layout: Layout) -> str:
+def check_tables(path: Path, index: NDArray[np.void], layout: BetonFormat) -> str:
     """What is wrong with the tables of the .beton at `path`, or nothing."""
     before, after, table = tables(index, layout)
     with path.open("rb") as file:
@@ -223,7 +225,7 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         raise UserError(f"{folder} holds raw frames; convert it with --frames raw")
     raw = frames == "raw"
     facts = {"from": source.manifest.fingerprint, "frames": frames, "container": "ffcv"}
-    fingerprint = _manifest.fingerprint(facts)
+    fingerprint = spec.fingerprint(facts)
     finished = finished_copy(out, fingerprint, {BETON})
     if finished:
         return finished
@@ -245,7 +247,7 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
                 temporary,
                 map(source.__getitem__, numbers),
                 len(source),
-                layout_of(manifest.settings),
+                beton_format(manifest.settings),
             )
             with waiting(f"hashing {BETON}"):
                 size, digest = temporary.stat().st_size, sha256_of(temporary)
@@ -253,11 +255,11 @@ def convert_to_ffcv(folder: Path, out: Path, frames: str = "jpeg") -> Manifest:
         manifest = replace(
             manifest,
             shards=[File(BETON, len(source), size, digest)],
-            index=_manifest.write_file(out / INDEX, npy_bytes(index), len(index)),
-            rejected=_manifest.write_file(out / REJECTED, rejected, rows),
+            index=spec.write_file(out / INDEX, npy_bytes(index), len(index)),
+            rejected=spec.write_file(out / REJECTED, rejected, rows),
         )
         _compare(source, ShardSet(out, manifest), raw)
-        _manifest.write(out, manifest)
+        spec.write(out, manifest)
     return manifest
 
 
@@ -269,7 +271,7 @@ def finished_copy(out: Path, fingerprint: str, shards: set[str]) -> Manifest | N
         raise UserError(f"{out} is a file; name a folder for the new set")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if MANIFEST in names:
-        manifest = _manifest.load(out)
+        manifest = spec.load(out)
         if manifest.fingerprint != fingerprint:
             raise UserError(f"{out} holds another set; name a new folder")
         if flaws_of_files(out, [*manifest.shards, manifest.index, manifest.rejected]):

@@ -20,7 +20,7 @@ from shards.spec import BANK_CELL, Detector
 Floats = NDArray[np.float64]
 
 STEPS = 256  # of a density from 0 to 1 in a table
-MOST = 1024  # pixels of a cell that are told apart
+MOST_PIXELS = 1024  # pixels of a cell that are told apart
 # Densities read off a map, cells of 8 px; mean and deviation of what detection finds there.
 AT = (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 1)
 
@@ -85,7 +85,7 @@ def correction(
         for words in (spread.mean, spread.deviation)
     )
     deviation *= (w_ps / BANK_CELL) ** NARROWER
-    pixels = min(w_ps**2, MOST)
+    pixels = min(w_ps**2, MOST_PIXELS)
     likely = expected(mean / spread.top, deviation / spread.top, pixels, temperature / spread.top)
     below = max(0.0, 0.22 * math.log(cells**2) - 0.58)  # deviations; measured for 36 to 576 cells
     likely *= spread.top

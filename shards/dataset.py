@@ -117,9 +117,10 @@ def open_set(
 class ShardSet(Records):
     """The records 0 to len - 1 of a set, in the order of its shards.
 
-    Opening costs the manifest and a memory map, whatever the size. Raises UserError if the
-    manifest or the index is damaged or a shard is missing or has another size. With `copies`, of
-    a remote set, `folder` holds the shards that are here.
+    Opening reads the manifest, hashes the index (52 bytes per record), and looks at the size of
+    each shard. Raises UserError if the manifest or the index is damaged or a shard is missing or
+    has another size. `classes`: the names of the classes; a label is a place in this list. With
+    `copies`, of a remote set, `folder` holds the shards that are here.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class ShardSet(Records):
         self.held = copies.hold(self.manifest.index) if copies else None
         self.places = places_of(self.manifest)[0]
         self.index: NDArray[np.void] = load_index(self.folder, self.manifest)
-        self.shards = self.manifest.shards
+        self.shards, self.classes = self.manifest.shards, self.manifest.classes
         self.ends = np.cumsum([shard.count for shard in self.shards], dtype=np.int64)
         for shard in self.shards if copies is None else []:
             check_size(self.folder / shard.name, shard.bytes)
@@ -175,9 +176,7 @@ class ShardSet(Records):
         known = self.manifest.detectors
         for name in names:
             if name not in known:
-                every = self.manifest.settings.detectors
-                specs = [f"{d.name}={d.plugin.function}" if d.plugin else d.name for d in every]
-                both = ",".join([*specs, name])
+                both = ",".join([*(each.call for each in self.manifest.settings.detectors), name])
                 door = "maps" if self.manifest.container == "maps" else "shards"
                 raise UserError(
                     f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "

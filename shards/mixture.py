@@ -9,7 +9,7 @@ from shards.crops import Ints
 from shards.errors import UserError
 from shards.order import Windows
 
-MOST = 3_000_000_000  # samples of all sets: the product of two such numbers has 63 bits
+MOST_SAMPLES = 3_000_000_000  # samples of all sets: the product of two such numbers has 63 bits
 
 
 class Mixture:
@@ -26,8 +26,10 @@ class Mixture:
         self.orders = list(orders)
         self.counts = [order.total for order in orders]
         self.total = sum(self.counts)
-        if self.total > MOST:
-            raise UserError(f"{self.total:,} samples are more than {MOST:,}: train on fewer sets")
+        if self.total > MOST_SAMPLES:
+            raise UserError(
+                f"{self.total:,} samples are more than {MOST_SAMPLES:,}: train on fewer sets"
+            )
         self.quotas = self.counts if shares is None else _split(self.total, shares)
         self.firsts = np.cumsum([0, *(order.records for order in orders)])
 

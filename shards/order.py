@@ -75,7 +75,7 @@ class Windows:
         self, counts: Sequence[int], window: int, seed: int, subset: Ints | None = None
     ) -> None:
         if window < 1:
-            raise UserError(f"a window of {window} shards reads nothing; use 1 or more")
+            raise UserError(f"window {window} is out of range; give 1 or more shards")
         self.limit, self.seed = window, seed
         self.sizes = self.counts = np.asarray(counts, np.int64)
         self.records, self.shown = int(self.sizes.sum()), np.arange(len(counts))
@@ -154,7 +154,7 @@ def checked_subset(subset: Sequence[int] | Ints, count: int) -> Ints:
     if not len(subset):
         raise UserError("a subset without samples shows nothing; choose one or more")
     if subset[0] < 0 or subset[-1] >= count or (np.diff(subset) <= 0).any():
-        raise UserError(f"a subset of {count} samples is of their numbers, ascending, each once")
+        raise UserError(f"a subset has numbers of 0 to {count - 1}, ascending, each once")
     return subset
 
 
@@ -191,7 +191,7 @@ class Plan:
                 raise UserError(f"{name} {getattr(self, name)} is out of range; give 1 or more")
         if self.windows and self.windows.records != self.count:
             records = self.windows.records
-            raise UserError(f"windows of {records} samples are of no plan of {self.count}")
+            raise UserError(f"the windows are for {records} samples, the plan has {self.count}")
         for name, most in (("area", 1.0), ("ratio", math.inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= most:

@@ -93,12 +93,14 @@ class Records:
         """Random crops with their loss weights, on `device`, for the steps from `first` on.
 
         Each is a Crops: images float32 [b, 3, size, size], 0 to 1; weights float32 [b, c, c] with
-        c = size / w_ps, or None. weights: the name of a detector of the set, or None. area: least
-        and most share of the source in a crop. flips: chances of a horizontal and a vertical flip.
-        bank: show the stored crops with their exact densities. rank, ranks: a process gets its part
-        of each batch. correct: as in WeightedCrops. decode: as in `loader`. Order, crops and
-        weights depend only on seed, epoch and sample. Raises UserError, with the first batch, if
-        the set or the arguments do not fit.
+        c = size / w_ps, or None. size: side of a crop, px. batch: images per step, of all processes
+        together. epochs: 1 or more, or a part of one. weights: the name of a detector of the set,
+        or None. temperature, w_ps, normalise, correct: as in WeightedCrops. area: least and most
+        share of the source in a crop. flips: chances of a horizontal and a vertical flip. bank:
+        show the stored crops with their exact densities. device: auto, cpu, cuda or cuda:N. rank,
+        ranks: a process gets its part of each batch. decode, workers: as in `loader`. Order, crops
+        and weights depend only on seed, epoch and sample. Raises UserError, with the first batch,
+        if the set or the arguments do not fit.
         """
         from shards.device import find_device, to_device
         from shards.weighting import WeightedCrops

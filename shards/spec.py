@@ -114,6 +114,11 @@ class Detector:
         """Whether it is run on each view and crop: a keypoint detector or a plug-in."""
         return self.name != FREQUENCY
 
+    @property
+    def call(self) -> str:
+        """How `--detector` names it."""
+        return f"{self.name}={self.plugin.function}" if self.plugin else self.name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -210,12 +215,8 @@ class Settings:
                 f"weights of temperature {temperature:g} reach beyond 255, the most that is "
                 f"stored; give {math.ceil(1000 * least) / 1000} or more"
             )
-        if (
-            type(w_ps) is not int
-            or w_ps < 1
-            or self.crop % w_ps
-            or (self.bank and w_ps % BANK_CELL)
-        ):
+        step = BANK_CELL if self.bank else 1
+        if type(w_ps) is not int or w_ps < 1 or self.crop % w_ps or w_ps % step:
             rule = f"a multiple of {BANK_CELL} that divides" if self.bank else "a divisor of"
             raise UserError(f"w_ps {w_ps} of the weights: give {rule} the crop of {self.crop} px")
 
@@ -367,10 +368,8 @@ def settings_of(plain: dict[str, Any]) -> Settings:
 
 
 def _parse(path: Path | str, data: bytes, content: dict[str, Any]) -> Manifest:
-    damaged = UserError(
-        f"{path} is damaged: its content does not match its checksum; restore it, or build the set "
-        "anew in another folder"
-    )
+    rule = "its content does not match its checksum; restore it, or build anew in another folder"
+    damaged = UserError(f"{path} is damaged: {rule}")
     content.pop("checksum", None)
     content.setdefault("names", [])
     if set(content) != {each.name for each in fields(Manifest)}:

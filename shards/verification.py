@@ -13,8 +13,8 @@ from tarfile import BLOCKSIZE
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import spec as _manifest
-from shards.beton import check_tables, layout_of, values
+from shards import spec
+from shards.beton import beton_format, check_tables, values
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import check_size
@@ -49,7 +49,7 @@ def verify_shards(folder: Path | str, level: str = "checksum") -> list[str]:
         raise UserError(f"unknown level {level!r}; there are {', '.join(LEVELS)}")
     folder = Path(folder)
     try:
-        manifest = _manifest.load(folder)
+        manifest = spec.load(folder)
         index = load_index(folder, manifest)
     except ValueError as error:
         return [str(error)]
@@ -121,7 +121,7 @@ def _against_index(path: Path, rows: NDArray[np.void], settings: Settings) -> li
 
 
 def _beton_against_index(path: Path, manifest: Manifest, rows: NDArray[np.void]) -> list[str]:
-    flaw = check_tables(path, rows, layout_of(manifest.settings))
+    flaw = check_tables(path, rows, beton_format(manifest.settings))
     return [flaw] if flaw else []
 
 

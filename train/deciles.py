@@ -62,7 +62,7 @@ def by_density(model: Any, output: Tensor, images: Tensor, cells: Any, density: 
 
     It is the model's own loss with a weight of 1 in the tenth, and of 0 elsewhere.
     """
-    grown, masked = on_one_grid(density, model.hidden(cells))
+    grown, masked = on_one_grid(density, model.mask_of(cells))
     where = masked.flatten().nonzero()[:, 0]
     order = where[grown.flatten()[where].argsort(stable=True)]
     errors = []

@@ -182,7 +182,7 @@ def time_lines(
     return lines
 
 
-def describe(
+def say_run(
     run: Run,
     records: Records,
     facts: dict[str, Any],
@@ -193,7 +193,7 @@ def describe(
     ranks: int,
     device: torch.device,
 ) -> None:
-    """Say what is about to happen, with the sums a reader can check; run.json and run.toml."""
+    """Say what is about to happen, with the sums that a reader can check."""
     recipe, name = run.recipe, facts["detector"]
     total, micro_steps = selection.steps(recipe.epochs), plan.micro_steps
     part = recipe.batch // ranks // micro_steps
@@ -230,6 +230,10 @@ def describe(
     mixture = selection.plan(0).mixture
     if mixture:
         say(*mixed(records, mixture, name))
+
+
+def write_run(run: Run, facts: dict[str, Any], part: int) -> None:
+    """Write run.toml, which repeats the run in micro-steps of `part` images, and run.json."""
     run.out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "timm": timm.__version__}
     several = [str(each) for each in run.shards] if isinstance(run.shards, tuple) else None
@@ -238,7 +242,7 @@ def describe(
     remarks = {"shards": place, "fingerprint": facts["shards"], **versions}
     if "extended" in facts:
         remarks["extended"] = f"at [step, epochs] {facts['extended']}: this does not repeat the run"
-    text = used(replace(recipe, micro_batch=part), options, remarks)
+    text = used(replace(run.recipe, micro_batch=part), options, remarks)
     (run.out / RUN_FILE).write_text(text, encoding="utf-8")
     more = {"shards_folder": place, "versions": versions, "deterministic": run.deterministic}
     text = json.dumps(facts | more, indent=2)

@@ -24,14 +24,13 @@ from train.features import Bar, Encoder, features_of, frames_of
 from train.masking import Masking
 from train.metrics import COLLAPSED, DECILES
 from train.models import model_flops, normalised
-from train.probe import FEWEST, effective_rank, linear_probe, nearest_neighbours
+from train.probe import FEWEST, HELD_OUT, effective_rank, linear_probe, nearest_neighbours
 from train.request import Run, count_classes
 from train.setup import WINDOW, Data
 
 LEAST, MOST = 500, 20_000  # images of a look, where there are as many
 SHARE, LIMIT = 0.01, 0.02  # of a run's computation: for forward passes; of its time, for all
 PART, SEEN = 128, 32  # images of a forward pass; whose attention is looked at
-HELD_OUT = 0.1
 SEED = 0  # of every run: seeds are compared on the same images
 NEIGHBOURS = 20
 

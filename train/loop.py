@@ -23,15 +23,16 @@ from train import checkpoint
 from train.cuda import peak_flops, pin_attention
 from train.distributed import Stop, agree, connect, gathered, this_process, together
 from train.estimate import (
-    describe,
     fitting,
     largest_part,
     memory_free,
     memory_lines,
     memory_of,
     memory_told,
+    say_run,
     say_where,
     time_lines,
+    write_run,
 )
 from train.log import Log, Window
 from train.look import Looks
@@ -137,7 +138,8 @@ def pretrain(run: Run) -> None:
             selection.score(run.out, first, process)
             if writes:
                 hiding = masking.describe()
-                describe(run, records, facts, model, hiding, plan, selection, ranks, device)
+                say_run(run, records, facts, model, hiding, plan, selection, ranks, device)
+                write_run(run, facts, part)
                 say(*filter(None, [attention]), *memory_lines(memory, part, device))
                 say(*([looks.describe()] if looks else []))
             if rank == 0 and "init_sha256" in facts and not first:
@@ -214,7 +216,7 @@ def pretrain(run: Run) -> None:
                 assert batch.step == step
                 tensors |= weighed(weighing, device)
                 begin = (micro_step * ranks + rank) * part
-                cells = masking.hidden(noise[begin : begin + part], step, tensors)
+                cells = masking.cells(noise[begin : begin + part], step, tensors)
                 # Gradients are averaged over processes once, in the last micro-step.
                 apart = ranks > 1 and micro_step < micro_steps - 1
                 with (
@@ -333,6 +335,6 @@ def draw_last_step(run: Run, data: Data, plan: Plan, model: Any, masking: Maskin
     tensors |= weighed(temperature(step, total, run.recipe), device)
     images, weights, *_ = data.crops(tensors)
     masking.restore(run.out, step, done=True)
-    cells = masking.hidden(masking.noise(step)[: len(images)], step, tensors)
+    cells = masking.cells(masking.noise(step)[: len(images)], step, tensors)
     with torch.no_grad(), in_bf16(device):
         draw_reconstructions(run.out, model, images, cells, weights)

@@ -14,35 +14,35 @@ def masked_l1(
 ) -> Tensor:
     """sum(|x - x_hat| * w * m) / (sum(m) + 1e-5) / 3 over the batch, as a scalar.
 
-    reconstruction, images: [b, 3, S, S], normalised. mask: bool [b, g, g], True where hidden.
+    reconstruction, images: [b, 3, S, S], normalised. mask: bool [b, g, g], True where masked.
     weights: [b, c, c] or None for SimMIM's own loss; weights of one give the same number.
     """
     error = (images.float() - reconstruction.float()).abs()
     factor = mask.float()
     if weights is not None:
-        cells = math.lcm(mask.shape[-1], weights.shape[-1])
-        factor = _grown(factor, cells) * _grown(weights, cells)
+        grown, masked = on_one_grid(weights, factor)
+        factor = masked * grown
     count, part = factor.shape[-1], images.shape[-1] // factor.shape[-1]
     # One pass over the pixels: weights and mask meet on their cells, not at full size.
     split = error.unflatten(3, (count, part)).unflatten(2, (count, part))
     total = (split * factor[:, None, :, None, :, None]).flatten(4, 5).flatten(2, 3).sum()
-    hidden_pixels = mask.float().sum() * (images.shape[-1] // mask.shape[-1]) ** 2
-    return total / (hidden_pixels + 1e-5) / 3
+    masked_pixels = mask.float().sum() * (images.shape[-1] // mask.shape[-1]) ** 2
+    return total / (masked_pixels + 1e-5) / 3
 
 
-def on_one_grid(weights: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`weights` [b, c, c] and `hidden` [b, g, g] on the coarsest grid that has both, [b, n, n]."""
-    cells = math.lcm(weights.shape[-1], hidden.shape[-1])
-    return _grown(weights, cells), _grown(hidden, cells)
+def on_one_grid(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`weights` [b, c, c] and `mask` [b, g, g] on the coarsest grid that has both, [b, n, n]."""
+    cells = math.lcm(weights.shape[-1], mask.shape[-1])
+    return _grown(weights, cells), _grown(mask, cells)
 
 
-def effective_share(weights: Tensor, hidden: Tensor) -> Tensor:
+def effective_share(weights: Tensor, mask: Tensor) -> Tensor:
     """(sum w)**2 / (n sum w**2) of the n masked parts of each image, mean of the images: 1 where
     weights are alike, 1 / n where one part has all of it.
 
-    weights: [b, c, c]. hidden: bool [b, g, g], True where masked.
+    weights: [b, c, c]. mask: bool [b, g, g], True where masked.
     """
-    grown, masked = on_one_grid(weights, hidden)
+    grown, masked = on_one_grid(weights, mask)
     of_image = (grown * masked).flatten(1)
     squares = masked.flatten(1).sum(1) * (of_image**2).sum(1)
     return (of_image.sum(1) ** 2 / squares).mean()

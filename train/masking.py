@@ -147,12 +147,12 @@ class Masking:
             noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True)
 
-    def hidden(self, noise: Tensor, step: int, tensors: dict[str, Any]) -> Cells:
+    def cells(self, noise: Tensor, step: int, tensors: dict[str, Any]) -> Cells:
         """Cells of a part of the batch, by its rows of `noise` and its `tensors`."""
         if noise.dtype == torch.bool:
             return Cells(noise)
         early = step < self.begin
-        weights = None if early or not self.guides else self.weights(tensors)
+        weights = None if early or not self.guides else self.guide_scores(tensors)
         return self._split(drawn(noise, weights), self.random if early else self.counts)
 
     def example(self, early: bool = False) -> Cells:
@@ -171,14 +171,14 @@ class Masking:
     def _split(self, order: Tensor, counts: tuple[int, int, int]) -> Cells:
         """Cells of numbers in the `order` drawn, int64 [b, n]."""
         masked, thrown, _ = counts
-        hidden, visible = order[:, :masked], order[:, masked + thrown :]
+        chosen, visible = order[:, :masked], order[:, masked + thrown :]
         if self.recipe.method == "mae":
-            return Cells(hidden, visible)
+            return Cells(chosen, visible)
         none = torch.zeros_like(order, dtype=torch.bool)
-        mask = none.scatter(1, hidden, True).view(-1, self.side, self.side)
-        return Cells(mask, torch.cat([hidden, visible], dim=1) if thrown else None)
+        mask = none.scatter(1, chosen, True).view(-1, self.side, self.side)
+        return Cells(mask, torch.cat([chosen, visible], dim=1) if thrown else None)
 
-    def weights(self, tensors: dict[str, Any]) -> Tensor:
+    def guide_scores(self, tensors: dict[str, Any]) -> Tensor:
         """The product of the guides on each cell of each crop, float32 [b, side**2]."""
         boxes, flips = tensors["boxes"], tensors["flips"]
         product = torch.ones(len(boxes), self.side, self.side, device=self.device)
@@ -194,7 +194,7 @@ class Masking:
         return product.flatten(1)
 
     def describe(self) -> str:
-        """What is hidden, in one line a person can check."""
+        """What is masked, in one line a person can check."""
         masked, thrown, visible = self.counts
         cells = f"{masked} masked, {thrown} thrown, {visible} visible of {self.side**2} cells"
         if not self.guides:
@@ -214,15 +214,15 @@ class Masking:
 def block_masks(
     seed: int, step: int, batch: int, cells: int, ratio: float, device: torch.device
 ) -> Tensor:
-    """Masks of a step's whole batch, bool [batch, cells, cells], True where hidden.
+    """Masks of a step's whole batch, bool [batch, cells, cells], True where masked.
 
-    Each hides ceil(ratio * cells**2) cells (22 of 36 at 0.6), a pure function of (seed, step)
+    Each masks ceil(ratio * cells**2) cells (22 of 36 at 0.6), a pure function of (seed, step)
     and the kind of device: every process draws all of them and takes its part.
     """
     generator = torch.Generator(device).manual_seed(int(mix(Purpose.MASK, seed, step)) >> 1)
     noise = torch.rand(batch, cells * cells, generator=generator, device=device)
-    hidden = noise.argsort(dim=1).argsort(dim=1) < math.ceil(ratio * cells * cells)
-    return hidden.view(batch, cells, cells)
+    masked = noise.argsort(dim=1).argsort(dim=1) < math.ceil(ratio * cells * cells)
+    return masked.view(batch, cells, cells)
 
 
 def counts(

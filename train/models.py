@@ -20,7 +20,7 @@ from shards.errors import UserError, nearest
 from train.loss import masked_l1, masked_mse, take
 from train.patches import patchify, sincos, unpatchify
 from train.recipes import Recipe
-from train.tokens import check_plain, check_tokens, embed, encode, narrowed, through_blocks
+from train.tokens import as_autocast, check_plain, check_tokens, embed, encode, through_blocks
 
 CELL = 32  # px of a mask cell, SimMIM's own; of a token after Swin's last stage
 # No option of a model: what a recipe or a frame decides, and what has timm fetch or read weights,
@@ -53,8 +53,8 @@ def make_model(recipe: Recipe) -> "SimMIM | MAE":
     """The recipe's model, untrained. Raises UserError if its encoder cannot serve."""
     model: SimMIM | MAE
     if recipe.method == "mae":
-        decoder, narrow = recipe.decoder, recipe.bf16_residual
-        model = MAE(recipe.model, recipe.size, recipe.options, decoder, recipe.norm_pix, narrow)
+        options = recipe.options, recipe.decoder, recipe.norm_pix, recipe.bf16_residual
+        model = MAE(recipe.model, recipe.size, *options)
     else:
         model = SimMIM(recipe.model, recipe.size, recipe.options, recipe.bf16_residual, recipe.cell)
         if recipe.throw_ratio:
@@ -68,8 +68,8 @@ class SimMIM(nn.Module):
     """A timm ViT or Swin encoder, a mask token and a one-layer decoder.
 
     `name` is a timm model name, `size` the image side in px, a multiple of `cell`, a mask cell's;
-    `options` go to timm.create_model. `narrow`: patches are embedded and decoded by products, and
-    tokens between blocks are as wide as autocast has them: less to move, other rounding.
+    `options` go to timm.create_model. `bf16_residual`: patches are embedded and decoded by
+    products, and tokens between blocks are in autocast's type: less to move, other rounding.
     """
 
     def __init__(
@@ -77,19 +77,21 @@ class SimMIM(nn.Module):
         name: str,
         size: int,
         options: Mapping[str, Any] | None = None,
-        narrow: bool = False,
+        bf16_residual: bool = False,
         cell: int = CELL,
     ) -> None:
         super().__init__()
-        self.narrow, self.cell = narrow, cell
+        self.bf16_residual, self.cell = bf16_residual, cell
         encoder = make_encoder(name, size, options)
         check_plain(encoder, name)
         self.is_swin = hasattr(encoder, "layers")
         self.patch: int = encoder.patch_embed.patch_size[0]
-        if size % cell or cell % self.patch:
+        if size % cell:
+            raise UserError(f"crop size {size} is no multiple of the mask cell, {cell} px")
+        if cell % self.patch:
             raise UserError(
-                f"crop size {size} is no multiple of the mask cell, {cell} px, or that of the "
-                f"patches of {name}, {self.patch} px"
+                f"the mask cell, {cell} px, is no multiple of the patches of {name}, "
+                f"{self.patch} px; set cell to one that is"
             )
         reduction = encoder.feature_info[-1]["reduction"] if self.is_swin else self.patch
         if size % reduction:
@@ -126,7 +128,7 @@ class SimMIM(nn.Module):
 
     def _decoded(self, features: Tensor) -> Tensor:
         """Pixels [b, 3, S, S] of `features` [b, d, h, w]."""
-        if not self.narrow:
+        if not self.bf16_residual:
             pixels: Tensor = self.decoder(features)
             return pixels
         widen: Any = self.decoder[0]
@@ -137,7 +139,7 @@ class SimMIM(nn.Module):
     def _vit(self, images: Tensor, mask: Tensor) -> Tensor:
         encoder = self.encoder
         tokens = self._hide(self._embedded(images), self._cells(mask))
-        tokens = self._narrowed(encoder.norm_pre(encoder._pos_embed(tokens)))
+        tokens = self._residual(encoder.norm_pre(encoder._pos_embed(tokens)))
         tokens = encoder.norm(through_blocks(encoder, tokens))[:, encoder.num_prefix_tokens :]
         side = images.shape[-1] // self.patch
         return tokens.transpose(1, 2).unflatten(2, (side, side))
@@ -151,7 +153,7 @@ class SimMIM(nn.Module):
         index = table[encoded].flatten(1)
         hidden = self._cells(mask).gather(1, index)
         tokens = embed(self.encoder, take(patchify(images, self.patch), index))
-        tokens = encode(self.encoder, self._hide(tokens, hidden), index, self.narrow)
+        tokens = encode(self.encoder, self._hide(tokens, hidden), index, self.bf16_residual)
         tokens = tokens[:, -index.shape[1] :]
         widen, arrange = self.decoder
         pixels = widen(tokens.transpose(1, 2)[..., None])[..., 0]  # [b, 3 * patch**2, k]
@@ -164,7 +166,7 @@ class SimMIM(nn.Module):
         """masked_l1 of what forward gave for `cells`."""
         return masked_l1(output, images, cells.masked, weights)
 
-    def hidden(self, cells: Cells) -> Tensor:
+    def mask_of(self, cells: Cells) -> Tensor:
         """Where `cells` are masked, bool [b, g, g]."""
         return cells.masked
 
@@ -182,18 +184,18 @@ class SimMIM(nn.Module):
     def _swin(self, images: Tensor, mask: Tensor) -> Tensor:
         encoder, side = self.encoder, images.shape[-1] // self.patch
         tokens = self._hide(self._embedded(images), self._cells(mask))
-        tokens = self._narrowed(tokens).unflatten(1, (side, side))
+        tokens = self._residual(tokens).unflatten(1, (side, side))
         return encoder.norm(encoder.layers(tokens)).permute(0, 3, 1, 2)
 
     def _embedded(self, images: Tensor) -> Tensor:
         """The encoder's embedding of all patches, [b, n, d]."""
-        if self.narrow:
+        if self.bf16_residual:
             return embed(self.encoder, patchify(images, self.patch))
         tokens: Tensor = self.encoder.patch_embed(images)  # Swin's [b, h, w, d]
         return tokens.flatten(1, 2) if self.is_swin else tokens
 
-    def _narrowed(self, tokens: Tensor) -> Tensor:
-        return narrowed(tokens) if self.narrow else tokens
+    def _residual(self, tokens: Tensor) -> Tensor:
+        return as_autocast(tokens) if self.bf16_residual else tokens
 
     def _cells(self, mask: Tensor) -> Tensor:
         """The mask on the patch grid, bool [b, patches]."""
@@ -209,7 +211,7 @@ class MAE(nn.Module):
 
     `decoder` is (width, blocks, heads); published: (512, 8, 16). `norm_pix`: targets are each
     patch's pixels by their own mean and spread. Positions are sines and cosines, and fixed.
-    `narrow` as SimMIM's.
+    `bf16_residual` as SimMIM's.
     """
 
     def __init__(
@@ -219,10 +221,10 @@ class MAE(nn.Module):
         options: Mapping[str, Any] | None = None,
         decoder: tuple[int, int, int] = (512, 8, 16),
         norm_pix: bool = False,
-        narrow: bool = False,
+        bf16_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.narrow = narrow
+        self.bf16_residual = bf16_residual
         encoder = make_encoder(name, size, options)
         check_tokens(encoder, name)
         self.encoder: Any = encoder
@@ -267,14 +269,14 @@ class MAE(nn.Module):
         patches, row by row. Patches in neither are thrown: nothing is computed for them.
         """
         patches = take(patchify(images, self.patch), visible)
-        tokens = encode(self.encoder, embed(self.encoder, patches), visible, self.narrow)
+        tokens = encode(self.encoder, embed(self.encoder, patches), visible, self.bf16_residual)
         tokens = self.widen(tokens)
         prefix = tokens.shape[1] - visible.shape[1]
         places = self.positions.expand(len(images), -1, -1)
         seen = tokens[:, prefix:] + take(places, visible)
         hidden = self.mask_token + take(places, masked)
         tokens = torch.cat([tokens[:, :prefix], seen, hidden], dim=1)
-        tokens = narrowed(tokens) if self.narrow else tokens
+        tokens = as_autocast(tokens) if self.bf16_residual else tokens
         pixels: Tensor = self.head(self.norm(self.decoder(tokens)[:, -masked.shape[1] :]))
         return pixels
 
@@ -283,7 +285,7 @@ class MAE(nn.Module):
         patches = patchify(images, self.patch)
         return masked_mse(output, patches, cells.masked, weights, self.norm_pix)
 
-    def hidden(self, cells: Cells) -> Tensor:
+    def mask_of(self, cells: Cells) -> Tensor:
         """Where `cells` are masked, bool [b, side, side]."""
         return self._grid(cells.masked)
 
@@ -319,8 +321,6 @@ def make_encoder(name: str, size: int, options: Mapping[str, Any] | None = None)
         some = ", ".join(timm.list_models(f"*{name.split('_')[0]}*patch*")[:5])
         near = nearest(name, timm.list_models()) or f"; it has {some} ..."
         raise UserError(f"timm has no model {name!r}{near}")
-    if not isinstance(name, str):
-        raise UserError(f"{name!r} names no model of timm")
     for option in map(str, options or {}):
         if option in NO_OPTIONS or option.startswith("pretrained"):
             raise UserError(f"options: {option} is not to be set for {name!r}; leave it out")

@@ -11,7 +11,7 @@ from shards.progress import progress
 from train.features import Bar
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-HELD_OUT = 0.1  # of the training set, to choose the learning rate on: never on the validation set
+HELD_OUT = 0.1  # of the training set, to choose a rate or a penalty on: never on the validation set
 FEWEST = 3  # training images of a linear probe: one to choose a rate on, two that have a spread
 SIMILARITIES = 2**28  # float32, 1 GiB
 

@@ -37,7 +37,7 @@ class Step(nn.Module):
         loss = self.model.loss(output, images, cells, weights)
         if weights is None:
             return loss, loss.new_ones(2)
-        share = effective_share(weights, self.model.hidden(cells))
+        share = effective_share(weights, self.model.mask_of(cells))
         return loss, torch.stack([weights.mean(), share])
 
 

@@ -48,10 +48,10 @@ def embed(encoder: Any, patches: Tensor) -> Tensor:
     return tokens
 
 
-def encode(encoder: Any, tokens: Tensor, index: Tensor, narrow: bool = False) -> Tensor:
+def encode(encoder: Any, tokens: Tensor, index: Tensor, bf16_residual: bool = False) -> Tensor:
     """What the encoder makes of `tokens` [b, k, d] at patches `index` [b, k], [b, prefix + k, d].
 
-    As timm's forward_features with the other patches left out; `narrow` as SimMIM's.
+    As timm's forward_features with the other patches left out; `bf16_residual` as SimMIM's.
     """
     prefix = [t for t in (encoder.cls_token, getattr(encoder, "reg_token", None)) if t is not None]
     count = sum(t.shape[1] for t in prefix)
@@ -64,7 +64,9 @@ def encode(encoder: Any, tokens: Tensor, index: Tensor, narrow: bool = False) ->
         first = first + positions[:, :ahead] if ahead else first
         tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
-    out: Tensor = encoder.norm(through_blocks(encoder, narrowed(tokens) if narrow else tokens))
+    out: Tensor = encoder.norm(
+        through_blocks(encoder, as_autocast(tokens) if bf16_residual else tokens)
+    )
     return out
 
 
@@ -77,7 +79,7 @@ def through_blocks(encoder: Any, tokens: Tensor) -> Tensor:
     return out
 
 
-def narrowed(tokens: Tensor) -> Tensor:
+def as_autocast(tokens: Tensor) -> Tensor:
     """`tokens` in the type that autocast computes products in; as they are where it is off."""
     device = tokens.device.type
     return (

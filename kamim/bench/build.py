@@ -23,7 +23,7 @@ from preprocess import build_shards, decode_image, detector_settings, open_sourc
 from preprocess.densities import View, map_views, published_grey, squeezed
 from preprocess.detectors import detect
 from preprocess.rings import mark
-from preprocess.shard import squeeze
+from preprocess.shard import make_frame
 from preprocess.source import Source
 from shards import Settings, encode_frame
 from shards.crops import cell_sums
@@ -50,7 +50,7 @@ def stage_ms(source: Source, name: str) -> dict[str, float]:
 
     for number, entry in enumerate(source.entries):
         rgb = timed("decode", decode_image, source.read(entry))
-        timed("encode", encode_frame, timed("frame", squeeze, rgb, 256), 90)
+        timed("encode", encode_frame, timed("frame", make_frame, rgb, 256), 90)
         for view in map_views(number, rgb.shape[:2], settings):
             grey = timed("resize", _squeezed_grey, rgb, view)
             keypoints = timed("detect", detect, detector, grey, settings.crop)

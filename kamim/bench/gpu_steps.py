@@ -93,7 +93,7 @@ class Training:
     def micro_step(self, number: int, noise: Any, tensors: dict[str, Any], micro: Any) -> None:
         """Forward and backward of micro-step `number` of the step."""
         begin = number * self.part
-        cells = self.masking.hidden(noise[begin : begin + self.part], self.done, tensors)
+        cells = self.masking.cells(noise[begin : begin + self.part], self.done, tensors)
         loss, of_weights = micro(tensors, cells)
         (loss / self.micro_steps).backward()
         self.sums += torch.cat([loss.detach()[None], of_weights]) / self.micro_steps

@@ -115,10 +115,10 @@ def measure(records: ShardSet, banked: ShardSet, raw: ShardSet) -> dict[str, Any
         "the same without numba": lambda: compiled_rate(raw, False, LONG),
         "16 threads, raw frames": lambda: compiled_rate(raw, True, LONG, 16),
         "16 threads, the same without numba": lambda: compiled_rate(raw, False, LONG, 16),
-        "JPEG frames, by one call": lambda: compiled_rate(records, True, STEPS),
-        "JPEG frames, one by one": lambda: compiled_rate(records, False, STEPS),
-        "16 threads, JPEG frames, by one call": lambda: compiled_rate(records, True, STEPS, 16),
-        "16 threads, JPEG frames, one by one": lambda: compiled_rate(records, False, STEPS, 16),
+        "JPEG frames, by one call": lambda: compiled_rate(records, True, LONG),
+        "JPEG frames, one by one": lambda: compiled_rate(records, False, LONG),
+        "16 threads, JPEG frames, by one call": lambda: compiled_rate(records, True, LONG, 16),
+        "16 threads, JPEG frames, one by one": lambda: compiled_rate(records, False, LONG, 16),
         "DataLoader, processes, with maps": lambda: processes_rate(records, cores),
     }
     rates = in_turn(works, REPEATS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kamim.bench.gpu_page import IMAGENET
+from kamim.bench.gpu_page import IMAGENET, RECIPES
 from train.models import SimMIM, model_flops
 from train.recipes import find_recipe
 
@@ -16,7 +16,6 @@ EPOCHS, CORES = 100, 16
 # test holds it to that. Cores are multiplied up to it and no further.
 ONE_PROCESS = 20_313
 PEAK, SHARE = 989e12, 0.15  # bf16 FLOP/s of one H200 or H100, and the share assumed of Swin
-BACKBONES = ("vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base")
 WAYS = {
     "published": "online, published: fast",
     "optimised": "online, optimised: fast",
@@ -35,7 +34,7 @@ def rows_of(
     if "WebDataset" in ways:
         ways["WebDataset"] = min(ways["WebDataset"], ONE_PROCESS)
     rows = []
-    for name in BACKBONES:
+    for name in RECIPES:
         recipe = find_recipe(name)
         with torch.device("meta"):  # its shapes are enough
             flops = model_flops(SimMIM(recipe.model, recipe.size), recipe.size)

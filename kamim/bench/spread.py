@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kamim.bench.measuring import keep, once
 from preprocess import build_shards, detector_settings, open_source
-from preprocess.fidelity import detected, looked_up, measure_fidelity, read_crop, trial_crop
+from preprocess.fidelity import crop_estimate, detected, looked_up, measure_fidelity, trial_crop
 from preprocess.source import Source
 from shards import Settings, ShardSet
 from shards.correction import AT
@@ -37,7 +37,7 @@ def pairs_of(records: ShardSet, source: Source) -> list[tuple[Floats, Floats]]:
         for seed in range(CROPS):
             crop = trial_crop(record, settings, rgb, seed)
             truth = detected(crop.pixels, detector, settings)
-            found.append((read_crop(record, detector, settings, crop), truth))
+            found.append((crop_estimate(record, detector, settings, crop), truth))
     return found
 
 

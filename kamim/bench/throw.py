@@ -103,7 +103,7 @@ def step_of(recipe: Recipe, tensors: dict[str, Any], device: torch.device) -> tu
     micro: Any = compiled(Step(model, crops)) if cuda else Step(model, crops)
 
     def train() -> None:
-        loss, _ = micro(tensors, masking.hidden(masking.noise(1), 1, tensors))
+        loss, _ = micro(tensors, masking.cells(masking.noise(1), 1, tensors))
         loss.backward()
         clipped(model, recipe)
         optimizer.step()

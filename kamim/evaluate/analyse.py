@@ -79,7 +79,7 @@ def reconstruction(path: Path, images: Tensor, seed: int) -> dict[str, float]:
     recipe = recipe_of(state["run"]["recipe"])
     model = make_model(recipe).eval()
     model.load_state_dict(state["model"])
-    shown = hidden(recipe, model.patch, seed, images)
+    shown = random_cells(recipe, model.patch, seed, images)
     with torch.inference_mode():
         made, masks, _ = model.picture(model(images, *shown), images, shown)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
@@ -98,7 +98,7 @@ def reconstruction(path: Path, images: Tensor, seed: int) -> dict[str, float]:
     return {"psnr_masked": psnr, "ssim_masked": round(float(np.mean(similar)), 4)}
 
 
-def hidden(recipe: Recipe, patch: int, seed: int, images: Tensor) -> Cells:
+def random_cells(recipe: Recipe, patch: int, seed: int, images: Tensor) -> Cells:
     """Random cells as the recipe's model takes them: SimMIM's mask, MAE's masked and visible."""
     ratio, size, count = MASK_RATIO[recipe.method], recipe.size, len(images)
     if recipe.method == "simmim":

@@ -98,9 +98,9 @@ def probe(
     --protocol attentive: a block of attention with a learned query pools the patch tokens before
     the linear layer; random crops and flips, AdamW 1e-3 at batch 2048.
 
-    The result is probe.json, of other protocols than fast probe-PROTOCOL.json. One of another
-    encoder, set or option is not overwritten. If it is killed, the same command continues from what
-    is finished.
+    The result is probe.json; of a protocol other than fast, it is probe-PROTOCOL.json. A result of
+    another encoder, set or option is not overwritten. If the command is killed, the same command
+    continues from what is finished.
     """
     checks.check_protocol(protocol, lr, batch, epochs, every_block, pool)
     task = _open(encoder, train, val, block, pool, device, cache)
@@ -186,9 +186,9 @@ def finetune(
 
     --recipe kamim: AdamW 5e-3, TrivialAugmentWide.
 
-    The result is finetune.json, of another recipe or seed finetune-kamim-seed-1.json. One of
-    another encoder, set or option is not overwritten. If it is killed, the same command continues
-    from the last finished epoch, to the same numbers.
+    The result is finetune.json; of another recipe or seed, it is finetune-kamim-seed-1.json. A
+    result of another encoder, set or option is not overwritten. If the command is killed, the same
+    command continues from the last finished epoch, to the same numbers.
     """
     task = _open(encoder, train, val, 0, "mean", device, cache)
     from shards.files import alone

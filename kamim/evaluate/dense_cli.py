@@ -36,8 +36,8 @@ def dense(
     The mask of images/a/b.jpg is masks/a/b.png: the class number of each pixel, 255 for none.
     Images and masks are squeezed to the encoder's size; mIoU is over pixels of that size.
 
-    The result is dense.json, by a linear head or of another seed dense-linear-seed-1.json. One of
-    another encoder, set or option is not overwritten.
+    The result is dense.json; by a linear head or of another seed, it is dense-linear-seed-1.json. A
+    result of another encoder, set or option is not overwritten.
     """
     from shards.files import alone, write_atomically
     from shards.progress import waiting

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kamim.experiment.data import Labelled, Photos
-from kamim.experiment.steps import Arm, Trainer, hidden
+from kamim.experiment.steps import Arm, Trainer, cells_of
 from shards.progress import progress
 from train.diagnosis import diagnose
 from train.features import Encoder, tokens
 from train.models import MEAN, STD
-from train.probe import effective_rank, nearest_neighbours
+from train.probe import HELD_OUT, effective_rank, nearest_neighbours
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HELD_OUT = 0.1  # of the training features, to choose the penalty on
 QUARTERS = ((0.0, 0.0), (0.0, 0.5), (0.5, 0.0), (0.5, 0.5))  # of a photo: crops without overlap
 QUIET = partial(progress, delay=60)
 WHOLE = 0.44  # side of the crop whose attention is looked at: the middle of those trained on
@@ -135,7 +134,7 @@ def losses(trainer: Trainer, held: Photos, masks: int = 4) -> dict[str, float]:
     model: Any = trainer.plain
     for _ in range(masks):
         order = torch.rand(len(samples), number, generator=generator).argsort(1)
-        cells = hidden(order.to(samples.device), trainer.recipe)
+        cells = cells_of(order.to(samples.device), trainer.recipe)
         output = model(images, *cells)
         for name, by in (("held_loss", None), ("held_loss_fast", weights)):
             sums[name] += float(model.loss(output, images, cells, by)) / masks

@@ -81,7 +81,7 @@ def make_order(photos: Photos, recipe: Recipe, seed: int, steps: int) -> Order:
     return Order(samples, boxes, turned, torch.stack(orders))
 
 
-def hidden(order: Tensor, recipe: Recipe) -> Cells:
+def cells_of(order: Tensor, recipe: Recipe) -> Cells:
     """Cells of images whose cells are masked in `order`, [b, n]."""
     order = order.long()
     side = recipe.size // recipe.cell
@@ -166,7 +166,7 @@ class Trainer:
             each.index_select(0, at)[0]
             for each in (order.samples, order.boxes, order.flips, order.cells)
         )
-        shown = hidden(cells, recipe)
+        shown = cells_of(cells, recipe)
         images, weights = self.crops(self.photos, samples, boxes, flips, arm)
         for parameter in self.parameters:
             parameter.grad = None

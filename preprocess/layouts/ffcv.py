@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from preprocess.decode import Rejected
 from preprocess.files import join, kind_of, read_part
-from preprocess.source import Entry, Source, names_in
+from preprocess.source import MAX_CLASSES, Entry, Source, names_in
 from shards.beton import ARRAYS, DESCRIPTOR, HEADER, IMAGE, IMAGES, NUMBERS, RAW, REGION
 from shards.errors import UserError
 from shards.remote.storage import is_url
 
 LABEL = "label"  # of the field of numbers that is taken for one
-MOST = 1_000_000  # classes; more is no label
 SIDES = 32  # bits of a stamp that hold a raw image's width and height
 FIELDS = 1000  # in a file; more is damage
 JSON, BYTES, FLOATS, TENSORS = 5, 3, 0, 6  # FFCV's other types of fields
@@ -51,7 +50,7 @@ def list_ffcv(where: str, split: str) -> Source | None:
     for number, (name, kind) in enumerate(names):
         if name == LABEL and kind == NUMBERS:
             labels = rows[f"f{number}"]
-    if labels.max(initial=-1) >= MOST or labels.min(initial=0) < -1:
+    if labels.max(initial=-1) >= MAX_CLASSES or labels.min(initial=0) < -1:
         raise UserError(f"{where} has labels of {labels.min()} to {labels.max()}: none are classes")
     # A raw image's sides are nowhere else: they end its stamp, and tell it from a JPEG's 0.
     sides = np.where(raw, width << 16 | height, 0)

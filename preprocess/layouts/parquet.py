@@ -16,7 +16,7 @@ import numpy as np
 
 from preprocess.decode import Rejected
 from preprocess.files import join, of_each, opened, version_of
-from preprocess.source import Entry, Source, of_split, parts_below
+from preprocess.source import MAX_CLASSES, Entry, Source, of_split, parts_below
 from shards.errors import UserError, install
 from shards.remote.retry import retried
 from shards.remote.storage import is_url
@@ -162,7 +162,7 @@ def _list_part(where: str, part: Entry) -> tuple[Columns, list[Entry]]:
             labels = table.column(columns.label).to_pylist()
         if pathed:
             paths = [row and row["path"] for row in table.column(columns.image).to_pylist()]
-        most = len(columns.classes) or 1_000_000
+        most = len(columns.classes) or MAX_CLASSES
         entries = []
         for row, (label, path) in enumerate(zip(labels, paths, strict=True)):
             label = -1 if label is None else label

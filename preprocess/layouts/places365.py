@@ -66,7 +66,9 @@ def _list(where: str, listing: str, categories: str | None) -> Source:
         raise UserError(f"{categories or listing} leaves out labels below {count}; fetch it again")
     strange = next((row for row in rows if row[1] not in names), None)
     if strange:
-        raise UserError(f"{listing} gives {strange[0]!r} the label {strange[1]}, no category has")
+        raise UserError(
+            f"{listing} gives {strange[0]!r} the label {strange[1]}, which no category has"
+        )
     listed = [(name.removeprefix("/"), label) for name, label in rows]
     return list_labelled(where, listed, [names[label] for label in range(count)], listing)
 

@@ -12,13 +12,12 @@ from typing import BinaryIO
 
 from preprocess.files import join, kind_of, of_each, opened, read_all
 from preprocess.layouts.tar import entry_of, members
-from preprocess.source import Entry, Source, look_up, names_in, of_split, parts_below
+from preprocess.source import MAX_CLASSES, Entry, Source, look_up, names_in, of_split, parts_below
 from shards.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("label", "cls", "class")  # names of the number in a sample's json
 CLASSES = ("classnames.txt", "classes.txt")
-MOST = 1_000_000  # classes; more is damage
 LONGEST = 1 << 26  # bytes of a json that is looked into
 
 
@@ -90,7 +89,7 @@ def _label(file: BinaryIO, info: tarfile.TarInfo, suffix: str, where: str) -> in
             label = -1
     except (ValueError, RecursionError):
         label = None
-    if type(label) is not int or not -1 <= label < MOST:
+    if type(label) is not int or not -1 <= label < MAX_CLASSES:
         raise UserError(f"{where}: {info.name!r} gives no label: {data[:40]!r}; repair or drop it")
     return int(label)
 

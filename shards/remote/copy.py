@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from shards import spec as _manifest
+from shards import spec
 from shards.errors import UserError
 from shards.files import LOCK, MANIFEST, alone, check_sha256, replacing
 from shards.progress import progress
@@ -35,7 +35,7 @@ def copy_set(source: str, target: str, jobs: int = 4) -> tuple[Manifest, int]:
     data = origin.read(MANIFEST)
     if data is None:
         raise UserError(f"{source} has no {MANIFEST}: it is not a finished set of shards; name one")
-    manifest = _manifest.parse(f"{origin}/{MANIFEST}", data)
+    manifest = spec.parse(f"{origin}/{MANIFEST}", data)
     ours = next((f.name for f in manifest.files if f.name in {MANIFEST, MARK, LOCK}), None)
     if ours:
         raise UserError(f"{source} lists a file called {ours}, which is none of a set's")
@@ -78,7 +78,7 @@ def _copy_files(source: Place, target: Place, manifest: Manifest, data: bytes, j
 
 def _mark(manifest: Manifest) -> bytes:
     """What tells a set from another: its manifest, but for what was measured on it since."""
-    data = _manifest.to_json(replace(manifest, fidelity={}))
+    data = spec.to_json(replace(manifest, fidelity={}))
     return hashlib.sha256(data).hexdigest().encode("ascii")
 
 
@@ -88,7 +88,7 @@ def _check_target(target: Place, mark: bytes, files: dict[str, int]) -> set[str]
     """
     sizes = target.sizes()
     data = target.read(MANIFEST) if MANIFEST in sizes else None
-    finished = _manifest.parse(f"{target}/{MANIFEST}", data) if data is not None else None
+    finished = spec.parse(f"{target}/{MANIFEST}", data) if data is not None else None
     begun = target.read(MARK) if MARK in sizes else None
     if (finished and _mark(finished) != mark) or (begun or mark) != mark:
         raise UserError(f"{target} holds another set of shards, or part of one; name a new place")

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from preprocess import density_maps, detector_settings
-from preprocess.shard import squeeze
+from preprocess.shard import make_frame
 from shards import Settings
 from shards.crops import read_map, visible, visible_cells, weights
 from shards.order import Plan
@@ -31,7 +31,7 @@ def boxes_of(count, seed=0, height=375, width=500):
 @pytest.mark.parametrize("size", [96, 192, 224])
 def test_crops_equal_torchvisions_crop_and_resize(size, demo_images):
     """On boxes of whole frame pixels, where torchvision can cut the same box."""
-    frames = np.stack([squeeze(image, 256) for image in demo_images[::20]])
+    frames = np.stack([make_frame(image, 256) for image in demo_images[::20]])
     rng = np.random.default_rng(0)
     for number, frame in enumerate(frames):
         top, left, height, width = oracle.random_box(256, 256, rng)

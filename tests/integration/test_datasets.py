@@ -324,7 +324,7 @@ def test_places365_small_and_large(large, tmp_path):
     assert small(f"places365:{root}").description() == source.description()
     listing = lists / "places365_val.txt"
     listing.write_text("Places365_val_00000001.jpg 365\n")
-    with pytest.raises(ValueError, match="label 365, no category has"):
+    with pytest.raises(ValueError, match="label 365, which no category has"):
         small(f"places365:{root}", "val")
     for line in ("Places365_val_00000001.jpg", "a.jpg " + "9" * 5000):
         listing.write_text(f"{line}\n")

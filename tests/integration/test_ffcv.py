@@ -45,7 +45,7 @@ def test_our_layout_is_ffcvs_own(converted):
     arrays = [NDArrayField(np.dtype(dtype), shape) for dtype, shape in shapes]
     handlers = [RGBImageField(), *arrays, *[IntField() for _ in range(4)]]
     chosen = load(converted).settings
-    ours, bare = layout.layout_of(chosen), layout.layout_of(replace(chosen, bank=0))
+    ours, bare = layout.beton_format(chosen), layout.beton_format(replace(chosen, bank=0))
     for kept, mine in ((handlers, ours), (handlers[:3] + handlers[7:], bare)):
         row = types.get_metadata_type(kept)
         assert row.itemsize == mine.row.itemsize

@@ -139,7 +139,7 @@ def test_a_step_meets_no_tensor_of_another_device(name, fake_cuda):
     recipe = reduced(name)
     step, masking, tensors = on_fake_cuda(recipe, fake_cuda)
     noise = torch.rand(4, masking.side**2, device="cuda")
-    loss, of_weights = step(tensors, masking.hidden(noise, masking.begin, tensors))
+    loss, of_weights = step(tensors, masking.cells(noise, masking.begin, tensors))
     for each, shape in ((loss, ()), (of_weights, (2,))):
         assert (each.dtype, each.device.type, each.shape) == (torch.float32, "cuda", shape)
 
@@ -173,7 +173,7 @@ def test_a_step_is_one_graph_that_is_made_once(name):
         tensors = batch_of(2, recipe.size) | weighed(1 / (1 + number), CPU)
         begin = 2 * (number % 2)  # both halves of a step's noise
         noise = masking.noise(number)[begin : begin + 2]
-        cells = masking.hidden(noise, number, tensors)
+        cells = masking.cells(noise, number, tensors)
         (loss, _), (plain, _) = graph(tensors, cells), step(tensors, cells)
         loss.backward()
         if not name.startswith("swin"):  # its layers are dropped at random
@@ -225,7 +225,7 @@ def test_a_step_waits_for_nothing(name, fake_cuda, monkeypatch):
             noise = torch.rand(4, masking.side, masking.side, device="cuda") < 0.6
         else:
             noise = masking.noise(masking.begin)
-        step(tensors, masking.hidden(noise, masking.begin, tensors))
+        step(tensors, masking.cells(noise, masking.begin, tensors))
     assert found == []
 
 
@@ -334,7 +334,7 @@ def test_an_image_takes_no_more_memory_than_it_did_and_no_more_than_is_reckoned_
     sizes = []
     for images in (1, 2):
         tensors = batch_of(images, 256)
-        cells = masking.hidden(masking.noise(0)[:images], 0, tensors)
+        cells = masking.cells(masking.noise(0)[:images], 0, tensors)
         sizes.append(kept_by(lambda tensors=tensors, cells=cells: step(tensors, cells)))
     image = (sizes[1] - sizes[0]) / 1e6
     assert image <= 1.05 * MEGABYTES[name]
@@ -388,7 +388,7 @@ def test_activations_that_are_computed_again_are_not_kept(name, share):
     for words in ((), ("checkpoint=true",)):
         recipe = replace(changed(find_recipe(name), words), batch=2)
         step, masking = parts_of(recipe)
-        tensors, cells = batch_of(2, 256), masking.hidden(masking.noise(0), 0, {})
+        tensors, cells = batch_of(2, 256), masking.cells(masking.noise(0), 0, {})
         torch.manual_seed(1)
         tensors["frames"] = torch.randint(256, (2, 256, 256, 3), dtype=torch.uint8)
         loss, _ = step(tensors, cells)
@@ -423,7 +423,7 @@ def test_a_narrow_residual_stream_differs_by_rounding(name):
     wide.load_state_dict(narrow.state_dict())
     tensors = batch_of(4, recipe.size)
     images, *_ = step.crops(tensors)
-    cells = masking.hidden(masking.noise(masking.begin), masking.begin, tensors)
+    cells = masking.cells(masking.noise(masking.begin), masking.begin, tensors)
     blocks = (
         narrow.encoder.layers[0].blocks
         if narrow.encoder.__class__.__name__.startswith("Swin")
@@ -569,7 +569,7 @@ def test_a_step_compiles_inside_ddp(tmp_path):
     recipe = reduced("small_mae_kamim")
     step, masking = parts_of(recipe)
     tensors = batch_of(4, recipe.size)
-    cells = masking.hidden(masking.noise(0), 0, tensors)
+    cells = masking.cells(masking.noise(0), 0, tensors)
     loss, _ = step(tensors, cells)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in step.named_parameters() if p.requires_grad}

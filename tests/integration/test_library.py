@@ -365,7 +365,7 @@ def test_wrong_places_and_plans_are_one_line(folder, records, tmp_path):
         (lambda: Plan(0, 8), "count 0 is out of range"),
         (lambda: Plan(8, 8, micro_steps=0), "micro_steps 0 is out of range"),
         (lambda: Plan(8, 8, ratio=(2, 1)), "ratio 2 to 1 is out of range"),
-        (lambda: shards.Windows([8], 0, 0), "a window of 0 shards reads nothing"),
+        (lambda: shards.Windows([8], 0, 0), "window 0 is out of range; give 1 or more"),
         (lambda: shards.verify(folder, "everything"), "unknown level 'everything'"),
     ):
         with pytest.raises(UserError, match=line) as caught:

@@ -238,7 +238,7 @@ def test_a_marked_corner_is_where_the_crop_shows_it(flips):
     boxes = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.0, 0.0, 0.6, 0.6]])
     turned = torch.tensor([flips, flips], dtype=torch.bool)
     tensors = {"boxes": boxes, "flips": turned, "samples": torch.tensor([2, 2])}
-    found = chooser.weights(tensors).view(2, 6, 6)
+    found = chooser.guide_scores(tensors).view(2, 6, 6)
     assert (found[1] == 0).all()  # this crop does not show it
     across, down = flips
     straight = found[0].flip([axis for axis, on in ((0, down), (1, across)) if on])
@@ -248,7 +248,7 @@ def test_a_marked_corner_is_where_the_crop_shows_it(flips):
     assert (straight[:3] == 0).all()
     assert (straight[:, :3] == 0).all()
     step = chooser.begin
-    masked, visible = chooser.hidden(chooser.noise(step), step, tensors)
+    masked, visible = chooser.cells(chooser.noise(step), step, tensors)
     place = found[0].flatten()[masked[0]]
     assert (place[:9] > 0).all()  # the marked cells are drawn, and masked, before all others
     assert not set(masked[0].tolist()) & set(visible[0].tolist())
@@ -268,12 +268,12 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
         "maps": {"frequency": torch.from_numpy(frequency)},
         "samples": torch.tensor([0]),
     }
-    found = chooser.weights(whole).view(3, 3)
+    found = chooser.guide_scores(whole).view(3, 3)
     expected = torch.tensor([[0, 0, 0], [0, 0.25, 0.5], [0, 0.5, 1]])
     torch.testing.assert_close(found, expected)
     assert chooser.counts == (4, 3, 2)
     step = chooser.begin
-    mask, encoded = chooser.hidden(chooser.noise(step), step, whole)
+    mask, encoded = chooser.cells(chooser.noise(step), step, whole)
     assert torch.equal(mask[0], expected > 0)  # drawn before those of weight 0
     assert encoded.shape == (1, 6)  # and two that are visible
     assert set(encoded[0, :4].tolist()) == {4, 5, 7, 8}
@@ -287,7 +287,7 @@ def test_guides_multiply_and_the_frequency_map_sees_to_the_edge():
     by_density = masking(replace(recipe, sample_by="fast"))
     fast = np.full((1, 54, 54), 255, np.uint8)
     maps = {"fast": torch.from_numpy(fast)}
-    edge = by_density.weights(whole | {"maps": maps})
+    edge = by_density.guide_scores(whole | {"maps": maps})
     assert edge[0, 4].item() == pytest.approx(1)
     assert edge[0, 4] > edge[0, 1] > edge[0, 0]
 
@@ -308,13 +308,13 @@ def test_phases_begin_where_the_recipe_says():
         24,
         34,
     ]
-    early = chooser.hidden(chooser.noise(3), 3, {})
+    early = chooser.cells(chooser.noise(3), 3, {})
     assert [each.shape[1] for each in early] == [27, 9]
     # SimMIM's random phase is SimMIM, bit for bit.
     from train.masking import block_masks
 
     plain = masking(replace(find_recipe("small_simmim_famt"), options=SMALL, batch=4))
-    mask, encoded = plain.hidden(plain.noise(0), 0, {})
+    mask, encoded = plain.cells(plain.noise(0), 0, {})
     assert encoded is None
     assert torch.equal(mask, block_masks(0, 0, 4, 3, 0.6, CPU))
 

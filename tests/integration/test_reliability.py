@@ -33,8 +33,7 @@ import preprocess.files
 from preprocess import Rejected, build_shards, decode_image, open_source
 from preprocess.densities import LONGEST, map_views
 from preprocess.source import Entry, Source
-from shards import ShardSet, decode_frame, load
-from shards import spec as _manifest
+from shards import ShardSet, decode_frame, load, spec
 from shards.beton import convert_to_ffcv
 from shards.files import LEFT, LOCK, alone, temporary_of
 from shards.loader import Loader
@@ -287,8 +286,8 @@ def test_a_parquet_group_of_more_rows_than_its_file_is_refused(tmp_path):
 def reseal(folder, index):
     """Write `index`, and a manifest that agrees with it, as an attacker would."""
     manifest = load(folder)
-    file = _manifest.write_file(folder / INDEX, npy_bytes(index), len(index))
-    _manifest.write(folder, replace(manifest, index=file))
+    file = spec.write_file(folder / INDEX, npy_bytes(index), len(index))
+    spec.write(folder, replace(manifest, index=file))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +335,7 @@ def test_a_manifest_of_other_types_is_damaged_not_a_crash(change, built):
     change = {k: content[k] | v if k == "settings" else v for k, v in change.items()}
     content |= change
     del content["checksum"]
-    content["checksum"] = _manifest.fingerprint(content)
+    content["checksum"] = spec.fingerprint(content)
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (built / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match="is damaged"):

@@ -187,6 +187,8 @@ def test_every_recipes_encoder_can_be_made_and_counts_its_operations():
             make_encoder(name, 192)
     with pytest.raises(ValueError, match="no multiple of the mask cell"):
         SimMIM("vit_tiny_patch16_224", 208)
+    with pytest.raises(ValueError, match="mask cell, 24 px, is no multiple of the patches of"):
+        SimMIM("vit_tiny_patch16_224", 192, cell=24)
     with pytest.raises(ValueError, match="patches divide 200 px"):
         make_encoder("vit_tiny_patch16_224", 200)
 

@@ -158,11 +158,11 @@ def _spoils(canary: Path) -> dict[str, Callable[[Path], None]]:
 
 def _reseal(folder: Path, changed: dict[str, bytes]) -> None:
     """Write files of a set, and a manifest that agrees with them."""
-    from shards import spec as _manifest
+    from shards import spec
 
-    manifest = _manifest.load(folder)
+    manifest = spec.load(folder)
     rows = {file.name: file for file in [*manifest.shards, manifest.index]}
     for name, data in changed.items():
-        rows[name] = _manifest.write_file(folder / name, data, rows[name].count)
+        rows[name] = spec.write_file(folder / name, data, rows[name].count)
     shards = [rows[file.name] for file in manifest.shards]
-    _manifest.write(folder, replace(manifest, shards=shards, index=rows["index.npy"]))
+    spec.write(folder, replace(manifest, shards=shards, index=rows["index.npy"]))

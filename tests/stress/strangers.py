@@ -73,7 +73,7 @@ def detectors() -> list[str]:
 def times(root: str, names: list[str]) -> dict[str, float]:
     """Seconds of each input: reading, decoding, frame and maps, as the build's own default is."""
     from preprocess import Rejected, decode_image, detector_settings, open_source
-    from preprocess.shard import describe
+    from preprocess.shard import make_record
     from shards import Settings
 
     source, settings = open_source(root), Settings(detectors=tuple(map(detector_settings, names)))
@@ -81,6 +81,6 @@ def times(root: str, names: list[str]) -> dict[str, float]:
     for index, entry in enumerate(source.entries):
         begin = time.perf_counter()
         with suppress(Rejected):
-            describe(decode_image(source.read(entry)), index, entry, settings)
+            make_record(decode_image(source.read(entry)), index, entry, settings)
         took[entry.name] = time.perf_counter() - begin
     return took

@@ -31,9 +31,8 @@ def _instrumented() -> Any:
 
 with _instrumented():
     from preprocess import Rejected
-    from shards import File, Ledger, Manifest, ShardSet, decode_frame
-    from shards import spec as _manifest
-    from shards.beton import BETON, PAGE, check_tables, convert_to_ffcv, layout_of
+    from shards import File, Ledger, Manifest, ShardSet, decode_frame, spec
+    from shards.beton import BETON, PAGE, beton_format, check_tables, convert_to_ffcv
     from shards.files import MANIFEST
     from shards.loader import Loader
     from shards.order import Plan
@@ -65,16 +64,16 @@ def manifest_(folder: Path, manifest: Manifest, data: bytes) -> None:
     path = folder / MANIFEST
     path.write_bytes(data)
     with suppress(ValueError):
-        _manifest.load(folder)
+        spec.load(folder)
     import json
 
     content = json.loads(data)
     if isinstance(content, dict):
         content.pop("checksum", None)
-        content["checksum"] = _manifest.fingerprint(content)
+        content["checksum"] = spec.fingerprint(content)
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         path.write_bytes(text.encode("ascii"))
-    loaded = _manifest.load(folder)
+    loaded = spec.load(folder)
     (folder / INDEX).write_bytes(b"")
     verify_shards(folder)
     _ = loaded.count, loaded.detectors, loaded.ledger.rejected_share
@@ -111,7 +110,7 @@ def beton(folder: Path, manifest: Manifest, data: bytes) -> None:
             file.write(part)
     made = _claim(folder, replace(manifest, container="ffcv"), rows, None, BETON)
     records = ShardSet(folder)
-    check_tables(path, records.index, layout_of(made.settings))
+    check_tables(path, records.index, beton_format(made.settings))
     for number in range(len(records)):
         decode_frame(records[number].frame)
 
@@ -136,10 +135,10 @@ def _claim(
         manifest,
         ledger=Ledger(count, count, {}),
         shards=[File(name, count, size, digest)],
-        index=_manifest.write_file(folder / INDEX, npy_bytes(index), count),
-        rejected=_manifest.write_file(folder / REJECTED, b"", 0),
+        index=spec.write_file(folder / INDEX, npy_bytes(index), count),
+        rejected=spec.write_file(folder / REJECTED, b"", 0),
     )
-    _manifest.write(folder, made)
+    spec.write(folder, made)
     return made
 
 
@@ -183,7 +182,7 @@ def main() -> None:
     import atheris
 
     name, built, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    manifest = _manifest.load(built)
+    manifest = spec.load(built)
 
     def once(data: bytes) -> None:
         with suppress(ValueError, Rejected):

@@ -143,7 +143,7 @@ def test_tables_that_do_not_fit_the_index_are_found_by_structure(converted):
     """Signed anew, so that no checksum tells."""
     path, manifest = converted / layout.BETON, load(converted)
     data = bytearray(path.read_bytes())
-    mine = layout.layout_of(manifest.settings)
+    mine = layout.beton_format(manifest.settings)
     rows = layout.HEADER.itemsize + len(mine.fields) * layout.DESCRIPTOR.itemsize
     data[rows + 7 * mine.row.itemsize + mine.row.fields["label"][1]] ^= 1  # of record 7
     file = write_file(path, bytes(data), 40)

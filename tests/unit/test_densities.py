@@ -15,7 +15,7 @@ from preprocess.densities import (
     published_grey,
 )
 from preprocess.detectors import detect, detector_settings
-from preprocess.shard import squeeze
+from preprocess.shard import make_frame
 from shards import Settings
 from shards.crops import MARGINS, RINGS, cell_sums, read_map, visible_cells, weights
 
@@ -81,7 +81,7 @@ def test_an_image_without_keypoints_has_an_empty_map():
 @pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (1, 1), (3000, 3)])
 def test_a_line_is_detected_on_in_its_frame_too(size, demo_images):
     chosen = Settings(frame=64, crop=64, grid=4, detectors=(detector_settings("fast"),))
-    frame = squeeze(demo_images[3][:, :1], 64)
+    frame = make_frame(demo_images[3][:, :1], 64)
     for number in range(20):  # a crop of it may be less than a pixel of the frame
         density = density_maps(frame, number, chosen, size)["fast"]
         assert density.shape == (4, 4)
@@ -221,6 +221,6 @@ def test_a_frame_is_square_shrunk_by_area_and_enlarged_linearly(size, demo_image
         image, [min(side, 64) for side in size[::-1]], interpolation=cv2.INTER_AREA
     )
     expected = cv2.resize(smaller, (64, 64), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(squeeze(image, 64), expected)
-    assert squeeze(image, 64).shape == (64, 64, 3)
-    assert squeeze(image, 64).flags.c_contiguous
+    np.testing.assert_array_equal(make_frame(image, 64), expected)
+    assert make_frame(image, 64).shape == (64, 64, 3)
+    assert make_frame(image, 64).flags.c_contiguous

@@ -154,7 +154,7 @@ def test_splits_that_do_not_divide_are_refused():
         ({"ratio": (0, 1)}, "ratio 0 to 1 is out of range; give 0 < least <= most <= inf"),
         ({"horizontal": -0.1}, "horizontal -0.1 is no probability; give 0 to 1"),
         ({"vertical": 1.1}, "vertical 1.1 is no probability"),
-        ({"windows": Windows([5], 1, 0)}, "windows of 5 samples are of no plan of 8"),
+        ({"windows": Windows([5], 1, 0)}, "the windows are for 5 samples, the plan has 8"),
     ],
 )
 def test_a_plan_of_nonsense_is_refused_by_its_value(changes, line):

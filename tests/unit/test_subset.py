@@ -101,11 +101,11 @@ def test_of_several_sets_each_walks_through_its_own_part(built):
     ("subset", "words"),
     [
         ([], "a subset without samples shows nothing"),
-        ([3, 2], "is of their numbers, ascending, each once"),
-        ([2, 2], "is of their numbers, ascending, each once"),
-        ([-1, 2], "is of their numbers"),
-        ([2, 40], "a subset of 40 samples is of their numbers"),
-        (np.array([3, 2], np.uint8), "is of their numbers, ascending, each once"),
+        ([3, 2], "has numbers of 0 to 39, ascending, each once"),
+        ([2, 2], "has numbers of 0 to 39, ascending, each once"),
+        ([-1, 2], "has numbers of 0 to 39"),
+        ([2, 40], "a subset has numbers of 0 to 39"),
+        (np.array([3, 2], np.uint8), "has numbers of 0 to 39, ascending, each once"),
     ],
 )
 def test_what_is_no_subset_is_refused(subset, words, built):

@@ -76,5 +76,5 @@ def test_the_next_use_is_the_first_window_that_reads_the_shard(shards, window, n
 
 
 def test_a_window_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="use 1 or more"):
+    with pytest.raises(ValueError, match="give 1 or more shards"):
         Windows([3], 0, 0)
