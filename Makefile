@@ -262,7 +262,7 @@ $(VENV)/lowest: pyproject.toml | $(VENV)/audit
 	@touch $@
 
 $(VENV)/train: pyproject.toml | $(VENV)/core
-	$(call install,torch and timm,6 GB,$(BIN),-e '.[demo$(comma)train]')
+	$(call install,torch$(comma) timm and numba,6 GB,$(BIN),-e '.[demo$(comma)train$(comma)numba]')
 	@touch $@
 
 $(VENV)/dask $(VENV)/ray: $(VENV)/%: pyproject.toml | $(VENV)/core

@@ -86,11 +86,12 @@ def render() -> str:
     measured = [*newest("build"), loader, ffcv, remote]
     kinds = {f"{name} {value}" for row in measured for name, value in row["versions"].items()}
     versions = ", ".join(sorted(kinds))
-    dates = sorted({row["date"] for row in measured})
+    circumstances = sorted({(row["date"], row["cpu"]) for row in measured})
+    dates = " and ".join(f"{date} ({cpu})" for date, cpu in circumstances)
     origin = (
-        f"{ffcv['images']} ImageNet photos (several times each in builds), {ffcv['cores']} cores "
-        f"of an {ffcv['cpu']}, Python {ffcv['python']}, {versions}; "
-        f"{' and '.join(dates)}. Raw lines with their commits: docs/results/bench."
+        f"{ffcv['images']} ImageNet photos (several times each in builds), {ffcv['cores']} cores, "
+        f"Python {ffcv['python']}, {versions}; {dates}. Raw lines with their commits: "
+        "docs/results/bench."
     )
     return "\n".join([*lines, "", origin, ""])
 
