@@ -357,8 +357,9 @@ def publish(out: Place, facts: Facts, classes: list[str]) -> Manifest:
         ledger = ledger_of(source["inputs"], len(index), rejected)
         if len(index) == 0:
             first = rejected[0]
+            reasons = ", ".join(f"{n} {reason}" for reason, n in ledger.rejected.items())
             raise BuildError(
-                f"all {ledger.inputs} inputs were rejected: {ledger.rejected}; the first, "
+                f"all {ledger.inputs} inputs were rejected ({reasons}); the first, "
                 f"{first['source']!r}: {first['detail']}; nothing was published: remove {out}, "
                 "mend the cause, and build again"
             )

@@ -240,7 +240,7 @@ def test_what_it_prints_is_no_result(own, tmp_path, small_source):
 def test_one_that_leaves_rejects_all_and_nothing_is_published(own, small_source, tmp_path):
     chosen = settings(detectors=(detector_settings(f"{own}:broken"),))
     said = (
-        r"all 40 inputs were rejected: \{'detector-failed': 40\}; the first, 'class0/000.jpg': "
+        r"all 40 inputs were rejected \(40 detector-failed\); the first, 'class0/000.jpg': "
         r".*SystemExit.*; nothing was published: remove /.*/out, mend the cause"
     )
     with pytest.raises(BuildError, match=said):
