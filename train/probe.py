@@ -1,5 +1,6 @@
 """Linear probe, nearest neighbours and effective rank: what frozen features are worth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,24 +94,43 @@ def nearest_neighbours(
 ) -> float:
     """Share of the validation set that its `k` nearest training features get right, 0 to 1.
 
-    Cosine similarity of features with the training mean taken off, votes exp(similarity / T), as
-    in DINO's evaluation (arXiv 2104.14294, eval_knn.py). Computed on `device`, 1 GiB of
-    similarities at a time beside the training features. UserError if there are too few images.
+    By `votes_of_nearest`, on `device`, 1 GiB of similarities at a time beside the training
+    features. UserError if there are too few images.
     """
     check_images(train, val, 1)
-    mean = train[0].mean(0).to(device)
-    known, known_labels = F.normalize(train[0].to(device) - mean), train[1].to(device)
-    batch = max(1, min(1024, SIMILARITIES // len(known)))
+    vote = votes_of_nearest(*train, classes, k, temperature, device)
+    batch = max(1, min(1024, SIMILARITIES // len(train[0])))
     right = torch.zeros((), dtype=torch.int64, device=device)
     with bar("nearest neighbours", len(val[0])) as shown:
         for features, labels in zip(val[0].split(batch), val[1].split(batch), strict=True):
-            similarity = F.normalize(features.to(device) - mean) @ known.T
-            near, which = similarity.topk(min(k, len(known)), dim=1)
-            votes = torch.zeros(len(features), classes, device=device)
-            votes.scatter_add_(1, known_labels[which], (near / temperature).exp())
-            right += (votes.argmax(1) == labels.to(device)).sum()
+            right += (vote(features.to(device)).argmax(1) == labels.to(device)).sum()
             shown.update(len(features))
     return int(right) / len(val[0])
+
+
+def votes_of_nearest(
+    known: Tensor,
+    labels: Tensor,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    device: torch.device | str = "cpu",
+) -> Callable[[Tensor], Tensor]:
+    """What gives, for features [n, d] on `device`, the votes of their `k` nearest of `known`
+    [m, d] for each class, float32 [n, classes].
+
+    Cosine similarity of features with the mean of `known` taken off, votes exp(similarity / T), as
+    in DINO's evaluation (arXiv 2104.14294, eval_knn.py).
+    """
+    mean = known.mean(0).to(device)
+    there, labels = F.normalize(known.to(device) - mean), labels.to(device)
+
+    def votes(features: Tensor) -> Tensor:
+        near, which = (F.normalize(features - mean) @ there.T).topk(min(k, len(there)), dim=1)
+        none = torch.zeros(len(features), classes, device=device)
+        return none.scatter_add_(1, labels[which], (near / temperature).exp())
+
+    return votes
 
 
 def check_images(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], fewest: int) -> None:

@@ -109,19 +109,6 @@ def collect(
     return torch.cat(found), torch.cat(labels)
 
 
-def by_neighbours(known: Tensor, labels: Tensor, classes: int, count: int) -> Guess:
-    """Votes of the `count` nearest known patches, exp(similarity / 0.07) each, as for images."""
-    mean = known.mean(0)
-    there = F.normalize(known - mean)
-
-    def guess(patches: Tensor) -> Tensor:
-        near, which = (F.normalize(patches - mean) @ there.T).topk(min(count, len(there)), dim=1)
-        votes = torch.zeros(len(patches), classes)
-        return votes.scatter_add_(1, labels[which], (near / 0.07).exp())
-
-    return guess
-
-
 def by_head(known: Tensor, labels: Tensor, classes: int, seed: int) -> Guess:
     """A linear head on standardised tokens, by AdamW and a cosine."""
     mean, std = known.mean(0), known.std(0).clamp_min(1e-6)

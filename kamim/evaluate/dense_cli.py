@@ -49,6 +49,7 @@ def dense(
         from kamim.evaluate import dense as work
         from kamim.evaluate.encoder import load_encoder
         from kamim.evaluate.features import hash_of
+        from train.probe import votes_of_nearest
         from train.setup import find_device
 
         known, asked = work.list_pairs(train), work.list_pairs(val)
@@ -67,7 +68,7 @@ def dense(
         tokens, labels = work.collect(model, known, block, seed, where)
         classes = int(labels.max()) + 1
         if by == "knn":
-            guess = work.by_neighbours(tokens, labels, classes, neighbours)
+            guess = votes_of_nearest(tokens, labels, classes, neighbours)
         else:
             guess = work.by_head(tokens, labels, classes, seed)
         counts = work.segment(model, asked, block, guess, where)
