@@ -61,6 +61,8 @@ words:
 	  echo 'DATASET=$(DATASET) needs DATA=path or URL of it' >&2; exit 2; fi
 	@if [ "$(DATASET)" = demo ] && [ -n "$(DATA)" ]; then \
 	  echo 'DATASET=demo brings its own photographs; leave DATASET out to take those at DATA=$(DATA)' >&2; exit 2; fi
+	@if [ -n "$(filter maps,$(MAKECMDGOALS))" ] && [ "$(FORMAT)-$(FRAMES)" != webdataset-jpeg ]; then \
+	  echo 'make maps writes densities without frames; leave FORMAT and FRAMES out' >&2; exit 2; fi
 
 shards: words $(VENV)/core $(NEEDS)  ## Build shards: DATASET, DETECTOR, DATA, SPLIT, OUT, FORMAT, FRAMES, JOBS, BACKEND, SCHEDULER, FLAGS.
 	@$(BIN)/kamim shards build "$(SOURCE)" "$(OUT)" $(if $(SPLIT),--split "$(SPLIT)") --detector "$(DETECTOR)" --jobs $(JOBS) --backend "$(BACKEND)" $(if $(SCHEDULER),--scheduler "$(SCHEDULER)") $(RAW) $(FLAGS)

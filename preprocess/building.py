@@ -286,7 +286,7 @@ def write_missing(
         while missing:
             tasks = ((job, n, source.entries[parts[n]]) for n in sorted(missing))
             most = min(jobs or joblib.cpu_count(), len(missing)) if not scheduler else jobs
-            results = backends.run(backend, scheduler, most, write_shard, tasks, job.scratch)
+            results = backends.run(backend, scheduler, most, write_shard, tasks)
             try:
                 for written in results:
                     if backend != "loky":

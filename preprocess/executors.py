@@ -54,9 +54,7 @@ def check(backend: str, scheduler: str) -> None:
         _knock(backend, _address(scheduler))
 
 
-def run(
-    backend: str, scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks, scratch: Path
-) -> Results:
+def run(backend: str, scheduler: str, jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:
     """Yield `work(*task)` for each of `tasks`, which are drawn only as fast as they are run.
 
     jobs: tasks at once; 0: one per core, of this machine or of all that the scheduler has. Closing
@@ -66,14 +64,17 @@ def run(
         return _dask(scheduler, jobs, work, tasks)
     if backend == "ray":
         return _ray(scheduler, jobs, work, tasks)
-    return _loky(jobs, work, tasks, scratch)
+    return _loky(jobs, work, tasks)
 
 
-def _loky(jobs: int, work: Callable[..., Any], tasks: Tasks, scratch: Path) -> Results:
+def _loky(jobs: int, work: Callable[..., Any], tasks: Tasks) -> Results:
     pool = joblib.Parallel(
         n_jobs=jobs or joblib.cpu_count(),
         return_as="generator_unordered",
-        temp_folder=str(scratch),  # or a killed build leaves folders in shared memory for good
+        # No array goes by a file, so nothing is written below this folder. By default a killed
+        # build would leave some in shared memory for good; joblib 1.6 wants a name in ASCII.
+        max_nbytes=None,
+        temp_folder=os.sep,
     )
     with ExitStack() as stack:
         stack.callback(cv2.setNumThreads, cv2.getNumThreads())  # one job is done in this process

@@ -52,7 +52,7 @@ class Job:
     source: Source  # without its entries
     out: Place
     work: Place
-    scratch: Path  # on the driver's machine, for what the engine needs and goes to a store
+    scratch: Path  # on the driver's machine, for what goes to a store
     fingerprint: str  # of the FACTS in `work`: who does not see them works elsewhere
     reuse: Path | None = None  # a finished set of the same source, to copy frames and maps from
     fail: bool = False  # stop at the first input that is rejected

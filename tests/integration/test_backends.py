@@ -430,12 +430,12 @@ def test_an_engine_lost_before_it_told_of_a_shard_is_looked_for_again(
     """Shards counted only once told of: a scheduler that died early had ended the build."""
     run, lost = backends.run, []
 
-    def silent(backend, scheduler, jobs, work, tasks, scratch):
+    def silent(backend, scheduler, jobs, work, tasks):
         if not lost:
             work(*next(tasks))
             lost.append(backends.Lost("the engine is gone"))
             raise lost[0]
-        yield from run(backend, scheduler, jobs, work, tasks, scratch)
+        yield from run(backend, scheduler, jobs, work, tasks)
 
     monkeypatch.setattr(preprocess.building.backends, "run", silent)
     monkeypatch.setattr(preprocess.building, "PAUSE_SECONDS", 0)

@@ -647,3 +647,11 @@ def test_wrong_settings_from_python_are_one_line(wrong, words, small_source, tmp
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_build_in_a_folder_of_any_name(small_source, tmp_path):
+    """joblib 1.6 tells its tracker of a temporary folder, in ASCII."""
+    source, chosen = open_source(str(small_source)), settings(map_crops=1, shard_size=20)
+    for name in ("plain", "sét ü"):
+        build_shards(source, tmp_path / name, chosen, 2)
+    assert contents(tmp_path / "plain") == contents(tmp_path / "sét ü")

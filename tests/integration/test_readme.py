@@ -186,8 +186,9 @@ def test_make_refuses_words_before_it_builds(clone):
         "FRAMES=png FORMAT=ffcv OUT=data/no": "FRAMES=png is unknown; there are jpeg and raw",
         "DATASET=folder OUT=data/no": "DATASET=folder needs DATA=path or URL of it",
         "DATASET=demo DATA=mine OUT=data/no": "leave DATASET out to take those at DATA=mine",
+        "maps FORMAT=ffcv OUT=data/no": "without frames; leave FORMAT and FRAMES out",
     }.items():
-        done = run(f"make shards {words}", clone)
+        done = run(f"make {'' if words.startswith('maps') else 'shards'} {words}", clone)
         assert (done.returncode, done.stdout) == (2, ""), words
         said = [row for row in done.stderr.splitlines() if not row.startswith("make: ***")]
         assert len(said) == 1, done.stderr
