@@ -52,11 +52,12 @@ def test_the_device_decodes_what_the_threads_would(records):
         np.testing.assert_array_equal(tensors["maps"]["fast"].numpy(), pixels.maps["fast"])
 
 
-def test_a_file_without_an_end_is_named_or_skipped(records):
+@pytest.mark.parametrize("end", [b"\0\0", b"\xff\xfe"])
+def test_a_file_without_an_end_is_named_or_skipped(records, end):
     path, row = records.locate(17)
     with path.open("r+b") as file:
         file.seek(int(row["frame"]) + int(row["frame_bytes"]) - 2)
-        file.write(b"\0\0")
+        file.write(end)
     with pytest.raises(ValueError, match=r"record 000000017 has a frame without an end"):
         list(Loader(records, Plan(40, 8), 0, 5, coded=True))
     loader = Loader(records, Plan(40, 8), 0, 5, coded=True, skip=True)

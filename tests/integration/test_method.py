@@ -299,6 +299,8 @@ def test_phases_begin_where_the_recipe_says():
     chooser = masking(recipe)
     assert [step for step in range(40) if chooser.due(step)] == [4, 14, 24, 34]
     assert [step for step in range(1000, 1030) if chooser.due(step)] == [1004, 1014, 1024]
+    often = masking(replace(recipe, refresh_epochs=0.3))  # every 1.2 steps
+    assert [step for step in range(14) if often.due(step)] == [4, 6, 7, 8, 9, 10, 12, 13]
     assert [chooser.in_force(step) for step in (0, 3, 4, 13, 14, 33, 39)] == [
         None,
         None,

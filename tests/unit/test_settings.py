@@ -30,6 +30,14 @@ BOUNDS = [
 ]
 
 
+def test_the_defaults_are_those_that_were_measured():
+    """docs/decisions.md has the measurements."""
+    chosen = Settings()
+    assert (chosen.frame, chosen.quality, chosen.crop, chosen.area) == (256, 90, 192, (0.67, 1))
+    assert (chosen.map_crops, chosen.bank, chosen.grid, chosen.mark) == (3, 0, 54, "ring")
+    assert (chosen.detect_on, chosen.weights, chosen.levels) == ("source", None, 256)
+
+
 @pytest.mark.parametrize(("field", "taken", "refused"), BOUNDS)
 def test_each_setting_has_its_bounds(field, taken, refused):
     for value in taken:
