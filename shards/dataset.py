@@ -176,7 +176,9 @@ class ShardSet(Records):
         known = self.manifest.detectors
         for name in names:
             if name not in known:
-                both = ",".join([*(each.call for each in self.manifest.settings.detectors), name])
+                both = ",".join(
+                    [*(each.call for each in self.manifest.settings.detectors), str(name)]
+                )
                 door = "maps" if self.manifest.container == "maps" else "shards"
                 raise UserError(
                     f"{self.folder} has no maps of {name!r}, only of {', '.join(known)}; add them: "

@@ -148,6 +148,16 @@ class Windows:
         return np.where(uses[0] >= window, *uses)
 
 
+def pair(name: str, value: Any) -> tuple[float, float]:
+    """The two numbers of `value`. UserError if it is anything else."""
+    try:
+        first, second = value
+        float(first), float(second)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {value!r} is no pair of numbers; give two, as (0.5, 1)") from None
+    return first, second
+
+
 def checked_subset(subset: Sequence[int] | Ints, count: int) -> Ints:
     """`subset`, int64 [n]. UserError unless its numbers are below `count`, ascending, each once."""
     subset = np.asarray(subset, np.int64)  # differences of unsigned numbers are never below 0
@@ -193,7 +203,7 @@ class Plan:
             records = self.windows.records
             raise UserError(f"the windows are for {records} samples, the plan has {self.count}")
         for name, most in (("area", 1.0), ("ratio", math.inf)):
-            low, high = getattr(self, name)
+            low, high = pair(name, getattr(self, name))
             if not 0 < low <= high <= most:
                 rule = f"give 0 < least <= most <= {most:g}"
                 raise UserError(f"{name} {low:g} to {high:g} is out of range; {rule}")

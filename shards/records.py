@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shards.crops import Ints
 from shards.errors import UserError
-from shards.order import Plan
+from shards.order import Plan, pair
 from shards.progress import counted
 from shards.spec import AREA
 
@@ -105,7 +105,8 @@ class Records:
         from shards.device import find_device, to_device
         from shards.weighting import WeightedCrops
 
-        plan = self.plan(batch, seed, area=area, horizontal=flips[0], vertical=flips[1])
+        horizontal, vertical = pair("flips", flips)
+        plan = self.plan(batch, seed, area=area, horizontal=horizontal, vertical=vertical)
         last = steps_of_epoch(plan, epochs)
         where = find_device(device)
         how: dict[str, Any] = {"temperature": temperature, "normalise": normalise}

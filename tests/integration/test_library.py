@@ -364,6 +364,8 @@ def test_wrong_places_and_plans_are_one_line(folder, records, tmp_path):
         (lambda: PlanSampler(plan, 9), "there are no steps 9 to 4; give 0 <= first <= last"),
         (lambda: Plan(0, 8), "count 0 is out of range"),
         (lambda: Plan(8, 8, micro_steps=0), "micro_steps 0 is out of range"),
+        (lambda: Plan(8, 8, area=0.5), "area 0.5 is no pair of numbers; give two"),
+        (lambda: list(records.batches(batch=8, flips=1)), "flips 1 is no pair of numbers"),
         (lambda: Plan(8, 8, ratio=(2, 1)), "ratio 2 to 1 is out of range"),
         (lambda: shards.Windows([8], 0, 0), "window 0 is out of range; give 1 or more"),
         (lambda: shards.verify(folder, "everything"), "unknown level 'everything'"),
