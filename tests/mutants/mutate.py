@@ -52,7 +52,7 @@ TESTS = {  # the fastest that can notice, without torch first: a run ends at the
     "shards/loader.py": "unit/test_golden_batches unit/test_loader unit/test_sets "
     "integration/test_streaming",
     "shards/reading.py": "unit/test_turbojpeg unit/test_vectored unit/test_loader "
-    "integration/test_streaming",
+    "integration/test_streaming integration/test_device_decode",
     "shards/turbojpeg.py": "unit/test_turbojpeg",
     "shards/weighting.py": "integration/test_crops integration/test_library "
     "integration/test_stored_weights integration/test_map_weights integration/test_several_sets",
