@@ -5,6 +5,7 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ STAMPS = ("core", "train", "ffcv", "test", "remote", "parquet")  # what make has
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # nor do they spin while they wait
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+# A shell has what it starts in the background ignore SIGINT, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests work in folders of their own; what they start finds this checkout all the same.
 os.environ["PYTHONPATH"] = os.pathsep.join(
