@@ -134,13 +134,13 @@ def _numba() -> tuple[str, str]:
 
 
 def _turbojpeg() -> tuple[str, str]:
-    from shards import turbojpeg
+    from shards import turbojpeg, vectored
 
     if turbojpeg.library() is None:
         return "missing", (
             "type: apt-get install libturbojpeg0 (or conda install libjpeg-turbo; with it and "
             "numba many threads load JPEG frames faster)"
         )
-    if importlib.util.find_spec("numba") and turbojpeg.compiled() is None:
+    if vectored.compiled() and turbojpeg.compiled() is None:  # by numba's fault, neither is
         return "of other pixels, not used", "take libjpeg-turbo 2.1 or newer"
     return "there", ""

@@ -143,7 +143,7 @@ def weights_of(text: str) -> tuple[float, int] | None:
 
 def _typed(source: str, split: str) -> str:
     """Source and split as a person types them."""
-    return shlex.quote(source) + (f" --split {split}" if split else "")
+    return shlex.quote(source) + (f" --split {shlex.quote(split)}" if split else "")
 
 
 def _warn(settings: Settings, jobs: int, scheduler: str, source: str, split: str) -> None:

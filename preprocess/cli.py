@@ -142,7 +142,7 @@ def build(
         grid=grid,
         mark=mark,
         detect_on=detect_on,
-        detectors=detectors_of(detector, detector_option, edge_rule),
+        detectors=detectors_of(detector, detector_option, edge_rule, mark),
         shard_size=shard_size,
         weights=weights_of(weights),
         levels=levels,

@@ -239,7 +239,7 @@ def flags_of(settings: Settings, shard_size: int) -> str:
     `shard_size`, which a build chooses by itself.
     """
     default = Settings()
-    words = [f"--detector {','.join(each.call for each in settings.detectors)}"]
+    words = [f"--detector {shlex.quote(','.join(each.call for each in settings.detectors))}"]
     for detector in settings.detectors:
         words += option_flags(detector)
         if detector.edge:

@@ -109,8 +109,13 @@ def measuring(detector: Detector, mark: str, source: str = "SOURCE") -> str:
     return " ".join(words)
 
 
-def with_edge(detectors: tuple[Detector, ...], path: Path) -> tuple[Detector, ...]:
-    """`detectors` with the rule in `path`. UserError if it was measured for none of them."""
+def with_edge(
+    detectors: tuple[Detector, ...], path: Path, mark: str = "ring"
+) -> tuple[Detector, ...]:
+    """`detectors` with the rule in `path`. UserError if it was measured for none of them.
+
+    mark: what the build has a keypoint cover.
+    """
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
@@ -135,7 +140,7 @@ def with_edge(detectors: tuple[Detector, ...], path: Path) -> tuple[Detector, ..
     if asked != replace(measured, edge=None):
         raise UserError(
             f"{path} was measured for {measured.name} with other options or other code: "
-            f"{measured.options}; measure it again: {measuring(asked, measured.edge.mark)}"
+            f"{measured.options}; measure it again: {measuring(asked, mark)}"
         )
     return tuple(
         replace(d, edge=measured.edge) if d.name == measured.name else d for d in detectors

@@ -79,7 +79,7 @@ def build(
         map_crops=map_crops,
         grid=grid,
         mark=mark,
-        detectors=detectors_of(detector, detector_option, edge_rule),
+        detectors=detectors_of(detector, detector_option, edge_rule, mark),
         shard_size=shard_size,
     )
     allow_seconds(detector_seconds)

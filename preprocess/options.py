@@ -137,12 +137,12 @@ Cell = Annotated[int, Option(metavar="PX", help="Side of a weight cell, px.")]
 
 
 def detectors_of(
-    names: str, options: list[str] | None, edge_rules: list[Path] | None
+    names: str, options: list[str] | None, edge_rules: list[Path] | None, mark: str
 ) -> tuple[Detector, ...]:
     """Detectors as the command names them, with their options and measured edge rules."""
     detectors = parsed_detectors(names, options or [])
     for path in edge_rules or []:
         from preprocess.edges import with_edge
 
-        detectors = with_edge(detectors, path)
+        detectors = with_edge(detectors, path, mark)
     return detectors

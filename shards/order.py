@@ -152,10 +152,11 @@ def pair(name: str, value: Any) -> tuple[float, float]:
     """The two numbers of `value`. UserError if it is anything else."""
     try:
         first, second = value
-        float(first), float(second)
+        if math.isnan(first) or math.isnan(second):  # text has none of this, and fails
+            raise ValueError
+        return first, second
     except (TypeError, ValueError):
         raise UserError(f"{name} {value!r} is no pair of numbers; give two, as (0.5, 1)") from None
-    return first, second
 
 
 def checked_subset(subset: Sequence[int] | Ints, count: int) -> Ints:

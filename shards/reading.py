@@ -21,7 +21,6 @@ from shards.crops import Ints
 from shards.dataset import Held
 from shards.record import Array, npy_header
 from shards.spec import Settings
-from shards.turbojpeg import Handle
 from shards.turbojpeg import compiled as compiled_decoder
 from shards.vectored import compiled, vector
 
@@ -284,20 +283,11 @@ class Reader:
             self.read_raw(files, starts, vectors, counts)
             wrong |= sizes != before
         elif self.read_jpeg:
-            frames, handle = buffers.frames, self._handle()
+            frames, side = buffers.frames, self.layout.side
             pixels = frames.ctypes.data + at * frames.strides[0]
-            side = self.layout.side
-            self.read_jpeg(
-                handle.number, side, files, starts, vectors, counts, sizes, wanted, pixels
-            )
+            self.read_jpeg(side, files, starts, vectors, counts, sizes, wanted, pixels)
         wrong |= counts != wanted
         return places[wrong]
-
-    def _handle(self) -> Handle:
-        """This thread's decoder."""
-        handle: Handle | None = getattr(self.own, "handle", None)
-        self.own.handle = handle = handle or Handle()
-        return handle
 
     def _scratch(self, size: int) -> memoryview:
         """This thread's memory for what is not kept: a JPEG file, metadata."""

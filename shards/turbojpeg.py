@@ -18,10 +18,10 @@ from shards.crops import Ints
 from shards.record import encode_frame
 from shards.vectored import VECTOR, preadv
 
-# Of n records: handle; side; descriptors, first bytes, vectors and counts as in vectored.AtOnce;
+# Of n records: side; descriptors, first bytes, vectors and counts as in vectored.AtOnce;
 # of each its JPEG's bytes, the bytes that its vectors hold, and the address of its pixels.
-ReadAndDecode = Callable[[int, int, Ints, Ints, Ints, Ints, Ints, Ints, Ints], None]
-Decode = Callable[[int, int, int, int, int], int]  # handle, JPEG, bytes, pixels, side; 0 if sound
+ReadAndDecode = Callable[[int, Ints, Ints, Ints, Ints, Ints, Ints, Ints], None]
+Decode = Callable[[int, int, int, int], int]  # JPEG, its bytes, pixels, side; 0 if sound
 NAMES = (
     *("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"),
     f"{sys.prefix}/lib/libturbojpeg.so.0",  # conda's
@@ -36,8 +36,8 @@ def library() -> Any:
     for name in NAMES:
         try:
             found = ctypes.CDLL(name)
-            found.tjInitDecompress.restype = ctypes.c_void_p
-            found.tjDestroy.argtypes = [ctypes.c_void_p]
+            found.tjInitDecompress.argtypes, found.tjInitDecompress.restype = [], POINTER
+            found.tjDestroy.argtypes = [POINTER]
             header = [POINTER, POINTER, ctypes.c_ulong, *[POINTER] * 4]
             found.tjDecompressHeader3.argtypes = header
             pixels = [POINTER, POINTER, ctypes.c_ulong, POINTER, *[NUMBER] * 5]
@@ -48,28 +48,22 @@ def library() -> Any:
     return None
 
 
-class Handle:
-    """A decoder of libturbojpeg, of one thread."""
-
-    def __init__(self) -> None:
-        self.destroy, self.number = library().tjDestroy, library().tjInitDecompress() or 0
-
-    def __del__(self) -> None:
-        self.destroy(self.number)
-
-
 def decoder(turbojpeg: Any) -> Decode:
     """What decodes a JPEG of `side` x `side` px to RGB, and nothing else, for numba to compile."""
+    create, destroy = turbojpeg.tjInitDecompress, turbojpeg.tjDestroy
     header, decompress = turbojpeg.tjDecompressHeader3, turbojpeg.tjDecompress2
 
-    def decode(handle: int, jpeg: int, size: int, pixels: int, side: int) -> int:
+    def decode(jpeg: int, size: int, pixels: int, side: int) -> int:
         found = np.zeros(4, np.int32)  # width, height, subsampling, colourspace
         at = found.ctypes.data
-        if header(handle, jpeg, size, at, at + 4, at + 8, at + 12) != 0:
-            return 1
+        handle = create()  # a used one has the last JPEG's tables, and takes one that lacks its own
+        wrong = header(handle, jpeg, size, at, at + 4, at + 8, at + 12)
         if found[0] != side or found[1] != side:  # it would be scaled
-            return 1
-        return int(decompress(handle, jpeg, size, pixels, side, 3 * side, side, 0, 0))  # 0 is RGB
+            wrong = 1
+        if wrong == 0:
+            wrong = decompress(handle, jpeg, size, pixels, side, 3 * side, side, 0, 0)  # 0 is RGB
+        destroy(handle)
+        return int(wrong)
 
     return decode
 
@@ -78,10 +72,9 @@ def without_lock(decode: Decode) -> ReadAndDecode:
     """The compiled loop over the records. Raises what numba raises."""
     from numba import int64, njit, void
 
-    decode = njit(int64(int64, int64, int64, int64, int64), nogil=True)(decode)
+    decode = njit(int64(int64, int64, int64, int64), nogil=True)(decode)
 
     def read(
-        handle: int,
         side: int,
         descriptors: Ints,
         starts: Ints,
@@ -101,13 +94,13 @@ def without_lock(decode: Decode) -> ReadAndDecode:
             if (
                 count == wanted[number]
                 and 0 <= sizes[number] <= size
-                and decode(handle, jpeg, sizes[number], pixels[number], side) != 0
+                and decode(jpeg, sizes[number], pixels[number], side) != 0
             ):
                 count = UNDECODED
             counts[number] = count
 
     ints = int64[:]
-    signature = void(int64, int64, ints, ints, int64[:, :, ::1], ints, ints, ints, ints)
+    signature = void(int64, ints, ints, int64[:, :, ::1], ints, ints, ints, ints)
     return njit(signature, nogil=True)(read)
 
 
@@ -131,6 +124,5 @@ def _same(decode: Decode, side: int) -> bool:
     slope = np.linspace(0, 127, side)[:, None, None]
     jpeg = np.frombuffer(encode_frame((noise + slope).astype(np.uint8), 90), np.uint8)
     pixels = np.zeros((side, side, 3), np.uint8)
-    handle = Handle()
-    wrong = decode(handle.number, jpeg.ctypes.data, len(jpeg), pixels.ctypes.data, side)
+    wrong = decode(jpeg.ctypes.data, len(jpeg), pixels.ctypes.data, side)
     return not wrong and np.array_equal(pixels, simplejpeg.decode_jpeg(jpeg, "RGB"))

@@ -72,7 +72,7 @@ def replaced(decode: float | None = None, read: float | None = None) -> Iterator
     wait.argtypes, wait.restype = [ctypes.c_uint32], ctypes.c_int
     length = round(1e6 * (decode or 0))
 
-    def decoded_at_once(handle: int, jpeg: int, size: int, pixels: int, side: int) -> int:
+    def decoded_at_once(jpeg: int, size: int, pixels: int, side: int) -> int:
         if length:
             wait(length)
         return 0

@@ -44,6 +44,7 @@ def add_weights(digest: Any, encoder: Encoder) -> None:
     """
     if (encoder.mean, encoder.std) != (MEAN, STD):
         digest.update(repr((encoder.mean, encoder.std)).encode())
+    digest.update(repr(encoder.model).encode())  # its layers, by kind
     for name, module in encoder.model.named_modules():
         settings = {key: getattr(module, key, None) for key in ("num_heads", "eps")}
         digest.update(f"{name} {settings}".encode())
@@ -53,7 +54,7 @@ def add_weights(digest: Any, encoder: Encoder) -> None:
 
 
 def hash_of(encoder: Encoder) -> str:
-    """sha256 (hex) of the encoder's weights."""
+    """sha256 (hex) of what `add_weights` takes in."""
     digest = hashlib.sha256()
     add_weights(digest, encoder)
     return digest.hexdigest()

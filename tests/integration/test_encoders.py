@@ -170,6 +170,9 @@ def test_what_is_kept_of_other_colours_is_not_used_again(labelled, tmp_path):
 def test_settings_that_no_tensor_shows_tell_encoders_apart(layer, name, value):
     first, second = (load_encoder("random:small", CPU) for _ in range(2))
     assert hash_of(first) == hash_of(second)
+    second.model.blocks[1].mlp.act = torch.nn.ReLU()
+    assert hash_of(first) != hash_of(second)
+    second = load_encoder("random:small", CPU)
     setattr(getattr(second.model.blocks[0], layer), name, value)
     assert hash_of(first) != hash_of(second)
 

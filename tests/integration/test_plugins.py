@@ -307,7 +307,7 @@ def test_a_rule_of_other_options_says_what_measures_it_again(tmp_path):
     write_edge(path, replace(detector_settings("fast"), edge=Edge([0, 3], [0.5, 1], "disc", 9)), {})
     again = r"again: kamim shards edge-rule fast SOURCE --detector-option fast.threshold=5 --mark d"
     with pytest.raises(UserError, match=again):
-        with_edge((detector_settings("fast", other),), path)
+        with_edge((detector_settings("fast", other),), path, "disc")
     with pytest.raises(UserError, match="is the edge rule of fast; this build has orb alone"):
         with_edge((detector_settings("orb"),), path)
 

@@ -156,6 +156,8 @@ def test_splits_that_do_not_divide_are_refused():
         ({"horizontal": -0.1}, "horizontal -0.1 is no probability; give 0 to 1"),
         ({"vertical": 1.1}, "vertical 1.1 is no probability"),
         ({"area": 0.5}, "area 0.5 is no pair of numbers"),
+        ({"area": "11"}, "area '11' is no pair of numbers"),
+        ({"area": (0.5, float("nan"))}, "is no pair of numbers"),
         ({"ratio": (1, 2, 3)}, r"ratio \(1, 2, 3\) is no pair of numbers"),
         ({"windows": Windows([5], 1, 0)}, "the windows are for 5 samples, the plan has 8"),
     ],

@@ -37,6 +37,7 @@ def short_runs_too(monkeypatch):
 
 def both(again=False, **asked):
     """What `asked` gives by one call, and by simplejpeg. again: some records are read again."""
+    assert turbojpeg.compiled()  # which compares with simplejpeg
     with pytest.MonkeyPatch.context() as patched:
         if not again:
             patched.setattr(simplejpeg, "decode_jpeg", None)
@@ -48,7 +49,6 @@ def both(again=False, **asked):
 
 @pytest.mark.parametrize("maps", [[], ["fast"], ["orb"], ["orb", "fast"]])
 def test_batches_are_those_of_simplejpeg(built, maps):
-    assert turbojpeg.compiled()
     records = ShardSet(built)
     asked = {"records": records, "plan": Plan(40, 12, seed=3), "first": 1, "last": 9, "maps": maps}
     np.testing.assert_equal(*both(**asked))
@@ -75,13 +75,53 @@ def test_pixels_are_those_of_simplejpeg(data):
     image = np.random.default_rng(seed).integers(0, 256, (side, side, colours), dtype=np.uint8)
     jpeg = simplejpeg.encode_jpeg(image, quality, space, sampling)
     source, pixels = np.frombuffer(jpeg, np.uint8), np.zeros((side, side, 3), np.uint8)
-    handle, decode = turbojpeg.Handle(), turbojpeg.decoder(turbojpeg.library())
-    asked = handle.number, source.ctypes.data, len(jpeg), pixels.ctypes.data
+    decode = turbojpeg.decoder(turbojpeg.library())
+    asked = source.ctypes.data, len(jpeg), pixels.ctypes.data
     assert decode(*asked, side) == 0
     np.testing.assert_array_equal(pixels, simplejpeg.decode_jpeg(jpeg, "RGB"))
     before = pixels.copy()
     assert decode(*asked, side + 1) != 0  # not scaled, and nothing is written
     np.testing.assert_array_equal(pixels, before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (32, 64), (64, 128), (128, 64)])
+def test_a_jpeg_that_is_not_square_is_none(height, width):
+    image = np.full((height, width, 3), 200, np.uint8)
+    source = np.frombuffer(simplejpeg.encode_jpeg(image), np.uint8)
+    pixels, decode = np.zeros((64, 64, 3), np.uint8), turbojpeg.decoder(turbojpeg.library())
+    assert decode(source.ctypes.data, len(source), pixels.ctypes.data, 64) != 0
+    assert not pixels.any()
+
+
+@pytest.mark.parametrize("broken", ["", "tjDecompressHeader3", "tjDecompress2"])
+def test_each_handle_is_destroyed(broken):
+    alive = []
+    spies = SimpleNamespace(
+        tjInitDecompress=lambda: alive.append(7) or 7,
+        tjDestroy=alive.remove,
+        tjDecompressHeader3=lambda *_: broken == "tjDecompressHeader3",
+        tjDecompress2=lambda *_: broken == "tjDecompress2",
+    )
+    assert turbojpeg.decoder(spies)(1, 2, 3, 0) == bool(broken)
+    assert not alive
+
+
+def test_no_more_is_decoded_than_was_read():
+    read, zero = turbojpeg.without_lock(lambda jpeg, size, pixels, side: 1), np.zeros(1, np.int64)
+    memory, counts = np.zeros(8, np.uint8), np.zeros(1, np.int64)
+    vectors = np.array([[[memory.ctypes.data, 8]]])
+    with open("/dev/zero", "rb") as file:
+        for size, expected in ((8, turbojpeg.UNDECODED), (9, 8)):
+            read(8, zero + file.fileno(), zero, vectors, counts, zero + size, zero + 8, zero)
+            assert counts[0] == expected
+
+
+def test_a_short_run_does_not_wait_for_a_compiler(built, monkeypatch):
+    monkeypatch.setattr(shards.loader, "LONG", 40)
+    records, plan, micro = ShardSet(built), Plan(40, 8), Plan(40, 8, micro_steps=2)
+    runs = (plan, 4, {}), (plan, 5, {}), (micro, 4, {}), (micro, 5, {}), (plan, 5, {"ranks": 2})
+    made = [Loader(records, each, 0, last, **how) for each, last, how in runs]
+    assert [each.readers[0].at_once for each in made] == [False, True, False, True, False]
 
 
 def overwrite(path, at, content):
@@ -104,11 +144,20 @@ def say_another_side(path, row):
     overwrite(path, begin + at + 5, b"\0\x10\0\x10")
 
 
+def name_another_table(path, row):
+    """So that the first table of quantization is none, or that of the JPEG decoded before."""
+    begin, size = int(row["frame"]), int(row["frame_bytes"])
+    at = path.read_bytes()[begin : begin + size].index(b"\xff\xdb")
+    overwrite(path, begin + at + 4, b"\2")
+
+
 def cut(path, row):
     os.truncate(path, int(row["frame"]) + 100)
 
 
-@pytest.mark.parametrize("damage", [zero_the_head, zero_the_end, say_another_side, cut])
+@pytest.mark.parametrize(
+    "damage", [zero_the_head, zero_the_end, say_another_side, name_another_table, cut]
+)
 @pytest.mark.parametrize("maps", [[], ["fast"]])
 def test_damage_is_told_and_skipped_as_by_simplejpeg(built, damage, maps):
     records = ShardSet(built)
@@ -148,14 +197,14 @@ def test_the_lock_is_free_meanwhile():
     here, there = socket.socketpair()
     there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 60, 0))
 
-    def receive_one(handle, jpeg, size, pixels, side):
-        return 0 if receive(handle, pixels, 1, 0) == 1 else 1
+    def receive_one(jpeg, size, pixels, side):
+        return 0 if receive(side, pixels, 1, 0) == 1 else 1
 
     read, zero, counts = turbojpeg.without_lock(receive_one), np.zeros(1, np.int64), np.array([-7])
     byte, vectors = np.zeros(1, np.uint8), np.zeros((1, 1, 2), np.int64)
     with here, there, open("/dev/zero", "rb") as file:
         asked = zero + file.fileno(), zero, vectors, counts, zero, zero, zero + byte.ctypes.data
-        thread = threading.Thread(target=read, args=(there.fileno(), 8, *asked))
+        thread = threading.Thread(target=read, args=(there.fileno(), *asked))
         thread.start()
         time.sleep(0.05)  # until it is in the call
         here.send(b"x")
