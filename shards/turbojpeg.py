@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from shards import vectored
 from shards.crops import Ints
 from shards.record import encode_frame
 from shards.vectored import VECTOR, preadv
@@ -22,6 +23,8 @@ from shards.vectored import VECTOR, preadv
 # of each its JPEG's bytes, the bytes that its vectors hold, and the address of its pixels.
 ReadAndDecode = Callable[[int, Ints, Ints, Ints, Ints, Ints, Ints, Ints], None]
 Decode = Callable[[int, int, int, int], int]  # JPEG, its bytes, pixels, side; 0 if sound
+DECODE = "int64(int64, int64, int64, int64)"
+READ = "void(int64, int64[:], int64[:], int64[:,:,::1], int64[:], int64[:], int64[:], int64[:])"
 NAMES = (
     *("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"),
     f"{sys.prefix}/lib/libturbojpeg.so.0",  # conda's
@@ -68,11 +71,9 @@ def decoder(turbojpeg: Any) -> Decode:
     return decode
 
 
-def without_lock(decode: Decode) -> ReadAndDecode:
-    """The compiled loop over the records. Raises what numba raises."""
-    from numba import int64, njit, void
-
-    decode = njit(int64(int64, int64, int64, int64), nogil=True)(decode)
+def without_lock(decode: Decode) -> ReadAndDecode | None:
+    """The loop over the records, compiled, or None where numba is missing."""
+    decode = vectored.without_lock(decode, DECODE)
 
     def read(
         side: int,
@@ -99,9 +100,8 @@ def without_lock(decode: Decode) -> ReadAndDecode:
                 count = UNDECODED
             counts[number] = count
 
-    ints = int64[:]
-    signature = void(int64, ints, ints, int64[:, :, ::1], ints, ints, ints, ints)
-    return njit(signature, nogil=True)(read)
+    loop: ReadAndDecode | None = vectored.without_lock(read, READ)
+    return loop
 
 
 @cache
@@ -111,11 +111,9 @@ def compiled() -> ReadAndDecode | None:
     """
     if library() is None:
         return None
-    try:
-        read, decode = without_lock(decoder(library())), decoder(library())
-    except Exception:  # missing, broken or too old; it also refuses a NumPy newer than it knows
-        return None
-    return read if all(_same(decode, side) for side in (16, 61, 256)) else None
+    decode = decoder(library())
+    read = without_lock(decode)
+    return read if read and all(_same(decode, side) for side in (16, 61, 256)) else None
 
 
 def _same(decode: Decode, side: int) -> bool:

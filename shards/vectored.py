@@ -5,6 +5,7 @@ does so for each record. Compiled by numba, if that is installed (docs/decisions
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from shards.crops import Ints
 # Of n records: descriptors int64 [n], first bytes int64 [n], where they go int64 [n, parts, 2]
 # (addresses and lengths), and what is filled: how many bytes were read, int64 [n], or -1.
 AtOnce = Callable[[Ints, Ints, Ints, Ints], None]
+READ = "void(int64[:], int64[:], int64[:,:,::1], int64[:])"
 VECTOR = 16  # bytes of the kernel's iovec: one address and one length
 preadv = ctypes.CDLL(None).preadv
 preadv.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
@@ -33,13 +35,12 @@ def at_once(descriptors: Ints, starts: Ints, vectors: Ints, counts: Ints) -> Non
         counts[number] = preadv(int(descriptors[number]), vector, parts, int(starts[number]))
 
 
-def without_lock(read: AtOnce) -> AtOnce | None:
-    """`read`, compiled, or None where numba is missing."""
+def without_lock(function: Any, signature: str = READ) -> Any:
+    """`function`, compiled for `signature` (numba's), or None where numba is missing."""
     try:
-        from numba import int64, njit, void
+        from numba import njit
 
-        signature = void(int64[:], int64[:], int64[:, :, ::1], int64[:])
-        return njit(signature, nogil=True)(read)
+        return njit(signature, nogil=True)(function)
     except Exception:  # missing, broken or too old; it also refuses a NumPy newer than it knows
         return None
 
@@ -47,4 +48,5 @@ def without_lock(read: AtOnce) -> AtOnce | None:
 @cache
 def compiled() -> AtOnce | None:
     """`at_once` without the lock, or None where numba is missing. The first call takes 0.7 s."""
-    return without_lock(at_once)
+    read: AtOnce | None = without_lock(at_once)
+    return read

@@ -241,10 +241,9 @@ def render_meaning() -> str:
     lines += [
         "",
         f"An estimate. Loaders: the rates of {rows[0]['cores']} cores times {times} ({delivered} "
-        f"images/s); WebDataset is limited to {most}, the rate of one process on 16 cores "
-        "without libturbojpeg "
-        f"(gpu.md). GPU: {kinds}. Raw frames are left out: 2 cores do not show how fast 16 cores "
-        "copy from one memory.",
+        f"images/s); WebDataset is limited to {most}, the rate of one process on 16 cores without "
+        f"libturbojpeg (gpu.md). GPU: {kinds}. Raw frames are left out: 2 cores do not show how "
+        "fast 16 cores copy from one memory.",
     ]
     return "\n".join([*lines, ""])
 

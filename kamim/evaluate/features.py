@@ -44,10 +44,9 @@ def add_weights(digest: Any, encoder: Encoder) -> None:
     """
     if (encoder.mean, encoder.std) != (MEAN, STD):
         digest.update(repr((encoder.mean, encoder.std)).encode())
-    digest.update(repr(encoder.model).encode())  # its layers, by kind
-    for name, module in encoder.model.named_modules():
-        settings = {key: getattr(module, key, None) for key in ("num_heads", "eps")}
-        digest.update(f"{name} {settings}".encode())
+    for name, module in encoder.model.named_modules():  # not their repr: another torch has another
+        settings = [getattr(module, key, None) for key in ("num_heads", "eps", "approximate")]
+        digest.update(f"{name} {type(module).__name__} {settings}".encode())
     for key, tensor in encoder.model.state_dict().items():
         digest.update(key.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,7 +1,6 @@
 """JPEG frames read and decoded by one compiled call are those of simplejpeg, damage included."""
 
 import ctypes
-import os
 import socket
 import struct
 import sys
@@ -12,12 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import copied
+import test_vectored
 from hypothesis import given
 from hypothesis import strategies as st
+from test_vectored import check_others, check_words, cut
 
 import shards.loader
-from shards import ShardSet, UserError, decode_frame, reading, turbojpeg
+from shards import ShardSet, turbojpeg
 from shards.beton import convert_to_ffcv
 from shards.loader import Loader
 from shards.order import Plan
@@ -35,16 +35,11 @@ def short_runs_too(monkeypatch):
     monkeypatch.setattr(shards.loader, "LONG", 0)
 
 
-def both(again=False, **asked):
-    """What `asked` gives by one call, and by simplejpeg. again: some records are read again."""
+def both(**asked):
+    """As test_vectored's, of the call that also decodes."""
     assert turbojpeg.compiled()  # which compares with simplejpeg
-    with pytest.MonkeyPatch.context() as patched:
-        if not again:
-            patched.setattr(simplejpeg, "decode_jpeg", None)
-        compiled = [batch._asdict() for batch in copied(Loader(**asked))]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reading, "compiled_decoder", lambda: None)
-        return compiled, [batch._asdict() for batch in copied(Loader(**asked))]
+    single = simplejpeg, "decode_jpeg"
+    return test_vectored.both(name="compiled_decoder", single=single, **asked)
 
 
 @pytest.mark.parametrize("maps", [[], ["fast"], ["orb"], ["orb", "fast"]])
@@ -151,10 +146,6 @@ def name_another_table(path, row):
     overwrite(path, begin + at + 4, b"\2")
 
 
-def cut(path, row):
-    os.truncate(path, int(row["frame"]) + 100)
-
-
 @pytest.mark.parametrize(
     "damage", [zero_the_head, zero_the_end, say_another_side, name_another_table, cut]
 )
@@ -163,15 +154,7 @@ def test_damage_is_told_and_skipped_as_by_simplejpeg(built, damage, maps):
     records = ShardSet(built)
     damage(*records.locate(39))
     asked = {"records": records, "plan": Plan(40, 40), "first": 0, "last": 1, "maps": maps}
-    said = []
-    for found in (turbojpeg.compiled, lambda: None):
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(reading, "compiled_decoder", found)
-            with pytest.raises(UserError) as error:
-                copied(Loader(**asked))
-        said.append(str(error.value))
-    assert said[0] == said[1]
-    assert "record 000000039" in said[0]
+    check_words(asked, "compiled_decoder")
     np.testing.assert_equal(*both(again=True, **asked, skip=True))
 
 
@@ -179,14 +162,7 @@ def test_damage_is_told_and_skipped_as_by_simplejpeg(built, damage, maps):
     ("field", "value"), [("arrays", 0), ("frame_bytes", 1 << 20), ("frame_bytes", 9)]
 )
 def test_an_index_that_says_what_cannot_be_writes_nowhere_else(built, field, value):
-    records = ShardSet(built)
-    records.index = np.array(records.index)
-    records.index[field][11] = value
-    loader = Loader(records, Plan(40, 40), 0, 1, maps=["fast"], skip=True)
-    batch = next(iter(loader))
-    assert loader.damaged == {11}
-    for frame, number in zip(batch.frames, batch.samples.tolist(), strict=True):
-        np.testing.assert_array_equal(frame, decode_frame(records[number].frame))
+    check_others(ShardSet(built), field, value)
 
 
 def test_the_lock_is_free_meanwhile():

@@ -32,28 +32,56 @@ def raw(small_source, tmp_path, build_once):
     return ShardSet(build_once(small_source, tmp_path / "shards", chosen))
 
 
-def both(monkeypatch, again=False, **asked):
-    """What `asked` gives by one call, and without numba. again: some records are read again."""
-    if not again:
-        monkeypatch.setattr(os, "preadv", None)
-    compiled = [batch._asdict() for batch in copied(Loader(**asked))]
-    monkeypatch.undo()
-    monkeypatch.setattr(reading, "compiled", lambda: None)
-    return compiled, [batch._asdict() for batch in copied(Loader(**asked))]
+def both(again=False, name="compiled", single=(os, "preadv"), **asked):
+    """What `asked` gives by one call, and without numba. again: some records are read again.
+
+    name: of the call, where it is looked up; single: what it stands in for, record by record.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        if not again:
+            patched.setattr(*single, None)
+        compiled = [batch._asdict() for batch in copied(Loader(**asked))]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reading, name, lambda: None)
+        return compiled, [batch._asdict() for batch in copied(Loader(**asked))]
+
+
+def check_words(asked, name="compiled"):
+    """By one call, and without numba, the damage of record 39 is told in the same words."""
+    said = []
+    for found in (getattr(reading, name), lambda: None):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(reading, name, found)
+            with pytest.raises(UserError) as error:
+                copied(Loader(**asked))
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    assert "record 000000039" in said[0]
+
+
+def check_others(records, field, value):
+    """If the index says `value` of record 11, that one is left out, and all others are sound."""
+    records.index = np.array(records.index)
+    records.index[field][11] = value
+    loader = Loader(records, Plan(40, 40), 0, 1, maps=["fast"], skip=True)
+    batch = next(iter(loader))
+    assert loader.damaged == {11}
+    for frame, number in zip(batch.frames, batch.samples.tolist(), strict=True):
+        np.testing.assert_array_equal(frame, decode_frame(records[number].frame))
 
 
 @pytest.mark.parametrize("maps", [[], ["fast"], ["sift"], ["sift", "fast"]])
-def test_batches_are_those_of_single_reads(raw, monkeypatch, maps):
+def test_batches_are_those_of_single_reads(raw, maps):
     asked = {"records": raw, "plan": Plan(40, 12, seed=3), "first": 1, "last": 9, "maps": maps}
-    compiled, single = both(monkeypatch, **asked)
+    compiled, single = both(**asked)
     np.testing.assert_equal(compiled, single)
 
 
-def test_of_a_beton_with_a_bank_too(built, tmp_path, monkeypatch):
+def test_of_a_beton_with_a_bank_too(built, tmp_path):
     convert_to_ffcv(built, tmp_path / "raw", "raw")
     records = ShardSet(tmp_path / "raw")
     asked = {"records": records, "plan": Plan(40, 8), "first": 0, "last": 5, "bank": True}
-    compiled, single = both(monkeypatch, **asked, maps=records.manifest.detectors)
+    compiled, single = both(**asked, maps=records.manifest.detectors)
     np.testing.assert_equal(compiled, single)
 
 
@@ -69,31 +97,17 @@ def cut(path, row):
 
 @pytest.mark.parametrize("damage", [zero_the_shape, cut])
 @pytest.mark.parametrize("maps", [[], ["fast"]])
-def test_damage_is_told_and_skipped_as_by_single_reads(raw, monkeypatch, damage, maps):
+def test_damage_is_told_and_skipped_as_by_single_reads(raw, damage, maps):
     damage(*raw.locate(39))
     asked = {"records": raw, "plan": Plan(40, 40), "first": 0, "last": 1, "maps": maps}
-    said = []
-    for found in (vectored.compiled, lambda: None):
-        monkeypatch.setattr(reading, "compiled", found)
-        with pytest.raises(UserError) as error:
-            copied(Loader(**asked))
-        said.append(str(error.value))
-    assert said[0] == said[1]
-    assert "record 000000039" in said[0]
-    monkeypatch.undo()
-    compiled, single = both(monkeypatch, again=True, **asked, skip=True)
+    check_words(asked)
+    compiled, single = both(again=True, **asked, skip=True)
     np.testing.assert_equal(compiled, single)
 
 
 @pytest.mark.parametrize(("field", "value"), [("arrays", 0), ("frame_bytes", 1 << 20)])
-def test_an_index_that_says_what_cannot_be_writes_nowhere_else(raw, monkeypatch, field, value):
-    raw.index = np.array(raw.index)
-    raw.index[field][11] = value
-    loader = Loader(raw, Plan(40, 40), 0, 1, maps=["fast"], skip=True)
-    batch = next(iter(loader))
-    assert loader.damaged == {11}
-    for frame, number in zip(batch.frames, batch.samples.tolist(), strict=True):
-        np.testing.assert_array_equal(frame, decode_frame(raw[number].frame))
+def test_an_index_that_says_what_cannot_be_writes_nowhere_else(raw, field, value):
+    check_others(raw, field, value)
 
 
 @given(st.data())
